@@ -1,0 +1,34 @@
+"""Settings of every test. The environment comes first: XLA reads it once, when JAX is imported.
+
+Subprocesses that tests start inherit it. One that is to be killed should set
+JAX_ENABLE_COMPILATION_CACHE=false, since a cache entry is not written atomically.
+"""
+
+import os
+import pathlib
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    ).strip()
+# Hugging Face libraries must not reach out: tests use only what they make or ship.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same few examples on every run: a red test is red for everybody.
+hypothesis.settings.register_profile(
+    "jaxfm", derandomize=True, max_examples=20, deadline=None, database=None
+)
+hypothesis.settings.load_profile("jaxfm")
