@@ -1,0 +1,313 @@
+"""Layers that the model families share: linear maps, norms, rotary positions, attention, MLPs.
+
+Each is an NNX module that holds parameters only. Widths are read from the shapes of the
+parameters at call time, so the same module runs any subnet. Kernels keep heads as axes of their
+own ([D, G, R, K]: embed, key/value heads, queries per key/value head, head dim), so that a head is
+cut, masked or sharded by naming an axis, and grouped-query ratios hold by construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxfm.model import Array, Live, Past
+
+Axis = tuple[str, int]  # a logical name and a size
+
+
+def param(value: Array, names: tuple[str, ...]) -> nnx.Param:
+    """A trained leaf with logical axis names."""
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias over any number of input and output axes.
+
+    The kernel has shape `(*inputs, *outputs)` and is drawn from N(0, scale² / fan_in).
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Axis, ...],
+        outputs: tuple[Axis, ...],
+        *,
+        bias: bool = False,
+        scale: float = 1.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        names, shape = zip(*inputs, *outputs, strict=True)
+        fan_in = math.prod(size for _, size in inputs)
+        stddev = scale / math.sqrt(fan_in)
+        self.kernel = param((jax.random.normal(rngs.params(), shape) * stddev).astype(dtype), names)
+        if bias:
+            names, shape = zip(*outputs, strict=True)
+            self.bias = param(jnp.zeros(shape, dtype), names)
+        self.num_inputs = len(inputs)
+        self.has_bias = bias
+
+    def __call__(self, x: Array) -> Array:
+        kernel, n = self.kernel[...], self.num_inputs
+        contracting = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+        y = lax.dot_general(x, kernel, (contracting, ((), ())))
+        if self.has_bias:
+            bias = self.bias[...]
+            y = y + lax.broadcast_in_dim(bias, y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
+        return y
+
+
+class Norm(nnx.Module):
+    """RMS norm or layer norm over the last axis, in float32.
+
+    Masked channels (`live` is 0) count neither in the mean nor in the divisor: a masked model
+    computes what the extracted one does.
+    """
+
+    def __init__(self, axis: Axis, *, kind: str = "rms", eps: float = 1e-6, dtype=jnp.float32):
+        name, size = axis
+        self.scale = param(jnp.ones((size,), dtype), (name,))
+        self.live = Live(jnp.ones((size,)), out_sharding=(name,), eager_sharding=False)
+        if kind == "layer":
+            self.bias = param(jnp.zeros((size,), dtype), (name,))
+        self.centred = kind == "layer"
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        along = lambda leaf: lax.expand_dims(leaf.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        live = self.live[...]
+        count = jnp.maximum(live.sum(), 1)
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = (y - y.sum(-1, keepdims=True) / count) * along(live)
+        y = y * lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) / count + self.eps)
+        y = y * along(self.scale[...])
+        if self.centred:
+            y = y + along(self.bias[...])
+        return y.astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group norm over space and `num_groups` groups of consecutive channels, in float32.
+
+    Inputs are [B, ..., C]. Masked channels count neither in means nor in divisors, and a group
+    without a live channel gives zeros. Source: Wu and He 2018, equations 1-3.
+    """
+
+    def __init__(self, axis: Axis, *, num_groups: int, eps: float = 1e-5, dtype=jnp.float32):
+        name, size = axis
+        if size % num_groups:
+            raise ValueError(f"{size} channels do not divide into num_groups={num_groups}.")
+        self.scale = param(jnp.ones((size,), dtype), (name,))
+        self.bias = param(jnp.zeros((size,), dtype), (name,))
+        self.live = Live(jnp.ones((size,)), out_sharding=(name,), eager_sharding=False)
+        self.num_groups, self.eps = num_groups, eps
+
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(f"{channels} channels do not divide into {self.num_groups} groups.")
+        grouped = lambda leaf: leaf.astype(jnp.float32).reshape(1, 1, self.num_groups, -1)
+        live = grouped(self.live[...])
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, *live.shape[2:])
+        count = jnp.maximum(live.sum(-1, keepdims=True) * y.shape[1], 1)
+        y = (y - y.sum((1, 3), keepdims=True) / count) * live
+        y = y * lax.rsqrt(jnp.square(y).sum((1, 3), keepdims=True) / count + self.eps)
+        y = y * grouped(self.scale[...]) + grouped(self.bias[...])
+        return y.reshape(x.shape).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by index."""
+
+    def __init__(self, rows: Axis, axis: Axis, *, stddev=0.02, dtype=jnp.float32, rngs: nnx.Rngs):
+        shape = rows[1], axis[1]
+        table = (jax.random.normal(rngs.params(), shape) * stddev).astype(dtype)
+        self.table = param(table, (rows[0], axis[0]))
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.table[...], ids, axis=0)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between; gated (SwiGLU and its kin) with three.
+
+    Plain: down(act(up(x))). Gated: down(act(gate(x)) * up(x)); Shazeer 2020, equation 6.
+    """
+
+    def __init__(
+        self, embed: Axis, hidden: Axis, *, activation: str, gated: bool, bias: bool = False,
+        out_scale: float = 1.0, dtype=jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        kw = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        if gated:
+            self.gate = Linear((embed,), (hidden,), **kw)
+        self.up = Linear((embed,), (hidden,), **kw)
+        self.down = Linear((hidden,), (embed,), scale=out_scale, **kw)
+        self.gated, self.activation = gated, activation
+
+    def __call__(self, x: Array) -> Array:
+        act = ACTIVATIONS[self.activation]
+        return self.down(act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How a rotary model was stretched to longer contexts.
+
+    Attributes:
+      kind: "linear", "llama3" or "yarn".
+      factor: context after over context before.
+      original_max_len: tokens of context before stretching.
+      low_freq_factor, high_freq_factor: "llama3" only.
+      beta_fast, beta_slow, attention_factor, truncate: "yarn" only; attention_factor None means
+        0.1 ln(factor) + 1.
+    """
+
+    kind: str
+    factor: float
+    original_max_len: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[np.ndarray, float]:
+    """Angular frequencies f64[K / 2] (radians a token) and the factor on cos and sin.
+
+    Source: Su et al. 2021 (RoFormer), equation 15; Peng et al. 2023 (YaRN), equations 22-25;
+    Llama 3.1 for "llama3".
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_len * frequencies / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (smooth + (1 - smooth) / scaling.factor), 1.0
+    if scaling.kind == "yarn":
+        # The dimension that makes this many turns over the original context.
+        dim = lambda turns: (
+            head_dim
+            * math.log(scaling.original_max_len / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+        first, last = dim(scaling.beta_fast), dim(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+        return frequencies * (1 - ramp + ramp / scaling.factor), factor
+    raise ValueError(f"Rope scaling {scaling.kind!r} is unknown; known are linear, llama3, yarn.")
+
+
+def rotate(x: Array, positions: Array, frequencies: np.ndarray, factor: float) -> Array:
+    """Rotary position embedding of [B, T, ..., K] at `positions` i32[B, T]; pairs are (j, j + K/2)."""
+    angles = (
+        positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
+    )
+    angles = lax.expand_dims(angles, tuple(range(2, x.ndim - 1)))
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def causal_mask(queries: Array, keys: Array, window: int | None = None) -> Array:
+    """bool[B, T, S]: which key positions i32[B, S] each query position i32[B, T] may see.
+
+    `window` is the number of latest positions seen, the query's own included.
+    """
+    distance = queries[:, :, None] - keys[:, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attend(
+    q: Array, k: Array, v: Array, mask: Array, *, scale: float, past: Past | None = None
+) -> Array:
+    """Softmax attention with grouped queries; softmax in float32.
+
+    Args:
+      q: [B, T, G, R, K]; k, v: [B, T, G, K].
+      mask: bool[B, T, T] over the tokens given (leading axis may be 1).
+      past: cached rows attended to as well, under one softmax.
+    Returns:
+      [B, T, G, R, K]. Where a query may see nothing, the mean of the values.
+    """
+    with jax.named_scope("attention"):
+        scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+        seen = mask
+        if past is not None:
+            cached = jnp.einsum("btgrk,bsgk->bgrts", q, past.k, preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([cached, scores], axis=-1)
+            batch = max(mask.shape[0], past.mask.shape[0])
+            spread = lambda m: jnp.broadcast_to(m, (batch, *m.shape[1:]))
+            seen = jnp.concatenate([spread(past.mask), spread(mask)], axis=-1)
+        lowest = jnp.asarray(jnp.finfo(jnp.float32).min)
+        scores = jnp.where(seen[:, None, None], scores * scale, lowest)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        mix = lambda w, values: jnp.einsum("bgrts,bsgk->btgrk", w, values)
+        if past is None:
+            return mix(weights, v)
+        cells = past.k.shape[1]
+        return mix(weights[..., :cells], past.v) + mix(weights[..., cells:], v)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped queries: projections around `attend`."""
+
+    def __init__(
+        self, embed: Axis, *, num_heads: int, num_kv_heads: int, head_dim: int,
+        qkv_bias: bool = False, out_bias: bool = False, out_scale: float = 1.0,
+        scale: float | None = None,
+        rotary: tuple[np.ndarray, float] | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        groups, per_group = ("kv_heads", num_kv_heads), ("q_per_kv", num_heads // num_kv_heads)
+        qk = ("qk_dim" if rotary is None else "rotary_dim", head_dim)
+        value = ("v_dim", head_dim)
+        kw = {"bias": qkv_bias, "dtype": dtype, "rngs": rngs}
+        self.q = Linear((embed,), (groups, per_group, qk), **kw)
+        self.k = Linear((embed,), (groups, qk), **kw)
+        self.v = Linear((embed,), (groups, value), **kw)
+        self.o = Linear(
+            (groups, per_group, value), (embed,),
+            bias=out_bias, scale=out_scale, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        # Of the whole model: a subnet with shorter heads keeps it.
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.frequencies = None if rotary is None else tuple(rotary[0].tolist())
+        self.factor = 1.0 if rotary is None else rotary[1]
+
+    def __call__(
+        self, x: Array, mask: Array, positions: Array | None = None, past: Past | None = None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Returns the mixed tokens [B, T, D] and the new rows of keys and values [B, T, G, K]."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.frequencies is not None:
+            frequencies = np.asarray(self.frequencies)
+            q, k = (rotate(y, positions, frequencies, self.factor) for y in (q, k))
+        mixed = attend(q, k, v, mask, scale=self.scale, past=past)
+        return self.o(mixed), (k, v)

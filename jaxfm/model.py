@@ -1,0 +1,279 @@
+"""What a model is: a pair of pure functions over nested dicts, with a name for every axis.
+
+Networks are written as Flax NNX modules and split once, here, into pure functions; everything
+else in the library sees plain pytrees. A user's own module comes in by the same door:
+
+>>> import jax
+>>> from flax import nnx
+>>> model = from_nnx(lambda rngs: nnx.Linear(4, 2, rngs=rngs))
+>>> variables = model.init(jax.random.key(0))
+>>> output, stats = model.apply(variables, jax.numpy.ones((3, 4)))
+>>> output.shape
+(3, 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+Key = jax.Array
+PyTree = Any
+
+
+class Variables(NamedTuple):
+    """All arrays of a model, as nested dicts with string keys.
+
+    Attributes:
+      params: what is trained.
+      stats: what is measured and not trained (running statistics of batch norm).
+      live: f32 ones along the normalised axis of each norm; zeros where a channel is masked
+        (`jaxfm.subnet.mask`), so that a norm divides by the number of channels that exist.
+        Structure rather than state: never trained, never sent.
+    """
+
+    params: PyTree
+    stats: PyTree
+    live: PyTree
+
+
+class Past(NamedTuple):
+    """What attention may read besides the tokens it is given: rows of a cache.
+
+    Attributes:
+      k: [B, S, G, K] keys.
+      v: [B, S, G, K] values.
+      mask: bool[B, T, S], which rows each of the T queries may see.
+    """
+
+    k: Array
+    v: Array
+    mask: Array
+
+
+class Stages(NamedTuple):
+    """A causal language model opened at its seams, to be cached or cut over a mesh.
+
+    Attributes:
+      embed: `(variables, tokens i32[B, T], positions i32[B, T]) -> x [B, T, D]`.
+      block: `(layer, x [B, T, D], positions i32[B, T], mask bool[B, T, T], past=None)
+        -> (x, (k [B, T, G, K], v [B, T, G, K]))`. `layer` holds the Variables of one layer; the
+        new rows of keys and values are returned and never written: the caller owns the cache.
+      head: `(variables, x [B, T, D]) -> logits f32[B, T, V]`.
+    """
+
+    embed: Callable[..., Array]
+    block: Callable[..., tuple[Array, tuple[Array, Array]]]
+    head: Callable[..., Array]
+
+
+class Model(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+      init: `(key) -> Variables`.
+      apply: `(variables, inputs, *, train=False, key=None) -> (output, stats)`. All widths are
+        read from the shapes of the parameters, so the same `apply` runs every subnet of our own
+        families that `jaxfm.subnet.extract` cuts.
+      axes: like the Variables; each leaf the tuple of its logical axis names, None for an axis
+        without a name.
+      config: the frozen dataclass that the model was made from, where there is one.
+      stages: the parts of a causal language model; None for other models.
+    """
+
+    init: Callable[[Key], Variables]
+    apply: Callable[..., tuple[Any, PyTree]]
+    axes: Variables
+    config: Any = None
+    stages: Stages | None = None
+
+
+class Live(nnx.Variable):
+    """Marks a module's variable as a mask of existing channels (`Variables.live`)."""
+
+
+_COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "stats", Live: "live"}
+
+
+class Split(NamedTuple):
+    """A module as pure functions, before it is given the calling convention of a Model.
+
+    Attributes:
+      init: `(key) -> Variables`.
+      call: `(variables, *args, train=False, key=None) -> (output, stats)`.
+      axes: like the Variables, tuples of names.
+    """
+
+    init: Callable[[Key], Variables]
+    call: Callable[..., tuple[Any, PyTree]]
+    axes: Variables
+
+
+def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
+    """Splits the module that `make_module(rngs)` returns into pure functions.
+
+    Trained leaves are `nnx.Param`, statistics `nnx.BatchStat`; random streams (dropout) are fed
+    from the `key` of each call and hold no state. Logical axes are Flax's `out_sharding` metadata.
+
+    Raises:
+      ValueError: the module holds another kind of variable.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
+    leaves = dict(nnx.to_flat_state(abstract))
+    randoms = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, nnx.RngState)}
+    homes = {}
+    for path, leaf in leaves.items():
+        if path in randoms:
+            continue
+        kind = next((name for cls, name in _COLLECTIONS.items() if isinstance(leaf, cls)), None)
+        if kind is None:
+            raise ValueError(
+                f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model may "
+                "hold nnx.Param (trained), nnx.BatchStat (statistics) and random streams."
+            )
+        homes[path] = (kind, *map(str, path))
+
+    def gather(flat: Mapping[tuple, Any]) -> Variables:
+        tree: dict[str, dict] = {"params": {}, "stats": {}, "live": {}}
+        for path, value in flat.items():
+            *parents, name = homes[path]
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = value
+        return Variables(**tree)
+
+    def values(state: nnx.State) -> Variables:
+        flat = nnx.to_flat_state(state)
+        return gather({path: leaf.get_value() for path, leaf in flat if path in homes})
+
+    def init(key: Key) -> Variables:
+        return values(nnx.state(make_module(nnx.Rngs(key))))
+
+    def call(variables, *args, train: bool = False, key: Key | None = None):
+        if randoms and train and key is None:
+            raise ValueError("This module draws random numbers in training; pass `key`.")
+        tree = {"params": variables.params, "stats": variables.stats, "live": variables.live}
+        flat = {path: _fetch(tree, home) for path, home in homes.items()}
+        for i, (path, leaf) in enumerate(randoms.items()):
+            seed = jax.random.key(0) if key is None else key
+            flat[path] = (
+                jax.random.fold_in(seed, i)
+                if isinstance(leaf, nnx.RngKey)
+                else jnp.zeros(leaf.shape, leaf.dtype)
+            )
+        module = nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+        module.set_attributes(
+            use_running_average=not train, deterministic=not train, raise_if_not_found=False
+        )
+        output = module(*args)
+        if not variables.stats:
+            return output, variables.stats
+        return output, values(nnx.state(module)).stats
+
+    names = {path: _axis_names(leaf) for path, leaf in leaves.items() if path in homes}
+    return Split(init, call, gather(names))
+
+
+def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """Turns any NNX module into a `Model`; `inputs` is the module's one argument.
+
+    Args:
+      make_module: `(rngs) -> module`.
+    Raises:
+      ValueError: the module holds variables other than parameters, batch statistics and random
+        streams.
+    """
+    init, call, axes = split(make_module)
+
+    def apply(variables: Variables, inputs, *, train: bool = False, key: Key | None = None):
+        return call(variables, inputs, train=train, key=key)
+
+    return Model(init, apply, axes)
+
+
+def _fetch(tree, home: tuple[str, ...]):
+    for i, name in enumerate(home):
+        if not isinstance(tree, Mapping) or name not in tree:
+            raise ValueError(f"The variables lack {'.'.join(home[: i + 1])!r}.")
+        tree = tree[name]
+    return tree
+
+
+def _axis_names(leaf) -> tuple[str | None, ...]:
+    names = leaf.get_metadata().get("out_sharding") or (None,) * len(leaf.shape)
+    if len(names) != len(leaf.shape):
+        raise ValueError(f"Axis names {names} given for a leaf of shape {leaf.shape}.")
+    return tuple(names)
+
+
+def is_axes(x: Any) -> bool:
+    """True for one leaf of `Model.axes`: a plain tuple of names."""
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
+
+
+def count_parameters(tree: PyTree) -> int:
+    """The number of values in a tree of arrays (or of their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# Layers: equal ones are stacked on axis 0, unequal ones (of a pruned network) are a dict "0", "1"...
+
+
+def is_stacked(layers: Variables) -> bool:
+    """True if layers are stacked on axis 0; False if they are a dict of unequal layers."""
+    return not (layers.params and all(name.isdigit() for name in layers.params))
+
+
+def layers_of(variables: Variables) -> Variables:
+    """The "layers" part of each collection."""
+    return Variables(*(part.get("layers", {}) for part in variables))
+
+
+def with_layers(variables: Variables, layers: Variables) -> Variables:
+    """`variables` with its layers replaced."""
+    pairs = zip(variables, layers, strict=True)
+    return Variables(*({**part, "layers": new} if new else part for part, new in pairs))
+
+
+def num_layers(layers: Variables) -> int:
+    """How many layers there are, in either form."""
+    if not is_stacked(layers):
+        return len(layers.params)
+    return jax.tree.leaves(layers.params)[0].shape[0]
+
+
+def unstack(layers: Variables) -> Variables:
+    """Stacked layers as a dict of layers: larger programs, but no slice of a stack at run time."""
+    if not is_stacked(layers):
+        return layers
+    split_all = lambda part: {
+        str(i): jax.tree.map(lambda x: x[i], part) for i in range(num_layers(layers))
+    }
+    return Variables(*(split_all(part) if part else {} for part in layers))
+
+
+def layer_at(layers: Variables, i: int) -> Variables:
+    """Layer `i` of unstacked layers."""
+    return Variables(*(part[str(i)] if part else {} for part in layers))
+
+
+def fold_layers(step: Callable, carry: PyTree, layers: Variables, xs: PyTree = None):
+    """Runs `carry, y = step(carry, layer, x)` over the layers; returns (carry, stacked ys).
+
+    One `lax.scan` over stacked layers, a Python loop over unequal ones. `xs` has a leading axis of
+    layers. In the loop the ys are stacked, too, so callers need not know which it was.
+    """
+    if is_stacked(layers):
+        return jax.lax.scan(lambda c, lx: step(c, *lx), carry, (layers, xs))
+    ys = []
+    for i in range(num_layers(layers)):
+        carry, y = step(carry, layer_at(layers, i), jax.tree.map(lambda x: x[i], xs))
+        ys.append(y)
+    same = len({str(jax.tree.map(jnp.shape, y)) for y in ys}) == 1
+    return carry, (jax.tree.map(lambda *y: jnp.stack(y), *ys) if same else tuple(ys))

@@ -1,0 +1,265 @@
+"""Causal language models: the Llama family (Llama, Mistral, Qwen2, SmolLM) and GPT-2.
+
+One pre-norm decoder with a few typed switches. Equal layers are stacked and run by one scan; the
+parts are also given singly (`Model.stages`), so that decoders can cache and pipelines can cut.
+Sources: Touvron et al. 2023 (Llama), Jiang et al. 2023 (Mistral), Yang et al. 2024 (Qwen2),
+Radford et al. 2019 (GPT-2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxfm.layers import (
+    ACTIVATIONS,
+    Attention,
+    Embedding,
+    Linear,
+    Mlp,
+    Norm,
+    RopeScaling,
+    causal_mask,
+    rotary_frequencies,
+)
+from jaxfm.model import (
+    Array,
+    Model,
+    Past,
+    Split,
+    Stages,
+    Variables,
+    fold_layers,
+    layers_of,
+    split,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder.
+
+    Attributes:
+      family: whose Hugging Face format it is saved in.
+      vocab_size: tokens.
+      embed_dim: width of the residual stream.
+      num_layers, num_heads, num_kv_heads, head_dim: attention; num_heads is a multiple of
+        num_kv_heads.
+      mlp_dim: hidden width of each MLP.
+      max_len: longest context, in tokens; the size of the table for learned positions.
+      activation, gated: of the MLP.
+      norm, norm_eps: "rms" or "layer".
+      positions: "rotary" or "learned".
+      rope_theta, rope_scaling: of rotary positions.
+      sliding_window: number of latest positions that a token sees; None: all.
+      qkv_bias, out_bias, mlp_bias: which linear maps have a bias.
+      tied: the head is the transposed embedding.
+      attention_scale: on the scores; None: head_dim ** -0.5. A subnet keeps its parent's.
+      dtype: of the parameters and the computation; norms, softmax and logits are float32.
+      remat: recompute each layer in the backward pass instead of keeping it in memory.
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "gpt2"] = "llama"
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int
+    max_len: int = 2048
+    activation: str = "silu"
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True
+    attention_scale: float | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim", "mlp_dim", "max_len"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"Rotary positions need an even head_dim, got {self.head_dim}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}.")
+        for name, allowed in (("activation", tuple(ACTIVATIONS)), ("norm", ("rms", "layer")),
+                              ("positions", ("rotary", "learned")),
+                              ("family", ("llama", "mistral", "qwen2", "gpt2"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+
+def gpt2_config(**sizes) -> DecoderConfig:
+    """A `DecoderConfig` with GPT-2's switches; `sizes` are its remaining fields."""
+    switches = {
+        "family": "gpt2", "activation": "gelu_tanh", "gated": False, "norm": "layer",
+        "positions": "learned", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True,
+    }  # fmt: skip
+    return DecoderConfig(**(switches | sizes))
+
+
+class TokenEmbedding(nnx.Module):
+    """Token vectors, plus position vectors where positions are learned."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
+        self.tokens = Embedding(("vocab", config.vocab_size), embed, dtype=dtype, rngs=rngs)
+        if config.positions == "learned":
+            self.positions = Embedding(("position", config.max_len), embed, dtype=dtype, rngs=rngs)
+        self.learned = config.positions == "learned"
+
+    def __call__(self, tokens: Array, positions: Array) -> Array:
+        x = self.tokens(tokens)
+        return x + self.positions(positions) if self.learned else x
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
+        out_scale = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance at init
+        norm = {"kind": config.norm, "eps": config.norm_eps, "dtype": dtype}
+        rotary = None
+        if config.positions == "rotary":
+            rotary = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.attention_norm = Norm(embed, **norm)
+        self.attention = Attention(
+            embed, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, qkv_bias=config.qkv_bias, out_bias=config.out_bias,
+            out_scale=out_scale, scale=config.attention_scale, rotary=rotary, dtype=dtype,
+            rngs=rngs,
+        )  # fmt: skip
+        self.mlp_norm = Norm(embed, **norm)
+        self.mlp = Mlp(
+            embed, ("mlp", config.mlp_dim), activation=config.activation, gated=config.gated,
+            bias=config.mlp_bias, out_scale=out_scale, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x: Array, positions: Array, mask: Array, past: Past | None = None):
+        mixed, rows = self.attention(self.attention_norm(x), mask, positions, past)
+        x = x + mixed
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x)), rows
+
+
+class Head(nnx.Module):
+    """The last norm and the map to logits; with tied weights it is handed the embedding."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
+        self.norm = Norm(embed, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+        if not config.tied:
+            vocab = ("vocab", config.vocab_size)
+            self.out = Linear((embed,), (vocab,), dtype=dtype, rngs=rngs)
+        self.tied = config.tied
+
+    def __call__(self, x: Array, table: Array | None = None) -> Array:
+        x = self.norm(x)
+        if table is None:
+            return self.out(x).astype(jnp.float32)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def decoder(config: DecoderConfig) -> Model:
+    """A causal language model: `apply(variables, tokens i32[B, T]) -> logits f32[B, T, V]`."""
+    embedding = split(lambda rngs: TokenEmbedding(config, rngs))
+    block = split(lambda rngs: Block(config, rngs))
+    out = split(lambda rngs: Head(config, rngs))
+
+    @jax.jit
+    def init(key) -> Variables:
+        keys = jax.random.split(key, 3)
+        layers = jax.vmap(block.init)(jax.random.split(keys[1], config.num_layers))
+        return _join(embedding.init(keys[0]), layers, out.init(keys[2]))
+
+    def embed(variables: Variables, tokens: Array, positions: Array) -> Array:
+        with jax.named_scope("embed"):
+            return embedding.call(_part(variables, "embed"), tokens, positions)[0]
+
+    def run_block(
+        layer: Variables, x: Array, positions: Array, mask: Array, past: Past | None = None
+    ):
+        return block.call(layer, x, positions, mask, past)[0]
+
+    def head(variables: Variables, x: Array) -> Array:
+        table = variables.params["embed"]["tokens"]["table"] if config.tied else None
+        with jax.named_scope("head"):
+            return out.call(_part(variables, "head"), x, table)[0]
+
+    one_block = jax.checkpoint(run_block) if config.remat else run_block
+
+    def apply(variables: Variables, tokens: Array, *, train: bool = False, key=None):
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        mask = causal_mask(positions, positions, config.sliding_window)
+        step = lambda x, layer, _: (one_block(layer, x, positions, mask)[0], None)
+        x, _ = fold_layers(step, embed(variables, tokens, positions), layers_of(variables))
+        return head(variables, x), variables.stats
+
+    axes = _join(embedding.axes, _stacked_axes(block), out.axes)
+    return Model(init, apply, axes, config, Stages(embed, run_block, head))
+
+
+def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+    """The config of a subnet whose axes have `sizes` (`jaxfm.subnet.axis_sizes` of its variables).
+
+    Raises:
+      ValueError: keys and values of an attention head have different sizes.
+    """
+    head_dim = sizes.get("rotary_dim", sizes.get("qk_dim"))
+    if sizes["v_dim"] != head_dim:
+        raise ValueError(
+            f"Keys have head dim {head_dim} and values {sizes['v_dim']}; a decoder has one head_dim."
+        )
+    return dataclasses.replace(
+        config,
+        embed_dim=sizes["embed"],
+        num_layers=sizes["layer"],
+        num_kv_heads=sizes["kv_heads"],
+        num_heads=sizes["kv_heads"] * sizes["q_per_kv"],
+        head_dim=head_dim,
+        mlp_dim=sizes["mlp"],
+        attention_scale=config.attention_scale or config.head_dim**-0.5,
+    )
+
+
+def _part(variables: Variables, name: str) -> Variables:
+    return Variables(*(part.get(name, {}) for part in variables))
+
+
+def _join(embed: Variables, layers: Variables, head: Variables) -> Variables:
+    """One tree of the three parts; collections that a part has none of stay empty."""
+    named = [("embed", embed), ("layers", layers), ("head", head)]
+    return Variables(
+        *({name: part[i] for name, part in named if part[i]} for i in range(len(embed)))
+    )
+
+
+def _stacked_axes(block: Split) -> Variables:
+    return jax.tree.map(
+        lambda names: ("layer", *names), block.axes, is_leaf=lambda x: type(x) is tuple
+    )
