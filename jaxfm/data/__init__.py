@@ -1,0 +1,1 @@
+"""Data: sources of examples, partitions over clients, federations of them."""

@@ -1,0 +1,158 @@
+"""Many clients over one flat store of examples.
+
+Clients own unequal numbers of examples. The examples stay flat, each once, and a padded table of
+row numbers says whose they are, so a compiled round gathers a client's batch with two indexing
+operations and a new partition of the same data changes numbers only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class Federation(NamedTuple):
+    """Ragged clients over flat examples; a pytree.
+
+    `federate` fills it with NumPy arrays. Place it once with `jax.device_put` (or with a sharding):
+    host arrays handed to a compiled function are copied at every call.
+    """
+
+    examples: dict[str, Array]  # leaves [N, ...]
+    index: Array  # i32[C, M] rows of `examples` of each client, padded with 0
+    count: Array  # i32[C] how many of each row are real
+
+
+def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]) -> Federation:
+    """Join examples with a partition of their rows into a `Federation` of host arrays.
+
+    Args:
+      examples: arrays of equal leading size N.
+      partition: for each client the rows that it owns, each i[n]; may be empty (count 0). Clients
+        may share rows.
+
+    Raises:
+      ValueError: unequal leading sizes, no client, rows that are not in [0, N).
+      TypeError: row numbers that are not integers.
+
+    >>> federation = federate({"label": np.array([3, 1, 2])}, [np.array([2, 0]), np.array([1])])
+    >>> federation.index.tolist(), federation.count.tolist()
+    ([[2, 0], [1, 0]], [2, 1])
+    """
+    num_examples = leading_size(examples)
+    rows = [np.asarray(client) for client in partition]
+    if not rows:
+        raise ValueError("the partition has no client; give one array of rows for each client")
+    for number, client in enumerate(rows):
+        _check_rows(number, client, num_examples)
+    count = np.array([len(client) for client in rows], np.int32)
+    index = np.zeros((len(rows), max(1, count.max())), np.int32)
+    for number, client in enumerate(rows):
+        index[number, : len(client)] = client
+    return Federation({name: np.asarray(leaf) for name, leaf in examples.items()}, index, count)
+
+
+def leading_size(examples: Mapping[str, np.ndarray]) -> int:
+    """The number of examples, having checked that every leaf agrees on it."""
+    if not examples:
+        raise ValueError(
+            "there is no leaf among the examples; give a dict of arrays, each [N, ...]"
+        )
+    shapes = {name: np.shape(leaf) for name, leaf in examples.items()}
+    sizes = {shape[0] if shape else None for shape in shapes.values()}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"every leaf must have the same leading size; got shapes {shapes}")
+    return next(iter(shapes.values()))[0]
+
+
+def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) -> Federation:
+    """The given clients, in the given order, over the same examples."""
+    num_clients = len(federation.count)
+    clients = np.asarray(clients, np.int64)
+    if clients.size == 0 or clients.min() < 0 or clients.max() >= num_clients:
+        raise ValueError(f"clients must be a non-empty list of 0..{num_clients - 1}; got {clients}")
+    count = np.asarray(federation.count)[clients]
+    index = np.asarray(federation.index)[clients, : max(1, count.max())]
+    return Federation(federation.examples, index, count)
+
+
+def merge(federation: Federation) -> dict[str, np.ndarray]:
+    """All that the clients own in one pile, client after client: the centralised data set."""
+    index, count = np.asarray(federation.index), np.asarray(federation.count)
+    rows = np.concatenate([row[:n] for row, n in zip(index, count, strict=True)])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], federation.examples)
+
+
+def summary(
+    federation: Federation,
+    labels: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    num_largest: int = 5,
+) -> str:
+    """A table for people: how many clients, how unequal, how skewed, which are the largest.
+
+    Args:
+      federation: what to describe.
+      labels: i[N], the class of each example; adds classes per client and the entropy of the
+        clients' label distributions in bits (log2 of the number of classes where all are equal).
+      names: the clients' names, in their order.
+      num_largest: how many of the largest clients to list.
+    """
+    index, count = np.asarray(federation.index), np.asarray(federation.count)
+    if names is not None and len(names) != len(count):
+        raise ValueError(f"{len(names)} names for {len(count)} clients; give one for each")
+    lines = [
+        f"{'clients':<22}{len(count):>10,}",
+        f"{'examples':<22}{count.sum():>10,}",
+        f"{'  min/median/max':<22}{count.min():>10,} /{np.median(count):>9,.0f} /{count.max():>9,}",
+    ]
+    if (count == 0).any():
+        lines.append(f"{'  clients with none':<22}{(count == 0).sum():>10,}")
+    if labels is not None:
+        lines += _label_lines(index, count, np.asarray(labels))
+    largest = np.argsort(-count, kind="stable")[:num_largest]
+    lines.append("largest")
+    lines += [
+        f"  {names[client] if names is not None else client!s:<20}{count[client]:>10,}"
+        for client in largest
+    ]
+    return "\n".join(lines)
+
+
+def _label_lines(index: np.ndarray, count: np.ndarray, labels: np.ndarray) -> list[str]:
+    classes, dense = np.unique(labels, return_inverse=True)
+    table = np.stack(
+        [
+            np.bincount(dense[row[:n]], minlength=len(classes))
+            for row, n in zip(index, count, strict=True)
+            if n
+        ]
+    )
+    share = table / table.sum(axis=1, keepdims=True)
+    entropy = np.sum(share * -np.log2(np.where(share > 0, share, 1.0)), axis=1) + 0.0  # no -0.0
+    present = (table > 0).sum(axis=1)
+    low, middle, high = present.min(), np.median(present), present.max()
+    return [
+        f"{'classes':<22}{len(classes):>10,}",
+        f"{'  per client':<22}{low:>10,} /{middle:>9,.0f} /{high:>9,}",
+        f"{'  label entropy (bit)':<22}{entropy.min():>10.2f} /{np.median(entropy):>9.2f}"
+        f" /{entropy.max():>9.2f}",
+    ]
+
+
+def _check_rows(number: int, client: np.ndarray, num_examples: int) -> None:
+    if client.ndim != 1:
+        raise ValueError(f"client {number}: rows must be one-dimensional; got shape {client.shape}")
+    if client.size == 0:
+        return
+    if not np.issubdtype(client.dtype, np.integer):
+        raise TypeError(f"client {number}: rows must be integers; got dtype {client.dtype}")
+    if client.min() < 0 or client.max() >= num_examples:
+        raise ValueError(
+            f"client {number}: rows must be in 0..{num_examples - 1}; "
+            f"got {client.min()}..{client.max()}"
+        )

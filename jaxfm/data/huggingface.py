@@ -1,0 +1,96 @@
+"""Data sets from the Hugging Face hub, by name, with the `datasets` library (extra "data")."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxfm.data.source import Source, checked
+from jaxfm.data.text import Document
+
+
+def huggingface(
+    name: str,
+    split: str = "train",
+    *,
+    columns: Mapping[str, str],
+    config: str | None = None,
+    client: str | None = None,
+    **options: Any,
+) -> Source:
+    """Columns of one split as examples.
+
+    Args:
+      name: on the hub, or a local folder, or a format such as "json" with `data_files=...`.
+      split: as `datasets.load_dataset` reads it ("train", "test[:1000]").
+      columns: leaf -> column, such as {"image": "img", "label": "label"}. Images become
+        u8[N, H, W, C], whole numbers i32, other numbers f32; all rows must have one shape.
+      config: the data set's configuration, where it has several.
+      client: the column that says whose a row is.
+      options: passed on to `datasets.load_dataset`.
+
+    Raises:
+      ImportError: the `datasets` library is not installed.
+      ValueError: no such data set here or on the hub, no such column, rows of unequal shape.
+    """
+    data = _load(name, split, config, [*columns.values(), *([client] if client else [])], options)
+    examples = {leaf: _stack(name, column, data[column]) for leaf, column in columns.items()}
+    owners, names = None, ()
+    if client is not None:
+        distinct, owners = np.unique(np.asarray(data[client]).astype(str), return_inverse=True)
+        owners, names = owners.astype(np.int32), tuple(map(str, distinct))
+    label = columns.get("label")
+    classes = tuple(getattr(data.features.get(label), "names", None) or ()) if label else ()
+    return checked(Source(examples, owners, names, classes), name)
+
+
+def huggingface_documents(
+    name: str,
+    split: str = "train",
+    *,
+    text: str = "text",
+    config: str | None = None,
+    client: str | None = None,
+    **options: Any,
+) -> list[Document]:
+    """One text column as documents for `jaxfm.data.text.corpus`; arguments as `huggingface`.
+
+    Rows are named by their number; without a `client` column each row is its own owner.
+    """
+    data = _load(name, split, config, [text, *([client] if client else [])], options)
+    names = [f"{name}/{split}/{number}" for number in range(len(data))]
+    owners = [str(owner) for owner in data[client]] if client else names
+    return [Document(*row) for row in zip(names, owners, data[text], strict=True)]
+
+
+def _load(name: str, split: str, config: str | None, columns: list[str], options: dict) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "data sets of the Hugging Face hub need the `datasets` library: "
+            "pip install 'jaxfm[data]'"
+        ) from error
+    try:
+        data = datasets.load_dataset(name, config, split=split, **options)
+    except Exception as error:
+        raise ValueError(
+            f"cannot load data set {name!r} (split {split!r}, config {config!r}): it is neither "
+            f"here nor in the local cache, or the hub cannot be reached: {error}"
+        ) from error
+    if missing := [column for column in columns if column not in data.column_names]:
+        raise ValueError(f"{name} has no column {missing}; it has {data.column_names}")
+    return data
+
+
+def _stack(name: str, column: str, values: Any) -> np.ndarray:
+    arrays = [np.asarray(value) for value in values]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1:
+        raise ValueError(f"{name}: rows of {column!r} differ in shape: {sorted(shapes)[:4]} ...")
+    stacked = np.stack(arrays)
+    if stacked.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: column {column!r} holds {stacked.dtype}, not numbers or images")
+    if stacked.dtype == np.uint8:
+        return stacked if stacked.ndim == 4 else stacked[..., None]
+    return stacked.astype(np.float32 if stacked.dtype.kind == "f" else np.int32)

@@ -1,0 +1,8 @@
+"""Tasks: what a model is trained for and how it is scored."""
+
+from jaxfm.tasks.classification import classification
+from jaxfm.tasks.evaluate import evaluate, metric_totals
+from jaxfm.tasks.language import causal_lm, masked_lm
+from jaxfm.tasks.task import Task
+
+__all__ = ["Task", "causal_lm", "classification", "evaluate", "masked_lm", "metric_totals"]

@@ -1,0 +1,99 @@
+"""Language modelling: the next token, or the masked ones."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm.tasks.task import Array, Ratio, Task, count_correct, leaf, row_weight, weighted_sum
+
+
+def causal_lm(bytes_per_token: np.ndarray | None = None, pad_id: int | None = None) -> Task:
+    """Predict each token from those before it.
+
+    Batch: "tokens" i32[B, T + 1]; inputs are the first T, targets the last T. Outputs: logits
+    [B, T, V] of any float type. Metrics: "loss" in nats per token, "accuracy", and, given
+    `bytes_per_token`, "bits_per_byte": bits spent on all targets, separators included, over bytes
+    of text in them, comparable between tokenizers.
+
+    Args:
+      bytes_per_token: i32[V], from `jaxfm.tokenizer.bytes_per_token`.
+      pad_id: targets with this id have weight 0.
+    """
+
+    def prepare(batch, key=None):
+        tokens = leaf(batch, "tokens")
+        targets = tokens[:, 1:]
+        weight = row_weight(batch, targets)
+        if pad_id is not None:
+            weight = jnp.where(targets == pad_id, 0.0, weight)
+        return tokens[:, :-1], targets, weight
+
+    def metrics(outputs, targets, weight):
+        nats, count = cross_entropy(outputs, targets, weight)
+        result = {"loss": (nats, count), "accuracy": count_correct(outputs, targets, weight)}
+        if bytes_per_token is not None:
+            num_bytes = jnp.asarray(bytes_per_token, jnp.float32)[targets]
+            result["bits_per_byte"] = (nats / np.log(2), weighted_sum(num_bytes, weight))
+        return result
+
+    return Task(prepare, cross_entropy, metrics)
+
+
+def masked_lm(
+    mask_id: int, vocab_size: int, special_ids: Iterable[int] = (), rate: float = 0.15
+) -> Task:
+    """Recover tokens that were hidden.
+
+    Of the tokens that are not special each is chosen with probability `rate`; a chosen one is
+    replaced by `mask_id` (80%), by a random ordinary token (10%) or left as it is (10%). Batch:
+    "tokens" i32[B, T], all of them inputs. Only chosen positions have weight. Outputs: logits
+    [B, T, V]. Metrics: "loss" in nats per chosen token, "accuracy". A key is always needed.
+
+    Raises:
+      ValueError: an id outside the vocabulary, a rate outside (0, 1).
+
+    Source: Devlin et al. 2019, "BERT", section 3.1.
+    """
+    special = {int(token) for token in special_ids} | {int(mask_id)}
+    if wrong := sorted(token for token in special if not 0 <= token < vocab_size):
+        raise ValueError(f"mask_id and special_ids must be in 0..{vocab_size - 1}; got {wrong}")
+    if not 0 < rate < 1:
+        raise ValueError(f"rate must be between 0 and 1; got {rate}")
+    ordinary = np.array(sorted(set(range(vocab_size)) - special), np.int32)
+    if not ordinary.size:
+        raise ValueError("every id of the vocabulary is special; there is nothing to predict")
+
+    def prepare(batch, key=None):
+        if key is None:
+            raise ValueError("masked_lm chooses tokens at random: give prepare (or evaluate) a key")
+        tokens = leaf(batch, "tokens")
+        choose_key, how_key, random_key = jax.random.split(key, 3)
+        eligible = jnp.isin(tokens, np.array(sorted(special), np.int32), invert=True)
+        chosen = eligible & (jax.random.uniform(choose_key, tokens.shape) < rate)
+        how = jax.random.uniform(how_key, tokens.shape)
+        random = jax.random.choice(random_key, ordinary, tokens.shape).astype(tokens.dtype)
+        hidden = jnp.where(how < 0.8, mask_id, jnp.where(how < 0.9, random, tokens))
+        inputs = jnp.where(chosen, hidden, tokens)
+        return inputs, tokens, jnp.where(chosen, row_weight(batch, tokens), 0.0)
+
+    def metrics(outputs, targets, weight):
+        return {
+            "loss": cross_entropy(outputs, targets, weight),
+            "accuracy": count_correct(outputs, targets, weight),
+        }
+
+    return Task(prepare, cross_entropy, metrics)
+
+
+def cross_entropy(logits: Array, targets: Array, weight: Array) -> Ratio:
+    """(weighted sum of -log softmax(logits)[target] in nats, sum of weights), computed in f32."""
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {logits.shape} do not fit targets {targets.shape}; one row of logits each"
+        )
+    logits = logits.astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return weighted_sum(nats, weight), jnp.sum(weight)

@@ -1,0 +1,63 @@
+"""What a task is: how a batch becomes inputs and targets, and how outputs are scored."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Ratio = tuple[Array, Array]  # (total f32[], count f32[])
+
+
+class Task(NamedTuple):
+    """Three pure functions. Scores are sums with their counts, never means.
+
+    So a mean over microbatches, clients or devices is the ratio of two sums of sums, and whatever
+    has weight 0 (padding, rows filled up to a full batch) counts nowhere. A task of your own:
+
+    >>> def regression():
+    ...     def prepare(batch, key=None):
+    ...         return batch["inputs"], batch["value"], row_weight(batch, batch["value"])
+    ...     def loss(outputs, targets, weight):
+    ...         error = jnp.square(outputs.astype(jnp.float32) - targets)
+    ...         return jnp.sum(weight * error), jnp.sum(weight)
+    ...     return Task(prepare, loss, lambda *args: {"loss": loss(*args)})
+
+    Attributes:
+      prepare: (batch, key) -> (inputs, targets, weight). `batch` is a dict of arrays [B, ...]
+        ("tokens" i32[B, T + 1], "image" [B, H, W, C], "label" i32[B]; a leaf "weight" f32[B],
+        where given, scales whole rows). `key` drives masking and augmentation; None in evaluation.
+        `weight` is f32 of the shape of `targets`, 0 to ignore.
+      loss: (outputs, targets, weight) -> (total f32[], count f32[]); minimise total / count.
+      metrics: (outputs, targets, weight) -> dict of (total, count), each the mean total / count.
+    """
+
+    prepare: Callable[..., tuple[Any, Array, Array]]
+    loss: Callable[[Any, Array, Array], Ratio]
+    metrics: Callable[[Any, Array, Array], dict[str, Ratio]]
+
+
+def row_weight(batch: dict[str, Array], targets: Array) -> Array:
+    """f32 of the shape of `targets`: each row's "weight" (1 where the batch has none)."""
+    if "weight" not in batch:
+        return jnp.ones(targets.shape, jnp.float32)
+    rows = batch["weight"].astype(jnp.float32)
+    return jnp.broadcast_to(rows.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape)
+
+
+def leaf(batch: dict[str, Array], name: str) -> Array:
+    """A leaf of the batch, or an error that says which leaves there are."""
+    if name not in batch:
+        raise ValueError(f"the batch has no leaf {name!r}; it has {sorted(batch)}")
+    return batch[name]
+
+
+def weighted_sum(values: Array, weight: Array) -> Array:
+    """Sum of weight * values in f32, where weight 0 also silences NaN and infinity."""
+    return jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32) * weight, 0.0))
+
+
+def count_correct(logits: Array, targets: Array, weight: Array) -> Ratio:
+    """(weighted number of targets with the largest logit, sum of weights)."""
+    return weighted_sum(jnp.argmax(logits, axis=-1) == targets, weight), jnp.sum(weight)

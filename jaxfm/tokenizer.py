@@ -1,0 +1,295 @@
+"""Text to token ids and back.
+
+`ByteTokenizer` (the default) needs no training: ids 0..255 are the bytes of the UTF-8 text, then
+come four special tokens. `load_tokenizer` opens Hugging Face tokenizers, `train_bpe` trains one.
+
+Two rules hold for all: `encode` adds no special tokens and reads none into the text (a document
+that happens to contain "<|eos|>" stays text), and `decode` leaves special tokens out, so for
+byte-level tokenizers decode(encode(text)) == text.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>")
+ROLES = ("bos_token", "eos_token", "pad_token", "mask_token")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the library asks of a tokenizer."""
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token as its tokenizer writes it -> id."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id plus one."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    @property
+    def mask_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_bytes(self) -> list[bytes]:
+        """For each id the bytes of text that it stands for; b"" for special tokens."""
+
+
+class ByteTokenizer:
+    """Bytes as tokens: id = byte value, then bos 256, eos 257, pad 258, mask 259."""
+
+    bos_id, eos_id, pad_id, mask_id = 256, 257, 258, 259
+    special_ids = frozenset((bos_id, eos_id, pad_id, mask_id))
+    vocab_size = 260
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        characters = {character: byte for byte, character in enumerate(_byte_characters())}
+        return characters | {token: 256 + n for n, token in enumerate(SPECIAL_TOKENS)}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id that is not in 0..259.
+        """
+        ids = [int(token) for token in ids]
+        if wrong := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}; got {wrong[0]}")
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)] + [b""] * len(SPECIAL_TOKENS)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of `transformers` with a Rust backend, seen through the protocol."""
+
+    def __init__(self, inner: Any):
+        if getattr(inner, "backend_tokenizer", None) is None:
+            raise TypeError(
+                f"a tokenizer with a Rust backend is needed; got {type(inner).__name__}"
+            )
+        self.inner = inner
+        self.vocab: dict[str, int] = inner.get_vocab()
+        # Given files that it does not know, transformers makes an empty tokenizer and says nothing.
+        if len(self.vocab) <= len(inner.all_special_ids):
+            raise ValueError(
+                f"the vocabulary is empty: {inner.name_or_path!r} has no tokenizer files"
+            )
+        self.vocab_size: int = max(self.vocab.values()) + 1
+        self.bos_id: int | None = inner.bos_token_id
+        self.eos_id: int | None = inner.eos_token_id
+        self.pad_id: int | None = inner.pad_token_id
+        self.mask_id: int | None = inner.mask_token_id
+        self.special_ids = frozenset(inner.all_special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = [int(token) for token in ids]
+        return self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self) -> list[bytes]:
+        spec = json.loads(self.inner.backend_tokenizer.to_str())
+        added = {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
+        to_bytes = _token_reader(spec.get("decoder"))
+        table = [b""] * self.vocab_size
+        for token, number in self.vocab.items():
+            if number not in self.special_ids:
+                table[number] = added[number] if number in added else to_bytes(token)
+        return table
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
+    """i32[V]: bytes of text each id stands for, 0 for special ones; makes bits per byte exact."""
+    return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int32)
+
+
+def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether every id means the same token in both (not only: equally many)."""
+    return a is b or a.vocab == b.vocab
+
+
+def decode_stream(tokenizer: Tokenizer, blocks: Iterable[Sequence[int]]) -> Iterator[str]:
+    """Text as it grows, one piece for each block of ids; a last one if text was held back.
+
+    A character whose bytes are not all there yet is held back, so no piece is ever taken back and
+    the pieces join to `decode` of all ids.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> list(decode_stream(tokenizer, [[72, 195], [169], [33]]))
+    ['H', 'é', '!']
+    """
+    # Tokens before `start` are done with; those up to `seen` are only kept because the text of the
+    # following ones may depend on them (a space that is dropped at the start of a text).
+    window: list[int] = []
+    seen = 0
+    for block in blocks:
+        window.extend(int(token) for token in block)
+        before, after = tokenizer.decode(window[:seen]), tokenizer.decode(window)
+        if after.endswith("\ufffd") or len(after) <= len(before):
+            yield ""
+            continue
+        yield after[len(before) :]
+        window, seen = window[seen:], len(window) - seen
+    rest = tokenizer.decode(window)[len(tokenizer.decode(window[:seen])) :]
+    if rest:
+        yield rest
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """Train a byte-level BPE on texts; any text can be encoded, and round trips exactly.
+
+    The ids: four special tokens, the 256 bytes, then merges; fewer than asked where the texts
+    have too few repeated pairs.
+
+    Raises:
+      ValueError: fewer than the 260 ids that every such tokenizer has.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest}; got {vocab_size}")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrap(backend)
+
+
+def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
+    """Open a tokenizer in one of Hugging Face's forms.
+
+    Args:
+      path_or_name: a folder with tokenizer.json or a SentencePiece tokenizer.model, such a file
+        itself, or a name on the Hugging Face hub (needs the network, or the hub's local cache).
+
+    Raises:
+      FileNotFoundError: nothing there, or a name that cannot be fetched.
+      ValueError: a file that cannot be read as a tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(path_or_name)
+    try:
+        if path.is_dir() and not any(path.glob("tokenizer*")) and not (path / "vocab.txt").exists():
+            raise FileNotFoundError(f"{path} holds no tokenizer.json and no tokenizer.model")
+        if path.is_file() and path.suffix == ".json":
+            return HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_file=str(path)))
+        model = path if path.suffix == ".model" else path / "tokenizer.model"
+        if model.is_file() and not any(model.parent.glob("tokenizer*.json")):
+            return _load_sentencepiece(model)
+        return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(str(path_or_name)))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no tokenizer {str(path_or_name)!r}: it is neither a folder here nor in the local "
+            f"cache of the Hugging Face hub, and could not be fetched ({_first_line(error)})"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{path_or_name} cannot be read as a tokenizer: {error}") from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer` open."""
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer = _byte_backend(tokenizer)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise TypeError(
+            f"only ByteTokenizer and HuggingFaceTokenizer have a form that Hugging Face reads; "
+            f"got {type(tokenizer).__name__}"
+        )
+    tokenizer.inner.save_pretrained(str(folder))
+
+
+def _load_sentencepiece(model: Path) -> HuggingFaceTokenizer:
+    from transformers import LlamaTokenizer
+
+    # Without a configuration AutoTokenizer forgets the space that SentencePiece puts in front, and
+    # transformers looks for one file name only.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(model, Path(folder) / "tokenizer.model")
+        return HuggingFaceTokenizer(LlamaTokenizer.from_pretrained(folder))
+
+
+def _byte_backend(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:
+    """Bytes as a BPE without merges."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    letters = {token: number for token, number in tokenizer.vocab.items() if number < 256}
+    backend = Backend(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return _wrap(backend)
+
+
+def _wrap(backend: Any) -> HuggingFaceTokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    roles = dict(zip(ROLES, SPECIAL_TOKENS, strict=True))
+    return HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]
+
+
+def _token_reader(decoder: dict | None):
+    """How a tokenizer's decoder turns the written form of a token into bytes."""
+    parts = (decoder or {}).get("decoders", [decoder or {}])
+    kinds = {part.get("type") for part in parts}
+    if "ByteLevel" in kinds:
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        return lambda token: bytes(byte_of[character] for character in token)
+    if "WordPiece" in kinds:
+        return lambda token: token[2:].encode() if token.startswith("##") else f" {token}".encode()
+
+    def sentencepiece(token: str) -> bytes:
+        if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+    return sentencepiece
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
