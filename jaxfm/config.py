@@ -203,6 +203,10 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
+def _is_config(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation)
+
+
 def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -214,7 +218,7 @@ def _options(cls: type, prefix: str = "", base: Any = None) -> Iterator[_Option]
     nested = []
     for field, annotation in _fields(cls):
         default = _default(field) if base is None else getattr(base, field.name)
-        if dataclasses.is_dataclass(annotation):
+        if _is_config(annotation):
             missing = default is dataclasses.MISSING
             nested.append((annotation, f"{prefix}{field.name}.", None if missing else default))
             continue
@@ -305,8 +309,8 @@ def _convert(annotation: Any, value: Any, name: str) -> Any:
     inner, optional = _unpack_optional(annotation)
     if value is None and optional:
         return None
-    if dataclasses.is_dataclass(inner):
-        if isinstance(value, inner):  # type: ignore[arg-type]
+    if _is_config(inner):
+        if isinstance(value, inner):
             return value
     elif typing.get_origin(inner) is tuple:
         if isinstance(value, list | tuple):
@@ -325,7 +329,7 @@ def _convert(annotation: Any, value: Any, name: str) -> Any:
             return float(value)
     elif isinstance(value, inner) and (inner is bool or not isinstance(value, bool)):
         return value
-    wanted = inner.__name__ if dataclasses.is_dataclass(inner) else _type_name(annotation)
+    wanted = inner.__name__ if _is_config(inner) else _type_name(annotation)
     raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; wanted: {wanted}.")
 
 
@@ -339,10 +343,10 @@ def _from_dict(cls: type[T], values: Any, prefix: str, base: T | None) -> T:
             hint = _suggest(prefix + name, [prefix + known for known in fields])
             raise ValueError(f"{cls.__name__} has no {prefix + name!r}. {hint}")
         field, annotation = fields[name]
-        if dataclasses.is_dataclass(annotation):
+        if _is_config(annotation):
             default = _default(field) if base is None else getattr(base, name)
             default = None if default is dataclasses.MISSING else default
-            given[name] = _from_dict(annotation, value, f"{prefix}{name}.", default)  # type: ignore
+            given[name] = _from_dict(annotation, value, f"{prefix}{name}.", default)
         else:
             given[name] = _convert(annotation, value, prefix + name)
     if base is not None:

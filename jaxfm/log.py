@@ -1,0 +1,148 @@
+"""What a run writes while it goes on: metrics as JSONL and TensorBoard scalars, progress bars.
+
+    with RunLog("runs/demo", resume_step=step) as log:
+        for step in progress(range(step + 1, num_steps + 1), "rounds"):
+            log.write(step, {"loss": loss, "tier/full/bits": bits})
+
+`metrics.jsonl` holds one object a line, {"step": 3, "time_s": 12.5, "loss": 0.25}, with time_s the
+seconds since 1970. JSON has no NaN and no infinities: they are written as the strings "nan", "inf"
+and "-inf", which `float` reads, and `read_metrics` gives floats again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+
+T = TypeVar("T")
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends metrics to the files of one run folder. Only process 0 writes.
+
+    Args:
+        folder: the run folder, made if it is not there.
+        resume_step: the step whose checkpoint the run goes on from. Later lines, which a run that
+            died left behind, are dropped, so a curve has each step once. None starts anew.
+        tensorboard: also write `folder/tensorboard`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+    ):
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(folder / METRICS_FILE, -1 if resume_step is None else resume_step)
+        self._file = (folder / METRICS_FILE).open("a")
+        if tensorboard:
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self._board = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=purge_step
+            )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line and one scalar each.
+
+        Args:
+            step: of the run; the next is larger.
+            metrics: numbers or arrays of one element. Reading an array waits for the device, so
+                write every so many steps, not within a compiled loop.
+
+        Raises:
+            TypeError: a value is not a number; it names the metric.
+        """
+        if self._file is None:
+            return
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        now = time.time()
+        # One write call a line: a kill leaves whole lines and at most one torn one.
+        self._file.write(json.dumps({"step": int(step), "time_s": round(now, 3)} | numbers) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, float(number), step, walltime=now)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+        self._file = self._board = None
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a run folder's metrics as dicts of numbers, without a torn last line."""
+    path = pathlib.Path(folder) / METRICS_FILE
+    return [
+        {name: float(x) if isinstance(x, str) else x for name, x in line.items()}
+        for line in _lines(path)
+    ]
+
+
+def progress(items: Iterable[T], description: str, *, total: int | None = None) -> Iterable[T]:
+    """Iterates with a progress bar on stderr; silent where that is not a terminal."""
+    silent = not sys.stderr.isatty() or jax.process_index() != 0
+    return tqdm.tqdm(items, description, total=total, disable=silent, dynamic_ncols=True)
+
+
+def _number(name: str, value: Any) -> int | float | str:
+    """A JSON value for a number."""
+    array = np.asarray(value)
+    # JAX's issubdtype, because NumPy's does not know bfloat16.
+    is_whole = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.size != 1 or not (is_whole or jnp.issubdtype(array.dtype, jnp.floating)):
+        raise TypeError(
+            f"The metric {name!r} is {type(value).__name__} {value!r}: write a number or an array "
+            "of one element."
+        )
+    if is_whole:
+        return int(array.item())
+    number = float(array.item())
+    return number if math.isfinite(number) else str(number)
+
+
+def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that may end in a torn one, or not exist."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _drop_after(path: pathlib.Path, last_step: int) -> None:
+    """Rewrites the file, atomically, without torn lines and steps beyond last_step."""
+    if not path.exists():
+        return
+    kept = [line for line in _lines(path) if line["step"] <= last_step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    part.replace(path)
