@@ -1,0 +1,137 @@
+"""The contract of a federated algorithm: pure functions, hyper-parameters in the closure.
+
+A server broadcasts, clients train, sums come back:
+
+    download = bucket.send(server, public)
+    upload, memory, info = bucket.client(download, memory, data, profile, key)   # many clients
+    totals = sum of bucket.lift(sum of uploads)                                  # one psum
+    server, info = algorithm.server(server, totals, public, key)
+
+An upload is a pytree of *sums* (numerators and denominators), so that one all-reduce aggregates
+and secure aggregation stays possible. Clients of one shape form a bucket, with one compiled
+program; buckets may hold slices of one network or different architectures, as long as `lift`
+brings their sums to the same coordinates. A complete algorithm, federated averaging of one number:
+
+>>> import jax.numpy as jnp
+>>> def client(download, memory, data, profile, key):
+...     n = data.count.astype(jnp.float32)
+...     own = data.examples["x"][data.index].mean()
+...     return Mean(n * (own - download), n), memory, {}
+>>> toy = Algorithm(
+...     init=lambda variables: variables,
+...     buckets=(Bucket(model=None, send=lambda server, public: server, client=client),),
+...     server=lambda server, totals, public, key: (server + mean(totals), {}),
+... )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.model import Array, Key, Model, PyTree, Variables
+
+
+class Profile(NamedTuple):
+    """What one client's machine can do; scalars, or arrays [C] for all clients.
+
+    Attributes:
+      max_steps: i32, local steps it has time for in a round.
+      flops_per_s: f32, sustained.
+      memory_bytes: f32, for parameters, gradients and optimizer state.
+      up_bytes_per_s, down_bytes_per_s: f32, of its link.
+    """
+
+    max_steps: Array
+    flops_per_s: Array
+    memory_bytes: Array
+    up_bytes_per_s: Array
+    down_bytes_per_s: Array
+
+
+class ClientData(NamedTuple):
+    """One client's examples: rows of arrays that all clients of a device share.
+
+    Attributes:
+      examples: leaves [N, ...].
+      index: i32[M], the client's rows; padded.
+      count: i32[], how many of them are real; 0 for an empty or absent client.
+    """
+
+    examples: Mapping[str, Array]
+    index: Array
+    count: Array
+
+
+class Mean(NamedTuple):
+    """A weighted mean as a ratio of sums.
+
+    Attributes:
+      num: a tree, the sum of weight * value.
+      den: the sum of weights: f32[], or a tree like num where coordinates have weights of their
+        own (coverage).
+    """
+
+    num: PyTree
+    den: PyTree
+
+
+def mean(sums: Mean) -> PyTree:
+    """num / den, and zero where den is zero: a coordinate nobody covered does not move."""
+
+    def ratio(num, den):
+        den = den.astype(num.dtype)
+        return jnp.where(den > 0, num / jnp.where(den > 0, den, 1), 0)
+
+    if isinstance(sums.den, jax.Array):
+        return jax.tree.map(lambda num: ratio(num, sums.den), sums.num)
+    return jax.tree.map(ratio, sums.num, sums.den)
+
+
+def scaled(weight: Array, tree: PyTree) -> PyTree:
+    """weight * tree, in the dtypes of the tree."""
+    return jax.tree.map(lambda x: weight.astype(x.dtype) * x, tree)
+
+
+class Bucket(NamedTuple):
+    """Clients that run the same program.
+
+    Attributes:
+      model: what these clients train; its `apply` evaluates `personal`.
+      send: `(server_state, public) -> download`: all that a client gets to see.
+      client: `(download, memory, data: ClientData, profile: Profile, key)
+        -> (upload, memory, info)`. `upload` is a tree of sums, weights included. `info` is a dict
+        of f32 scalars, summed over clients; "bytes_up" in it replaces the size of the upload in
+        the ledger (for uploads that travel in a sparser form than they are summed in).
+      init_client: `(server_state, profile) -> memory`: what a client keeps between rounds.
+      lift: `(sum of uploads) -> sum in the coordinates that all buckets share`.
+      personal: `(server_state, memory) -> Variables` with which such a client predicts.
+    """
+
+    model: Model | None
+    send: Callable[[PyTree, PyTree], PyTree]
+    client: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
+    init_client: Callable[[PyTree, Profile], PyTree] = lambda server, profile: ()
+    lift: Callable[[PyTree], PyTree] = lambda upload: upload
+    personal: Callable[[PyTree, PyTree], Variables] = lambda server, memory: server.variables
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm.
+
+    Attributes:
+      init: `(variables) -> server_state`, a NamedTuple with a field `variables`.
+      buckets: the kinds of client, one compiled program each.
+      server: `(server_state, totals, public, key) -> (server_state, info)`, with `totals` the sum
+        of all lifted uploads; all zeros when nobody took part.
+    """
+
+    init: Callable[[Variables], PyTree]
+    buckets: tuple[Bucket, ...]
+    server: Callable[[PyTree, PyTree, PyTree, Key], tuple[PyTree, dict[str, Array]]]
+
+
+Info = dict[str, Any]

@@ -1,0 +1,64 @@
+"""HeteroFL: each client trains the slice of the model that its machine can carry.
+
+A tier is a `Subnet`: the window of each axis that its clients hold. The server averages each
+coordinate over those who covered it; a coordinate that nobody covered keeps its value. Slices are
+physically extracted, so small tiers are really faster, and lighter on the wire.
+Source: Diao et al. 2021, algorithm 1. The paper's scaler (1 / ratio on activations) belongs to
+networks whose norms do not fix the scale; here norms count the channels that are there, and the
+residual stream needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
+from jaxfm.federated.fed_avg import FedAvgState, difference, moved
+from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.model import Key, Model, Variables
+from jaxfm.subnet import Subnet, cover, embed, extract
+from jaxfm.tasks import Task
+
+
+def hetero_fl(model: Model, task: Task, local: Local, tiers: Sequence[Subnet]) -> Algorithm:
+    """Width-heterogeneous federated averaging, one bucket a tier.
+
+    One tier of full width is federated averaging. Partition: what a tier covers is shared; nothing
+    is personal.
+
+    Args:
+      model: of full width; its `apply` runs the slices too.
+      tiers: what the clients of each bucket hold.
+    """
+
+    def server(state: FedAvgState, totals: Mean, public, key: Key):
+        return FedAvgState(moved(state.variables, mean(totals))), {}
+
+    buckets = tuple(_tier(model, task, local, subnet) for subnet in tiers)
+    return Algorithm(FedAvgState, buckets, server)
+
+
+def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
+    fit = local_fit(objective(model, task), local)
+    sent_axes = (model.axes.params, model.axes.stats)
+    full = jax.eval_shape(model.init, jax.random.key(0))
+    like = (full.params, full.stats)
+
+    def send(server: FedAvgState, public) -> Variables:
+        return extract(server.variables, model.axes, subnet)
+
+    def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
+        trained, info = fit(download, data, profile.max_steps, key)
+        examples = info["examples"]
+        return Mean(scaled(examples, difference(trained, download)), examples), memory, info
+
+    def lift(sums: Mean) -> Mean:
+        num = embed(sums.num, sent_axes, subnet, like)
+        return Mean(num, scaled(sums.den, cover(sent_axes, subnet, like)))
+
+    def personal(server: FedAvgState, memory) -> Variables:
+        return send(server, None)
+
+    return Bucket(model, send, client, lift=lift, personal=personal)

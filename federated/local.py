@@ -1,0 +1,124 @@
+"""A client's own training: epochs of shuffled mini-batches, compiled, with two hooks.
+
+The objective says what is minimised (distillation and mutual learning are objectives of their
+own); the gradient hook changes its gradient (proximal terms, control variates, masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxfm.federated.algorithm import ClientData
+from jaxfm.model import Array, Key, Model, PyTree, Variables
+from jaxfm.tasks import Task
+
+
+class Local(NamedTuple):
+    """How a client trains in one round.
+
+    Attributes:
+      optimizer: starts anew in every round.
+      batch_size: examples a step; the last batch of an epoch may be short and is weighted so.
+      epochs: passes over the client's data, as far as its profile's `max_steps` allows.
+    """
+
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    epochs: int = 1
+
+
+# (params, variables, batch, real f32[B], key) -> (loss, (stats, total, count)); `real` is 0 for
+# rows that only fill the batch, total / count is the mean loss in the task's own unit.
+Objective = Callable[..., tuple[Array, tuple[PyTree, Array, Array]]]
+# (gradient, params) -> gradient
+GradHook = Callable[[PyTree, PyTree], PyTree]
+
+
+def objective(model: Model, task: Task) -> Objective:
+    """The task's mean loss over the real rows of a batch."""
+
+    def loss(params, variables: Variables, batch, real: Array, key: Key):
+        inputs, targets, weight = task.prepare(batch, key)
+        weight = weight * lax.expand_dims(real, range(1, weight.ndim))
+        output, stats = model.apply(variables._replace(params=params), inputs, train=True, key=key)
+        total, count = task.loss(output, targets, weight)
+        return total / jnp.maximum(count, 1), (stats, total, count)
+
+    return loss
+
+
+class _Carry(NamedTuple):
+    variables: Variables
+    opt_state: PyTree
+    total: Array
+    count: Array
+
+
+def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) -> Callable:
+    """Returns `fit(variables, data, max_steps, key) -> (variables, info)`.
+
+    `info` holds sums: "loss_total" and "loss_count" over all batches, "steps", "examples" (rows of
+    the client). Numbers of steps and examples are arrays: they never recompile. Under `vmap` all
+    clients run as many steps as the longest, and those that are done keep their values.
+
+    Raises:
+      ValueError: batch_size or epochs below 1.
+    """
+    size = local.batch_size
+    if size < 1 or local.epochs < 1:
+        raise ValueError(f"batch_size and epochs must be at least 1, got {size}, {local.epochs}.")
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def fit(variables: Variables, data: ClientData, max_steps: Array, key: Key):
+        steps_per_epoch = (data.count + size - 1) // size
+
+        def step(i, carry: _Carry, order, key) -> _Carry:
+            real = (i * size + jnp.arange(size) < data.count).astype(jnp.float32)
+            rows = data.index[lax.dynamic_slice(order, (i * size,), (size,))]
+            batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
+            params = carry.variables.params
+            (_, (stats, total, count)), grads = gradient(
+                params, carry.variables, batch, real, jax.random.fold_in(key, i)
+            )
+            grads = grads if grad_hook is None else grad_hook(grads, params)
+            updates, opt_state = local.optimizer.update(grads, carry.opt_state, params)
+            params = optax.apply_updates(params, updates)
+            variables = carry.variables._replace(params=params, stats=stats)
+            return _Carry(variables, opt_state, carry.total + total, carry.count + count)
+
+        def epoch(e, carry: _Carry) -> _Carry:
+            order_key, step_key = jax.random.split(jax.random.fold_in(key, e))
+            order = _shuffled(order_key, data, size)
+            steps = jnp.clip(max_steps - e * steps_per_epoch, 0, steps_per_epoch)
+            return lax.fori_loop(0, steps, lambda i, c: step(i, c, order, step_key), carry)
+
+        zero = jnp.zeros((), jnp.float32)
+        carry = _Carry(variables, local.optimizer.init(variables.params), zero, zero)
+        if local.epochs == 1:
+            carry = epoch(0, carry)
+        else:
+            carry = lax.fori_loop(0, local.epochs, epoch, carry)
+        info = {
+            "loss_total": carry.total,
+            "loss_count": carry.count,
+            "steps": jnp.minimum(max_steps, local.epochs * steps_per_epoch).astype(jnp.float32),
+            "examples": data.count.astype(jnp.float32),
+        }
+        return carry.variables, info
+
+    return fit
+
+
+def _shuffled(key: Key, data: ClientData, batch_size: int) -> Array:
+    """i32: positions in `data.index`, the real ones first and in random order, whole batches."""
+    rows = data.index.shape[0]
+    draws = jax.random.bits(key, (rows,))
+    last = jnp.where(jnp.arange(rows) < data.count, draws, ~jnp.zeros_like(draws))
+    order = jnp.argsort(last, stable=True).astype(jnp.int32)
+    return jnp.pad(order, (0, -rows % batch_size))

@@ -1,0 +1,297 @@
+"""The round engine: whole rounds, many of them, as one compiled program on a device mesh.
+
+`shard_map` over the mesh axis "clients"; on each device a scan over its clients, `width` of them
+at a time under `vmap`; one psum of the sums. Who takes part, how many steps and how much data are
+arrays, so a new cohort never compiles anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxfm.data.federation import Federation
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
+from jaxfm.model import Array, Key, PyTree, Variables
+from jaxfm.parallel.mesh import make_mesh
+
+
+class Population(NamedTuple):
+    """Everybody who might take part.
+
+    Attributes:
+      federation: the clients' training data.
+      profiles: their machines, leaves [C].
+      bucket: i32[C], which bucket of the algorithm each client belongs to.
+    """
+
+    federation: Federation
+    profiles: Profile
+    bucket: np.ndarray
+
+
+class RunState(NamedTuple):
+    """All that a run needs to go on; saving it resumes the run exactly.
+
+    Attributes:
+      server: the algorithm's server state.
+      memories: per bucket, what its clients keep between rounds; leaves [clients of the bucket, ...].
+      round: i32[], rounds done.
+      key: of the whole run; the key of a round and of a client are folded from it.
+    """
+
+    server: PyTree
+    memories: tuple[PyTree, ...]
+    round: Array
+    key: Key
+
+
+class Rounds(NamedTuple):
+    """A federated run as two functions.
+
+    Attributes:
+      init: `(variables, key) -> RunState`.
+      run: `(state) -> (state, info)`: `num_rounds` rounds; the given state is donated. `info` is a
+        dict of arrays with a leading axis of rounds: the algorithm's own sums over clients, and
+        i32[R, buckets] "selected", "clients" (whose update counted), "non_finite" (left out),
+        "steps" f32.
+    """
+
+    init: Callable[[Variables, Key], RunState]
+    run: Callable[[RunState], tuple[RunState, dict[str, Array]]]
+
+
+def default_width() -> int | None:
+    """Clients at a time on one device: 1 on a CPU, all of them on an accelerator.
+
+    A product batched over clients with weights of their own runs slower on a CPU than the same
+    products one after another (docs/results/rounds.md); an accelerator wants the parallelism.
+    """
+    return 1 if jax.default_backend() == "cpu" else None
+
+
+def rounds(
+    algorithm: Algorithm,
+    population: Population,
+    *,
+    cohort_size: int,
+    num_rounds: int = 1,
+    drop_rate: float = 0.0,
+    public: PyTree = None,
+    mesh: Mesh | None = None,
+    width: int | None = None,
+) -> Rounds:
+    """Compiles `num_rounds` rounds of an algorithm into one function.
+
+    Each round draws `cohort_size` clients without replacement. A client that drops out, has no
+    data or comes back with a non-finite upload counts for nothing, and its memory stays as it was.
+
+    Args:
+      algorithm: what is run.
+      population: who there is.
+      cohort_size: clients drawn a round, at most the population.
+      num_rounds: rounds per call of `run`.
+      drop_rate: probability with which a drawn client fails to report.
+      public: data of the server's own, handed to `send` and `server`.
+      mesh: with an axis "clients"; None: all devices.
+      width: clients at a time on one device; None: `default_width()`.
+    Raises:
+      ValueError: the cohort exceeds the population, arrays disagree on the number of clients, or a
+        bucket index does not exist.
+    """
+    bucket_of = np.asarray(population.bucket)
+    num_clients = _check(algorithm, population, cohort_size, num_rounds, drop_rate, width)
+    mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
+    if "clients" not in mesh.shape:
+        raise ValueError(f"The mesh needs an axis 'clients'; it has {dict(mesh.shape)}.")
+    devices = mesh.shape["clients"]
+    width = default_width() if width is None else width
+    members = [np.flatnonzero(bucket_of == b) for b in range(len(algorithm.buckets))]
+    everywhere = NamedSharding(mesh, P())
+    place = lambda tree: jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), everywhere), tree)
+    # The place of each client among the memories of its bucket.
+    row = np.zeros(num_clients, np.int32)
+    for ids in members:
+        row[ids] = np.arange(len(ids))
+    constants = place((population.federation, population.profiles, public, bucket_of, row))
+    slots = [_slots(min(cohort_size, len(ids)), devices, width) for ids in members]
+
+    def choose(key: Key, bucket_of: Array) -> list[tuple[Array, Array]]:
+        """Per bucket i32[slots] client ids and bool[slots], whether the slot is taken."""
+        drawn = jax.random.permutation(key, num_clients)[:cohort_size]
+        chosen = []
+        for b, (count, _) in enumerate(slots):
+            mine = bucket_of[drawn] == b
+            first = jnp.argsort(~mine, stable=True)[:count]
+            pad = (0, count - first.shape[0])
+            # Taken slots come first: deal them out to the devices in turn.
+            deal = lambda x: x.reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)  # noqa: B023
+            chosen.append((deal(jnp.pad(drawn[first], pad)), deal(jnp.pad(mine[first], pad))))
+        return chosen
+
+    def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
+        federation, profiles, public, bucket_of, row = constants
+        keys = jax.random.split(jax.random.fold_in(state.key, state.round), 4)
+        chosen = choose(keys[0], bucket_of)
+        totals, infos, memories = None, [], []
+        reports = jax.random.bernoulli(keys[1], 1 - drop_rate, (num_clients,))
+        for b, bucket in enumerate(algorithm.buckets):
+            if not len(members[b]):
+                infos.append({})
+                memories.append(())
+                continue
+            ids, taken = chosen[b]
+            at = jnp.where(
+                taken, row[ids], len(members[b])
+            )  # past the end: read clipped, not written
+            cohort = jax.tree.map(lambda x: jnp.take(x, at, axis=0, mode="clip"), state.memories[b])
+            present = (taken & reports[ids]).astype(jnp.float32)
+            work = _on_each_device(bucket, mesh, slots[b][1])
+            sums, cohort, info = work(
+                state.server, public, federation, profiles, cohort, ids, present, keys[2]
+            )
+            memories.append(
+                jax.tree.map(
+                    lambda all_, new: all_.at[at].set(new, mode="drop"), state.memories[b], cohort
+                )
+            )
+            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+            infos.append(info | {"selected": taken.sum(dtype=jnp.float32)})
+        server, server_info = algorithm.server(state.server, totals, public, keys[3])
+        info = _merge(infos) | server_info
+        return RunState(server, tuple(memories), state.round + 1, state.key), info
+
+    def many_rounds(state: RunState, constants):
+        if num_rounds == 1:
+            state, info = one_round(state, constants)
+            return state, jax.tree.map(lambda x: x[None], info)
+        return lax.scan(lambda s, _: one_round(s, constants), state, length=num_rounds)
+
+    compiled = jax.jit(many_rounds, donate_argnums=0, out_shardings=everywhere)
+
+    @jax.jit
+    def first(variables: Variables, key: Key, profiles: Profile) -> RunState:
+        server = algorithm.init(variables)
+        memories = []
+        for bucket, ids in zip(algorithm.buckets, members, strict=True):
+            mine = jax.tree.map(lambda x: x[ids], profiles)  # noqa: B023
+            start = jax.vmap(bucket.init_client, in_axes=(None, 0))
+            memories.append(start(server, mine) if len(ids) else ())
+        return RunState(server, tuple(memories), jnp.zeros((), jnp.int32), key)
+
+    def init(variables: Variables, key: Key) -> RunState:
+        return jax.device_put(first(variables, key, population.profiles), everywhere)
+
+    return Rounds(init, lambda state: compiled(state, constants))
+
+
+def _on_each_device(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
+    """The part of a round that is spread over devices, for one bucket."""
+
+    def run_one(download, federation, profiles, key, client_id, present, memory):
+        count = jnp.where(present > 0, federation.count[client_id], 0)
+        data = ClientData(federation.examples, federation.index[client_id], count)
+        profile = jax.tree.map(lambda x: x[client_id], profiles)
+        upload, new, info = bucket.client(
+            download, memory, data, profile, jax.random.fold_in(key, client_id)
+        )
+        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(upload)]).all()
+        counted = finite & (count > 0)
+        keep = lambda x, otherwise: jnp.where(counted, x, otherwise)
+        upload = jax.tree.map(lambda x: keep(present.astype(x.dtype) * x, 0), upload)
+        memory = jax.tree.map(keep, new, memory)
+        info = jax.tree.map(lambda x: keep(x, 0), info)
+        info["clients"] = counted.astype(jnp.float32)
+        info["non_finite"] = ((count > 0) & ~finite).astype(jnp.float32)
+        return upload, memory, info
+
+    def on_device(server, public, federation, profiles, memories, ids, present, key):
+        download = bucket.send(server, public)
+        one = lambda *slot: run_one(download, federation, profiles, key, *slot)
+        shapes = jax.eval_shape(one, ids[0], present[0], jax.tree.map(lambda x: x[0], memories))
+        upload_shape, _, info_shape = shapes
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (upload_shape, info_shape))
+
+        def step(sums, slot):
+            if width == 1:
+                upload, memory, info = one(*slot)
+            else:
+                upload, memory, info = jax.vmap(one)(*slot)
+                upload, info = jax.tree.map(lambda x: x.sum(0), (upload, info))
+            return jax.tree.map(jnp.add, sums, (upload, info)), memory
+
+        groups = (ids, present, memories)
+        if width > 1:
+            groups = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), groups)
+        (upload, info), memories = lax.scan(step, zeros, groups)
+        if width > 1:
+            memories = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memories)
+        return *lax.psum((bucket.lift(upload), info), "clients"), memories
+
+    spread = P("clients")
+    sharded = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P(), spread, spread, spread, P()),
+        out_specs=(P(), P(), spread),
+        check_vma=False,
+    )
+
+    def work(*args):
+        sums, info, memories = sharded(*args)
+        return sums, memories, info
+
+    return work
+
+
+def _slots(most: int, devices: int, width: int | None) -> tuple[int, int]:
+    """(slots of a bucket in all, clients at a time): whole groups on every device."""
+    per_device = max(1, math.ceil(most / devices))
+    width = per_device if width is None else min(width, per_device)
+    return math.ceil(per_device / width) * width * devices, width
+
+
+def _merge(infos: list[dict[str, Array]]) -> dict[str, Array]:
+    """Sums over buckets; what the ledger needs stays apart, [buckets]."""
+    apart = ("selected", "clients", "non_finite", "steps", "bytes_up")
+    names = {name for info in infos for name in info}
+    zero = jnp.zeros((), jnp.float32)
+    column = {name: [info.get(name, zero) for info in infos] for name in sorted(names)}
+    return {n: jnp.stack(c) if n in apart else sum(c[1:], c[0]) for n, c in column.items()}
+
+
+def _check(algorithm, population, cohort_size, num_rounds, drop_rate, width) -> int:
+    num_clients = population.federation.count.shape[0]
+    bucket_of = np.asarray(population.bucket)
+    sizes = {"bucket": bucket_of.shape[0], "index": population.federation.index.shape[0]}
+    sizes |= {f"profiles.{n}": x.shape[0] for n, x in population.profiles._asdict().items()}
+    wrong = {name: size for name, size in sizes.items() if size != num_clients}
+    if wrong:
+        raise ValueError(
+            f"The federation has {num_clients} clients, but leading sizes are {wrong}."
+        )
+    if not 1 <= cohort_size <= num_clients:
+        raise ValueError(
+            f"cohort_size={cohort_size} must be from 1 to the number of clients, {num_clients}."
+        )
+    last = len(algorithm.buckets) - 1
+    if bucket_of.min() < 0 or bucket_of.max() > last:
+        raise ValueError(
+            f"bucket has values from {bucket_of.min()} to {bucket_of.max()}; the algorithm has "
+            f"buckets 0 to {last}."
+        )
+    if num_rounds < 1:
+        raise ValueError(f"num_rounds must be at least 1, got {num_rounds}.")
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}.")
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1, got {width}.")
+    return num_clients
