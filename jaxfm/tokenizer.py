@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -273,7 +273,7 @@ def _byte_characters() -> list[str]:
     return [characters[byte] for byte in range(256)]
 
 
-def _token_reader(decoder: dict | None):
+def _token_reader(decoder: dict | None) -> Callable[[str], bytes]:
     """How a tokenizer's decoder turns the written form of a token into bytes."""
     parts = (decoder or {}).get("decoders", [decoder or {}])
     kinds = {part.get("type") for part in parts}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data.source import Source, checked
+from jaxfm.data.source import Source, checked, with_clients
 
 
 def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
@@ -16,8 +16,8 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
     Args:
       path: the file. Object arrays (pickles) are refused.
       leaves: leaf name -> key in the file, such as {"image": "train_images"}; by default every key
-        under its own name. A leaf "client" becomes the rows' owners. Integers wider than 32 bits
-        become i32, f64 becomes f32.
+        under its own name. A leaf "client" becomes the rows' owners. Labels, and integers of more
+        than 32 bits, become i32; f64 becomes f32.
 
     Raises:
       FileNotFoundError: no such file.
@@ -34,11 +34,9 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
             examples = {name: _narrow(name, file[key]) for name, key in leaves.items()}
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
         raise ValueError(f"{path} ({path.stat().st_size} bytes found): {error}") from error
-    client, names = examples.pop("client", None), ()
-    if client is not None:
-        distinct, client = np.unique(client, return_inverse=True)
-        client, names = client.astype(np.int32), tuple(map(str, distinct))
-    return checked(Source(examples, client, names), path)
+    owners = examples.pop("client", None)
+    source = Source(examples) if owners is None else with_clients(Source(examples), owners)
+    return checked(source, path)
 
 
 def digits(*, seed: int = 0) -> dict[str, Source]:
@@ -62,6 +60,8 @@ def digits(*, seed: int = 0) -> dict[str, Source]:
 
 
 def _narrow(name: str, array: np.ndarray) -> np.ndarray:
+    if name == "label" and array.dtype.itemsize < 4:
+        return array.astype(np.int32)
     if array.dtype == np.float64:
         return array.astype(np.float32)
     if (

@@ -54,12 +54,12 @@ def image_transform(
     if (mean is None) != (std is None):
         raise ValueError(f"give both of mean and std or neither; got mean={mean}, std={std}")
 
-    def transform(images, key=None):
+    def transform(images: Array, key: Array | None = None) -> Array:
         if key is not None and (pad or flip):
             images = pad_crop_flip(images, key, pad=pad, flip=flip)
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 255
-        if mean is not None:
+        if mean is not None and std is not None:
             shape = (1, 1, 1, images.shape[-1])
             centre = jnp.asarray(np.reshape(mean, shape), jnp.float32)
             images = (images - centre) / jnp.asarray(np.reshape(std, shape), jnp.float32)

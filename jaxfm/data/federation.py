@@ -6,7 +6,7 @@ operations and a new partition of the same data changes numbers only.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,8 +22,9 @@ class Federation(NamedTuple):
     """
 
     examples: dict[str, Array]  # leaves [N, ...]
-    index: Array  # i32[C, M] rows of `examples` of each client, padded with 0
-    count: Array  # i32[C] how many of each row are real
+    # These two names hide methods of tuple that nobody needs here.
+    index: Array  # type: ignore[assignment]  # i32[C, M] rows of each client, padded with 0
+    count: Array  # type: ignore[assignment]  # i32[C] how many of each row are real
 
 
 def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]) -> Federation:
@@ -55,7 +56,7 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
     return Federation({name: np.asarray(leaf) for name, leaf in examples.items()}, index, count)
 
 
-def leading_size(examples: Mapping[str, np.ndarray]) -> int:
+def leading_size(examples: Mapping[str, Any]) -> int:
     """The number of examples, having checked that every leaf agrees on it."""
     if not examples:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfm.data.source import Source, checked
+from jaxfm.data.source import Source, checked, with_clients
 from jaxfm.data.text import Document
 
 
@@ -35,13 +35,12 @@ def huggingface(
     """
     data = _load(name, split, config, [*columns.values(), *([client] if client else [])], options)
     examples = {leaf: _stack(name, column, data[column]) for leaf, column in columns.items()}
-    owners, names = None, ()
-    if client is not None:
-        distinct, owners = np.unique(np.asarray(data[client]).astype(str), return_inverse=True)
-        owners, names = owners.astype(np.int32), tuple(map(str, distinct))
     label = columns.get("label")
     classes = tuple(getattr(data.features.get(label), "names", None) or ()) if label else ()
-    return checked(Source(examples, owners, names, classes), name)
+    source = Source(examples, classes=classes)
+    if client is not None:
+        source = with_clients(source, np.asarray(data[client]))
+    return checked(source, name)
 
 
 def huggingface_documents(

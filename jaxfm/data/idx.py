@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data.source import Source, checked
+from jaxfm.data.source import Source, checked, with_clients
 
-TYPES = {
+TYPES: dict[int, np.dtype] = {
     0x08: np.dtype("u1"),
     0x09: np.dtype("i1"),
     0x0B: np.dtype(">i2"),
@@ -74,15 +74,14 @@ def mnist(folder: str | Path, *, writers: str | Path | None = None) -> dict[str,
             raise ValueError(
                 f"{image_path} {images.shape} and {label_path} {labels.shape} do not fit each other"
             )
-        client, names = None, ()
+        source = Source({"image": images[..., None], "label": labels})
         if writers is not None:
-            client, names = _writers(Path(writers), split, labels)
-        source = Source({"image": images[..., None], "label": labels}, client, names)
+            source = with_clients(source, _writers(Path(writers), split, labels))
         splits[split] = checked(source, image_path)
     return splits
 
 
-def _writers(folder: Path, split: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def _writers(folder: Path, split: str, labels: np.ndarray) -> np.ndarray:
     """QMNIST's columns: 0 the digit, 2 the writer. Its test part goes on where MNIST's ends."""
     path = _either(folder / f"qmnist-{split}-labels-idx2-int")
     table = read_idx(path)
@@ -95,8 +94,7 @@ def _writers(folder: Path, split: str, labels: np.ndarray) -> tuple[np.ndarray, 
             f"{path} labels row {row} as {table[row, 0]}, the images' labels say {labels[row]}: "
             f"not the writers of this data set"
         )
-    names, client = np.unique(table[:, 2], return_inverse=True)
-    return client.astype(np.int32), tuple(f"writer {name}" for name in names)
+    return table[:, 2]
 
 
 def _either(path: Path) -> Path:

@@ -49,6 +49,12 @@ def checked(source: Source, origin: str | Path) -> Source:
     return source
 
 
+def with_clients(source: Source, keys: np.ndarray) -> Source:
+    """The source with one client for each distinct key of its rows, named by it, sorted."""
+    distinct, client = np.unique(keys, return_inverse=True)
+    return source._replace(client=client.astype(np.int32), clients=tuple(map(str, distinct)))
+
+
 def describe(splits: Mapping[str, Source]) -> str:
     """A table for people: examples, owners and shapes of each split."""
     lines = [f"{'split':<12}{'examples':>10}{'clients':>9}  leaves"]

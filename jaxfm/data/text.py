@@ -158,6 +158,8 @@ def sizes_table(documents: Sequence[Document], held_out: float = 0.1, num_larges
     files: Mapping[str, Counter[str]] = {split: Counter() for split in SPLITS}
     sizes: Mapping[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for document in documents:
+        if not document.text:
+            continue
         split = split_of(document.name, held_out)
         files[split][document.client] += 1
         sizes[split][document.client] += len(document.text.encode("utf-8", "surrogatepass"))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxfm.tasks.language import cross_entropy
 from jaxfm.tasks.task import Array, Task, count_correct, leaf, row_weight, weighted_sum
@@ -46,9 +45,8 @@ def classification(
     def loss(outputs, targets, weight):
         nats, count = _checked(outputs, targets, weight)
         if label_smoothing:
-            logits = outputs.astype(jnp.float32)
-            smooth = optax.smooth_labels(jax.nn.one_hot(targets, num_classes), label_smoothing)
-            nats = weighted_sum(optax.softmax_cross_entropy(logits, smooth), weight)
+            spread = -jnp.mean(jax.nn.log_softmax(outputs.astype(jnp.float32)), axis=-1)
+            nats = (1 - label_smoothing) * nats + label_smoothing * weighted_sum(spread, weight)
         return nats, count
 
     def metrics(outputs, targets, weight):
