@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,29 @@ from jax import lax
 
 from jaxfm.model import Array, Live, Past
 
-Axis = tuple[str, int]  # a logical name and a size
+Axis = tuple[str | None, int]  # a logical name, None for an axis without one, and a size
 
 
-def param(value: Array, names: tuple[str, ...]) -> nnx.Param:
+def check_fields(config: Any, positive: tuple[str, ...], choices: Mapping[str, tuple]) -> None:
+    """Raises ValueError where a field is below 1 or none of its choices."""
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
+
+
+def check_length(length: int, max_len: int) -> None:
+    """Raises ValueError where a sequence has more tokens than there are positions."""
+    if length > max_len:
+        raise ValueError(
+            f"The inputs have {length} tokens, but the model knows {max_len} positions; cut the "
+            "inputs, or make the model with a larger max_len."
+        )
+
+
+def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
     """A trained leaf with logical axis names."""
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
@@ -226,7 +246,7 @@ def rotary_frequencies(
 
 
 def rotate(x: Array, positions: Array, frequencies: np.ndarray, factor: float) -> Array:
-    """Rotary position embedding of [B, T, ..., K] at `positions` i32[B, T]; pairs are (j, j + K/2)."""
+    """Rotary embedding of x [B, T, ..., K] at `positions` i32[B, T]; pairs are (j, j + K/2)."""
     angles = (
         positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
     )

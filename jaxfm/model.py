@@ -133,8 +133,8 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
         kind = next((name for cls, name in _COLLECTIONS.items() if isinstance(leaf, cls)), None)
         if kind is None:
             raise ValueError(
-                f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model may "
-                "hold nnx.Param (trained), nnx.BatchStat (statistics) and random streams."
+                f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model "
+                "may hold nnx.Param (trained), nnx.BatchStat (statistics) and random streams."
             )
         homes[path] = (kind, *map(str, path))
 
@@ -222,7 +222,7 @@ def count_parameters(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Layers: equal ones are stacked on axis 0, unequal ones (of a pruned network) are a dict "0", "1"...
+# Equal layers are stacked on axis 0; unequal ones (of a pruned network) are a dict "0", "1", ...
 
 
 def is_stacked(layers: Variables) -> bool:
@@ -252,10 +252,9 @@ def unstack(layers: Variables) -> Variables:
     """Stacked layers as a dict of layers: larger programs, but no slice of a stack at run time."""
     if not is_stacked(layers):
         return layers
-    split_all = lambda part: {
-        str(i): jax.tree.map(lambda x: x[i], part) for i in range(num_layers(layers))
-    }
-    return Variables(*(split_all(part) if part else {} for part in layers))
+    row = lambda part, i: jax.tree.map(lambda x: x[i], part)
+    rows = range(num_layers(layers))
+    return Variables(*({str(i): row(part, i) for i in rows} if part else {} for part in layers))
 
 
 def layer_at(layers: Variables, i: int) -> Variables:
@@ -273,7 +272,34 @@ def fold_layers(step: Callable, carry: PyTree, layers: Variables, xs: PyTree = N
         return jax.lax.scan(lambda c, lx: step(c, *lx), carry, (layers, xs))
     ys = []
     for i in range(num_layers(layers)):
-        carry, y = step(carry, layer_at(layers, i), jax.tree.map(lambda x: x[i], xs))
+        carry, y = step(carry, layer_at(layers, i), jax.tree.map(lambda x, i=i: x[i], xs))
         ys.append(y)
     same = len({str(jax.tree.map(jnp.shape, y)) for y in ys}) == 1
     return carry, (jax.tree.map(lambda *y: jnp.stack(y), *ys) if same else tuple(ys))
+
+
+# Transformers of every family are an embedding, layers and a head, under these three names.
+
+
+def part_of(variables: Variables, name: str) -> Variables:
+    """One part ("embed", "head") of each collection; empty where a collection has none."""
+    return Variables(*(collection.get(name, {}) for collection in variables))
+
+
+def assemble(
+    embed: Split, block: Split, head: Split, num_layers: int
+) -> tuple[Callable[[Key], Variables], Variables]:
+    """`init` and `axes` of a model of an embedding, `num_layers` equal layers and a head."""
+
+    def join(*parts: Variables) -> Variables:
+        named = list(zip(("embed", "layers", "head"), parts, strict=True))
+        return Variables(*({name: part[i] for name, part in named if part[i]} for i in range(3)))
+
+    @jax.jit
+    def init(key: Key) -> Variables:
+        keys = jax.random.split(key, 3)
+        layers = jax.vmap(block.init)(jax.random.split(keys[1], num_layers))
+        return join(embed.init(keys[0]), layers, head.init(keys[2]))
+
+    stacked = jax.tree.map(lambda names: ("layer", *names), block.axes, is_leaf=is_axes)
+    return init, join(embed.axes, stacked, head.axes)

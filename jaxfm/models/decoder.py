@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,24 @@ from jaxfm.layers import (
     Norm,
     RopeScaling,
     causal_mask,
+    check_fields,
+    check_length,
     rotary_frequencies,
 )
 from jaxfm.model import (
     Array,
     Model,
     Past,
-    Split,
     Stages,
     Variables,
+    assemble,
     fold_layers,
     layers_of,
+    part_of,
     split,
 )
+
+Config = TypeVar("Config", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +99,14 @@ class DecoderConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "mlp_dim", "max_len"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_fields(
+            self,
+            positive=("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
+                      "head_dim", "mlp_dim", "max_len"),
+            choices={"activation": tuple(ACTIVATIONS), "norm": ("rms", "layer"),
+                     "positions": ("rotary", "learned"),
+                     "family": ("llama", "mistral", "qwen2", "gpt2")},
+        )  # fmt: skip
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
@@ -106,11 +115,6 @@ class DecoderConfig:
             raise ValueError(f"Rotary positions need an even head_dim, got {self.head_dim}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}.")
-        for name, allowed in (("activation", tuple(ACTIVATIONS)), ("norm", ("rms", "layer")),
-                              ("positions", ("rotary", "learned")),
-                              ("family", ("llama", "mistral", "qwen2", "gpt2"))):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
 
 def gpt2_config(**sizes) -> DecoderConfig:
@@ -191,15 +195,11 @@ def decoder(config: DecoderConfig) -> Model:
     block = split(lambda rngs: Block(config, rngs))
     out = split(lambda rngs: Head(config, rngs))
 
-    @jax.jit
-    def init(key) -> Variables:
-        keys = jax.random.split(key, 3)
-        layers = jax.vmap(block.init)(jax.random.split(keys[1], config.num_layers))
-        return _join(embedding.init(keys[0]), layers, out.init(keys[2]))
+    init, axes = assemble(embedding, block, out, config.num_layers)
 
     def embed(variables: Variables, tokens: Array, positions: Array) -> Array:
         with jax.named_scope("embed"):
-            return embedding.call(_part(variables, "embed"), tokens, positions)[0]
+            return embedding.call(part_of(variables, "embed"), tokens, positions)[0]
 
     def run_block(
         layer: Variables, x: Array, positions: Array, mask: Array, past: Past | None = None
@@ -209,57 +209,44 @@ def decoder(config: DecoderConfig) -> Model:
     def head(variables: Variables, x: Array) -> Array:
         table = variables.params["embed"]["tokens"]["table"] if config.tied else None
         with jax.named_scope("head"):
-            return out.call(_part(variables, "head"), x, table)[0]
+            return out.call(part_of(variables, "head"), x, table)[0]
 
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
     def apply(variables: Variables, tokens: Array, *, train: bool = False, key=None):
+        if config.positions == "learned":
+            check_length(tokens.shape[1], config.max_len)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         mask = causal_mask(positions, positions, config.sliding_window)
         step = lambda x, layer, _: (one_block(layer, x, positions, mask)[0], None)
         x, _ = fold_layers(step, embed(variables, tokens, positions), layers_of(variables))
         return head(variables, x), variables.stats
 
-    axes = _join(embedding.axes, _stacked_axes(block), out.axes)
     return Model(init, apply, axes, config, Stages(embed, run_block, head))
 
 
-def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+def resized(config: Config, sizes: Mapping[str, int]) -> Config:
     """The config of a subnet whose axes have `sizes` (`jaxfm.subnet.axis_sizes` of its variables).
 
+    Args:
+      config: of the whole model; a decoder, encoder or vision transformer.
+      sizes: by axis name.
     Raises:
       ValueError: keys and values of an attention head have different sizes.
     """
     head_dim = sizes.get("rotary_dim", sizes.get("qk_dim"))
     if sizes["v_dim"] != head_dim:
         raise ValueError(
-            f"Keys have head dim {head_dim} and values {sizes['v_dim']}; a decoder has one head_dim."
+            f"Keys have head dim {head_dim} and values {sizes['v_dim']}; a model has one head_dim."
         )
-    return dataclasses.replace(
-        config,
-        embed_dim=sizes["embed"],
-        num_layers=sizes["layer"],
-        num_kv_heads=sizes["kv_heads"],
-        num_heads=sizes["kv_heads"] * sizes["q_per_kv"],
-        head_dim=head_dim,
-        mlp_dim=sizes["mlp"],
-        attention_scale=config.attention_scale or config.head_dim**-0.5,
-    )
-
-
-def _part(variables: Variables, name: str) -> Variables:
-    return Variables(*(part.get(name, {}) for part in variables))
-
-
-def _join(embed: Variables, layers: Variables, head: Variables) -> Variables:
-    """One tree of the three parts; collections that a part has none of stay empty."""
-    named = [("embed", embed), ("layers", layers), ("head", head)]
-    return Variables(
-        *({name: part[i] for name, part in named if part[i]} for i in range(len(embed)))
-    )
-
-
-def _stacked_axes(block: Split) -> Variables:
-    return jax.tree.map(
-        lambda names: ("layer", *names), block.axes, is_leaf=lambda x: type(x) is tuple
-    )
+    changes = {
+        "embed_dim": sizes["embed"],
+        "num_layers": sizes["layer"],
+        "num_heads": sizes["kv_heads"] * sizes["q_per_kv"],
+        "head_dim": head_dim,
+        "mlp_dim": sizes["mlp"],
+        "attention_scale": config.attention_scale or config.head_dim**-0.5,
+    }
+    if hasattr(config, "num_kv_heads"):
+        changes["num_kv_heads"] = sizes["kv_heads"]
+    return dataclasses.replace(config, **changes)
