@@ -1,0 +1,38 @@
+"""Model families: causal decoders, encoders, vision transformers and small classifiers."""
+
+from __future__ import annotations
+
+from jaxfm.model import Model
+from jaxfm.models.cnn import CnnConfig
+from jaxfm.models.cnn import cnn as _cnn
+from jaxfm.models.decoder import DecoderConfig
+from jaxfm.models.decoder import decoder as _decoder
+from jaxfm.models.encoder import EncoderConfig
+from jaxfm.models.encoder import encoder as _encoder
+from jaxfm.models.vit import VitConfig
+from jaxfm.models.vit import vit as _vit
+
+__all__ = ["CnnConfig", "DecoderConfig", "EncoderConfig", "VitConfig", "build"]
+
+Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig
+
+
+def build(config: Config) -> Model:
+    """The model of a config, of whichever family.
+
+    Raises:
+      TypeError: not a config of one of our families.
+    """
+    for kind, factory in _FAMILIES.items():
+        if isinstance(config, kind):
+            return factory(config)
+    names = ", ".join(kind.__name__ for kind in _FAMILIES)
+    raise TypeError(f"Expected one of {names}; got {type(config).__name__}.")
+
+
+_FAMILIES = {
+    DecoderConfig: _decoder,
+    EncoderConfig: _encoder,
+    VitConfig: _vit,
+    CnnConfig: _cnn,
+}

@@ -1,0 +1,57 @@
+"""Tiny models for tests: a few thousand parameters, a second to compile.
+
+>>> import jax
+>>> model = tiny_decoder(num_layers=1)
+>>> variables = model.init(jax.random.key(0))
+>>> model.apply(variables, jax.numpy.zeros((1, 4), int))[0].shape
+(1, 4, 64)
+
+Each takes changes of its config. The same changes give the same object, so that JAX compiles each
+program once for all tests of a process.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jaxfm.model import Model
+from jaxfm.models.cnn import CnnConfig, cnn
+from jaxfm.models.decoder import DecoderConfig, decoder, gpt2_config
+from jaxfm.models.encoder import EncoderConfig, encoder
+from jaxfm.models.vit import VitConfig, vit
+
+_SIZES = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
+
+
+@functools.cache
+def tiny_decoder(**changes: Any) -> Model:
+    """A Llama of 2 layers, width 16, 4 query heads over 2 key/value heads, 64 tokens."""
+    sizes = {**_SIZES, "vocab_size": 64, "num_kv_heads": 2, "max_len": 64}
+    return decoder(DecoderConfig(**(sizes | changes)))
+
+
+@functools.cache
+def tiny_gpt2(**changes: Any) -> Model:
+    """A GPT-2 of 2 layers, width 16, 4 heads, 64 tokens."""
+    return decoder(gpt2_config(**({**_SIZES, "vocab_size": 64, "max_len": 64} | changes)))
+
+
+@functools.cache
+def tiny_encoder(**changes: Any) -> Model:
+    """A BERT of 2 layers, width 16, 4 heads, 64 tokens, with a masked-language head."""
+    return encoder(EncoderConfig(**({**_SIZES, "vocab_size": 64, "max_len": 64} | changes)))
+
+
+@functools.cache
+def tiny_vit(**changes: Any) -> Model:
+    """A vision transformer of 2 layers, width 16, 4 heads: 8x8x3 images, 4x4 patches, 5 classes."""
+    sizes = {**_SIZES, "image_size": 8, "patch_size": 4, "num_classes": 5}
+    return vit(VitConfig(**(sizes | changes)))
+
+
+@functools.cache
+def tiny_cnn(**changes: Any) -> Model:
+    """The convolutional network on 8x8x1 images with 4 and 6 channels, 12 units, 5 classes."""
+    sizes = {"image_size": (8, 8), "conv_channels": (4, 6), "dense_dim": 12, "num_classes": 5}
+    return cnn(CnnConfig(**(sizes | changes)))
