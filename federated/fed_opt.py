@@ -35,6 +35,16 @@ def fed_opt(
     round without a single upload changes nothing, the optimizer's moments included.
     """
 
+    init, server = server_optimizer(optimizer)
+    return Algorithm(init, (averaging_bucket(model, task, local),), server)
+
+
+def server_optimizer(optimizer: optax.GradientTransformation):
+    """The `init` and `server` of an algorithm whose uploads are a `Mean` of movements.
+
+    Coordinates that nobody covered have a zero gradient; `optax.sgd(1.0)` is plain averaging.
+    """
+
     def init(variables: Variables) -> FedOptState:
         return FedOptState(variables, optimizer.init(variables.params))
 
@@ -43,9 +53,10 @@ def fed_opt(
         gradient = jax.tree.map(jnp.negative, params_step)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
         new = FedOptState(moved(state.variables, (updates, stats_step)), opt_state)
-        return jax.tree.map(lambda a, b: jnp.where(totals.den > 0, a, b), new, state), {}
+        anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
+        return jax.tree.map(lambda a, b: jnp.where(anybody, a, b), new, state), {}
 
-    return Algorithm(init, (averaging_bucket(model, task, local),), server)
+    return init, server
 
 
 def fed_adam(

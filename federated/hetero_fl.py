@@ -13,16 +13,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import optax
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import FedAvgState, difference, moved
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, scaled
+from jaxfm.federated.fed_avg import difference
+from jaxfm.federated.fed_opt import FedOptState, server_optimizer
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Key, Model, Variables
 from jaxfm.subnet import Subnet, cover, embed, extract
 from jaxfm.tasks import Task
 
 
-def hetero_fl(model: Model, task: Task, local: Local, tiers: Sequence[Subnet]) -> Algorithm:
+def hetero_fl(
+    model: Model,
+    task: Task,
+    local: Local,
+    tiers: Sequence[Subnet],
+    optimizer: optax.GradientTransformation | None = None,
+) -> Algorithm:
     """Width-heterogeneous federated averaging, one bucket a tier.
 
     One tier of full width is federated averaging. Partition: what a tier covers is shared; nothing
@@ -31,13 +39,12 @@ def hetero_fl(model: Model, task: Task, local: Local, tiers: Sequence[Subnet]) -
     Args:
       model: of full width; its `apply` runs the slices too.
       tiers: what the clients of each bucket hold.
+      optimizer: on the server, as in `fed_opt`; None: plain averaging.
     """
 
-    def server(state: FedAvgState, totals: Mean, public, key: Key):
-        return FedAvgState(moved(state.variables, mean(totals))), {}
-
+    init, server = server_optimizer(optimizer or optax.sgd(1.0))
     buckets = tuple(_tier(model, task, local, subnet) for subnet in tiers)
-    return Algorithm(FedAvgState, buckets, server)
+    return Algorithm(init, buckets, server)
 
 
 def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
@@ -46,7 +53,7 @@ def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
     full = jax.eval_shape(model.init, jax.random.key(0))
     like = (full.params, full.stats)
 
-    def send(server: FedAvgState, public) -> Variables:
+    def send(server: FedOptState, public) -> Variables:
         return extract(server.variables, model.axes, subnet)
 
     def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
@@ -58,7 +65,7 @@ def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
         num = embed(sums.num, sent_axes, subnet, like)
         return Mean(num, scaled(sums.den, cover(sent_axes, subnet, like)))
 
-    def personal(server: FedAvgState, memory) -> Variables:
+    def personal(server: FedOptState, memory) -> Variables:
         return send(server, None)
 
     return Bucket(model, send, client, lift=lift, personal=personal)

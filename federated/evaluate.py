@@ -1,0 +1,105 @@
+"""The three figures that every federated run reports.
+
+The global model on the global test set; each client's own model on its local test set; and the
+mean of the clients that are served worst. The middle alone hides whom the average leaves behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfm.data.federation import Federation
+from jaxfm.federated.algorithm import Algorithm, Bucket
+from jaxfm.federated.rounds import RunState
+from jaxfm.model import PyTree
+from jaxfm.tasks import Task
+from jaxfm.tasks.evaluate import evaluate, metric_totals
+
+HIGHER_IS_BETTER = ("accuracy",)
+
+
+def client_metrics(
+    algorithm: Algorithm, bucket_of: np.ndarray, task: Task, *, batch_size: int
+) -> Callable[[RunState, Federation], dict[str, np.ndarray]]:
+    """Returns `f(state, test) -> {metric: f64[C]}`: each client's own model on its own test rows.
+
+    NaN for a client without test rows. One compiled scan over the clients of each bucket.
+    """
+    members = [np.flatnonzero(np.asarray(bucket_of) == b) for b in range(len(algorithm.buckets))]
+    runs = [_over_clients(bucket, task, batch_size) for bucket in algorithm.buckets]
+
+    def measure(state: RunState, test: Federation) -> dict[str, np.ndarray]:
+        num_clients = test.count.shape[0]
+        result: dict[str, np.ndarray] = {}
+        for ids, run, memories in zip(members, runs, state.memories, strict=True):
+            if not len(ids):
+                continue
+            examples, index, count = test
+            sums = run(state.server, memories, examples, index[ids], count[ids])
+            for name, (total, weight) in sums.items():
+                total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
+                column = result.setdefault(name, np.full(num_clients, np.nan))
+                column[ids] = np.divide(
+                    total, weight, out=np.full(len(ids), np.nan), where=weight > 0
+                )
+        return result
+
+    return measure
+
+
+def _over_clients(bucket: Bucket, task: Task, batch_size: int) -> Callable:
+    model = bucket.model
+    if model is None:
+        raise ValueError("A bucket without a model cannot be evaluated; give Bucket(model=...).")
+
+    @jax.jit
+    def run(server: PyTree, memories: PyTree, examples, index, count):
+        def one(_, client):
+            memory, rows, count = client
+            totals = metric_totals(
+                model.apply, bucket.personal(server, memory), task, examples,
+                batch_size=batch_size, rows=rows, count=count,
+            )  # fmt: skip
+            return None, jax.tree.map(jnp.sum, totals)
+
+        return jax.lax.scan(one, None, (memories, index, count))[1]
+
+    return run
+
+
+def worst_decile(name: str, values: np.ndarray) -> float:
+    """The mean over the tenth (at least one) of clients with the worst values; NaNs left out."""
+    values = np.sort(values[~np.isnan(values)])
+    if not values.size:
+        return float("nan")
+    some = math.ceil(values.size / 10)
+    return float(values[:some].mean() if name in HIGHER_IS_BETTER else values[-some:].mean())
+
+
+def three_metrics(
+    per_client: Mapping[str, np.ndarray], overall: Mapping[str, float]
+) -> dict[str, float]:
+    """"global/...", "personal/..." (mean over clients) and "worst_decile/..." of each metric."""
+    result = {f"global/{name}": value for name, value in overall.items()}
+    for name, values in per_client.items():
+        some = values[~np.isnan(values)]
+        result[f"personal/{name}"] = float(some.mean()) if some.size else float("nan")
+        result[f"worst_decile/{name}"] = worst_decile(name, values)
+    return result
+
+
+def global_metrics(
+    algorithm: Algorithm, state: RunState, task: Task, examples: Mapping, *, batch_size: int,
+    bucket: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of what a client of `bucket` without memory would use, on one test set."""
+    chosen = algorithm.buckets[bucket]
+    if chosen.model is None:
+        raise ValueError("A bucket without a model cannot be evaluated; give Bucket(model=...).")
+    variables = chosen.personal(state.server, ())
+    return evaluate(chosen.model.apply, variables, task, examples, batch_size)

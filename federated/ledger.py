@@ -1,0 +1,97 @@
+"""What a run costs its clients: bytes, operations and memory, from the trees really sent.
+
+Costs of one client follow from the shapes of its bucket's download, upload and program; a round's
+costs are those times who took part, as the round itself reports.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfm.cost import count_flops, loop_bytes, num_bytes
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData
+from jaxfm.federated.rounds import Population
+from jaxfm.model import PyTree, Variables, count_parameters
+
+
+class ClientCost(NamedTuple):
+    """One client of a bucket.
+
+    Attributes:
+      bytes_down, bytes_up: of one download and one upload.
+      parameters: that it trains.
+      memory_bytes: that training holds from step to step (parameters, optimizer state, statistics)
+        and one gradient; activations come on top.
+      flops_per_step: of one local step.
+    """
+
+    bytes_down: int
+    bytes_up: int
+    parameters: int
+    memory_bytes: int
+    flops_per_step: int
+
+
+def client_costs(
+    algorithm: Algorithm, population: Population, variables: Variables, public: PyTree = None
+) -> tuple[ClientCost, ...]:
+    """The costs of one client of each bucket, by shapes alone: nothing is computed.
+
+    Args:
+      variables: arrays or shapes of the full model.
+      public: as given to `rounds`.
+    """
+    server = jax.eval_shape(algorithm.init, variables)
+    return tuple(_cost(bucket, population, server, public) for bucket in algorithm.buckets)
+
+
+def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree) -> ClientCost:
+    federation = population.federation
+    shape = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype)
+    data = ClientData(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(federation.examples)),
+        jax.ShapeDtypeStruct(federation.index.shape[1:], jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    profile = jax.tree.map(lambda x: shape(x[0]), population.profiles)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    download = jax.eval_shape(bucket.send, server, public)
+    memory = jax.eval_shape(bucket.init_client, server, profile)
+    args = (download, memory, data, profile, key)
+    upload, _, _ = jax.eval_shape(bucket.client, *args)
+    personal = jax.eval_shape(bucket.personal, server, memory)
+    sent = download
+    if isinstance(download, Variables):  # which channels are live is structure, known to both sides
+        sent = (download.params, download.stats)
+    return ClientCost(
+        bytes_down=num_bytes(sent),
+        bytes_up=num_bytes(upload),
+        parameters=count_parameters(personal.params),
+        memory_bytes=loop_bytes(bucket.client, *args) + num_bytes(personal.params),
+        flops_per_step=count_flops(bucket.client, *args),
+    )
+
+
+def round_costs(costs: tuple[ClientCost, ...], info: dict) -> dict[str, float]:
+    """Bytes and operations of the rounds that `info` (of `Rounds.run`) reports, summed.
+
+    Whoever was selected got the download; whoever reported, with a finite update or not, sent an
+    upload. A bucket that reports "bytes_up" of its own is believed.
+
+    Returns:
+      "bytes_down", "bytes_up", "flops": of all clients together.
+    """
+    per_bucket = lambda name: np.asarray(info[name], np.float64).reshape(-1, len(costs)).sum(0)
+    selected = per_bucket("selected")
+    reported = per_bucket("clients") + per_bucket("non_finite")
+    own = per_bucket("bytes_up") if "bytes_up" in info else np.zeros(len(costs))
+    up = np.where(own > 0, own, reported * [cost.bytes_up for cost in costs])
+    return {
+        "bytes_down": float(selected @ [cost.bytes_down for cost in costs]),
+        "bytes_up": float(up.sum()),
+        "flops": float(per_bucket("steps") @ [cost.flops_per_step for cost in costs]),
+    }

@@ -1,0 +1,87 @@
+"""What a function costs, counted in its jaxpr: no list of layers, no compilation.
+
+>>> import jax, jax.numpy as jnp
+>>> x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+>>> count_flops(lambda x: x @ x.T, x)
+2048
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from jaxfm.model import PyTree
+
+
+def count_flops(function: Callable, *args, **kwargs) -> int:
+    """Floating-point operations of all matrix products and convolutions, 2 a multiply-add.
+
+    A `scan` counts as often as it runs; a `while` loop, whose length is not known, counts once (so
+    a client's program counts as one of its local steps); a `cond` counts its dearest branch.
+
+    Args:
+      function: any traceable function.
+      *args, **kwargs: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return _flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
+def loop_bytes(function: Callable, *args, **kwargs) -> int:
+    """Bytes that the largest loop carries from step to step: of a training loop, parameters,
+    optimizer state and statistics together."""
+    return _loop_bytes(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays (or shapes) in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _flops(jaxpr: Jaxpr) -> int:
+    return sum(_equation_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _equation_flops(eqn: JaxprEqn) -> int:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (contracting, _), _ = eqn.params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        return 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracting)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * eqn.outvars[0].aval.size * kernel.size // outputs
+    inner = [_flops(jaxpr) for jaxpr in _inner(eqn)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _loop_bytes(jaxpr: Jaxpr) -> int:
+    most = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            most = max(most, sum(_size(var.aval) for var in eqn.outvars))
+        elif eqn.primitive.name == "scan":
+            carried = eqn.outvars[: eqn.params["num_carry"]]
+            most = max(most, sum(_size(var.aval) for var in carried))
+        most = max([most, *map(_loop_bytes, _inner(eqn))])
+    return most
+
+
+def _size(aval) -> int:
+    return aval.size * aval.dtype.itemsize
+
+
+def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation calls."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
