@@ -134,7 +134,7 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def decode_stream(tokenizer: Tokenizer, blocks: Iterable[Sequence[int]]) -> Iterator[str]:
-    """Text as it grows, one piece for each block of ids; a last one if text was held back.
+    """Text as it grows, one piece for each block of ids, and one more if text was held back.
 
     A character whose bytes are not all there yet is held back, so no piece is ever taken back and
     the pieces join to `decode` of all ids.
@@ -143,21 +143,24 @@ def decode_stream(tokenizer: Tokenizer, blocks: Iterable[Sequence[int]]) -> Iter
     >>> list(decode_stream(tokenizer, [[72, 195], [169], [33]]))
     ['H', 'é', '!']
     """
-    # Tokens before `start` are done with; those up to `seen` are only kept because the text of the
-    # following ones may depend on them (a space that is dropped at the start of a text).
+    # Decoded is only a window: tokens up to `seen`, whose text is out and which stay because that
+    # of the following ones may depend on them (a space is dropped at the start of a text), and
+    # newer ones.
     window: list[int] = []
-    seen = 0
+    seen = shown = 0
+    text = ""
     for block in blocks:
         window.extend(int(token) for token in block)
-        before, after = tokenizer.decode(window[:seen]), tokenizer.decode(window)
-        if after.endswith("\ufffd") or len(after) <= len(before):
-            yield ""
-            continue
-        yield after[len(before) :]
-        window, seen = window[seen:], len(window) - seen
-    rest = tokenizer.decode(window)[len(tokenizer.decode(window[:seen])) :]
-    if rest:
-        yield rest
+        text = tokenizer.decode(window)
+        whole = text.rstrip("\ufffd")
+        piece, shown = whole[shown:], max(shown, len(whole))
+        yield piece
+        if piece and whole == text:
+            window = window[seen:]
+            text = tokenizer.decode(window)
+            seen, shown = len(window), len(text)
+    if text[shown:]:
+        yield text[shown:]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:

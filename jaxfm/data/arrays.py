@@ -27,7 +27,7 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             leaves = dict(leaves or {key: key for key in file.files})
             if missing := sorted(set(leaves.values()) - set(file.files)):
                 raise ValueError(f"there is no {missing}; found {sorted(file.files)}")

@@ -1,0 +1,183 @@
+"""Laws of tokenizers: text comes back, ids mean what they say."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxfm.data.stdlib import stdlib_documents
+from jaxfm.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    bytes_per_token,
+    decode_stream,
+    load_tokenizer,
+    same_vocabulary,
+    save_tokenizer,
+    train_bpe,
+)
+
+TEXT = 'def f(x):\n\treturn "naïve – 漢字 🎉 <|eos|> \u2581 <0x0A>"  # twice  \r\n'
+
+
+@pytest.fixture(scope="module")
+def bpe() -> HuggingFaceTokenizer:
+    return train_bpe((document.text for document in stdlib_documents(tiny=True)), 400)
+
+
+@pytest.fixture(scope="module", params=["bytes", "saved bytes", "bpe", "saved bpe"])
+def tokenizer(request, bpe, tmp_path_factory) -> Tokenizer:
+    chosen = ByteTokenizer() if "bytes" in request.param else bpe
+    if "saved" in request.param:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        save_tokenizer(chosen, folder)
+        chosen = load_tokenizer(folder)
+    return chosen
+
+
+def test_all_keep_the_protocol(tokenizer):
+    assert isinstance(tokenizer, Tokenizer)
+    assert tokenizer.vocab_size == max(tokenizer.vocab.values()) + 1 == len(tokenizer.vocab)
+    specials = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id]
+    assert tokenizer.special_ids == set(specials)
+    assert len(set(specials)) == 4
+    assert tokenizer.decode([*specials, *tokenizer.encode("x"), *specials]) == "x"
+
+
+@given(text=st.text(max_size=60) | st.sampled_from([TEXT, "<|eos|>", "<|mask|><|pad|>", " a"]))
+def test_text_comes_back_and_specials_cannot_be_written(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.special_ids.isdisjoint(ids)
+
+
+@given(text=st.text(max_size=60))
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
+    table = tokenizer.token_bytes()
+    ids = tokenizer.encode(text)
+    assert b"".join(table[token] for token in ids) == text.encode()
+    assert bytes_per_token(tokenizer)[ids].sum() == len(text.encode())
+
+
+@given(text=st.text(max_size=40) | st.just("a\ufffd"), cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_a_stream_joins_to_the_whole_and_takes_nothing_back(tokenizer, text, cuts):
+    ids = tokenizer.encode(text)
+    cuts = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    blocks = [ids[start:stop] for start, stop in pairwise(cuts)]
+    pieces = list(decode_stream(tokenizer, blocks))
+    assert "".join(pieces) == text
+    assert len(blocks) <= len(pieces) <= len(blocks) + 1
+
+
+def test_a_stream_shows_no_half_characters():
+    party = list("🎉".encode())
+    blocks = [[97, *party[:2]], party[2:3], party[3:], [98]]
+    assert list(decode_stream(ByteTokenizer(), blocks)) == ["a", "", "🎉", "b"]
+    # What never becomes a character is shown at the end.
+    assert list(decode_stream(ByteTokenizer(), [[97], party[:2]])) == ["a", "", "\ufffd"]
+
+
+def test_a_trained_bpe_is_shorter_than_bytes(bpe):
+    text = stdlib_documents(tiny=True)[0].text
+    assert bpe.vocab_size == 400
+    assert len(bpe.encode(text)) < 0.6 * len(text.encode())
+    with pytest.raises(ValueError, match="vocab_size must be at least 260; got 100"):
+        train_bpe(["a"], 100)
+
+
+def test_vocabularies_are_compared_by_content(bpe, tmp_path: Path):
+    save_tokenizer(ByteTokenizer(), tmp_path)
+    assert same_vocabulary(ByteTokenizer(), load_tokenizer(tmp_path))
+    assert not same_vocabulary(ByteTokenizer(), bpe)
+    other = train_bpe(["zyx wvu " * 50, "xyz uvw " * 50], 264)
+    another = train_bpe(["hello you " * 50, "world " * 50], 264)
+    assert other.vocab_size == another.vocab_size
+    assert not same_vocabulary(other, another)
+
+
+def test_byte_ids_are_byte_values_everywhere(tmp_path: Path):
+    save_tokenizer(ByteTokenizer(), tmp_path)
+    opened = load_tokenizer(tmp_path)
+    assert opened.encode(TEXT) == ByteTokenizer().encode(TEXT) == list(TEXT.encode())
+    assert opened.token_bytes() == ByteTokenizer().token_bytes()
+    assert (opened.bos_id, opened.eos_id, opened.pad_id, opened.mask_id) == (256, 257, 258, 259)
+
+
+def test_transformers_opens_what_was_saved(bpe, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(bpe, tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    assert opened.encode(TEXT, add_special_tokens=False, split_special_tokens=True) == bpe.encode(
+        TEXT
+    )
+    assert opened.eos_token_id == bpe.eos_id
+
+
+def test_a_bare_tokenizer_file_is_opened(bpe, tmp_path: Path):
+    save_tokenizer(bpe, tmp_path)
+    assert same_vocabulary(load_tokenizer(tmp_path / "tokenizer.json"), bpe)
+
+
+def sentencepiece_style(tmp_path: Path) -> HuggingFaceTokenizer:
+    """A tokenizer as Llama 2's: a mark for spaces, and bytes for what the vocabulary lacks."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    letters = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b"]
+    vocab = {token: number for number, token in enumerate([*letters, "\u2581a"])}
+    backend = Backend(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_sentencepiece_tokens_have_their_bytes(tmp_path: Path):
+    tokenizer = sentencepiece_style(tmp_path)
+    text = "a é 🎉 ba  b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    table = tokenizer.token_bytes()
+    assert b"".join(table[token] for token in ids) == b" " + text.encode()
+    assert "".join(decode_stream(tokenizer, [[token] for token in ids])) == text
+
+
+def test_wordpiece_tokens_have_their_bytes(tmp_path: Path):
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "run", "##ning", "fast"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = HuggingFaceTokenizer(BertTokenizerFast(str(tmp_path / "vocab.txt")))
+    assert tokenizer.encode("running fast") == [5, 6, 7]
+    assert b"".join(tokenizer.token_bytes()) == b" running fast"
+    assert tokenizer.mask_id == 4
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer 'jaxfm-tests/no-such-model'"):
+        load_tokenizer("jaxfm-tests/no-such-model")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "nonsense"}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.259; got 260"):
+        ByteTokenizer().decode([65, 260])
+    with pytest.raises(TypeError, match="a Rust backend is needed; got object"):
+        HuggingFaceTokenizer(object())
+    with pytest.raises(TypeError, match="have a form that Hugging Face reads; got object"):
+        save_tokenizer(object(), tmp_path)
