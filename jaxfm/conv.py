@@ -18,11 +18,11 @@ CPU milliseconds for a step of the 5x5x32 / 5x5x64 / dense 512 network, 28x28 im
     =========================  ===========  =============  ===============
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
@@ -154,19 +154,12 @@ def _backward(window, residuals, dy):
     x, kernel = residuals
     size, taps, out = x.shape[1:3], kernel.shape[:2], dy.shape[1:3]
     before = [low for low, _ in window.padding]
-    turned = [(k - 1) * r - low for k, r, low in zip(taps, window.kernel_dilation, before)]
-    to_x = _Window(
-        window.input_dilation,
-        _fill(out, window.strides, taps, window.kernel_dilation, size, window.input_dilation, turned),
-        window.strides,
-        window.kernel_dilation,
-    )
-    to_kernel = _Window(
-        window.kernel_dilation,
-        _fill(size, window.input_dilation, out, window.strides, taps, window.kernel_dilation, before),
-        window.input_dilation,
-        window.strides,
-    )
+    turned = [
+        (k - 1) * r - low for k, r, low in zip(taps, window.kernel_dilation, before, strict=True)
+    ]
+    input_dilation, kernel_dilation = window.input_dilation, window.kernel_dilation
+    to_x = _fit(out, taps, size, input_dilation, turned, window.strides, kernel_dilation)
+    to_kernel = _fit(size, out, taps, kernel_dilation, before, input_dilation, window.strides)
     dx = _canonical(dy, lax.rev(kernel, (0, 1)).swapaxes(2, 3), to_x)
     dkernel = _canonical(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), to_kernel)
     return dx, dkernel.transpose(1, 2, 0, 3)
@@ -175,14 +168,15 @@ def _backward(window, residuals, dy):
 _canonical.defvjp(_forward, _backward)
 
 
-def _fill(size, dilation, taps, kernel_dilation, out, strides, before):
-    """Padding that starts with `before` and makes the result exactly `out` long."""
-    return tuple(
-        (low, (o - 1) * s + (k - 1) * r + 1 - ((n - 1) * d + 1) - low)
-        for n, d, k, r, o, s, low in zip(
-            size, dilation, taps, kernel_dilation, out, strides, before, strict=True
-        )
+def _fit(size, taps, out, strides, before, input_dilation, kernel_dilation) -> _Window:
+    """The window whose padding starts with `before` and whose result is exactly `out` long."""
+    given = ((n - 1) * dilation + 1 for n, dilation in zip(size, input_dilation, strict=True))
+    reach = ((k - 1) * dilation + 1 for k, dilation in zip(taps, kernel_dilation, strict=True))
+    padding = tuple(
+        (low, (o - 1) * s + r - g - low)
+        for low, o, s, r, g in zip(before, out, strides, reach, given, strict=True)
     )
+    return _Window(strides, padding, input_dilation, kernel_dilation)
 
 
 def _one_kernel_at_a_time(x: Array, kernel: Array, window: _Window) -> Array:
