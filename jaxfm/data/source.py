@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxfm.data.federation import leading_size
+from jaxfm.data.federation import Federation, federate, leading_size
+from jaxfm.data.partition import natural
 
 
 class Source(NamedTuple):
@@ -16,7 +17,7 @@ class Source(NamedTuple):
       examples: leaves [N, ...]: "image" u8 or f32 [N, H, W, C], "label" i32[N],
         "tokens" i32[N, T + 1].
       client: i32[N], whose each row is: a number below len(clients), -1 for nobody's; None where
-        the data has no natural owners. `partition.natural(client, len(clients))` groups by it.
+        the data has no natural owners. `federation_of` groups by it.
       clients: the owners' names.
       classes: the names of the labels, where known.
     """
@@ -53,6 +54,16 @@ def with_clients(source: Source, keys: np.ndarray) -> Source:
     """The source with one client for each distinct key of its rows, named by it, sorted."""
     distinct, client = np.unique(keys, return_inverse=True)
     return source._replace(client=client.astype(np.int32), clients=tuple(map(str, distinct)))
+
+
+def federation_of(source: Source) -> Federation:
+    """The source with its natural clients, in their order; one without rows here is empty."""
+    if source.client is None:
+        raise ValueError(
+            "the examples have no natural owners (client is None); choose a partition from "
+            "jaxfm.data.partition and join it with federate(source.examples, partition)"
+        )
+    return federate(source.examples, natural(source.client, len(source.clients)))
 
 
 def describe(splits: Mapping[str, Source]) -> str:

@@ -44,7 +44,7 @@ def split_of(name: str, held_out: float = 0.1) -> str:
 
 def read_folder(
     folder: str | Path,
-    pattern: str = "**/*.txt",
+    pattern: str | Sequence[str] = "**/*.txt",
     *,
     client: Callable[[Path], str] | None = None,
     encoding: str = "utf-8",
@@ -53,7 +53,7 @@ def read_folder(
 
     Args:
       folder: the root.
-      pattern: which files, a glob below the root.
+      pattern: which files: a glob below the root, or several, as ("**/*.c", "**/*.f90").
       client: maps the path below the root to its owner's name; by default the top-level folder,
         or for a file right in the root the file itself, without its suffix.
       encoding: of the files; bytes that cannot be decoded become U+FFFD.
@@ -64,7 +64,9 @@ def read_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; give the root of the text files")
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    found = {path for each in patterns for path in folder.glob(each)}
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{folder} has no file that matches {pattern!r}")
     names = [path.relative_to(folder) for path in paths]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfm.data.source import describe
+from jaxfm.data.source import Source, describe, federation_of
 from jaxfm.data.stdlib import stdlib, stdlib_documents
 from jaxfm.data.text import (
     SPLITS,
@@ -126,6 +126,7 @@ def test_a_folder_gives_one_client_for_each_top_level_folder(tmp_path: Path):
         ("b/deep/2.txt", "b"),
     ]
     assert documents[1].text == "not \ufffd utf-8"
+    assert len(read_folder(tmp_path, ["**/*.txt", "*.md", "a.*"])) == 4
     by_file = read_folder(tmp_path, client=lambda path: path.as_posix())
     assert by_file[2].client == "b/deep/2.txt"
 
@@ -137,6 +138,7 @@ def test_a_folder_without_text_is_named(tmp_path: Path):
         read_folder(tmp_path / "nowhere")
 
 
+@pytest.mark.smoke
 def test_the_tiny_standard_library_has_every_split_and_unequal_clients():
     documents = stdlib_documents(tiny=True)
     splits = stdlib(length=128, tiny=True)
@@ -144,6 +146,11 @@ def test_the_tiny_standard_library_has_every_split_and_unequal_clients():
     assert all(len(source.examples["tokens"]) > 5 for source in splits.values())
     sizes = sum(len(document.text.encode()) for document in documents)
     assert 30_000 < sizes < 100_000
+    train, test = federation_of(splits["train"]), federation_of(splits["test"])
+    assert train.count.tolist() == sorted(train.count, reverse=True)
+    assert train.count.sum() == len(splits["train"].examples["tokens"])
+    # Only json has a file in the test split; others' test text is nobody's.
+    assert (test.count > 0).tolist() == [True, False, False, False]
     # Every byte of training text is in the rows, and comes back.
     rows = splits["train"].examples["tokens"]
     assert (rows[:, 1:] < 256).sum() == sum(
@@ -151,6 +158,11 @@ def test_the_tiny_standard_library_has_every_split_and_unequal_clients():
     )
     assert "train" in describe(splits)
     assert "json" in sizes_table(documents)
+
+
+def test_only_owned_examples_have_natural_clients():
+    with pytest.raises(ValueError, match="no natural owners"):
+        federation_of(Source({"label": np.zeros(2)}))
 
 
 def test_the_standard_library_holds_programs_and_no_tests():

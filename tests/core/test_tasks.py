@@ -206,6 +206,7 @@ def bigrams():
     return jnp.asarray(random_logits(V))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
 def test_evaluation_does_not_depend_on_the_batch_size(bigrams, batch_size):
     tokens = np.asarray(tokens_of(7, 9))

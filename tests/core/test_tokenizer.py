@@ -99,6 +99,7 @@ def test_vocabularies_are_compared_by_content(bpe, tmp_path: Path):
     assert not same_vocabulary(other, another)
 
 
+@pytest.mark.smoke
 def test_byte_ids_are_byte_values_everywhere(tmp_path: Path):
     save_tokenizer(ByteTokenizer(), tmp_path)
     opened = load_tokenizer(tmp_path)
