@@ -63,7 +63,9 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
     assert bytes_per_token(tokenizer)[ids].sum() == len(text.encode())
 
 
-@given(text=st.text(max_size=40) | st.just("a\ufffd"), cuts=st.lists(st.integers(0, 40), max_size=6))
+@given(
+    text=st.text(max_size=40) | st.just("a\ufffd"), cuts=st.lists(st.integers(0, 40), max_size=6)
+)
 def test_a_stream_joins_to_the_whole_and_takes_nothing_back(tokenizer, text, cuts):
     ids = tokenizer.encode(text)
     cuts = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
