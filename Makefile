@@ -1,0 +1,53 @@
+# Every command sets up what it needs first: `make demo` and `make test` work in a fresh clone.
+# Another Python than python3: make PYTHON=python3.12 ...
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SETUP = command -v $(PYTHON) > /dev/null || { \
+	echo "jaxfm: there is no $(PYTHON) here: install Python 3.11 or newer, or name yours, as in \`make PYTHON=python3.12 ...\`." >&2; exit 1; }; \
+	$(PYTHON) tools/bootstrap.py --venv $(VENV)
+
+.DEFAULT_GOAL = help
+.PHONY: help venv demo test test-all smoke lint format types bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: venv  ## federate a model, cut a draft out of it, decode with both, write a report
+	$(BIN)/python -m jaxfm.launch.demo $(ARGS)
+
+venv:  ## the environment alone
+	@$(SETUP)
+
+test:  ## all but the slow tests (ARGS="-k name" picks)
+	@$(SETUP) --parity
+	$(BIN)/pytest $(ARGS)
+
+test-all:  ## all tests
+	@$(SETUP) --parity
+	$(BIN)/pytest -m "" $(ARGS)
+
+smoke: venv  ## one small test of each part
+	$(BIN)/pytest -m smoke $(ARGS)
+
+lint: venv  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The folders get their import names only when installed, so that is what mypy reads.
+types: venv  ## mypy
+	@rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/site .
+	cd build/site && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p jaxfm
+
+bench: venv  ## every benchmark, quickly; the last line of each is one JSON object
+	@for file in $(wildcard benchmarks/*.py); do echo "$$file"; $(BIN)/python $$file --quick || exit 1; done
+
+clean:  ## everything that the commands above made, but runs/
+	rm -rf $(VENV) $(VENV).log build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
