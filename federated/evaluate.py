@@ -84,7 +84,7 @@ def worst_decile(name: str, values: np.ndarray) -> float:
 def three_metrics(
     per_client: Mapping[str, np.ndarray], overall: Mapping[str, float]
 ) -> dict[str, float]:
-    """"global/...", "personal/..." (mean over clients) and "worst_decile/..." of each metric."""
+    """ "global/...", "personal/..." (mean over clients) and "worst_decile/..." of each metric."""
     result = {f"global/{name}": value for name, value in overall.items()}
     for name, values in per_client.items():
         some = values[~np.isnan(values)]

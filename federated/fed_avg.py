@@ -20,6 +20,8 @@ from jaxfm.tasks import Task
 
 
 class FedAvgState(NamedTuple):
+    """The model is all that the server keeps."""
+
     variables: Variables
 
 

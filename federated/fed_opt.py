@@ -22,6 +22,8 @@ from jaxfm.tasks import Task
 
 
 class FedOptState(NamedTuple):
+    """The model and the state of the server's optimizer."""
+
     variables: Variables
     opt_state: PyTree
 
@@ -51,7 +53,10 @@ def server_optimizer(optimizer: optax.GradientTransformation):
     def server(state: FedOptState, totals: Mean, public, key: Key):
         params_step, stats_step = mean(totals)
         gradient = jax.tree.map(jnp.negative, params_step)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.variables.params
+            )
         new = FedOptState(moved(state.variables, (updates, stats_step)), opt_state)
         anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
         return jax.tree.map(lambda a, b: jnp.where(anybody, a, b), new, state), {}

@@ -43,7 +43,7 @@ class RunState(NamedTuple):
 
     Attributes:
       server: the algorithm's server state.
-      memories: per bucket, what its clients keep between rounds; leaves [clients of the bucket, ...].
+      memories: per bucket, what its clients keep between rounds; leaves [its clients, ...].
       round: i32[], rounds done.
       key: of the whole run; the key of a round and of a client are folded from it.
     """
@@ -127,47 +127,48 @@ def rounds(
     def choose(key: Key, bucket_of: Array) -> list[tuple[Array, Array]]:
         """Per bucket i32[slots] client ids and bool[slots], whether the slot is taken."""
         drawn = jax.random.permutation(key, num_clients)[:cohort_size]
-        chosen = []
-        for b, (count, _) in enumerate(slots):
+
+        def of_bucket(b: int, count: int) -> tuple[Array, Array]:
             mine = bucket_of[drawn] == b
             first = jnp.argsort(~mine, stable=True)[:count]
             pad = (0, count - first.shape[0])
-            # Taken slots come first: deal them out to the devices in turn.
-            deal = lambda x: x.reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)  # noqa: B023
-            chosen.append((deal(jnp.pad(drawn[first], pad)), deal(jnp.pad(mine[first], pad))))
-        return chosen
+            # Taken slots come first: deal them out to the devices in turn, every other bucket
+            # from the other end.
+            deal = lambda x: jnp.pad(x, pad).reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)
+            return deal(drawn[first]), deal(mine[first])
+
+        return [of_bucket(b, count) for b, (count, _) in enumerate(slots)]
 
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
         federation, profiles, public, bucket_of, row = constants
-        keys = jax.random.split(jax.random.fold_in(state.key, state.round), 4)
-        chosen = choose(keys[0], bucket_of)
-        totals, infos, memories = None, [], []
-        reports = jax.random.bernoulli(keys[1], 1 - drop_rate, (num_clients,))
-        for b, bucket in enumerate(algorithm.buckets):
-            if not len(members[b]):
-                infos.append({})
-                memories.append(())
-                continue
+        choose_key, report_key, client_key, server_key = jax.random.split(
+            jax.random.fold_in(state.key, state.round), 4
+        )
+        reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
+        chosen = choose(choose_key, bucket_of)
+
+        def of_bucket(b: int, bucket: Bucket):
+            """The sums, new memories and info of one bucket's part of the cohort."""
             ids, taken = chosen[b]
-            at = jnp.where(
-                taken, row[ids], len(members[b])
-            )  # past the end: read clipped, not written
-            cohort = jax.tree.map(lambda x: jnp.take(x, at, axis=0, mode="clip"), state.memories[b])
+            # Empty slots point past the end: read clipped, written nowhere.
+            at = jnp.where(taken, row[ids], len(members[b]))
+            read = lambda x: jnp.take(x, at, axis=0, mode="clip")
+            write = lambda x, new: x.at[at].set(new, mode="drop")
             present = (taken & reports[ids]).astype(jnp.float32)
-            work = _on_each_device(bucket, mesh, slots[b][1])
-            sums, cohort, info = work(
-                state.server, public, federation, profiles, cohort, ids, present, keys[2]
-            )
-            memories.append(
-                jax.tree.map(
-                    lambda all_, new: all_.at[at].set(new, mode="drop"), state.memories[b], cohort
-                )
-            )
-            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-            infos.append(info | {"selected": taken.sum(dtype=jnp.float32)})
-        server, server_info = algorithm.server(state.server, totals, public, keys[3])
-        info = _merge(infos) | server_info
-        return RunState(server, tuple(memories), state.round + 1, state.key), info
+            sums, info, cohort = _spread(bucket, mesh, slots[b][1])(
+                state.server, public, federation, profiles,
+                jax.tree.map(read, state.memories[b]), ids, present, client_key,
+            )  # fmt: skip
+            info["selected"] = taken.sum(dtype=jnp.float32)
+            return sums, jax.tree.map(write, state.memories[b], cohort), info
+
+        totals, memories, infos = None, list(state.memories), [{} for _ in algorithm.buckets]
+        for b, bucket in enumerate(algorithm.buckets):
+            if len(members[b]):
+                sums, memories[b], infos[b] = of_bucket(b, bucket)
+                totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+        server, info = algorithm.server(state.server, totals, public, server_key)
+        return RunState(server, tuple(memories), state.round + 1, state.key), _merge(infos) | info
 
     def many_rounds(state: RunState, constants):
         if num_rounds == 1:
@@ -180,12 +181,14 @@ def rounds(
     @jax.jit
     def first(variables: Variables, key: Key, profiles: Profile) -> RunState:
         server = algorithm.init(variables)
-        memories = []
-        for bucket, ids in zip(algorithm.buckets, members, strict=True):
-            mine = jax.tree.map(lambda x: x[ids], profiles)  # noqa: B023
-            start = jax.vmap(bucket.init_client, in_axes=(None, 0))
-            memories.append(start(server, mine) if len(ids) else ())
-        return RunState(server, tuple(memories), jnp.zeros((), jnp.int32), key)
+
+        def of_bucket(bucket: Bucket, ids: np.ndarray) -> PyTree:
+            mine = jax.tree.map(lambda x: jnp.asarray(x)[ids], profiles)
+            return jax.vmap(bucket.init_client, in_axes=(None, 0))(server, mine)
+
+        pairs = zip(algorithm.buckets, members, strict=True)
+        memories = tuple(of_bucket(bucket, ids) if len(ids) else () for bucket, ids in pairs)
+        return RunState(server, memories, jnp.zeros((), jnp.int32), key)
 
     def init(variables: Variables, key: Key) -> RunState:
         return jax.device_put(first(variables, key, population.profiles), everywhere)
@@ -193,7 +196,7 @@ def rounds(
     return Rounds(init, lambda state: compiled(state, constants))
 
 
-def _on_each_device(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
+def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
     """The part of a round that is spread over devices, for one bucket."""
 
     def run_one(download, federation, profiles, key, client_id, present, memory):
@@ -237,19 +240,13 @@ def _on_each_device(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
         return *lax.psum((bucket.lift(upload), info), "clients"), memories
 
     spread = P("clients")
-    sharded = jax.shard_map(
+    return jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(P(), P(), P(), P(), spread, spread, spread, P()),
         out_specs=(P(), P(), spread),
         check_vma=False,
     )
-
-    def work(*args):
-        sums, info, memories = sharded(*args)
-        return sums, memories, info
-
-    return work
 
 
 def _slots(most: int, devices: int, width: int | None) -> tuple[int, int]:
