@@ -1,0 +1,250 @@
+"""The cache of keys and values, and the one pass of a model that reads and fills it.
+
+A cell holds the keys and values of one token in all layers. Beside the rows stands what each cell
+is: its position, and one bit for each branch of text that it belongs to. A query sees a cell if
+they share a bit and the cell is not later:
+
+    visible = (query bits & cell bits) != 0  and  0 <= query position - cell position < window
+
+So keeping, dropping and branching are vector operations on two small integer arrays and never
+move a row of keys and values. Decoders of one line of text use bit 0 and the cell numbered like
+the position; cells past what was kept are dropped by `keep` and written over later.
+
+The rows follow the form of the layers: one stack for stacked layers, a dict for a dict of layers.
+Blocks only read the cache and return new rows; one update a pass, after all layers, writes them,
+so that XLA updates the donated buffers in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.model import (
+    Array,
+    Model,
+    Past,
+    PyTree,
+    Stages,
+    Variables,
+    is_stacked,
+    layer_at,
+    layers_of,
+    num_layers,
+    unstack,
+    with_layers,
+)
+
+TRUTH = 1  # bit 0: the text that is committed
+
+
+class Network(NamedTuple):
+    """What of a causal language model is known when tracing; hashable, as Model is not.
+
+    Attributes:
+      stages: its parts.
+      window: number of latest positions seen; None: all.
+    """
+
+    stages: Stages
+    window: int | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of tokens already seen.
+
+    Attributes:
+      k: [L, B, S, G, K] keys; for a dict of layers, a dict of [B, S, G, K].
+      v: values, likewise.
+      positions: i32[B, S] of the token in each cell.
+      bits: u32[B, S] branches that each cell belongs to; 0: the cell is free.
+    """
+
+    k: PyTree
+    v: PyTree
+    positions: Array
+    bits: Array
+
+
+class Block(NamedTuple):
+    """Tokens to be read in one pass.
+
+    Attributes:
+      tokens: i32[B, T].
+      positions: i32[B, T].
+      cells: i32[B, T] where their rows go; a cell S or beyond: nowhere.
+      bits: u32[B, T] their branches; 0: no token (its output means nothing).
+    """
+
+    tokens: Array
+    positions: Array
+    cells: Array
+    bits: Array
+
+
+def network(model: Model) -> Network:
+    """The static part of a causal language model.
+
+    Raises:
+      ValueError: the model has no stages.
+    """
+    if model.stages is None:
+        raise ValueError("The model has no stages; only causal language models decode.")
+    return Network(model.stages, getattr(model.config, "sliding_window", None))
+
+
+def decoding_layout(variables: Variables) -> Variables:
+    """`variables` in the form that decodes fastest on the default backend.
+
+    XLA's CPU backend copies each layer's weights out of the stack before it multiplies by them
+    (a third of the speed of a matrix-vector product from memory: 21 against 32 GB/s on two
+    cores), so there the layers are taken apart, once. Elsewhere the slice is read in place and
+    the smaller program of stacked layers is kept. Decode many times from the result to pay once.
+    """
+    layers = layers_of(variables)
+    if jax.default_backend() != "cpu" or not is_stacked(layers):
+        return variables
+    return with_layers(variables, unstack(layers))
+
+
+def init_cache(net: Network, variables: Variables, batch: int, cells: int) -> Cache:
+    """An empty cache for `batch` sequences of up to `cells` tokens, sized by the parameters."""
+    layers = layers_of(variables)
+
+    def rows(layer: Variables) -> tuple[Array, Array]:
+        tokens = jnp.zeros((batch, 1), jnp.int32)
+        x = net.stages.embed(variables, tokens, tokens)
+        return net.stages.block(layer, x, tokens, jnp.ones((1, 1, 1), bool))[1]
+
+    def empty(layer: Variables, *lead: int) -> list[Array]:
+        shape = lambda x: (*lead, batch, cells, *x.shape[2:])
+        return [jnp.zeros(shape(x), x.dtype) for x in jax.eval_shape(rows, layer)]
+
+    count = num_layers(layers)
+    k: Any
+    v: Any
+    if is_stacked(layers):
+        k, v = empty(jax.tree.map(lambda x: x[0], layers), count)
+    else:
+        pairs = {str(i): empty(layer_at(layers, i)) for i in range(count)}
+        k, v = ({i: pair[j] for i, pair in pairs.items()} for j in range(2))
+    return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
+
+
+def visible(
+    q_positions: Array, q_bits: Array, positions: Array, bits: Array, window: int | None
+) -> Array:
+    """bool[B, T, S]: which of S cells each of T queries may see (the rule at the top)."""
+    distance = q_positions[:, :, None] - positions[:, None, :]
+    seen = (distance >= 0) & ((q_bits[:, :, None] & bits[:, None, :]) != 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def keep(cache: Cache, length: Array) -> Cache:
+    """Drops every cell at position `length` i32[B] or later, in all branches."""
+    kept = cache.positions < length[:, None]
+    return cache._replace(bits=jnp.where(kept, cache.bits, jnp.zeros_like(cache.bits)))
+
+
+def line(tokens: Array, start: Array, live: Array, cells: int) -> Block:
+    """Consecutive tokens [B, T] of one text from position `start` i32[B]; `live` bool[B, T].
+
+    Places that are not live get position 0, which every model can embed.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return Block(
+        tokens,
+        positions=jnp.where(live, positions, 0),
+        cells=jnp.where(live, positions, cells),
+        bits=jnp.where(live, jnp.uint32(TRUTH), jnp.uint32(0)),
+    )
+
+
+def read(
+    net: Network, variables: Variables, cache: Cache, block: Block, *, empty: bool = False
+) -> tuple[Array, Cache]:
+    """One pass over a block of tokens: the hidden state before the head, and the fuller cache.
+
+    Args:
+      net, variables: the model.
+      cache: not changed; donate it to update it in place.
+      block: the tokens, which see the cache and each other by the same rule.
+      empty: the cache is known to be empty and need not be read.
+    Returns:
+      x [B, T, D] and the cache with the block's rows written.
+    """
+    mask = visible(block.positions, block.bits, block.positions, block.bits, net.window)
+    cached = visible(block.positions, block.bits, cache.positions, cache.bits, net.window)
+    x = net.stages.embed(variables, block.tokens, block.positions)
+
+    def step(x, layer: Variables, k: Array, v: Array):
+        past = None if empty else Past(k, v, cached)
+        return net.stages.block(layer, x, block.positions, mask, past)
+
+    batch = jnp.arange(block.tokens.shape[0])[:, None]
+    layers = layers_of(variables)
+    if is_stacked(layers):
+        x, rows = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
+        write = lambda old, new: old.at[:, batch, block.cells].set(new, mode="drop")
+        k, v = write(cache.k, rows[0]), write(cache.v, rows[1])
+    else:
+        rows = {}
+        for i in cache.k:
+            x, rows[i] = step(x, layer_at(layers, int(i)), cache.k[i], cache.v[i])
+        write = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
+        k = {i: write(cache.k[i], rows[i][0]) for i in rows}
+        v = {i: write(cache.v[i], rows[i][1]) for i in rows}
+    positions = cache.positions.at[batch, block.cells].set(block.positions, mode="drop")
+    bits = cache.bits.at[batch, block.cells].set(block.bits, mode="drop")
+    return x, Cache(k, v, positions, bits)
+
+
+def num_cells(cache: Cache) -> int:
+    """S, the number of cells of each sequence."""
+    return cache.positions.shape[1]
+
+
+def extend(
+    net: Network, variables: Variables, cache: Cache, tokens: Array, start: Array, live: Array
+) -> tuple[Array, Cache]:
+    """`read` for one line of text: whatever the cache held from `start` on is dropped first.
+
+    Args:
+      tokens: i32[B, T]; start: i32[B]; live: bool[B, T], as in `line`.
+    Returns:
+      x [B, T, D] and the cache.
+    """
+    block = line(tokens, start, live, num_cells(cache))
+    return read(net, variables, keep(cache, start), block)
+
+
+def prefill(
+    net: Network,
+    variables: Variables,
+    tokens: Array,
+    length: Array,
+    cells: int,
+    chunk: int | None = None,
+) -> Cache:
+    """A cache of the first `length` i32[B] tokens of each right-padded row of `tokens` i32[B, P].
+
+    Args:
+      cells: S of the cache, at least P.
+      chunk: tokens a pass, a divisor of P; bounds the memory of the scores. None: all in one.
+    """
+    batch, width = tokens.shape
+    cache = init_cache(net, variables, batch, cells)
+    live = jnp.arange(width)[None] < length[:, None]
+    start = jnp.zeros((batch,), jnp.int32)
+    if chunk is None or chunk >= width:
+        return read(net, variables, cache, line(tokens, start, live, cells), empty=True)[1]
+
+    def body(i, cache: Cache) -> Cache:
+        part = lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+        block = line(part(tokens), start + i * chunk, part(live), cells)
+        return read(net, variables, cache, block)[1]
+
+    return lax.fori_loop(0, width // chunk, body, cache)

@@ -1,0 +1,314 @@
+"""Texts from prompts with any decoder: one call, or a stream of pieces.
+
+>>> from jaxfm.models.decoder import DecoderConfig, decoder
+>>> from jaxfm.parallel.plain import plain
+>>> model = decoder(DecoderConfig(vocab_size=8, embed_dim=8, num_layers=1, num_heads=1, mlp_dim=8))
+>>> variables = model.init(jax.random.key(0))
+>>> result = generate(plain(model, variables), [[1, 2, 3], [4]], max_new_tokens=5)
+>>> [len(tokens) for tokens in result.tokens]
+[5, 5]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfm.model import Key
+from jaxfm.parallel.decode import Decoder, Program
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.stop import HIT, Detokenizer, automaton
+from jaxfm.parallel.verify import Rules, Stats, Text
+from jaxfm.tokenizer import Tokenizer, same_vocabulary
+
+
+class Piece(NamedTuple):
+    """What a chunk of ticks added.
+
+    Attributes:
+      tokens: new ids of each request.
+      text: new text of each request, where a tokenizer was given; never taken back later.
+    """
+
+    tokens: list[np.ndarray]
+    text: list[str] | None
+
+
+class Generated(NamedTuple):
+    """What was generated, prompts not included; lists have one entry a request.
+
+    Attributes:
+      tokens: i32 ids; the stop token, or the tokens that complete a stop string, are the last.
+      text: where a tokenizer was given; without stop token and stop string.
+      logprobs: f32, the model's log-softmax at each token (before temperature and cuts).
+      finish: "length", "stop token" or "stop string".
+      stats: counts as NumPy arrays.
+    """
+
+    tokens: list[np.ndarray]
+    text: list[str] | None
+    logprobs: list[np.ndarray] | None
+    finish: list[str]
+    stats: Stats
+
+
+def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generated:
+    """Continues prompts to their ends; arguments and errors of `stream`."""
+    pieces = stream(decoder, prompts, **settings)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            return stop.value
+
+
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int] = 64,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] | None = None,
+    top_p: float | Sequence[float] | None = None,
+    min_p: float | Sequence[float] | None = None,
+    key: Key | None = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    draft_tokenizer: Tokenizer | None = None,
+    logprobs: bool = False,
+    ticks: int = 16,
+    cells: int | None = None,
+    prefill_chunk: int | None = None,
+) -> Iterator[Piece]:
+    """Continues prompts, yielding a Piece after every `ticks` passes; returns `Generated`.
+
+    The ticks of a piece run as one loop on the device, and all pieces of all calls with the same
+    shapes (number of prompts, cells, bucket of prompt lengths, settings that are on) share one
+    compiled program.
+
+    Args:
+      decoder: of `plain`, `lookup`, `speculative`.
+      prompts: token ids, or strings where a tokenizer is given; lengths may differ.
+      max_new_tokens: most tokens generated, for all requests or for each.
+      temperature: for all or each; 0 is greedy. See `jaxfm.parallel.sampling`.
+      top_k, top_p, min_p: for all or each; None is off.
+      key: typed key, needed when a temperature is above 0.
+      stop_tokens: a text ends with the first of these.
+      stop_strings: a text ends before the first of these; needs a tokenizer.
+      tokenizer: of the model.
+      draft_tokenizer: of the drafting model; its vocabulary is compared with `tokenizer`'s.
+      logprobs: whether to return them.
+      ticks: passes between pieces.
+      cells: tokens that the cache holds of each text; by default just enough, in steps of 128.
+      prefill_chunk: tokens of the prompts read in one pass; None: all. Bounds memory.
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, a text longer than the cache or
+        the model's positions, different vocabularies, a setting out of range.
+    """
+    ids = _prompt_ids(prompts, tokenizer, decoder.vocab_size)
+    batch = len(ids)
+    if draft_tokenizer is not None and tokenizer is None:
+        raise ValueError("draft_tokenizer is given without tokenizer; give both to compare them.")
+    if draft_tokenizer is not None and not same_vocabulary(tokenizer, draft_tokenizer):
+        raise ValueError(_vocabulary_difference(tokenizer, draft_tokenizer))
+    if ticks < 1:
+        raise ValueError(f"ticks={ticks}: a piece takes 1 or more.")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be 1 or more, or None.")
+    lengths = np.array([len(prompt) for prompt in ids], np.int32)
+    new = _per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
+    limits = lengths + new
+    cells = _check_room(lengths, limits, cells, decoder.max_len)
+    sampling = _sampling(batch, temperature, top_k, top_p, min_p, key)
+    table = None
+    token_bytes: list[bytes] = []
+    if tokenizer is not None:
+        # A model may have more rows than its tokenizer has tokens (padding).
+        token_bytes = list(tokenizer.token_bytes())
+        token_bytes += [b""] * (decoder.vocab_size - len(token_bytes))
+    if stop_strings:
+        if tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, to know the text of each token.")
+        table = jnp.asarray(automaton(stop_strings, token_bytes[: decoder.vocab_size]))
+    for token in stop_tokens:
+        if not 0 <= token < decoder.vocab_size:
+            raise ValueError(f"Stop token {token} is outside 0..{decoder.vocab_size - 1}.")
+    rules = Rules(sampling, jnp.asarray(np.array(stop_tokens, np.int32)), table)
+
+    tokens = np.zeros((batch, cells), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    zeros = lambda *shape: np.zeros((batch, *shape), np.int32)
+    stats = Stats(zeros(), zeros(decoder.draft_length), zeros(decoder.draft_length))
+    kept = np.zeros((batch, cells), np.float32) if logprobs else None
+    text = Text(tokens, lengths, limits, np.zeros(batch, bool), zeros(), stats, kept)
+    make = lambda: Detokenizer(token_bytes, stop_strings)
+    writers = [make() for _ in ids] if tokenizer is not None else None
+    width = min(_bucket(lengths.max()), cells)
+    return _run(decoder, text, rules, width, ticks, prefill_chunk, writers)
+
+
+def _run(
+    decoder: Decoder, text: Text, rules: Rules, width: int, ticks: int, chunk: int | None,
+    writers: list[Detokenizer] | None,
+):  # fmt: skip
+    prompt_lengths = seen = np.asarray(text.length)
+    stops = set(np.asarray(rules.stop_tokens).tolist())
+    whole = [""] * len(seen)
+    text = jax.tree.map(jnp.asarray, text)
+    state = _start(
+        decoder.program, decoder.variables, text.tokens[:, :width], text.length,
+        text.tokens.shape[1], chunk,
+    )  # fmt: skip
+    finished = False
+    while not finished:
+        state, text = _advance(decoder.program, decoder.variables, state, text, rules, ticks)
+        now = jax.device_get(text._replace(stats=None, logprobs=None))
+        new = [now.tokens[i, seen[i] : now.length[i]] for i in range(len(seen))]
+        pieces = None
+        if writers is not None:
+            pieces = []
+            for i, writer in enumerate(writers):
+                shown = new[i]
+                # The token that ended the text is no part of what is read.
+                if now.done[i] and len(shown) and int(shown[-1]) in stops:
+                    shown = shown[:-1]
+                grew = len(new[i]) > 0
+                pieces.append(writer.add(shown, last=bool(now.done[i])) if grew else "")
+                whole[i] += pieces[-1]
+        seen, finished = now.length, bool(now.done.all())
+        yield Piece(new, pieces)
+    final = jax.device_get(text)
+    spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
+    return Generated(
+        tokens=[final.tokens[i, a:b] for i, a, b in spans],
+        text=whole if writers is not None else None,
+        logprobs=None if final.logprobs is None else [final.logprobs[i, a:b] for i, a, b in spans],
+        finish=[
+            "stop string" if final.progress[i] == HIT
+            else "stop token" if int(final.tokens[i, b - 1]) in stops
+            else "length"
+            for i, _, b in spans
+        ],
+        stats=final.stats,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("program", "cells", "chunk"))
+def _start(program: Program, variables, tokens, length, cells: int, chunk: int | None):
+    return program.start(variables, tokens, length, cells, chunk)
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "text"))
+def _advance(program: Program, variables, state, text: Text, rules: Rules, ticks):
+    """Up to `ticks` ticks, fewer if all texts are done."""
+
+    def more(carry):
+        i, _, text = carry
+        return (i < ticks) & ~text.done.all()
+
+    def step(carry):
+        i, state, text = carry
+        return (i + 1, *program.tick(variables, state, text, rules))
+
+    _, state, text = lax.while_loop(more, step, (jnp.int32(0), state, text))
+    return state, text
+
+
+def _bucket(length: int) -> int:
+    """The next power of two, 16 or more: few shapes of prompts to compile for."""
+    return max(16, 1 << int(length - 1).bit_length())
+
+
+def _prompt_ids(prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a sequence of prompts; wrap the one: [{prompts[:20]!r}].")
+    if not len(prompts):
+        raise ValueError("There are no prompts.")
+    ids: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"Prompt {i} is a string; give a tokenizer, or token ids.")
+            prompt = tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise ValueError(
+                f"Prompt {i} is empty; give at least one token (for text from nothing, the "
+                "beginning-of-text token)."
+            )
+        wrong = [token for token in tokens if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(
+                f"Prompt {i} has token {wrong[0]}; the model knows 0..{vocab_size - 1}."
+            )
+        ids.append(tokens)
+    return ids
+
+
+def _check_room(
+    lengths: np.ndarray, limits: np.ndarray, cells: int | None, max_len: int | None
+) -> int:
+    longest = int(limits.argmax())
+    described = (
+        f"Prompt {longest} has {lengths[longest]} tokens, with {limits[longest] - lengths[longest]}"
+        f" new ones {limits[longest]}"
+    )
+    if max_len is not None and limits[longest] > max_len:
+        raise ValueError(f"{described}; the model has positions for {max_len}.")
+    if cells is None:
+        return -(-int(limits[longest]) // 128) * 128
+    if limits[longest] > cells:
+        raise ValueError(f"{described}; the cache holds {cells}. Give more cells.")
+    return cells
+
+
+def _per_request(name: str, value, batch: int, dtype, *, at_least, at_most=None) -> np.ndarray:
+    values = np.asarray(value)
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
+        raise ValueError(f"{name} has shape {values.shape}; give one value, or {batch}.")
+    # Written so that nan is wrong, too.
+    good = (values >= at_least) & (values <= (np.inf if at_most is None else at_most))
+    if not good.all():
+        limit = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(f"{name} must be {limit}, got {np.atleast_1d(values[~good])[0]}.")
+    return np.broadcast_to(values, (batch,)).astype(dtype)
+
+
+def _sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> Sampling:
+    heat = _per_request("temperature", temperature, batch, np.float32, at_least=0)
+    if not np.isfinite(heat).all():
+        raise ValueError(f"temperature must be finite, got {heat.max()}.")
+    optional = lambda name, value, dtype, **limits: (
+        None if value is None else _per_request(name, value, batch, dtype, **limits)
+    )
+    k = optional("top_k", top_k, np.int32, at_least=0)
+    p = optional("top_p", top_p, np.float32, at_least=0, at_most=1)
+    if p is not None and not (p > 0).all():
+        raise ValueError("top_p must be above 0 (and at most 1), got 0.")
+    least = optional("min_p", min_p, np.float32, at_least=0, at_most=1)
+    request = np.arange(batch, dtype=np.int32)
+    if not heat.any():
+        settings = Sampling(jax.random.key(0), request)
+    elif key is None:
+        raise ValueError("A temperature above 0 draws random numbers; give a key.")
+    else:
+        settings = Sampling(key, request, heat, k, p, least)
+    return jax.tree.map(jnp.asarray, settings)
+
+
+def _vocabulary_difference(tokenizer: Tokenizer, draft: Tokenizer) -> str:
+    ours, theirs = tokenizer.vocab, draft.vocab
+    token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    return (
+        f"The vocabularies of target and draft differ: token {token!r} has id {ours.get(token)} in "
+        f"the target's ({len(ours)} tokens) and {theirs.get(token)} in the draft's "
+        f"({len(theirs)} tokens). A draft needs its target's tokenizer."
+    )

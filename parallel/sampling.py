@@ -1,0 +1,107 @@
+"""From logits to distributions and draws: temperature, top-k, top-p, min-p.
+
+The order and the definitions are those of Hugging Face's `transformers`, so settings carry over:
+
+    1. temperature: logits / temperature; 0 means greedy: all mass on the largest logit
+    2. top-k: what is smaller than the k-th largest goes
+    3. top-p: of the rest, in descending order, a token stays while the mass before it is < top_p
+       (Holtzman et al. 2020); the first one always stays
+    4. min-p: of the rest, what is less probable than min_p times the most probable goes
+       (Nguyen et al. 2024)
+
+Tokens whose logits tie exactly with the last one kept all stay.
+
+Each random draw has a key of its own, folded from (request, position, purpose): what a request
+samples depends neither on its neighbours in the batch nor on how decoding was scheduled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.model import Array, Key
+
+# Purposes of draws at one position.
+PROPOSE, ACCEPT, CHOOSE = 0, 1, 2
+
+
+class Sampling(NamedTuple):
+    """How each request of a batch draws its tokens. A setting that is None is off for all.
+
+    Attributes:
+      key: typed key.
+      request: i32[B], the request's number.
+      temperature: f32[B]; None: greedy.
+      top_k: i32[B]; 0: off.
+      top_p: f32[B] in (0, 1]; 1: off.
+      min_p: f32[B] in [0, 1]; 0: off.
+    """
+
+    key: Key
+    request: Array
+    temperature: Array | None = None
+    top_k: Array | None = None
+    top_p: Array | None = None
+    min_p: Array | None = None
+
+
+def log_probs(logits: Array, sampling: Sampling) -> Array:
+    """Logarithms of the distribution that is drawn from; -inf where a token is out.
+
+    Args:
+      logits: f32[B, T, V].
+      sampling: with a temperature.
+    Returns:
+      f32[B, T, V], normalised.
+    """
+    along = lambda setting: setting[:, None, None]
+    assert sampling.temperature is not None
+    temperature = along(sampling.temperature)
+    scores = logits / jnp.where(temperature > 0, temperature, 1)
+    if sampling.top_k is not None or sampling.top_p is not None:
+        scores = _cut_tail(scores, sampling)
+    if sampling.min_p is not None:
+        top = scores.max(-1, keepdims=True)
+        scores = jnp.where(scores < top + jnp.log(along(sampling.min_p)), -jnp.inf, scores)
+    best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32)
+    return jnp.where(temperature > 0, jax.nn.log_softmax(scores, axis=-1), jnp.log(best))
+
+
+def _cut_tail(scores: Array, sampling: Sampling) -> Array:
+    """Top-k, then top-p, from one sort."""
+    ranked = -jnp.sort(-scores, axis=-1)
+    if sampling.top_k is not None:
+        count = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[-1])
+        last = jnp.minimum(count, scores.shape[-1])[:, None, None] - 1
+        last = jnp.broadcast_to(last, (*scores.shape[:-1], 1))
+        lowest = jnp.take_along_axis(ranked, last, axis=-1)
+        scores = jnp.where(scores < lowest, -jnp.inf, scores)
+        ranked = jnp.where(ranked < lowest, -jnp.inf, ranked)
+    if sampling.top_p is not None:
+        top_p = sampling.top_p[:, None, None]
+        mass = jax.nn.softmax(ranked, axis=-1)
+        stays = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (top_p >= 1)
+        stays |= jnp.arange(scores.shape[-1])[None, None] == 0
+        lowest = jnp.where(stays, ranked, jnp.inf).min(-1, keepdims=True)
+        scores = jnp.where(scores < lowest, -jnp.inf, scores)
+    return scores
+
+
+def keys(sampling: Sampling, positions: Array, purpose: int) -> Key:
+    """key[B, T]: one key for each position i32[B, T] of each request."""
+
+    def one(request, position):
+        key = jax.random.fold_in(jax.random.fold_in(sampling.key, request), position)
+        return jax.random.fold_in(key, purpose)
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(sampling.request, positions)
+
+
+def draw(logp: Array, key: Key) -> Array:
+    """i32[...]: one token from each distribution f32[..., V] with each key[...]."""
+    flat = logp.reshape(-1, logp.shape[-1])
+    tokens = jax.vmap(jax.random.categorical)(key.reshape(-1), flat)
+    return tokens.reshape(logp.shape[:-1]).astype(jnp.int32)

@@ -1,0 +1,220 @@
+"""What every decoder shares: the text so far, the check of drafted tokens, and their commitment.
+
+`verify` decides how many drafted tokens stand and which token follows them; `commit` writes these
+to the text and stops where the rules say so. Both are pure and know nothing of models or caches.
+Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.model import Array
+from jaxfm.parallel import sampling as sample
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.stop import HIT
+
+
+class Stats(NamedTuple):
+    """Counts for each request.
+
+    Attributes:
+      passes: i32[B] passes of the target model.
+      drafted: i32[B, g] tokens proposed, by their place in the draft.
+      accepted: i32[B, g] of these, the ones committed.
+    """
+
+    passes: Array
+    drafted: Array
+    accepted: Array
+
+
+class Text(NamedTuple):
+    """A batch of texts, prompts included.
+
+    Attributes:
+      tokens: i32[B, N]; what is past `length` means nothing.
+      length: i32[B] tokens so far.
+      limit: i32[B] length at which a request ends.
+      done: bool[B].
+      progress: i32[B] state of the automaton of stop strings.
+      stats: counts.
+      logprobs: f32[B, N] log-softmax of the model's logits at each generated token, or None.
+    """
+
+    tokens: Array
+    length: Array
+    limit: Array
+    done: Array
+    progress: Array
+    stats: Stats
+    logprobs: Array | None = None
+
+
+class Rules(NamedTuple):
+    """How tokens are chosen and where a text ends.
+
+    Attributes:
+      sampling: how each request draws.
+      stop_tokens: i32[n]; a text ends with the first of these.
+      automaton: i32[M, V] of `jaxfm.parallel.stop`, or None without stop strings.
+    """
+
+    sampling: Sampling
+    stop_tokens: Array
+    automaton: Array | None = None
+
+
+class Draft(NamedTuple):
+    """Proposed continuations.
+
+    Attributes:
+      tokens: i32[B, g].
+      count: i32[B] how many of them are meant, from the left.
+      probs: f32[B, g, V] the distributions they were drawn from; None: they were not drawn (all
+        mass is on the token).
+    """
+
+    tokens: Array
+    count: Array
+    probs: Array | None = None
+
+
+class Verdict(NamedTuple):
+    """What a pass of the target says.
+
+    Attributes:
+      tokens: i32[B, g + 1]; the accepted drafts, then the target's own token.
+      accepted: i32[B] number of accepted drafts, so `accepted + 1` tokens are meant.
+    """
+
+    tokens: Array
+    accepted: Array
+
+
+def newest(text: Text, count: int) -> Array:
+    """i32[B, count], the last tokens of each text (the first one's, where there are fewer)."""
+    places = text.length[:, None] - count + jnp.arange(count)[None]
+    return jnp.take_along_axis(text.tokens, jnp.maximum(places, 0), axis=1)
+
+
+def room(text: Text, length: int) -> Array:
+    """i32[B], how many of `length` drafts could still be of use; 0 for texts that are done."""
+    left = jnp.clip(text.limit - text.length - 1, 0, length)
+    return jnp.where(text.done, 0, left)
+
+
+def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Verdict:
+    """Accepts a prefix of the draft and chooses the token after it.
+
+    Greedy: drafts stand while they are the argmax. Sampling: draft d stands with probability
+    min(1, p(d) / q(d)); the first that falls is replaced by a draw from max(p - q, 0), normalised;
+    if none falls the next token is drawn from p. Either way each token is distributed as p says.
+
+    Args:
+      logits: f32[B, g + 1, V] of the target, after the newest token and after each draft.
+      draft: g proposals.
+      sampling: as the drafts were drawn.
+      length: i32[B] of the texts: the position of the first draft.
+    """
+    drafts, width = draft.tokens, draft.tokens.shape[1]
+    meant = jnp.arange(width)[None] < draft.count[:, None]
+    prefix = lambda stands: jnp.cumprod((stands & meant).astype(jnp.int32), axis=1).sum(1)
+    if sampling.temperature is None:
+        best = logits.argmax(-1).astype(jnp.int32)
+        accepted = prefix(drafts == best[:, :-1])
+        own = jnp.take_along_axis(best, accepted[:, None], axis=1)
+        return Verdict(_join(drafts, own, accepted), accepted)
+
+    logp = sample.log_probs(logits, sampling)
+    positions = length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    pick = lambda table: jnp.take_along_axis(table, drafts[..., None], axis=-1)[..., 0]
+    p = pick(jnp.exp(logp[:, :-1]))
+    q = jnp.ones_like(p) if draft.probs is None else pick(draft.probs)
+    u = jax.vmap(jax.vmap(jax.random.uniform))(sample.keys(sampling, positions, sample.ACCEPT))
+    accepted = prefix(u * q < p)
+
+    at = accepted[:, None, None]
+    logp_at = jnp.take_along_axis(logp, at, axis=1)
+    if width:
+        fell = jnp.minimum(at, width - 1)
+        if draft.probs is None:
+            token = jnp.take_along_axis(drafts, fell[:, :, 0], axis=1)
+            q_at = jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
+        else:
+            q_at = jnp.take_along_axis(draft.probs, fell, axis=1)
+        rest = jnp.maximum(jnp.exp(logp_at) - q_at, 0)
+        # Nothing is left where p and q agree up to rounding; then p itself is right.
+        rejected = (at < draft.count[:, None, None]) & (rest.sum(-1, keepdims=True) > 0)
+        logp_at = jnp.where(rejected, jnp.log(rest), logp_at)
+    place = (length + accepted)[:, None]
+    own = sample.draw(logp_at, sample.keys(sampling, place, sample.CHOOSE))
+    return Verdict(_join(drafts, own, accepted), accepted)
+
+
+def _join(drafts: Array, own: Array, accepted: Array) -> Array:
+    """The drafts with the target's own token [B, 1] put after the accepted ones."""
+    padded = jnp.concatenate([drafts, own], axis=1)
+    here = jnp.arange(padded.shape[1])[None] == accepted[:, None]
+    return jnp.where(here, own, padded)
+
+
+def commit(
+    text: Text, verdict: Verdict, drafted: Array, rules: Rules, logits: Array | None = None
+) -> Text:
+    """Appends a verdict to the texts, up to their limits and the first stop inside it.
+
+    The token that stops a text is part of it. Texts that are done do not change.
+
+    Args:
+      text: the texts.
+      verdict: of `verify`.
+      drafted: i32[B] how many drafts were checked.
+      rules: where texts end.
+      logits: f32[B, g + 1, V] of the target, needed where `text.logprobs` is kept.
+    """
+    width = verdict.tokens.shape[1]
+    order = jnp.arange(width, dtype=jnp.int32)[None]
+    stops, progress = [], [text.progress]
+    for i in range(width):
+        token = verdict.tokens[:, i]
+        stop = (token[:, None] == rules.stop_tokens[None]).any(1)
+        if rules.automaton is not None:
+            progress.append(rules.automaton[progress[-1], token])
+            stop |= progress[-1] == HIT
+        stops.append(stop)
+    stopping = jnp.stack(stops, axis=1).astype(jnp.int32)
+    # A token counts if no earlier one of the block stopped the text.
+    before = jnp.cumsum(stopping, axis=1) - stopping
+    takes = (before == 0) & (order <= verdict.accepted[:, None]) & ~text.done[:, None]
+    takes &= text.length[:, None] + order < text.limit[:, None]
+    count = takes.sum(1, dtype=jnp.int32)
+    length = text.length + count
+    done = text.done | (takes & (stopping > 0)).any(1) | (length >= text.limit)
+
+    places = jnp.where(takes, text.length[:, None] + order, text.tokens.shape[1])
+    rows = jnp.arange(places.shape[0])[:, None]
+    tokens = text.tokens.at[rows, places].set(verdict.tokens, mode="drop")
+    logprobs = text.logprobs
+    if logprobs is not None:
+        assert logits is not None
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logp, verdict.tokens[..., None], axis=-1)[..., 0]
+        logprobs = logprobs.at[rows, places].set(chosen, mode="drop")
+    if rules.automaton is not None:
+        states = jnp.stack(progress, axis=1)
+        reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
+    else:
+        reached = text.progress
+
+    number = lambda limit: (order[:, :-1] < limit[:, None]).astype(jnp.int32)
+    running = ~text.done
+    stats = Stats(
+        text.stats.passes + running.astype(jnp.int32),
+        text.stats.drafted + number(jnp.where(running, drafted, 0)),
+        text.stats.accepted + number(jnp.minimum(verdict.accepted, count)),
+    )
+    return Text(tokens, length, text.limit, done, reached, stats, logprobs)
