@@ -6,16 +6,18 @@ forward convolution is in that form already, but JAX writes its two gradients wi
 numbers. So a convolutional network trained under ``lax.scan``, as a federated round is, falls
 back to scalar code. Writing the gradients in the fast form removes the cliff; `conv2d` does so.
 
-CPU milliseconds for a step of the 5x5x32 / 5x5x64 / dense 512 network, 28x28 images, batch 20
-(one x86 core, jax 0.10; `benchmarks/conv_step.py` measures it again):
+Processor milliseconds a client's step of the 5x5x32 / 5x5x64 / dense 512 network, 28x28 images,
+batch 20, one x86 core, jax 0.10 (`benchmarks/conv_step.py`, docs/results/conv.md):
 
-    =========================  ===========  =============  ===============
-    method                     its own jit  inside a scan  under vmap of 4
-    =========================  ===========  =============  ===============
-    ``direct``                          17            250               73
-    ``canonical``                       17             17               20
-    patches times a matrix              31             28               40
-    =========================  ===========  =============  ===============
+    ========================  ============  =============  ====================
+    method                    own jit       inside a scan  vmap of 4 in a scan
+    ========================  ============  =============  ====================
+    ``direct``                          19            261                   582
+    ``canonical``                       19             18                    22
+    patches times a matrix              26             29                    33
+    ========================  ============  =============  ====================
+
+Hence the rule of ``method=None``: canonical on a CPU, direct on everything else.
 """
 
 from collections.abc import Sequence
@@ -94,8 +96,8 @@ def conv2d(
 def max_pool(x: Array, size: int) -> Array:
     """Largest value of each size x size block of images [B, H, W, C]; a ragged edge is dropped.
 
-    Written as a reshape and a maximum: on CPU the backward pass of ``lax.reduce_window`` makes
-    the whole training step above 1.35 times slower. Equal maxima share the gradient.
+    Written as a reshape and a maximum: with ``lax.reduce_window``, whose gradient scatters, the
+    whole step above takes a quarter longer on a CPU. Equal maxima share the gradient.
 
     Returns:
         images [B, H // size, W // size, C].
