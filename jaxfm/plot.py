@@ -61,7 +61,9 @@ def line_plot(
             (_placeable(x, log_x), _placeable(y, log_y))
             for x, y in zip(map(float, xs), map(float, ys))
         ]
-    points = [p for curve in curves.values() for p in curve if None not in p]
+    points = [
+        (x, y) for curve in curves.values() for x, y in curve if x is not None and y is not None
+    ]
     if not points:
         return _figure(
             title, "", f'<p class="empty">Nothing to plot for {html.escape(y_label)}.</p>'
