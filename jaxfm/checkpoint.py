@@ -244,7 +244,7 @@ def _describe(name: str, leaf: Any) -> list:
 def _pack(leaf: Any) -> Any:
     if _is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
