@@ -14,6 +14,8 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ def window_pool(x: Array, size: int) -> Array:
     return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
 
 
-FORMS = {
+FORMS: dict[str, tuple[Callable, Callable]] = {
     "direct": (functools.partial(conv2d, method="direct"), max_pool),
     "canonical": (functools.partial(conv2d, method="canonical"), max_pool),
     "patches": (patches, max_pool),
@@ -64,7 +66,7 @@ def initial_weights(rng: np.random.Generator) -> list[tuple[Array, Array]]:
     return [layer(shape) for shape in SHAPES]
 
 
-def make_step(conv, pool):
+def make_step(conv: Callable, pool: Callable) -> Callable:
     """step(weights, images [B, 28, 28, 1], labels i32[B]) -> weights."""
 
     def loss(weights, x, labels):
@@ -81,14 +83,14 @@ def make_step(conv, pool):
     return step
 
 
-def scanned(step):
+def scanned(step: Callable) -> Callable:
     def run(weights, batches):
         return lax.scan(lambda w, batch: (step(w, *batch), None), weights, batches)[0]
 
     return run
 
 
-def clock(run, *args, per: int, repeats: int):
+def clock(run: Callable, *args: Any, per: int, repeats: int) -> tuple[float, float, Any]:
     """(processor ms a step, seconds of the first call, result)."""
     start = time.perf_counter()
     result = jax.block_until_ready(run(*args))
@@ -129,7 +131,7 @@ def main() -> None:
         step = make_step(conv, pool)
         jitted, scan = jax.jit(step), scanned(step)
         slow = repeats if name in ("canonical", "patches") else 1
-        runs = {
+        runs: dict[str, tuple[Callable, tuple, int, int]] = {
             "dispatched": (
                 lambda w, b, jitted=jitted: functools.reduce(
                     lambda w, i: jitted(w, b[0][i], b[1][i]), range(steps), w
