@@ -306,7 +306,8 @@ def _sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> 
 
 def _vocabulary_difference(tokenizer: Tokenizer, draft: Tokenizer) -> str:
     ours, theirs = tokenizer.vocab, draft.vocab
-    token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    either = sorted(ours.keys() | theirs.keys())
+    token = next(token for token in either if ours.get(token) != theirs.get(token))
     return (
         f"The vocabularies of target and draft differ: token {token!r} has id {ours.get(token)} in "
         f"the target's ({len(ours)} tokens) and {theirs.get(token)} in the draft's "

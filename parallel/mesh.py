@@ -135,4 +135,4 @@ def _unstacked_axes(axes: PyTree, like: PyTree) -> PyTree:
         return axes
     stacked = jax.tree.map(lambda names: names[1:], layers_of(axes), is_leaf=is_axes)
     pairs = zip(stacked, layers_of(like), strict=True)
-    return with_layers(axes, Variables(*({i: part for i in layers} for part, layers in pairs)))
+    return with_layers(axes, Variables(*(dict.fromkeys(layers, part) for part, layers in pairs)))
