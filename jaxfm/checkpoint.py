@@ -243,8 +243,12 @@ def _describe(name: str, leaf: Any) -> list:
 
 def _pack(leaf: Any) -> Any:
     if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    # One copy will do: Orbax would compile a program to slice up the copies of each shape.
+    whole = leaf.is_fully_replicated and leaf.is_fully_addressable
+    return leaf.addressable_data(0) if whole else leaf
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

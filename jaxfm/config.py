@@ -35,7 +35,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
-from absl import app, flags
+from absl import app, flags, logging
 
 T = TypeVar("T")
 
@@ -156,6 +156,7 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
         sys.exit(2)
 
     define_flags(cls)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     app.run(main, flags_parser=parse)  # type: ignore[arg-type]  # what parse returns goes to main
 
 

@@ -1,0 +1,107 @@
+"""Distillation: a small model learns to predict what a large one does.
+
+    minimise  T² KL(softmax(teacher / T) || softmax(student / T))
+
+Source: Hinton et al. 2015, section 2. The teacher may be the student's own parent
+(`jaxfm.subnet.extract`), an ensemble, or any function that gives logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxfm.model import Array, Key, Model, Variables
+from jaxfm.tasks import Task
+
+
+def kl_divergence(
+    teacher: Array, student: Array, weight: Array, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """(weighted sum of T² KL(teacher || student) in nats, sum of weights), computed in f32.
+
+    Args:
+      teacher, student: logits [..., V].
+      weight: f32[...], 0 to ignore.
+    """
+    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    divergence = (jnp.exp(log_p) * (log_p - log_q)).sum(-1) * temperature**2
+    return jnp.sum(jnp.where(weight > 0, divergence * weight, 0)), jnp.sum(weight)
+
+
+def distill(
+    student: Model,
+    variables: Variables,
+    teacher: Callable[[Array], Array],
+    task: Task,
+    examples: Mapping[str, Array],
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    temperature: float = 1.0,
+) -> tuple[Variables, Array]:
+    """Trains the student on the teacher's predictions, all steps in one compiled scan.
+
+    Args:
+      student: its `apply` gives logits.
+      variables: where it starts.
+      teacher: `(inputs) -> logits` of the same shape. A closure over parameters makes them
+        constants of the program; use `jax.tree_util.Partial(f, variables)` for large ones.
+      task: makes inputs and weights of a batch; labels, where it has any, are not looked at.
+      examples: leaves [N, ...]; batches are drawn with replacement.
+      steps, batch_size: of training.
+      key: of the draws.
+      temperature: T.
+    Returns:
+      The trained variables and the loss of each step, f32[steps].
+    Raises:
+      ValueError: no examples, or steps, batch_size or temperature out of range.
+    """
+    size = min((len(leaf) for leaf in examples.values()), default=0)
+    if size == 0:
+        raise ValueError("There are no examples to distil on.")
+    if steps < 1 or batch_size < 1 or temperature <= 0:
+        raise ValueError(
+            f"steps and batch_size must be at least 1 and temperature above 0; got {steps}, "
+            f"{batch_size}, {temperature}."
+        )
+    run = partial(_distill, student.apply, task, optimizer, steps, batch_size, temperature)
+    return run(variables, jax.tree_util.Partial(teacher), dict(examples), key)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _distill(
+    apply, task, optimizer, steps, batch_size, temperature, variables, teacher, examples, key
+):
+    size = min(leaf.shape[0] for leaf in examples.values())
+
+    def loss(params, variables, batch, key):
+        inputs, _, weight = task.prepare(batch, key)
+        logits, stats = apply(variables._replace(params=params), inputs, train=True, key=key)
+        target = lax.stop_gradient(teacher(inputs))
+        total, count = kl_divergence(target, logits, weight, temperature)
+        return total / jnp.maximum(count, 1), stats
+
+    def step(carry, key):
+        variables, opt_state = carry
+        rows_key, batch_key = jax.random.split(key)
+        rows = jax.random.randint(rows_key, (batch_size,), 0, size)
+        batch = {name: jnp.asarray(leaf)[rows] for name, leaf in examples.items()}
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, stats), grads = gradient(variables.params, variables, batch, batch_key)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+            updates, opt_state = optimizer.update(grads, opt_state, variables.params)
+        params = optax.apply_updates(variables.params, updates)
+        return (variables._replace(params=params, stats=stats), opt_state), value
+
+    start = variables, optimizer.init(variables.params)
+    (variables, _), losses = lax.scan(step, start, jax.random.split(key, steps))
+    return variables, losses

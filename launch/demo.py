@@ -1,0 +1,264 @@
+"""The whole loop on real text: federate over unequal machines, cut, serve.
+
+    python -m jaxfm.launch.demo              # some minutes on two cores
+    python -m jaxfm.launch.demo --quick      # a small case, to see that it runs
+
+1. The 24 largest packages of Python's standard library are clients that keep their code. A third
+   of their machines holds the full model, a third half its width, a third a quarter.
+2. Eight of them a round train a byte-level language model from scratch (HeteroFL).
+3. The quarter tier is cut out and taught, briefly, to predict what its parent does.
+4. Held-out code is completed by plain decoding, by speculation with that draft, and by lookup.
+5. model/ and draft/ are saved in Hugging Face format, and report.html tells the story.
+
+Stopped at any moment, the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm import hub
+from jaxfm.config import check, option
+from jaxfm.distill import distill
+from jaxfm.launch import federate
+from jaxfm.launch.federate import FederateConfig, Setting, Trained
+from jaxfm.launch.report import write_report
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, open_run, use_cores
+from jaxfm.launch.setup import save_results as save
+from jaxfm.model import Model, Variables, count_parameters
+from jaxfm.models.decoder import decoder, resized
+from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.generate import generate, stream
+from jaxfm.parallel.lookup import lookup
+from jaxfm.parallel.plain import plain
+from jaxfm.parallel.speculative import speculative
+from jaxfm.subnet import axis_sizes
+from jaxfm.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration."""
+
+    run_dir: str = option("runs/demo", "folder of the run; an unfinished run there goes on")
+    quick: bool = option(False, "a small model and few rounds")
+    rounds: int = option(60, "federated rounds (quick: 4)")
+    distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
+    num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
+    prompt_bytes: int = option(96, "bytes of each prompt")
+    new_bytes: int = option(160, "bytes generated after each prompt (quick: 32)")
+    draft_length: int = option(4, "tokens drafted a pass")
+    seed: int = option(0, "of everything random")
+
+    def __post_init__(self):
+        check(self)
+        if self.quick:
+            for name, most in (("rounds", 4), ("distill_steps", 10), ("num_prompts", 2),
+                               ("new_bytes", 32)):  # fmt: skip
+                object.__setattr__(self, name, min(most, getattr(self, name)))
+
+
+def federated_config(config: DemoConfig) -> FederateConfig:
+    """The federated part, as `jaxfm.launch.federate` takes it."""
+    small = ModelConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
+    return FederateConfig(
+        run_dir=config.run_dir,
+        algorithm="hetero_fl",
+        rounds=config.rounds,
+        cohort=8,
+        batch_size=8,
+        max_steps=8,
+        tiers=(1.0, 0.5, 0.25),
+        eval_every=min(5, config.rounds),
+        eval_examples=64 if config.quick else 256,
+        seed=config.seed,
+        data=DataConfig(num_clients=24, length=64 if config.quick else 128),
+        model=small if config.quick else ModelConfig(),
+        local=OptimizerConfig(learning_rate=2e-3),
+    )
+
+
+def main(config: DemoConfig) -> None:
+    """All five parts, one after the other."""
+    use_cores(8)
+    start = time.monotonic()
+    tell = lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
+    run_dir = open_run(config, config.run_dir)
+    federation = federated_config(config)
+
+    tell("1. Clients: the largest packages of the standard library.")
+    setting = federate.prepare(federation)
+    print(federate.describe_clients(setting))
+
+    tell(f"2. Federated training, {config.rounds} rounds (the first compiles).")
+    trained = federate.train(federation, setting)
+    save(run_dir, "federate", federate.results(setting, trained))
+    _tell_training(setting, trained)
+
+    tell("3. The quarter tier becomes a draft: cut out, then distilled from its parent.")
+    parent = setting.model, trained.state.server.variables
+    draft, about = make_draft(config, setting, trained)
+    save(run_dir, "draft", about)
+    print(
+        f"   {about['parameters']:,} of {about['parent_parameters']:,} parameters; most likely "
+        f"token as its parent's: {about['agreement_before']:.3f} as cut, "
+        f"{about['agreement_after']:.3f} distilled"
+    )
+
+    tell("4. Held-out code, completed three ways.")
+    part = decode(config, setting, parent, draft)
+    save(run_dir, "decode", part)
+    _tell_decoding(part)
+
+    tell("5. Saving both models in Hugging Face format, and the report.")
+    hub.save(*parent, run_dir / "model", tokenizer=setting.data.tokenizer)
+    hub.save(*draft, run_dir / "draft", tokenizer=setting.data.tokenizer)
+    print(f"   {run_dir / 'model'}, {run_dir / 'draft'}")
+    tell(f"Done: {write_report(run_dir)}")
+
+
+def make_draft(
+    config: DemoConfig, setting: Setting, trained: Trained
+) -> tuple[tuple[Model, Variables], dict[str, Any]]:
+    """The smallest tier as a model of its own, and what the report says of it.
+
+    It learns from what the parent predicts on the server's validation text; no client takes part.
+    """
+    model, data, parent = setting.model, setting.data, trained.state.server.variables
+    cut = setting.algorithm.buckets[-1].personal(trained.state.server, ())
+    small = decoder(resized(model.config, axis_sizes(cut, model.axes)))
+    test = jnp.asarray(data.test["tokens"][:: max(1, len(data.test["tokens"]) // 256), :-1])
+    rate = optax.cosine_decay_schedule(2e-3, config.distill_steps)
+    variables, losses = distill(
+        small, cut, jax.tree_util.Partial(_logits, model.apply, parent), data.task,
+        {name: jnp.asarray(leaf) for name, leaf in data.validation.items()},
+        steps=config.distill_steps, batch_size=16,
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95)),
+        key=jax.random.key(config.seed + 2),
+    )  # fmt: skip
+    return (small, variables), {
+        "parameters": count_parameters(variables.params),
+        "parent_parameters": count_parameters(parent.params),
+        "losses": np.asarray(losses).tolist(),
+        "agreement_before": agreement(model, parent, small, cut, test),
+        "agreement_after": agreement(model, parent, small, variables, test),
+    }
+
+
+def agreement(
+    model: Model, variables: Variables, other: Model, other_variables: Variables, tokens: jax.Array
+) -> float:
+    """The share of positions at which two models find the same token most likely."""
+
+    @jax.jit
+    def same(a, b, tokens):
+        best = [f(v, tokens)[0].argmax(-1) for f, v in ((model.apply, a), (other.apply, b))]
+        return (best[0] == best[1]).mean()
+
+    return float(same(variables, other_variables, tokens))
+
+
+def decode(
+    config: DemoConfig,
+    setting: Setting,
+    parent: tuple[Model, Variables],
+    draft: tuple[Model, Variables],
+) -> dict[str, Any]:
+    """Completes held-out code with each decoder, in turn for each prompt, and times it."""
+    tokenizer = setting.data.tokenizer
+    prompts = held_out_prompts(config, setting)
+    decoders = {
+        "plain": plain(*parent),
+        "speculative": speculative(*parent, *draft, length=config.draft_length),
+        "lookup": lookup(*parent, length=config.draft_length),
+    }
+    settings = {"max_new_tokens": config.new_bytes, "ticks": config.new_bytes}
+    for way in decoders.values():
+        generate(way, prompts[:1], **settings)  # compiles
+    outputs: dict[str, list] = {name: [] for name in decoders}
+    seconds = dict.fromkeys(decoders, 0.0)
+    for prompt in prompts:
+        for name, way in decoders.items():
+            begin = time.perf_counter()
+            outputs[name].append(generate(way, [prompt], **settings))
+            seconds[name] += time.perf_counter() - begin
+    rows = []
+    for name, made in outputs.items():
+        tokens = sum(len(o.tokens[0]) for o in made)
+        drafted, accepted = (sum(int(np.sum(getattr(o.stats, n))) for o in made)
+                             for n in ("drafted", "accepted"))  # fmt: skip
+        rows.append({
+            "name": name,
+            "tokens_per_s": tokens / seconds[name],
+            "speed_up": seconds["plain"] / seconds[name],
+            "acceptance": accepted / drafted if drafted else None,
+            "tokens_per_pass": tokens / sum(int(o.stats.passes[0]) for o in made),
+            "identical": all(np.array_equal(a.tokens[0], b.tokens[0])
+                             for a, b in zip(made, outputs["plain"], strict=True)),
+        })  # fmt: skip
+    note = (
+        f"{len(prompts)} prompts of {config.prompt_bytes} bytes, {config.new_bytes} new bytes "
+        "each, greedy, one at a time; the decoders take turns on each prompt."
+    )
+    samples = [
+        sample(name, decoders[name], prompts[0], config.new_bytes, tokenizer)
+        for name in ("speculative", "lookup")
+    ]
+    return {"decoders": rows, "note": note, "samples": samples}
+
+
+def held_out_prompts(config: DemoConfig, setting: Setting) -> list[list[int]]:
+    """Beginnings of rows of the test split, spread over it; padding is not code."""
+    rows = setting.data.test["tokens"]
+    special = list(setting.data.tokenizer.special_ids)
+    length = min(config.prompt_bytes, rows.shape[1])
+    whole = rows[~np.isin(rows[:, :length], special).any(axis=1)]
+    chosen = np.linspace(0, len(whole) - 1, config.num_prompts).astype(int)
+    return [whole[i, :length].tolist() for i in chosen]
+
+
+def sample(
+    name: str, way: Decoder, prompt: list[int], new_bytes: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """One completion pass by pass: all of a pass but its last token was drafted."""
+    pieces = []
+    for piece in stream(way, [prompt], max_new_tokens=new_bytes, ticks=1):
+        ids = piece.tokens[0].tolist()
+        pieces += [(tokenizer.decode(ids[:-1]), "accepted"), (tokenizer.decode(ids[-1:]), "")]
+    return {"title": f"{name} decoding", "prompt": tokenizer.decode(prompt), "pieces": pieces}
+
+
+def _logits(apply, variables: Variables, tokens: jax.Array) -> jax.Array:
+    return apply(variables, tokens)[0]
+
+
+def _tell_training(setting: Setting, trained: Trained) -> None:
+    for cost, metrics in zip(setting.costs, trained.tiers, strict=True):
+        print(f"   {cost.parameters:>9,} parameters: {metrics['bits_per_byte']:.3f} bits per byte "
+              "of held-out code")  # fmt: skip
+    for way in ("up", "down"):
+        sent = trained.totals[f"bytes_{way}"]
+        clients = trained.totals["reported" if way == "up" else "selected"]
+        full = clients * getattr(setting.costs[0], f"bytes_{way}")
+        print(f"   {sent / 1e6:.0f} MB {way}; the full model everywhere would take "
+              f"{full / 1e6:.0f} MB ({full / sent:.2f}x)")  # fmt: skip
+
+
+def _tell_decoding(part: dict[str, Any]) -> None:
+    print("   decoder       tokens/s  speed-up  acceptance  tokens a pass  same tokens")
+    for d in part["decoders"]:
+        held = "-" if d["acceptance"] is None else f"{d['acceptance']:.2f}"
+        print(f"   {d['name']:<12}{d['tokens_per_s']:>10.0f}{d['speed_up']:>9.2f}x{held:>12}"
+              f"{d['tokens_per_pass']:>15.2f}{'yes' if d['identical'] else 'NO':>13}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    configs.run(main, DemoConfig)

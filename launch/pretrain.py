@@ -1,0 +1,169 @@
+"""Trains a model on all data in one place: the baseline that a federated run is held against.
+
+    python -m jaxfm.launch.pretrain --steps=500
+    python -m jaxfm.launch.pretrain --data.source=digits --data.partition=iid --local.name=sgd
+
+The data are those that `jaxfm.launch.federate` deals out, merged. The run folder holds config,
+metrics, checkpoints, report.html and, for language models, model/ in Hugging Face format. The same
+command goes on where a stopped run was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm import hub
+from jaxfm.checkpoint import Checkpointer
+from jaxfm.config import check, option
+from jaxfm.data.federation import merge
+from jaxfm.federated.local import objective
+from jaxfm.launch.report import write_report
+from jaxfm.launch.setup import (
+    Data,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    load_data,
+    make_model,
+    make_optimizer,
+    open_run,
+    save_results,
+    use_cores,
+)
+from jaxfm.log import RunLog, progress
+from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
+from jaxfm.parallel.mesh import make_mesh
+from jaxfm.tasks import Task, evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A central training run."""
+
+    run_dir: str = option("runs/pretrain", "folder of the run; an unfinished run there goes on")
+    steps: int = option(500, "optimizer steps in all")
+    batch_size: int = option(16, "examples a step, over all devices")
+    eval_every: int = option(50, "steps between evaluations and checkpoints")
+    eval_examples: int = option(512, "validation rows looked at while training; 0: all")
+    seed: int = option(0, "of data, parameters and batches")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    local: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        check(self)
+        for name in ("steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+
+
+class TrainState(NamedTuple):
+    """All that training needs to go on."""
+
+    variables: Variables
+    opt_state: PyTree
+    step: Array
+    key: Key
+
+
+def train_steps(
+    model: Model, task: Task, optimizer: optax.GradientTransformation, batch_size: int, steps: int
+) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Array]]:
+    """Returns `(state, examples) -> (state, losses f32[steps])`, one compiled scan; state donated.
+
+    Batches are drawn with replacement from keys folded by step, so a resumed run sees the same.
+    """
+    loss = objective(model, task)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: TrainState, examples) -> tuple[TrainState, Array]:
+        size = next(iter(examples.values())).shape[0]
+        rows_key, batch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        rows = jax.random.randint(rows_key, (batch_size,), 0, size)
+        batch = {name: leaf[rows] for name, leaf in examples.items()}
+        variables = state.variables
+        (value, (stats, _, _)), grads = gradient(
+            variables.params, variables, batch, jnp.ones(batch_size), batch_key
+        )
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, variables.params)
+        params = optax.apply_updates(variables.params, updates)
+        new = variables._replace(params=params, stats=stats)
+        return TrainState(new, opt_state, state.step + 1, state.key), value
+
+    def run(state: TrainState, examples):
+        return jax.lax.scan(lambda s, _: step(s, examples), state, length=steps)
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
+    """Runs all steps, or those that an earlier process has left; batches are split over devices."""
+    optimizer = make_optimizer(config.local)
+    mesh = make_mesh(data=_divisor(config.batch_size, len(jax.devices())))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    variables = model.init(jax.random.key(config.seed))
+    state = TrainState(
+        variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32),
+        jax.random.key(config.seed + 1),
+    )  # fmt: skip
+    state = jax.device_put(state, everywhere)
+    examples = jax.device_put(merge(data.train), everywhere)
+    chunk = min(config.eval_every, config.steps)
+    run = train_steps(model, data.task, optimizer, config.batch_size, chunk)
+    validation = _some(data.validation, config.eval_examples)
+    with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
+        done = 0
+        if checkpoints.latest_step() is not None:
+            done, state = checkpoints.restore(like=state)
+            print(f"Going on after step {done}, from {checkpoints.folder}.")
+        with RunLog(config.run_dir, resume_step=done or None) as log:
+            for number in progress(range(done + chunk, config.steps + 1, chunk), "chunks"):
+                state, losses = run(state, examples)
+                metrics = evaluate(model.apply, state.variables, data.task, validation, 32)
+                line = {f"validation/{name}": value for name, value in metrics.items()}
+                log.write(number, {"train/loss": float(losses.mean())} | line)
+                checkpoints.save(number, state)
+    return state
+
+
+def _divisor(batch_size: int, devices: int) -> int:
+    """The most devices that share a batch evenly."""
+    return max(n for n in range(1, devices + 1) if batch_size % n == 0)
+
+
+def _some(examples: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    size = len(next(iter(examples.values())))
+    stride = max(1, size // count) if count else 1
+    return {name: leaf[::stride] for name, leaf in examples.items()}
+
+
+def main(config: PretrainConfig) -> None:
+    """The whole run, with model and report at the end."""
+    use_cores(config.batch_size)
+    run_dir = open_run(config, config.run_dir)
+    data = load_data(config.data, config.seed)
+    model = make_model(config.model, data)
+    state = train(config, data, model)
+    metrics = evaluate(model.apply, state.variables, data.task, data.test, 32)
+    save_results(run_dir, "pretrain", {"test": metrics})
+    print(f"{count_parameters(state.variables.params):,} parameters")
+    for name, value in metrics.items():
+        print(f"test {name}: {value:.4f}")
+    if data.tokenizer is not None:
+        hub.save(model, state.variables, run_dir / "model", tokenizer=data.tokenizer)
+        print(f"model: {run_dir / 'model'}")
+    print(f"report: {write_report(run_dir)}")
+
+
+if __name__ == "__main__":
+    configs.run(main, PretrainConfig)

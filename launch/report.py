@@ -1,0 +1,241 @@
+"""Rebuilds the report of a run folder.
+
+    python -m jaxfm.launch.report --run_dir=runs/demo
+
+The page is made from config.json, metrics.jsonl and results.json alone; a run that is still going
+on can be looked at, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from jaxfm import config as configs
+from jaxfm.config import check, option
+from jaxfm.launch.setup import load_results
+from jaxfm.log import read_metrics
+from jaxfm.report import (
+    Card,
+    Html,
+    Report,
+    bar_plot,
+    cards,
+    heading,
+    json_panel,
+    line_plot,
+    row,
+    table,
+    text_panel,
+    write,
+)
+
+LOWER_IS_BETTER = ("bits_per_byte", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Which run."""
+
+    run_dir: str = option("runs/demo", "folder of the run")
+
+    def __post_init__(self):
+        check(self)
+
+
+def write_report(run_dir: pathlib.Path) -> pathlib.Path:
+    """Writes report.html into the run folder and returns its path.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{run_dir} holds no run: there is no config.json in it.")
+    config = json.loads(path.read_text())
+    metrics, results = read_metrics(run_dir), load_results(run_dir)
+    parts: list[Html] = [cards(_figures(metrics, results))]
+    if metrics:
+        parts += _training(metrics, results)
+    if "federate" in results:
+        parts += _clients(results["federate"])
+    if "draft" in results:
+        parts += _draft(results["draft"])
+    if "decode" in results:
+        parts += _decoding(results["decode"])
+    parts += [heading("How to get this again"), json_panel("config.json", config)]
+    report = Report(_title(results), f"run {run_dir.name}", tuple(parts))
+    write(report, run_dir / "report.html")
+    return run_dir / "report.html"
+
+
+def _title(results: Mapping) -> str:
+    if "decode" in results:
+        return "Federate, cut, serve"
+    return "A federated run" if "federate" in results else "A training run"
+
+
+def main_metric(names: Sequence[str]) -> str:
+    """The metric that a page leads with."""
+    return next(m for m in ("bits_per_byte", "accuracy", "loss") if any(m in n for n in names))
+
+
+def _name(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
+    figures = []
+    if "federate" in results:
+        part = results["federate"]
+        metric = main_metric(list(part["test"]))
+        figures.append(Card(_name(metric), part["test"][f"global/{metric}"], "global test set"))
+        worst = part["test"][f"worst_decile/{metric}"]
+        figures.append(Card("worst decile", worst, "of clients, on their own test data"))
+        up, full = part["totals"]["bytes_up"], part["full_model"]["bytes_up"]
+        note = f"{full / max(up, 1):.2f}x less than the full model" if full > up else "all clients"
+        figures.append(Card("MB uploaded", up / 1e6, note))
+    elif metrics:
+        last = {name: value for line in metrics for name, value in line.items()}
+        shown = [name for name in last if name.startswith(("validation/", "test/"))]
+        if shown:
+            metric = main_metric(shown)
+            figures.append(
+                Card(_name(metric), last.get(f"validation/{metric}"), "validation split")
+            )
+    if "decode" in results:
+        best = max(results["decode"]["decoders"], key=lambda d: d["speed_up"])
+        figures.append(Card("speed-up", f"{best['speed_up']:.2f}x", f"{best['name']} decoding"))
+    return figures
+
+
+def _training(metrics: list[dict], results: Mapping) -> list[Html]:
+    names = {name for line in metrics for name in line if name.startswith("validation")}
+    steps = "round" if any("clients/reported" in line for line in metrics) else "step"
+    curves_loss = {"training loss": _curve(metrics, "step", "train/loss")}
+    parts = [heading("Training")]
+    if not names:
+        return [*parts, line_plot(curves_loss, x_label=steps, y_label="nats")]
+    metric = main_metric(sorted(names))
+    tiers = results.get("federate", {}).get("tiers", [])
+    label = lambda name: _tier_name(name, metric, tiers)
+    chosen = sorted(name for name in names if name.endswith(metric))
+    by_step = {label(n): _curve(metrics, "step", n) for n in chosen}
+    plots = [
+        line_plot(by_step, x_label=steps, y_label=f"validation {_name(metric)}"),
+    ]
+    if steps == "round":
+        by_bytes = {label(n): _curve(metrics, "total/bytes_up", n, 1e-6) for n in chosen}
+        plots.append(
+            line_plot(by_bytes, x_label="MB uploaded", y_label=f"validation {_name(metric)}")
+        )
+    else:
+        plots.append(line_plot(curves_loss, x_label=steps, y_label="training loss, nats"))
+    return [*parts, row(*plots)]
+
+
+def _tier_name(name: str, metric: str, tiers: list[dict]) -> str:
+    middle = name.removeprefix("validation").removesuffix(metric).strip("/")
+    if len(tiers) < 2:
+        return "model"
+    number = int(middle.removeprefix("bucket") or 0)
+    return f"{tiers[number]['parameters'] / 1e3:,.0f}k parameters"
+
+
+def _curve(metrics: list[dict], x: str, y: str, scale: float = 1.0):
+    points = [(line[x] * scale, line[y]) for line in metrics if x in line and y in line]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _clients(part: Mapping) -> list[Html]:
+    test, tiers, totals = part["test"], part["tiers"], part["totals"]
+    metric = main_metric(list(test))
+    best = min if metric in LOWER_IS_BETTER else max
+    three = table(
+        ["whose model, on which test set", _name(metric)],
+        [
+            ["the global model, on the global test set", test[f"global/{metric}"]],
+            ["each client's own, on its own (mean)", test[f"personal/{metric}"]],
+            ["the worst tenth of clients", test[f"worst_decile/{metric}"]],
+        ],
+    )
+    rows = [
+        [
+            f"{100 * tier['parameters'] / tiers[0]['parameters']:.0f}%",
+            tier["clients"], tier["parameters"], tier["memory_bytes"] / 1e6,
+            tier["bytes_up"] / 1e6, tier["flops_per_step"] / 1e9, tier[metric],
+        ]
+        for tier in tiers
+    ]  # fmt: skip
+    columns = ["size", "clients", "parameters", "memory, MB", "upload, MB", "GFLOP a step",
+               f"test {_name(metric)}"]  # fmt: skip
+    traffic = {
+        "up": totals["bytes_up"] / 1e6,
+        "up, full model everywhere": part["full_model"]["bytes_up"] / 1e6,
+        "down": totals["bytes_down"] / 1e6,
+        "down, full model everywhere": part["full_model"]["bytes_down"] / 1e6,
+    }
+    sizes = {client["name"]: client["examples"] for client in part["clients"][:24]}
+    return [
+        heading("Clients", "Unequal machines, unequal data; data never leave their owner."),
+        row(three, table(columns, rows, best={columns[-1]: best})),
+        row(
+            bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds"),
+            bar_plot(sizes, unit="rows", title="training rows of each client"),
+        ),
+    ]
+
+
+def _draft(part: Mapping) -> list[Html]:
+    curve = {"distillation": (list(range(len(part["losses"]))), part["losses"])}
+    return [
+        heading(
+            "The draft",
+            f"The smallest tier, cut out ({part['parameters']:,} of {part['parent_parameters']:,} "
+            "parameters) and briefly taught to predict what its parent does.",
+        ),
+        row(
+            line_plot(curve, x_label="step", y_label="KL to the parent, nats", log_y=True),
+            table(
+                ["draft", "agrees with its parent"],
+                [["as cut", part["agreement_before"]], ["distilled", part["agreement_after"]]],
+                title="share of test tokens with the same most likely next token",
+            ),
+        ),
+    ]
+
+
+def _decoding(part: Mapping) -> list[Html]:
+    rows = [
+        [d["name"], d["tokens_per_s"], d["speed_up"], d["acceptance"], d["tokens_per_pass"],
+         "yes" if d["identical"] else "NO"]
+        for d in part["decoders"]
+    ]  # fmt: skip
+    columns = ["decoder", "tokens/s", "speed-up", "acceptance", "tokens a pass", "same tokens"]
+    panels = [
+        text_panel(
+            [(s["prompt"], "prompt"), *((text, kind) for text, kind in s["pieces"])],
+            {"prompt": "prompt (held-out code)", "accepted": "drafted and accepted"},
+            title=s["title"],
+        )
+        for s in part["samples"]
+    ]
+    return [
+        heading("Decoding held-out code", part["note"]),
+        row(
+            table(columns, rows, best={"tokens/s": max}),
+            bar_plot({d["name"]: d["tokens_per_s"] for d in part["decoders"]}, unit="tokens/s"),
+        ),
+        *panels,
+    ]
+
+
+def main(config: ReportConfig) -> None:
+    """Writes the page and says where it is."""
+    print(write_report(pathlib.Path(config.run_dir)))
+
+
+if __name__ == "__main__":
+    configs.run(main, ReportConfig)
