@@ -76,8 +76,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, n = self.kernel[...], self.num_inputs
-        contracting = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-        y = lax.dot_general(x, kernel, (contracting, ((), ())))
+        outputs = kernel.shape[n:]
+        if n > 1:  # XLA's CPU backend would transpose the kernel to contract several axes
+            kernel = kernel.reshape(math.prod(kernel.shape[:n]), -1)
+            x = x.reshape(*x.shape[: x.ndim - n], -1)
+        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = y.reshape(*x.shape[:-1], *outputs)
         if self.has_bias:
             bias = self.bias[...]
             y = y + lax.broadcast_in_dim(bias, y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
