@@ -10,24 +10,25 @@ So keeping, dropping and branching are vector operations on two small integer ar
 move a row of keys and values. Decoders of one line of text use bit 0 and the cell numbered like
 the position; cells past what was kept are dropped by `keep` and written over later.
 
-The rows follow the form of the layers: one stack for stacked layers, a dict for a dict of layers.
-Blocks only read the cache and return new rows; one update a pass, after all layers, writes them,
-so that XLA updates the donated buffers in place.
+Keys of all layers are one array and so are values: a stack, or for layers of unequal shape one flat
+row a token. Blocks only read them and return new rows; one update a pass, after all layers, writes
+those. So XLA sees every read before the write and updates the donated buffers in place (arrays of
+their own for each layer are copied whole, twice a pass).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxfm.model import (
     Array,
     Model,
     Past,
-    PyTree,
     Stages,
     Variables,
     is_stacked,
@@ -57,14 +58,15 @@ class Cache(NamedTuple):
     """Keys and values of tokens already seen.
 
     Attributes:
-      k: [L, B, S, G, K] keys; for a dict of layers, a dict of [B, S, G, K].
+      k: [L, B, S, G, K] keys; for layers of unequal shape [B, S, F], the layers' G * K one after
+        the other.
       v: values, likewise.
       positions: i32[B, S] of the token in each cell.
       bits: u32[B, S] branches that each cell belongs to; 0: the cell is free.
     """
 
-    k: PyTree
-    v: PyTree
+    k: Array
+    v: Array
     positions: Array
     bits: Array
 
@@ -112,26 +114,33 @@ def decoding_layout(variables: Variables) -> Variables:
 
 def init_cache(net: Network, variables: Variables, batch: int, cells: int) -> Cache:
     """An empty cache for `batch` sequences of up to `cells` tokens, sized by the parameters."""
-    layers = layers_of(variables)
 
-    def rows(layer: Variables) -> tuple[Array, Array]:
-        tokens = jnp.zeros((batch, 1), jnp.int32)
-        x = net.stages.embed(variables, tokens, tokens)
-        return net.stages.block(layer, x, tokens, jnp.ones((1, 1, 1), bool))[1]
+    def empty(rows: list[jax.ShapeDtypeStruct]) -> Array:
+        shapes = {row.shape for row in rows}
+        if len(shapes) == 1:
+            return jnp.zeros((len(rows), batch, cells, *shapes.pop()), rows[0].dtype)
+        return jnp.zeros((batch, cells, sum(row.size for row in rows)), rows[0].dtype)
 
-    def empty(layer: Variables, *lead: int) -> list[Array]:
-        shape = lambda x: (*lead, batch, cells, *x.shape[2:])
-        return [jnp.zeros(shape(x), x.dtype) for x in jax.eval_shape(rows, layer)]
-
-    count = num_layers(layers)
-    k: Any
-    v: Any
-    if is_stacked(layers):
-        k, v = empty(jax.tree.map(lambda x: x[0], layers), count)
-    else:
-        pairs = {str(i): empty(layer_at(layers, i)) for i in range(count)}
-        k, v = ({i: pair[j] for i, pair in pairs.items()} for j in range(2))
+    k, v = (empty(rows) for rows in _row_shapes(net, variables))
     return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
+
+
+def _row_shapes(net: Network, variables: Variables) -> tuple[list, list]:
+    """Shapes [G, K] and dtypes of one token's keys and of its values in each layer."""
+    token = jnp.zeros((1, 1), jnp.int32)
+
+    def one(layer: Variables):
+        x = net.stages.embed(variables, token, token)
+        _, rows = net.stages.block(layer, x, token, jnp.ones((1, 1, 1), bool))
+        return tuple(row[0, 0] for row in rows)
+
+    layers = layers_of(variables)
+    if is_stacked(layers):
+        first = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], layers)))
+        k, v = ([row] * num_layers(layers) for row in first)
+        return k, v
+    pairs = [jax.eval_shape(one, layer_at(layers, i)) for i in range(num_layers(layers))]
+    return [k for k, _ in pairs], [v for _, v in pairs]
 
 
 def visible(
@@ -184,22 +193,46 @@ def read(
         past = None if empty else Past(k, v, cached)
         return net.stages.block(layer, x, block.positions, mask, past)
 
-    batch = jnp.arange(block.tokens.shape[0])[:, None]
     layers = layers_of(variables)
     if is_stacked(layers):
-        x, rows = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
-        write = lambda old, new: old.at[:, batch, block.cells].set(new, mode="drop")
-        k, v = write(cache.k, rows[0]), write(cache.v, rows[1])
+        x, (k, v) = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
     else:
-        rows = {}
-        for i in cache.k:
-            x, rows[i] = step(x, layer_at(layers, int(i)), cache.k[i], cache.v[i])
-        write = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
-        k = {i: write(cache.k[i], rows[i][0]) for i in rows}
-        v = {i: write(cache.v[i], rows[i][1]) for i in rows}
-    positions = cache.positions.at[batch, block.cells].set(block.positions, mode="drop")
-    bits = cache.bits.at[batch, block.cells].set(block.bits, mode="drop")
-    return x, Cache(k, v, positions, bits)
+        ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(net, variables)))
+        rows = []
+        for i, past in enumerate(zip(ks, vs, strict=True)):
+            x, new = step(x, layer_at(layers, i), *past)
+            rows.append(new)
+        k, v = (_together(list(new), old) for new, old in zip(zip(*rows), cache[:2]))
+    batch = jnp.arange(block.tokens.shape[0])[:, None]
+    # That x is finite decides where rows go, so that no write can be scheduled before the last
+    # read: otherwise XLA guards the reads with copies of the cache. (Barriers do not hold it.)
+    cells = jnp.where(jnp.isfinite(x).all(-1), block.cells, num_cells(cache))
+    write = lambda old, new: old.at[batch, cells].set(new, mode="drop")
+    write_layers = lambda old, new: (
+        old.at[:, batch, cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
+    )
+    return x, Cache(
+        write_layers(cache.k, k),
+        write_layers(cache.v, v),
+        write(cache.positions, block.positions),
+        write(cache.bits, block.bits),
+    )
+
+
+def _by_layer(rows: Array, shapes: list) -> list[Array]:
+    """The [B, S, G, K] of each layer in an array of a Cache."""
+    if rows.ndim == 5:
+        return [rows[i] for i in range(len(shapes))]
+    ends = np.cumsum([shape.size for shape in shapes])
+    parts = jnp.split(rows, ends[:-1], axis=-1)
+    return [p.reshape(*p.shape[:2], *s.shape) for p, s in zip(parts, shapes, strict=True)]
+
+
+def _together(rows: list[Array], like: Array) -> Array:
+    """The inverse of `_by_layer`."""
+    if like.ndim == 5:
+        return jnp.stack(rows)
+    return jnp.concatenate([row.reshape(*row.shape[:2], -1) for row in rows], axis=-1)
 
 
 def num_cells(cache: Cache) -> int:

@@ -7,17 +7,9 @@ import pytest
 
 from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.models.decoder import DecoderConfig, decoder
+from jaxfm.parallel import cache as cache_module
 from jaxfm.parallel import generate as generation
-from jaxfm.parallel.cache import (
-    Block,
-    extend,
-    init_cache,
-    keep,
-    network,
-    prefill,
-    read,
-    visible,
-)
+from jaxfm.parallel.cache import Block, init_cache, keep, network, visible
 from jaxfm.parallel.plain import plain
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.verify import Rules, Stats, Text
@@ -31,7 +23,14 @@ VARIABLES = MODEL.init(jax.random.key(0))
 APART = with_layers(VARIABLES, unstack(layers_of(VARIABLES)))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
 
+# Compiled once for all tests.
+prefill = jax.jit(cache_module.prefill, static_argnums=(0, 4, 5))
+extend = jax.jit(cache_module.extend, static_argnums=0)
+read = jax.jit(cache_module.read, static_argnums=0)
+apply = jax.jit(MODEL.apply)
 
+
+@jax.jit
 def logits_of(x):
     return NET.stages.head(VARIABLES, x)
 
@@ -41,14 +40,10 @@ def logits_of(x):
 def test_reading_on_from_a_prefilled_cache_equals_apply(variables, chunk):
     lengths = jnp.array([9, 5], jnp.int32)  # unequal prompts, right-padded
 
-    @jax.jit
-    def run(variables):
-        cache = prefill(NET, variables, TOKENS, lengths, 16, chunk)
-        following = jnp.take_along_axis(TOKENS, lengths[:, None] + jnp.arange(3)[None], axis=1)
-        return extend(NET, variables, cache, following, lengths, jnp.ones((2, 3), bool))[0]
-
-    expected = MODEL.apply(VARIABLES, TOKENS)[0]
-    logits = logits_of(run(variables))
+    cache = prefill(NET, variables, TOKENS, lengths, 16, chunk)
+    following = jnp.take_along_axis(TOKENS, lengths[:, None] + jnp.arange(3)[None], axis=1)
+    logits = logits_of(extend(NET, variables, cache, following, lengths, jnp.ones((2, 3), bool))[0])
+    expected = apply(VARIABLES, TOKENS)[0]
     np.testing.assert_allclose(logits[0], expected[0, 9:12], atol=2e-5)
     np.testing.assert_allclose(logits[1], expected[1, 5:8], atol=2e-5)
 
@@ -61,7 +56,7 @@ def test_what_was_rejected_is_neither_seen_nor_in_the_way():
     spoilt = extend(NET, VARIABLES, cache, wrong, start, live)[1]
     assert keep(spoilt, start).bits.sum() == 8
     x, after = extend(NET, VARIABLES, spoilt, TOKENS[:, 4:8], start, live)
-    expected = MODEL.apply(VARIABLES, TOKENS[:, :8])[0]
+    expected = apply(VARIABLES, TOKENS[:, :8])[0]
     np.testing.assert_allclose(logits_of(x), expected[:, 4:], atol=2e-5)
     assert after.positions[1, :8].tolist() == list(range(8))
 
@@ -80,7 +75,7 @@ def test_branches_share_cells_by_bits():
     x, cache = read(NET, VARIABLES, cache, tree)
     logits = logits_of(x)
     for branch, part in ((one, logits[:, :3]), (two, logits[:, 3:])):
-        alone = MODEL.apply(VARIABLES, jnp.concatenate([prompt, branch], axis=1))[0]
+        alone = apply(VARIABLES, jnp.concatenate([prompt, branch], axis=1))[0]
         np.testing.assert_allclose(part, alone[:, 4:], atol=2e-5)
     assert sorted(cache.positions[0, cache.bits[0] == 4].tolist()) == [4, 5, 6]
 
@@ -94,27 +89,36 @@ def test_a_query_sees_earlier_cells_of_its_branches_within_the_window():
     assert seen.tolist() == [[[False, True, True, False, False, False]]]
 
 
-def test_cache_is_sized_by_the_parameters_of_each_layer():
-    uneven = jax.tree.map(lambda x: x, APART)
-    attention = uneven.params["layers"]["1"]["attention"]
+def without_a_head(variables, i):
+    """Layer `i` keeps the first of its two groups of heads only."""
+    variables = jax.tree.map(lambda x: x, variables)
+    attention = variables.params["layers"][i]["attention"]
     for name, axis in (("q", 1), ("k", 1), ("v", 1), ("o", 0)):
         attention[name]["kernel"] = jax.lax.slice_in_dim(attention[name]["kernel"], 0, 1, axis=axis)
+    return variables
+
+
+UNEVEN = without_a_head(APART, "1")
+
+
+def test_cache_is_sized_by_the_parameters_of_each_layer():
+    uneven = UNEVEN
     cache = init_cache(NET, uneven, 2, 16)
-    assert [cache.k[i].shape for i in "012"] == [(2, 16, 2, 4), (2, 16, 1, 4), (2, 16, 2, 4)]
+    assert cache.k.shape == (2, 16, 2 * 4 + 1 * 4 + 2 * 4)
     assert init_cache(NET, VARIABLES, 2, 16).v.shape == (3, 2, 16, 2, 4)
     # ... and such a model decodes by its cache as it does without.
     lengths = jnp.array([9, 9], jnp.int32)
     cache = prefill(NET, uneven, TOKENS[:, :9], lengths, 16)
     x, _ = extend(NET, uneven, cache, TOKENS[:, 9:], lengths, jnp.ones((2, 3), bool))
-    expected = MODEL.apply(uneven, TOKENS)[0]
+    expected = apply(uneven, TOKENS)[0]
     np.testing.assert_allclose(logits_of(x), expected[:, 9:], atol=2e-5)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_no_tick_copies_the_cache(stacked):
+@pytest.mark.parametrize("form", ["stacked", "dict", "uneven"])
+def test_no_tick_copies_the_cache(form):
     """Counts copies of the shape of keys and values in the compiled loop of ticks."""
     cells, batch = 37, 2  # sizes that occur nowhere else
-    variables = VARIABLES if stacked else APART
+    variables = {"stacked": VARIABLES, "dict": APART, "uneven": UNEVEN}[form]
     program = plain(MODEL, VARIABLES).program
     pair = (variables, None)
     tokens = jnp.zeros((batch, cells), jnp.int32)
@@ -124,7 +128,7 @@ def test_no_tick_copies_the_cache(stacked):
     rules = Rules(Sampling(jax.random.key(0), ones), jnp.zeros((0,), jnp.int32))
     state = jax.eval_shape(lambda: program.start(pair, tokens, ones, cells, None))
     compiled = generation._advance.lower(program, pair, state, text, rules, 4).compile().as_text()
-    whole = rf"f32\[{'3,' if stacked else ''}{batch},{cells},2,4\]"
+    whole = r"f32\[2,37,20\]" if form == "uneven" else r"f32\[3,2,37,2,4\]"
     assert re.search(whole, compiled), "the cache's shape is not in the program"
     assert not re.findall(rf"= {whole}\S* copy\(", compiled)
 
