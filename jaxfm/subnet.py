@@ -20,8 +20,9 @@ mask == embed of extract.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxfm.model import PyTree, is_axes
+from jaxfm.model import PyTree, Variables, is_axes
 
 # An index array of n axes may differ along the first n - 1 of these.
 _LEADING = ("layer", "kv_heads")
@@ -61,7 +62,8 @@ def axis_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
       ValueError: an axis has two sizes, or the trees differ.
     """
     sizes: dict[str, int] = {}
-    for names, leaf in _pairs(tree, axes):
+    all_names, structure = jax.tree.flatten(axes, is_leaf=is_axes)
+    for names, leaf in zip(all_names, structure.flatten_up_to(tree), strict=True):
         if len(names) != len(leaf.shape):
             raise ValueError(f"Axis names {names} given for a leaf of shape {leaf.shape}.")
         for name, size in zip(names, leaf.shape, strict=True):
@@ -107,31 +109,23 @@ def extract(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
       ValueError: the subnet does not fit the tree (unknown axis, index out of range or twice, a
         rotary axis).
     """
-    _check(tree, axes, subnet)
-    ragged = {name for name, index in subnet.keep.items() if isinstance(index, list | tuple)}
-    if not ragged:
-        return _map(lambda names, leaf: _extract_leaf(leaf, names, subnet.keep), axes, tree)
-    return _extract_ragged(tree, axes, subnet, ragged)
+    keep = _checked(tree, axes, subnet)
+    if any(map(_is_ragged, keep.values())):
+        return jax.jit(lambda tree: _extract_ragged(tree, axes, keep))(tree)
+    return _run(_extract, tree, axes, keep)
 
 
 def mask(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
     """The tree with everything outside the subnet zeroed; indices may be traced (see Subnet)."""
-    _check(tree, axes, subnet, padded=True)
-    return _map(
-        lambda names, leaf: jnp.where(_presence(leaf.shape, names, subnet.keep), leaf, 0),
-        axes,
-        tree,
-    )
+    keep = _checked(tree, axes, subnet, padded=True)
+    return _run(_mask, tree, axes, keep)
 
 
 def cover(axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
     """f32 ones where the subnet has a coordinate, zeros elsewhere; shaped like `like`."""
-    _check(like, axes, subnet, padded=True)
-    return _map(
-        lambda names, leaf: _presence(leaf.shape, names, subnet.keep).astype(jnp.float32),
-        axes,
-        like,
-    )
+    keep = _checked(like, axes, subnet, padded=True)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), like)
+    return _run(_mask, ones, axes, keep)
 
 
 def embed(sub: PyTree, axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
@@ -142,154 +136,191 @@ def embed(sub: PyTree, axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
       axes: of the full tree.
       like: the full tree, or its shapes; gives shapes only: the result has the dtypes of `sub`.
     """
-    if jax.tree.leaves(sub):
-        dtypes = {leaf.dtype for leaf in jax.tree.leaves(sub)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-    else:
-        dtype = None
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), like)
-    (full,) = jax.linear_transpose(lambda tree: extract(tree, axes, subnet), shapes)(sub)
-    return full
+    keep = _checked(like, axes, subnet)
+    ragged = any(map(_is_ragged, keep.values()))
+    dtypes = jax.tree.map(lambda x: x.dtype, _one_layer(sub) if ragged else sub)
+    shapes = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), like, dtypes)
+    if ragged:
+        return jax.jit(lambda sub: _embed(sub, axes, keep, shapes, _extract_ragged))(sub)
+    return _run(_embed, sub, axes, keep, shapes)
+
+
+def _run(f, tree: PyTree, axes: PyTree, keep: Mapping[str, Any], shapes: PyTree = ()) -> PyTree:
+    """`f(tree, axes, keep)`: a part of the program being traced, or one compiled once for all."""
+    more = (shapes,) if shapes else ()
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tree, keep))):
+        return f(tree, axes, keep, *more)
+    static = [jax.tree.flatten(part, is_leaf=is_axes) for part in (axes, *more)]
+    return _compiled(f, tuple((form, tuple(leaves)) for leaves, form in static), tree, keep)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(f, static: tuple, tree: PyTree, keep: Mapping[str, Any]) -> PyTree:
+    axes, *more = (jax.tree.unflatten(form, leaves) for form, leaves in static)
+    return f(tree, axes, keep, *more)
 
 
 def _map(f, axes: PyTree, *trees: PyTree) -> PyTree:
     return jax.tree.map(f, axes, *trees, is_leaf=is_axes)
 
 
-def _pairs(tree: PyTree, axes: PyTree) -> list[tuple[tuple, Any]]:
-    return jax.tree.leaves(
-        _map(lambda names, leaf: _Pair((names, leaf)), axes, tree),
-        is_leaf=lambda x: isinstance(x, _Pair),
-    )
-
-
-class _Pair(tuple):
-    """A leaf of its own kind, so that pairs of names and arrays are not flattened further."""
+def _is_ragged(index) -> bool:
+    return isinstance(index, list | tuple)
 
 
 def _index_axes(name: str, index) -> tuple[str, ...]:
-    """The names of an index array's own leading axes."""
-    return () if name == "layer" else _LEADING[: index.ndim - 1]
+    """The names of all axes of an index array, its own last."""
+    return (*_LEADING[: index.ndim - 1], name)
 
 
-def _in_order(keep: Mapping[str, Any]) -> list[str]:
-    """Deepest index arrays first, "layer" last: each is indexed by axes that are still whole."""
-    return sorted(keep, key=lambda name: (name == "layer", -np.ndim(keep[name])))
+def _spread(index, names: tuple, axis: int):
+    """An index array laid along the axes of a leaf that it varies with; 1 along all others."""
+    own = _index_axes(names[axis], index)
+    at = [names.index(name) for name in own[:-1]] + [axis]
+    others = [i for i in range(len(names)) if i not in at]
+    return lax.expand_dims(jnp.asarray(index).transpose(np.argsort(at)), others)
 
 
-def _extract_leaf(leaf, names: tuple, keep: Mapping[str, Any]):
-    for name in _in_order(keep):
-        for axis in [i for i, own in enumerate(names) if own == name]:
-            leaf = _take(leaf, names, axis, keep[name], _index_axes(name, keep[name]))
-    return leaf
+def _extract(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
+    # Deepest index arrays first, "layer" last: each is indexed by axes that are still whole.
+    order = sorted(keep, key=lambda name: (name == "layer", -keep[name].ndim))
+
+    def cut(names: tuple, leaf):
+        for name in order:
+            for axis in [i for i, own in enumerate(names) if own == name]:
+                leaf = _take(leaf, names, axis, keep[name])
+        return leaf
+
+    return _map(cut, axes, tree)
 
 
-def _take(leaf, names: tuple, axis: int, index, leading: tuple[str, ...]):
-    """`index` along `axis`, varying along the `leading` axes."""
+def _take(leaf, names: tuple, axis: int, index):
+    """`index` along `axis`, varying along the leading axes it names."""
     if isinstance(index, np.ndarray):  # known when tracing: a plain slice where it is one
-        flat = index.reshape(-1, index.shape[-1])
-        row = flat[0]
-        same = (flat == row).all()
-        if same and (np.diff(row) == 1).all():
-            return lax.slice_in_dim(leaf, int(row[0]), int(row[-1]) + 1, axis=axis)
-        index = row if same else index
-        leading = leading if not same else ()
-    take = lambda x, i, at: jnp.take(x, i, axis=at, unique_indices=True, indices_are_sorted=False)
-    positions = [names.index(name) for name in leading]
-    return _map_leading(take, leaf, jnp.asarray(index), positions, axis)
+        rows = index.reshape(-1, index.shape[-1])
+        if (rows == rows[0]).all():
+            index = rows[0]
+            if (np.diff(index) == 1).all():
+                return lax.slice_in_dim(leaf, int(index[0]), int(index[-1]) + 1, axis=axis)
+    if index.ndim == 1:
+        return jnp.take(leaf, jnp.asarray(index), axis=axis, unique_indices=True)
+    return jnp.take_along_axis(leaf, _spread(index, names, axis), axis=axis)
 
 
-def _map_leading(take, leaf, index, positions: list[int], axis: int):
-    """`take`, vmapped over the axes at `positions` of leaf, which are the first ones of index."""
-    if not positions:
-        return take(leaf, index, axis)
-    first, *rest = positions
-    drop = lambda i: i - (i > first)
-    inner = lambda x, i: _map_leading(take, x, i, [drop(p) for p in rest], drop(axis))
-    return jax.vmap(inner, in_axes=(first, 0), out_axes=first)(leaf, index)
+def _extract_ragged(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
+    """Layers of unequal width: "layers" becomes a dict of layers, each cut as a stack of one."""
+    if isinstance(tree, Variables):
+        parts = zip(tree, axes, strict=True)
+        return Variables(*(_extract_ragged(part, names, keep) for part, names in parts))
+    plain = {name: index for name, index in keep.items() if not _is_ragged(index)}
+    out = {name: _extract(tree[name], axes[name], plain) for name in tree if name != "layers"}
+    if "layers" not in tree:
+        return out
+    depth = jax.tree.leaves(tree["layers"])[0].shape[0]
+    out["layers"] = {}
+    for place, i in enumerate(keep.get("layer", np.arange(depth)).tolist()):
+        own = {
+            name: np.asarray(index[i])[None] if _is_ragged(index) or index.ndim > 1 else index
+            for name, index in keep.items()
+            if name != "layer"
+        }
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], tree["layers"])
+        out["layers"][str(place)] = jax.tree.map(lambda x: x[0], _extract(one, axes["layers"], own))
+    return out
+
+
+def _embed(sub: PyTree, axes: PyTree, keep, shapes: PyTree, cut=_extract) -> PyTree:
+    (full,) = jax.linear_transpose(lambda tree: cut(tree, axes, keep), shapes)(sub)
+    return full
+
+
+def _one_layer(tree: PyTree) -> PyTree:
+    """A tree of unequal layers with the first in the place of all."""
+    if isinstance(tree, Variables):
+        return Variables(*map(_one_layer, tree))
+    return {**tree, "layers": tree["layers"]["0"]} if "layers" in tree else tree
+
+
+def _mask(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
+    return _map(
+        lambda names, leaf: jnp.where(_presence(leaf.shape, names, keep), leaf, 0), axes, tree
+    )
 
 
 def _presence(shape: tuple[int, ...], names: tuple, keep: Mapping[str, Any]):
     """bool of `shape`: True where every cut axis keeps the index."""
     present = jnp.ones(shape, bool)
-    for name in keep:
-        for axis in [i for i, own in enumerate(names) if own == name]:
-            index = _padded(keep[name], shape[axis])
+    for axis, name in enumerate(names):
+        if name in keep:
             mark = lambda i, size=shape[axis]: jnp.zeros(size, bool).at[i].set(True, mode="drop")
+            index = _padded(keep[name], shape[axis])
             for _ in range(index.ndim - 1):
                 mark = jax.vmap(mark)
-            at = [names.index(lead) for lead in _index_axes(name, index)] + [axis]
-            marks = lax.transpose(mark(index), np.argsort(at))
-            present &= lax.broadcast_in_dim(marks, shape, sorted(at))
+            present &= _spread(mark(index), names, axis)
     return present
 
 
 def _padded(index, size: int):
-    """An index array; ragged lists are padded with `size`, which marks nothing."""
-    if not isinstance(index, list | tuple):
-        return jnp.asarray(index)
-    most = max(len(row) for row in index)
-    rows = [np.pad(row, (0, most - len(row)), constant_values=size) for row in index]
-    return jnp.asarray(np.stack(rows))
+    """An index array; ragged rows are padded with `size`, which marks nothing."""
+    if not _is_ragged(index):
+        return index
+    most = max(row.shape[-1] for row in index)
+    pad = lambda row: [(0, 0)] * (row.ndim - 1) + [(0, most - row.shape[-1])]
+    return jnp.stack([jnp.pad(row, pad(row), constant_values=size) for row in index])
 
 
-def _extract_ragged(tree: PyTree, axes: PyTree, subnet: Subnet, ragged: set[str]) -> PyTree:
-    """Layers of unequal width: every "layers" dict in the tree becomes a dict of its layers."""
-    plain = Subnet({n: i for n, i in subnet.keep.items() if n not in ragged})
-    if isinstance(tree, tuple):  # Variables
-        parts = (_extract_ragged(t, a, subnet, ragged) for t, a in zip(tree, axes, strict=True))
-        return type(tree)(*parts)
-    rest = {name: part for name, part in tree.items() if name != "layers"}
-    out = extract(rest, {name: axes[name] for name in rest}, plain)
-    if "layers" not in tree:
-        return out
-    per_layer = lambda index, i: (
-        index[i] if isinstance(index, list | tuple) or index.ndim > 1 else index
-    )
-    kept_layers = subnet.keep.get("layer")
-    count = jax.tree.leaves(tree["layers"])[0].shape[0]
-    order = range(count) if kept_layers is None else np.asarray(kept_layers).tolist()
-    out["layers"] = {}
-    for place, i in enumerate(order):
-        keep = {n: per_layer(index, i) for n, index in subnet.keep.items() if n != "layer"}
-        one = jax.tree.map(lambda x, i=i: x[i], tree["layers"])
-        names = _map(lambda own: own[1:], axes["layers"])
-        cut = lambda own, leaf, keep=keep: _extract_leaf(leaf, own, keep)
-        out["layers"][str(place)] = _map(cut, names, one)
-    return out
+def _checked(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -> dict[str, Any]:
+    """The index arrays of the axes that `tree` has; traced ones are taken on trust.
 
-
-def _check(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -> None:
-    """Raises ValueError where the subnet does not fit; traced indices are taken on trust."""
+    Raises:
+      ValueError: the subnet does not fit the tree.
+    """
     sizes = axis_sizes(tree, axes)
+    keep = {}
     for name, index in subnet.keep.items():
         if name in _FIXED:
             raise ValueError(f"Axis {name!r} cannot be cut: {_FIXED[name]}.")
         if name not in sizes:
-            continue  # this part of the model has no such axis
-        rows: Sequence = index if isinstance(index, list | tuple) else [index]
+            if isinstance(tree, Variables):
+                raise ValueError(f"The model has no axis {name!r}; it has {sorted(sizes)}.")
+            continue  # a part of a model need not have every axis
+        rows = [_concrete(row) for row in (index if _is_ragged(index) else [index])]
         for row in rows:
-            if isinstance(row, jax.core.Tracer):
-                continue
-            row = np.asarray(row)
-            if row.size == 0:
-                raise ValueError(f"keep[{name!r}] is empty; at least one index must stay.")
-            limit = sizes[name] + padded
-            if row.min() < 0 or row.max() >= limit:
-                raise ValueError(
-                    f"keep[{name!r}] has indices from {row.min()} to {row.max()}; the axis has "
-                    f"size {sizes[name]}."
-                )
-            ordered = np.sort(row, axis=-1)
-            repeats = (np.diff(ordered, axis=-1) == 0) & (ordered[..., 1:] < sizes[name])
-            if repeats.any():
-                raise ValueError(f"keep[{name!r}] names an index twice: {row.tolist()}.")
-        leading = _LEADING[: np.ndim(rows[0]) - 1] if len(rows) == 1 and name != "layer" else ()
-        if len(rows) > 1 or isinstance(index, list | tuple):
-            leading = ("layer",)
-        shape = (len(rows),) if isinstance(index, list | tuple) else np.shape(index)[:-1]
+            _check_row(name, row, sizes[name], padded)
+        keep[name] = rows if _is_ragged(index) else rows[0]
+        leading = _LEADING[: rows[0].ndim - 1]
+        shape = rows[0].shape[:-1]
+        if _is_ragged(index):
+            leading, shape = ("layer",), (len(rows),)
         expected = tuple(sizes.get(lead, 1) for lead in leading)
-        if shape != expected:
+        if shape != expected or name in leading or (name == "layer" and leading):
             raise ValueError(
-                f"keep[{name!r}] has leading shape {shape}; axes {leading} have sizes {expected}."
+                f"keep[{name!r}] has leading shape {shape}; index arrays of {name!r} are "
+                f"[kept] or vary along the first of {_LEADING}, here of sizes {expected}."
             )
+    return keep
+
+
+def _concrete(row):
+    """NumPy indices where they are known, so that a plain slice is seen to be one."""
+    return row if isinstance(row, jax.core.Tracer) else np.asarray(row)
+
+
+def _check_row(name: str, row, size: int, padded: bool) -> None:
+    """Raises where an index array holds no indices of an axis of `size`."""
+    if row.ndim == 0 or not jnp.issubdtype(row.dtype, jnp.integer):
+        raise ValueError(
+            f"keep[{name!r}] must hold integer index arrays, got {row.dtype} of shape {row.shape}; "
+            "a list stands for one array a layer."
+        )
+    if row.size == 0:
+        raise ValueError(f"keep[{name!r}] is empty; at least one index must stay.")
+    if isinstance(row, jax.core.Tracer):
+        return
+    if row.min() < 0 or row.max() >= size + padded:
+        raise ValueError(
+            f"keep[{name!r}] has indices from {row.min()} to {row.max()}; the axis has size {size}."
+        )
+    ordered = np.sort(row, axis=-1)
+    if ((np.diff(ordered, axis=-1) == 0) & (ordered[..., 1:] < size)).any():
+        raise ValueError(f"keep[{name!r}] names an index twice: {row.tolist()}.")
