@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxfm.data.federation import Federation
 from jaxfm.federated.algorithm import Algorithm, Bucket
 from jaxfm.federated.rounds import RunState
 from jaxfm.model import PyTree
 from jaxfm.tasks import Task
-from jaxfm.tasks.evaluate import evaluate, metric_totals
+from jaxfm.tasks.evaluate import evaluate
 
 HIGHER_IS_BETTER = ("accuracy",)
 
@@ -59,15 +60,29 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int) -> Callable:
 
     @jax.jit
     def run(server: PyTree, memories: PyTree, examples, index, count):
+        def batch_sums(variables, rows, place):
+            """The sums over one batch; rows past the client's own have weight 0."""
+            batch = {name: jnp.take(leaf, rows, axis=0) for name, leaf in examples.items()}
+            batch["weight"] = place.astype(jnp.float32)
+            inputs, targets, weight = task.prepare(batch, None)
+            return task.metrics(model.apply(variables, inputs)[0], targets, weight)
+
         def one(_, client):
             memory, rows, count = client
-            totals = metric_totals(
-                model.apply, bucket.personal(server, memory), task, examples,
-                batch_size=batch_size, rows=rows, count=count,
-            )  # fmt: skip
-            return None, jax.tree.map(jnp.sum, totals)
+            rows = jnp.pad(rows, (0, -rows.shape[0] % batch_size))
+            variables = bucket.personal(server, memory)
 
-        return jax.lax.scan(one, None, (memories, index, count))[1]
+            def step(i, sums):
+                own = lax.dynamic_slice(rows, (i * batch_size,), (batch_size,))
+                real = i * batch_size + jnp.arange(batch_size) < count
+                return jax.tree.map(jnp.add, sums, batch_sums(variables, own, real))
+
+            shapes = jax.eval_shape(batch_sums, variables, rows[:batch_size], rows[:batch_size] > 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            # As many batches as this client has, not as many as the largest.
+            return None, lax.fori_loop(0, -(-count // batch_size), step, zeros)
+
+        return lax.scan(one, None, (memories, index, count))[1]
 
     return run
 

@@ -1,0 +1,44 @@
+"""jaxfm: federate, compress and serve foundation models in JAX.
+
+The ground that everything shares: models as pure functions over trees with named axes, subnets,
+data, tasks, checkpoints. On it stand `jaxfm.parallel` (decoding), `jaxfm.search` (compression),
+`jaxfm.federated` (training over clients) and `jaxfm.launch` (scripts).
+"""
+
+from jaxfm import data, hub, models, tasks
+from jaxfm.checkpoint import Checkpointer
+from jaxfm.distill import distill
+from jaxfm.model import Model, Past, Stages, Variables, count_parameters, from_nnx
+from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
+from jaxfm.tasks import Task, evaluate
+from jaxfm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ByteTokenizer",
+    "Checkpointer",
+    "Model",
+    "Past",
+    "Stages",
+    "Subnet",
+    "Task",
+    "Tokenizer",
+    "Variables",
+    "axis_sizes",
+    "count_parameters",
+    "cover",
+    "data",
+    "distill",
+    "embed",
+    "evaluate",
+    "extract",
+    "from_nnx",
+    "hub",
+    "load_tokenizer",
+    "mask",
+    "models",
+    "tasks",
+    "train_bpe",
+    "width",
+]

@@ -31,8 +31,15 @@ from jaxfm.distill import distill
 from jaxfm.launch import federate
 from jaxfm.launch.federate import FederateConfig, Setting, Trained
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, open_run, use_cores
-from jaxfm.launch.setup import save_results as save
+from jaxfm.launch.setup import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    open_run,
+    save_results,
+    spread,
+    use_cores,
+)
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.decoder import decoder, resized
 from jaxfm.parallel.decode import Decoder
@@ -79,6 +86,7 @@ def federated_config(config: DemoConfig) -> FederateConfig:
         tiers=(1.0, 0.5, 0.25),
         eval_every=min(5, config.rounds),
         eval_examples=64 if config.quick else 256,
+        test_examples=64 if config.quick else 1024,
         seed=config.seed,
         data=DataConfig(num_clients=24, length=64 if config.quick else 128),
         model=small if config.quick else ModelConfig(),
@@ -100,13 +108,13 @@ def main(config: DemoConfig) -> None:
 
     tell(f"2. Federated training, {config.rounds} rounds (the first compiles).")
     trained = federate.train(federation, setting)
-    save(run_dir, "federate", federate.results(setting, trained))
+    save_results(run_dir, "federate", federate.results(setting, trained))
     _tell_training(setting, trained)
 
     tell("3. The quarter tier becomes a draft: cut out, then distilled from its parent.")
     parent = setting.model, trained.state.server.variables
     draft, about = make_draft(config, setting, trained)
-    save(run_dir, "draft", about)
+    save_results(run_dir, "draft", about)
     print(
         f"   {about['parameters']:,} of {about['parent_parameters']:,} parameters; most likely "
         f"token as its parent's: {about['agreement_before']:.3f} as cut, "
@@ -115,7 +123,7 @@ def main(config: DemoConfig) -> None:
 
     tell("4. Held-out code, completed three ways.")
     part = decode(config, setting, parent, draft)
-    save(run_dir, "decode", part)
+    save_results(run_dir, "decode", part)
     _tell_decoding(part)
 
     tell("5. Saving both models in Hugging Face format, and the report.")
@@ -135,7 +143,7 @@ def make_draft(
     model, data, parent = setting.model, setting.data, trained.state.server.variables
     cut = setting.algorithm.buckets[-1].personal(trained.state.server, ())
     small = decoder(resized(model.config, axis_sizes(cut, model.axes)))
-    test = jnp.asarray(data.test["tokens"][:: max(1, len(data.test["tokens"]) // 256), :-1])
+    test = jnp.asarray(spread(data.test, 256)["tokens"][:, :-1])
     rate = optax.cosine_decay_schedule(2e-3, config.distill_steps)
     variables, losses = distill(
         small, cut, jax.tree_util.Partial(_logits, model.apply, parent), data.task,

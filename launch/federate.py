@@ -47,6 +47,7 @@ from jaxfm.launch.setup import (
     make_optimizer,
     open_run,
     save_results,
+    spread,
     use_cores,
 )
 from jaxfm.log import RunLog, progress
@@ -77,6 +78,7 @@ class FederateConfig:
     server_momentum: float = option(0.9, "fed_avg_m")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
+    test_examples: int = option(0, "test rows looked at in the end; 0: all")
     clients_at_once: int = option(0, "clients side by side on a device; 0: as the backend likes it")
     seed: int = option(0, "of data, parameters and rounds")
     data: DataConfig = DataConfig()
@@ -87,7 +89,7 @@ class FederateConfig:
         check(self)
         for name, least in (("rounds", 1), ("cohort", 1), ("batch_size", 1), ("epochs", 1),
                             ("max_steps", 0), ("eval_every", 1), ("eval_examples", 0),
-                            ("clients_at_once", 0)):  # fmt: skip
+                            ("test_examples", 0), ("clients_at_once", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
         if self.cohort > self.data.num_clients:
@@ -204,6 +206,8 @@ def train(config: FederateConfig, setting: Setting) -> Trained:
             done, (state, totals) = checkpoints.restore(like=(state, totals))
             print(f"Going on after round {done}, from {checkpoints.folder}.")
         with RunLog(run_dir, resume_step=done or None) as log:
+            if not done:
+                log.write(0, validate(config, setting, state))
             for number in progress(range(done + 1, config.rounds + 1), "rounds"):
                 state, info = engine.run(state)
                 totals, line = account(setting.costs, totals, info)
@@ -212,14 +216,7 @@ def train(config: FederateConfig, setting: Setting) -> Trained:
                 log.write(number, line)
                 if number % config.eval_every == 0 or number == config.rounds:
                     checkpoints.save(number, (state, totals))
-    test = measure(config, setting, state)
-    tiers = [
-        global_metrics(
-            setting.algorithm, state, setting.data.task, setting.data.test,
-            batch_size=_EVAL_BATCH, bucket=b,
-        )
-        for b in range(len(setting.algorithm.buckets))
-    ]  # fmt: skip
+    test, tiers = measure(config, setting, state)
     return Trained(state, dict(zip(_TOTALS, totals.tolist(), strict=True)), test, tiers)
 
 
@@ -257,10 +254,7 @@ def account(
 
 def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[str, float]:
     """The metrics of each bucket's model on (part of) the validation split."""
-    rows = setting.data.validation
-    size = len(next(iter(rows.values())))
-    stride = max(1, size // config.eval_examples) if config.eval_examples else 1
-    some = {name: leaf[::stride] for name, leaf in rows.items()}
+    some = spread(setting.data.validation, config.eval_examples)
     line = {}
     for b in range(len(setting.algorithm.buckets)):
         prefix = "validation" if b == 0 else f"validation/bucket{b}"
@@ -271,14 +265,18 @@ def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[
     return line
 
 
-def measure(config: FederateConfig, setting: Setting, state: RunState) -> dict[str, float]:
-    """The three metrics on the test sets."""
+def measure(
+    config: FederateConfig, setting: Setting, state: RunState
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The three metrics on the test sets, and those of each bucket's model on the global one."""
     data, algorithm = setting.data, setting.algorithm
-    per_client = client_metrics(
-        algorithm, setting.population.bucket, data.task, batch_size=_EVAL_BATCH
-    )
-    overall = global_metrics(algorithm, state, data.task, data.test, batch_size=_EVAL_BATCH)
-    return three_metrics(per_client(state, data.local_test), overall)
+    test = spread(data.test, config.test_examples)
+    tiers = [
+        global_metrics(algorithm, state, data.task, test, batch_size=_EVAL_BATCH, bucket=b)
+        for b in range(len(algorithm.buckets))
+    ]
+    own = client_metrics(algorithm, setting.population.bucket, data.task, batch_size=_EVAL_BATCH)
+    return three_metrics(own(state, data.local_test), tiers[0]), tiers
 
 
 def main(config: FederateConfig) -> None:

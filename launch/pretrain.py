@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxfm import config as configs
@@ -37,6 +36,7 @@ from jaxfm.launch.setup import (
     make_optimizer,
     open_run,
     save_results,
+    spread,
     use_cores,
 )
 from jaxfm.log import RunLog, progress
@@ -120,7 +120,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     examples = jax.device_put(merge(data.train), everywhere)
     chunk = min(config.eval_every, config.steps)
     run = train_steps(model, data.task, optimizer, config.batch_size, chunk)
-    validation = _some(data.validation, config.eval_examples)
+    validation = spread(data.validation, config.eval_examples)
     with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
         done = 0
         if checkpoints.latest_step() is not None:
@@ -139,12 +139,6 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
 def _divisor(batch_size: int, devices: int) -> int:
     """The most devices that share a batch evenly."""
     return max(n for n in range(1, devices + 1) if batch_size % n == 0)
-
-
-def _some(examples: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    size = len(next(iter(examples.values())))
-    stride = max(1, size // count) if count else 1
-    return {name: leaf[::stride] for name, leaf in examples.items()}
 
 
 def main(config: PretrainConfig) -> None:

@@ -180,9 +180,9 @@ def _clients(part: Mapping) -> list[Html]:
     sizes = {client["name"]: client["examples"] for client in part["clients"][:24]}
     return [
         heading("Clients", "Unequal machines, unequal data; data never leave their owner."),
-        row(three, table(columns, rows, best={columns[-1]: best})),
+        table(columns, rows, best={columns[-1]: best}),
         row(
-            bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds"),
+            Html(three + bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds")),
             bar_plot(sizes, unit="rows", title="training rows of each client"),
         ),
     ]
@@ -224,10 +224,7 @@ def _decoding(part: Mapping) -> list[Html]:
     ]
     return [
         heading("Decoding held-out code", part["note"]),
-        row(
-            table(columns, rows, best={"tokens/s": max}),
-            bar_plot({d["name"]: d["tokens_per_s"] for d in part["decoders"]}, unit="tokens/s"),
-        ),
+        table(columns, rows, best={"tokens/s": max}),
         *panels,
     ]
 

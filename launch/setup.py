@@ -261,6 +261,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
 
 
+def spread(examples: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """About `count` examples (0: all), spread evenly over all of them."""
+    size = leading_size(examples)
+    stride = max(1, size // count) if count else 1
+    return {name: leaf[::stride] for name, leaf in examples.items()}
+
+
 def use_cores(most: int) -> None:
     """On a CPU, makes each core a device, up to `most`; to be called before JAX is first used.
 

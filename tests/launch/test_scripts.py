@@ -1,0 +1,203 @@
+"""The scripts, end to end on small cases: what they write, that they go on, what they refuse."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfm import hub
+from jaxfm.config import describe
+from jaxfm.launch import demo, federate, generate, pretrain, report
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, open_run
+from jaxfm.log import read_metrics
+from jaxfm.testing import tiny_decoder
+from jaxfm.tokenizer import ByteTokenizer
+
+CONFIGS = [
+    federate.FederateConfig,
+    pretrain.PretrainConfig,
+    generate.GenerateConfig,
+    demo.DemoConfig,
+    report.ReportConfig,
+]
+
+DIGITS = DataConfig(source="digits", partition="dirichlet", num_clients=6)
+SGD = OptimizerConfig(name="sgd", learning_rate=0.3)
+
+
+def small_run(folder, **changes) -> federate.FederateConfig:
+    base = federate.FederateConfig(
+        run_dir=str(folder), algorithm="hetero_fl", tiers=(1.0, 0.5), rounds=4, cohort=4,
+        batch_size=16, max_steps=0, eval_every=2, data=DIGITS, model=ModelConfig(family="mlp"),
+        local=SGD,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federate")
+    federate.main(small_run(folder))
+    return folder
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_describes_every_field(config):
+    text = describe(config)
+    for field in dataclasses.fields(config):
+        assert f"--{field.name}" in text
+
+
+def test_help_and_mistakes_on_the_command_line():
+    run = lambda flag: subprocess.run(
+        [sys.executable, "-m", "jaxfm.launch.federate", flag], capture_output=True, text=True
+    )
+    assert "--data.partition" in run("--help").stdout
+    wrong = run("--cohrt=3")
+    assert wrong.returncode == 2
+    assert "did you mean" in wrong.stderr.lower()
+    assert "cohort" in wrong.stderr
+
+
+def test_a_run_learns_and_tells_of_it(finished):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[-1]["validation/accuracy"] > lines[0]["validation/accuracy"] + 0.3
+    assert "validation/bucket1/accuracy" in lines[-1]
+    results = json.loads((finished / "results.json").read_text())["federate"]
+    assert results["totals"]["bytes_up"] < results["full_model"]["bytes_up"]
+    assert results["totals"]["bytes_up"] == lines[-1]["total/bytes_up"]
+    assert {"global/accuracy", "personal/accuracy", "worst_decile/accuracy"} <= set(results["test"])
+    page = (finished / "report.html").read_text()
+    assert "validation accuracy" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
+    federate.main(small_run(tmp_path, rounds=2))
+    federate.main(small_run(tmp_path))
+    read = lambda folder: json.loads((folder / "results.json").read_text())["federate"]
+    assert read(tmp_path)["test"] == read(finished)["test"]
+    assert read(tmp_path)["totals"] == read(finished)["totals"]
+    shown = lambda folder: [{**line, "time_s": 0} for line in read_metrics(folder)]
+    assert shown(tmp_path) == shown(finished)
+
+
+def test_the_report_is_made_again_from_the_folder_alone(finished):
+    path = finished / "report.html"
+    before = path.read_text()
+    path.unlink()
+    report.main(report.ReportConfig(run_dir=str(finished)))
+    assert path.read_text() == before
+
+
+def test_a_report_needs_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        report.write_report(tmp_path)
+
+
+def test_a_folder_keeps_to_its_config(tmp_path):
+    open_run(small_run(tmp_path), tmp_path)
+    open_run(small_run(tmp_path, rounds=9), tmp_path)  # longer is going on
+    with pytest.raises(ValueError, match="other settings .cohort differ."):
+        open_run(small_run(tmp_path, rounds=9, cohort=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cohort": 7}, "there are data.num_clients=6"),
+        ({"rounds": 0}, "rounds=0: give at least 1"),
+        ({"tiers": (1.0, 0.0)}, "above 0 and up to 1"),
+        ({"algorithm": "fed_sgd"}, "algorithm"),
+    ],
+)
+def test_configs_refuse_what_cannot_be(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(source="digits"), "digits has no natural owners"),
+        (DataConfig(partition="dirichlet"), "deals by label, which stdlib lacks"),
+    ],
+)
+def test_partitions_that_do_not_fit_say_so(config, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(config, seed=0)
+
+
+def test_data_need_a_folder():
+    with pytest.raises(ValueError, match="give --data.folder"):
+        DataConfig(source="mnist")
+
+
+def test_families_fit_their_data():
+    data = load_data(DIGITS, seed=0)
+    with pytest.raises(ValueError, match="decoder does not fit images"):
+        federate.make_model(ModelConfig(family="decoder"), data)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["fed_avg", "fed_prox", "fed_avg_m", "fed_adam", "fed_yogi", "hetero_fl"]
+)
+def test_every_algorithm_has_its_name(tmp_path, algorithm):
+    setting = federate.prepare(small_run(tmp_path, algorithm=algorithm))
+    assert len(setting.algorithm.buckets) == (2 if algorithm == "hetero_fl" else 1)
+
+
+def test_tiers_go_to_those_who_can_carry_them(tmp_path):
+    setting = federate.prepare(small_run(tmp_path))
+    needs = np.array([cost.memory_bytes for cost in setting.costs])
+    assert needs[1] < needs[0]
+    carried = needs[setting.population.bucket]
+    assert (carried <= np.asarray(setting.population.profiles.memory_bytes)).all()
+    assert set(setting.population.bucket.tolist()) == {0, 1}
+
+
+def test_pretraining_learns_and_goes_on(tmp_path):
+    config = lambda name, steps: pretrain.PretrainConfig(
+        run_dir=str(tmp_path / name), steps=steps, eval_every=20, batch_size=32, data=DIGITS,
+        model=ModelConfig(family="mlp"), local=SGD,
+    )  # fmt: skip
+    pretrain.main(config("whole", 60))
+    pretrain.main(config("parts", 20))
+    pretrain.main(config("parts", 60))
+    read = lambda name: json.loads((tmp_path / name / "results.json").read_text())["pretrain"]
+    assert read("parts") == read("whole")
+    assert read("whole")["test"]["accuracy"] > 0.8
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_decoder(vocab_size=ByteTokenizer().vocab_size)
+    variables = model.init(jax.random.key(0))
+    hub.save(model, variables, folder / "model", tokenizer=ByteTokenizer())
+    return folder / "model"
+
+
+def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
+    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=12)
+    outputs = []
+    for way in ("plain", "lookup", "speculative"):
+        draft = str(saved_model) if way == "speculative" else None
+        generate.main(dataclasses.replace(base, decoder=way, draft=draft))
+        out, err = capsys.readouterr()
+        assert "12 tokens (length)" in err
+        outputs.append(out)
+    assert outputs[0].startswith("def f(")
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_generation_says_what_is_missing():
+    with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
+        generate.GenerateConfig()
+    with pytest.raises(ValueError, match="--decoder=speculative and --draft go together"):
+        generate.GenerateConfig(prompt="x", decoder="speculative")
