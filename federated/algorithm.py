@@ -8,7 +8,7 @@ A server broadcasts, clients train, sums come back:
     server, info = algorithm.server(server, totals, public, key)
 
 An upload is a pytree of *sums* (numerators and denominators), so that one all-reduce aggregates
-and secure aggregation stays possible. Clients of one shape form a bucket, with one compiled
+and secure aggregation stays possible; narrow dtypes are summed in 32 bits. Clients of one shape form a bucket, with one compiled
 program; buckets may hold slices of one network or different architectures, as long as `lift`
 brings their sums to the same coordinates. A complete algorithm, federated averaging of one number:
 
@@ -62,8 +62,9 @@ class ClientData(NamedTuple):
     """
 
     examples: Mapping[str, Array]
-    index: Array
-    count: Array
+    # These two names hide methods of tuple that nobody needs here.
+    index: Array  # type: ignore[assignment]
+    count: Array  # type: ignore[assignment]
 
 
 class Mean(NamedTuple):
@@ -86,14 +87,19 @@ def mean(sums: Mean) -> PyTree:
         den = den.astype(num.dtype)
         return jnp.where(den > 0, num / jnp.where(den > 0, den, 1), 0)
 
-    if isinstance(sums.den, jax.Array):
+    if jax.tree_util.all_leaves([sums.den]):
         return jax.tree.map(lambda num: ratio(num, sums.den), sums.num)
     return jax.tree.map(ratio, sums.num, sums.den)
 
 
 def scaled(weight: Array, tree: PyTree) -> PyTree:
-    """weight * tree, in the dtypes of the tree."""
-    return jax.tree.map(lambda x: weight.astype(x.dtype) * x, tree)
+    """weight * tree, in the dtypes of the tree; only the product is rounded to them."""
+
+    def times(x):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (weight.astype(wide) * x.astype(wide)).astype(x.dtype)
+
+    return jax.tree.map(times, tree)
 
 
 class Bucket(NamedTuple):

@@ -48,7 +48,7 @@ def objective(model: Model, task: Task) -> Objective:
         weight = weight * lax.expand_dims(real, range(1, weight.ndim))
         output, stats = model.apply(variables._replace(params=params), inputs, train=True, key=key)
         total, count = task.loss(output, targets, weight)
-        return total / jnp.maximum(count, 1), (stats, total, count)
+        return total / jnp.where(count > 0, count, 1), (stats, total, count)
 
     return loss
 
@@ -57,7 +57,7 @@ class _Carry(NamedTuple):
     variables: Variables
     opt_state: PyTree
     total: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides a method of tuple
 
 
 def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) -> Callable:
@@ -79,8 +79,10 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
         steps_per_epoch = (data.count + size - 1) // size
 
         def step(i, carry: _Carry, order, key) -> _Carry:
-            real = (i * size + jnp.arange(size) < data.count).astype(jnp.float32)
-            rows = data.index[lax.dynamic_slice(order, (i * size,), (size,))]
+            place = i * size + jnp.arange(size)
+            real = (place < data.count).astype(jnp.float32)
+            # A short batch is filled up with rows of the same client: batch norm sees them.
+            rows = data.index[order[place % data.count]]
             batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
             params = carry.variables.params
             (_, (stats, total, count)), grads = gradient(
@@ -95,7 +97,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
 
         def epoch(e, carry: _Carry) -> _Carry:
             order_key, step_key = jax.random.split(jax.random.fold_in(key, e))
-            order = _shuffled(order_key, data, size)
+            order = _shuffled(order_key, data)
             steps = jnp.clip(max_steps - e * steps_per_epoch, 0, steps_per_epoch)
             return lax.fori_loop(0, steps, lambda i, c: step(i, c, order, step_key), carry)
 
@@ -103,8 +105,9 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
         carry = _Carry(variables, local.optimizer.init(variables.params), zero, zero)
         if local.epochs == 1:
             carry = epoch(0, carry)
-        else:
-            carry = lax.fori_loop(0, local.epochs, epoch, carry)
+        else:  # as many as there is time for
+            epochs = jnp.clip(-(-max_steps // jnp.maximum(steps_per_epoch, 1)), 0, local.epochs)
+            carry = lax.fori_loop(0, epochs, epoch, carry)
         info = {
             "loss_total": carry.total,
             "loss_count": carry.count,
@@ -116,10 +119,9 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
     return fit
 
 
-def _shuffled(key: Key, data: ClientData, batch_size: int) -> Array:
-    """i32: positions in `data.index`, the real ones first and in random order, whole batches."""
+def _shuffled(key: Key, data: ClientData) -> Array:
+    """i32: positions in `data.index`, the real ones first and in random order."""
     rows = data.index.shape[0]
     draws = jax.random.bits(key, (rows,))
     last = jnp.where(jnp.arange(rows) < data.count, draws, ~jnp.zeros_like(draws))
-    order = jnp.argsort(last, stable=True).astype(jnp.int32)
-    return jnp.pad(order, (0, -rows % batch_size))
+    return jnp.argsort(last, stable=True).astype(jnp.int32)

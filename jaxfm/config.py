@@ -155,9 +155,16 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
         print(f"error: {message}\nTry --help.", file=sys.stderr)
         sys.exit(2)
 
+    def guarded(config: T) -> None:
+        try:
+            main(config)
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            sys.exit(130)
+
     define_flags(cls)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
-    app.run(main, flags_parser=parse)  # type: ignore[arg-type]  # what parse returns goes to main
+    app.run(guarded, flags_parser=parse)  # type: ignore[arg-type]  # what parse returns goes to main
 
 
 def describe(cls: type, text: str = "") -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -49,12 +50,12 @@ def _equation_flops(eqn: JaxprEqn) -> int:
     name = eqn.primitive.name
     if name == "dot_general":
         (contracting, _), _ = eqn.params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        return 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracting)
+        left: Any = eqn.invars[0].aval
+        return 2 * _count(eqn.outvars[0]) * math.prod(left.shape[i] for i in contracting)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval
+        kernel: Any = eqn.invars[1].aval
         outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * eqn.outvars[0].aval.size * kernel.size // outputs
+        return 2 * _count(eqn.outvars[0]) * kernel.size // outputs
     inner = [_flops(jaxpr) for jaxpr in _inner(eqn)]
     if name == "cond":
         return max(inner)
@@ -73,7 +74,11 @@ def _loop_bytes(jaxpr: Jaxpr) -> int:
     return most
 
 
-def _size(aval) -> int:
+def _count(var: Any) -> int:
+    return var.aval.size
+
+
+def _size(aval: Any) -> int:
     return aval.size * aval.dtype.itemsize
 
 

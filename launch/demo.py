@@ -57,7 +57,7 @@ class DemoConfig:
 
     run_dir: str = option("runs/demo", "folder of the run; an unfinished run there goes on")
     quick: bool = option(False, "a small model and few rounds")
-    rounds: int = option(60, "federated rounds (quick: 4)")
+    rounds: int = option(40, "federated rounds (quick: 4)")
     distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")
@@ -106,7 +106,10 @@ def main(config: DemoConfig) -> None:
     setting = federate.prepare(federation)
     print(federate.describe_clients(setting))
 
-    tell(f"2. Federated training, {config.rounds} rounds (the first compiles).")
+    tell(
+        f"2. Federated training, {config.rounds} rounds (the first compiles). Stopped by Ctrl-C, "
+        "the same command goes on."
+    )
     trained = federate.train(federation, setting)
     save_results(run_dir, "federate", federate.results(setting, trained))
     _tell_training(setting, trained)
