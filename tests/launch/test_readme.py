@@ -1,0 +1,61 @@
+"""The README stays true: its code runs, its commands and links exist."""
+
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+
+from jaxfm import hub
+from jaxfm.config import define_flags
+from jaxfm.launch import demo, federate, generate, pretrain, report
+from jaxfm.testing import tiny_decoder
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [c for c in re.findall(r"`(python [^`]+)`", README) if "<" not in c]
+CONFIGS = {
+    "demo": demo.DemoConfig,
+    "federate": federate.FederateConfig,
+    "generate": generate.GenerateConfig,
+    "pretrain": pretrain.PretrainConfig,
+    "report": report.ReportConfig,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    model = tiny_decoder(max_len=128)
+    hub.save(model, model.init(jax.random.key(0)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_runs(block, llama, capsys):
+    code = block.replace("path/to/a/llama", str(llama))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command):
+    from absl import flags
+
+    words = shlex.split(command)[1:]
+    if words[0] == "-m":
+        config = CONFIGS[words[1].removeprefix("jaxfm.launch.")]
+        values = flags.FlagValues()
+        define_flags(config, values)
+        assert values(["script", *words[2:]]) == ["script"]  # nothing is left unread
+    else:
+        assert (ROOT / words[0]).exists()
+
+
+def test_links_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
