@@ -119,5 +119,3 @@ def check_draft_length(length: int) -> None:
     """Raises ValueError for a draft length below 1."""
     if length < 1:
         raise ValueError(f"length={length} tokens cannot be drafted; give 1 or more.")
-
-

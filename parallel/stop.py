@@ -17,7 +17,7 @@ _MOST_ENTRIES = 2**26
 
 
 def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
-    """i32[M, V]: the state after each token in each state.
+    """i32[M, V]: the state after each token in each state; M is a multiple of 16.
 
     Args:
       stop_strings: at least one, none empty.
@@ -30,12 +30,14 @@ def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.n
         raise ValueError(f"Stop strings must not be empty, got {list(stop_strings)!r}.")
     prefixes = sorted({stop[:i] for stop in stops for i in range(len(stop))}, key=len)
     states = [prefixes[0], None, *prefixes[1:]]
+    # States that nothing leads to, so that few shapes are compiled for.
+    states += [None] * (-len(states) % 16)
     if len(states) * len(token_bytes) > _MOST_ENTRIES:
         raise ValueError(
             f"Stop strings with {len(states)} states over {len(token_bytes)} tokens need a table "
             f"of more than {_MOST_ENTRIES} entries; give fewer or shorter ones."
         )
-    number = {state: i for i, state in enumerate(states)}
+    number = {state: i for i, state in enumerate(states) if state is not None}
 
     def follow(state: bytes | None, byte: int) -> int:
         if state is None:

@@ -8,8 +8,8 @@ import pytest
 from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.models.decoder import DecoderConfig, decoder
 from jaxfm.parallel import cache as cache_module
-from jaxfm.parallel import generate as generation
 from jaxfm.parallel.cache import Block, init_cache, keep, network, visible
+from jaxfm.parallel.generate import _advance
 from jaxfm.parallel.plain import plain
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.verify import Rules, Stats, Text
@@ -127,7 +127,7 @@ def test_no_tick_copies_the_cache(form):
     text = Text(tokens, ones, ones * 9, ones < 0, ones * 0, stats)
     rules = Rules(Sampling(jax.random.key(0), ones), jnp.zeros((0,), jnp.int32))
     state = jax.eval_shape(lambda: program.start(pair, tokens, ones, cells, None))
-    compiled = generation._advance.lower(program, pair, state, text, rules, 4).compile().as_text()
+    compiled = _advance.lower(program, pair, state, text, rules, 4).compile().as_text()
     whole = r"f32\[2,37,20\]" if form == "uneven" else r"f32\[3,2,37,2,4\]"
     assert re.search(whole, compiled), "the cache's shape is not in the program"
     assert not re.findall(rf"= {whole}\S* copy\(", compiled)

@@ -124,7 +124,7 @@ def test_verified_tokens_have_the_targets_distribution(values, drawn):
 def test_wrong_draft_probabilities_would_be_noticed():
     """The chi-square test has teeth: verification that accepts too often fails it."""
     p = np.array([0.5, 0.3, 0.2])
-    biased = np.random.default_rng(0).multinomial(DRAWS, p + [0.01, -0.01, 0])
+    biased = np.random.default_rng(0).multinomial(DRAWS, p + np.array([0.01, -0.01, 0]))
     assert stats.chisquare(biased, p * DRAWS).pvalue < 1e-3
 
 

@@ -19,7 +19,9 @@ def text(tokens, length, limit, done=(False,), width=2):
     zeros = jnp.zeros((batch,), jnp.int32)
     counts = jnp.zeros((batch, width), jnp.int32)
     done = jnp.broadcast_to(jnp.array(done), (batch,))
-    return Text(ints(*tokens), ints(*length), ints(*limit), done, zeros, Stats(zeros, counts, counts))
+    return Text(
+        ints(*tokens), ints(*length), ints(*limit), done, zeros, Stats(zeros, counts, counts)
+    )
 
 
 def test_greedy_accepts_up_to_the_first_difference_and_corrects_it():
