@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.local import GradHook, Local, local_fit, objective
+from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
@@ -49,13 +49,14 @@ def averaging_bucket(model: Model, task: Task, local: Local, grad_hook_at=None) 
       grad_hook_at: `(download) -> GradHook`, for algorithms that bend the local gradient.
     """
     loss = objective(model, task)
+    fit = local_fit(loss, local)
 
     def send(server, public) -> Variables:
         return server.variables
 
     def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
-        hook: GradHook | None = grad_hook_at(download) if grad_hook_at else None
-        trained, info = local_fit(loss, local, hook)(download, data, profile.max_steps, key)
+        bent = local_fit(loss, local, grad_hook_at(download)) if grad_hook_at else fit
+        trained, info = bent(download, data, profile.max_steps, key)
         examples = info["examples"]
         return Mean(scaled(examples, difference(trained, download)), examples), memory, info
 
@@ -68,8 +69,7 @@ def difference(trained: Variables, start: Variables) -> PyTree:
 
 
 def moved(variables: Variables, step: PyTree, rate: Array | float = 1.0) -> Variables:
-    """`variables` plus rate * step, with `step` as `difference` gives it."""
-    params, stats = jax.tree.map(
-        lambda x, d: x + jnp.asarray(rate, x.dtype) * d, (variables.params, variables.stats), step
-    )
+    """`variables` plus rate * step, with `step` as `difference` gives it, in any float dtype."""
+    add = lambda x, d: (x.astype(d.dtype) + jnp.asarray(rate, d.dtype) * d).astype(x.dtype)
+    params, stats = jax.tree.map(add, (variables.params, variables.stats), step)
     return variables._replace(params=params, stats=stats)

@@ -52,11 +52,11 @@ def server_optimizer(optimizer: optax.GradientTransformation):
 
     def server(state: FedOptState, totals: Mean, public, key: Key):
         params_step, stats_step = mean(totals)
-        gradient = jax.tree.map(jnp.negative, params_step)
+        gradient = jax.tree.map(
+            lambda d, x: -d.astype(x.dtype), params_step, state.variables.params
+        )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = optimizer.update(
-                gradient, state.opt_state, state.variables.params
-            )
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
         new = FedOptState(moved(state.variables, (updates, stats_step)), opt_state)
         anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
         return jax.tree.map(lambda a, b: jnp.where(anybody, a, b), new, state), {}

@@ -20,7 +20,7 @@ from jaxfm.federated.fed_avg import difference
 from jaxfm.federated.fed_opt import FedOptState, server_optimizer
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Key, Model, Variables
-from jaxfm.subnet import Subnet, cover, embed, extract
+from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract
 from jaxfm.tasks import Task
 
 
@@ -40,8 +40,10 @@ def hetero_fl(
       model: of full width; its `apply` runs the slices too.
       tiers: what the clients of each bucket hold.
       optimizer: on the server, as in `fed_opt`; None: plain averaging.
+    Raises:
+      ValueError: no tier, or one that does not fit the model.
     """
-
+    _check(model, tiers)
     init, server = server_optimizer(optimizer or optax.sgd(1.0))
     buckets = tuple(_tier(model, task, local, subnet) for subnet in tiers)
     return Algorithm(init, buckets, server)
@@ -69,3 +71,17 @@ def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
         return send(server, None)
 
     return Bucket(model, send, client, lift=lift, personal=personal)
+
+
+def _check(model: Model, tiers: Sequence[Subnet]) -> None:
+    if not tiers:
+        raise ValueError("hetero_fl needs at least one tier; Subnet({}) is the whole model.")
+    full = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = axis_sizes(full, model.axes)
+    for number, subnet in enumerate(tiers):
+        for name in subnet.keep:
+            if name not in sizes:
+                raise ValueError(
+                    f"Tier {number} names the axis {name!r}; the model has {sorted(sizes)}."
+                )
+        jax.eval_shape(lambda v, subnet=subnet: extract(v, model.axes, subnet), full)

@@ -105,7 +105,7 @@ def rounds(
       width: clients at a time on one device; None: `default_width()`.
     Raises:
       ValueError: the cohort exceeds the population, arrays disagree on the number of clients, or a
-        bucket index does not exist.
+        bucket, a row of a client or an example does not exist.
     """
     bucket_of = np.asarray(population.bucket)
     num_clients = _check(algorithm, population, cohort_size, num_rounds, drop_rate, width)
@@ -116,17 +116,19 @@ def rounds(
     width = default_width() if width is None else width
     members = [np.flatnonzero(bucket_of == b) for b in range(len(algorithm.buckets))]
     everywhere = NamedSharding(mesh, P())
-    place = lambda tree: jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), everywhere), tree)
+    place = lambda tree: jax.tree.map(lambda x: _place(jnp.asarray(x), everywhere), tree)
     # The place of each client among the memories of its bucket.
     row = np.zeros(num_clients, np.int32)
     for ids in members:
         row[ids] = np.arange(len(ids))
-    constants = place((population.federation, population.profiles, public, bucket_of, row))
+    constants = place(
+        (population.federation, population.profiles, public, bucket_of, row, np.float32(drop_rate))
+    )
     slots = [_slots(min(cohort_size, len(ids)), devices, width) for ids in members]
 
     def choose(key: Key, bucket_of: Array) -> list[tuple[Array, Array]]:
         """Per bucket i32[slots] client ids and bool[slots], whether the slot is taken."""
-        drawn = jax.random.permutation(key, num_clients)[:cohort_size]
+        drawn = lax.top_k(jax.random.bits(key, (num_clients,)), cohort_size)[1]
 
         def of_bucket(b: int, count: int) -> tuple[Array, Array]:
             mine = bucket_of[drawn] == b
@@ -140,7 +142,7 @@ def rounds(
         return [of_bucket(b, count) for b, (count, _) in enumerate(slots)]
 
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
-        federation, profiles, public, bucket_of, row = constants
+        federation, profiles, public, bucket_of, row, drop_rate = constants
         choose_key, report_key, client_key, server_key = jax.random.split(
             jax.random.fold_in(state.key, state.round), 4
         )
@@ -160,7 +162,7 @@ def rounds(
                 jax.tree.map(read, state.memories[b]), ids, present, client_key,
             )  # fmt: skip
             info["selected"] = taken.sum(dtype=jnp.float32)
-            return sums, jax.tree.map(write, state.memories[b], cohort), info
+            return bucket.lift(sums), jax.tree.map(write, state.memories[b], cohort), info
 
         totals, memories, infos = None, list(state.memories), [{} for _ in algorithm.buckets]
         for b, bucket in enumerate(algorithm.buckets):
@@ -191,7 +193,7 @@ def rounds(
         return RunState(server, memories, jnp.zeros((), jnp.int32), key)
 
     def init(variables: Variables, key: Key) -> RunState:
-        return jax.device_put(first(variables, key, population.profiles), everywhere)
+        return place(first(variables, key, population.profiles))
 
     return Rounds(init, lambda state: compiled(state, constants))
 
@@ -209,7 +211,7 @@ def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
         finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(upload)]).all()
         counted = finite & (count > 0)
         keep = lambda x, otherwise: jnp.where(counted, x, otherwise)
-        upload = jax.tree.map(lambda x: keep(present.astype(x.dtype) * x, 0), upload)
+        upload = jax.tree.map(lambda x: keep(_wide(x), 0), upload)
         memory = jax.tree.map(keep, new, memory)
         info = jax.tree.map(lambda x: keep(x, 0), info)
         info["clients"] = counted.astype(jnp.float32)
@@ -219,6 +221,7 @@ def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
     def on_device(server, public, federation, profiles, memories, ids, present, key):
         download = bucket.send(server, public)
         one = lambda *slot: run_one(download, federation, profiles, key, *slot)
+        one = jax.jit(one, inline=True)  # traced once, for its shapes and in the loop
         shapes = jax.eval_shape(one, ids[0], present[0], jax.tree.map(lambda x: x[0], memories))
         upload_shape, _, info_shape = shapes
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (upload_shape, info_shape))
@@ -237,7 +240,7 @@ def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
         (upload, info), memories = lax.scan(step, zeros, groups)
         if width > 1:
             memories = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memories)
-        return *lax.psum((bucket.lift(upload), info), "clients"), memories
+        return *lax.psum((upload, info), "clients"), memories
 
     spread = P("clients")
     return jax.shard_map(
@@ -247,6 +250,27 @@ def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
         out_specs=(P(), P(), spread),
         check_vma=False,
     )
+
+
+def _check_range(name: str, values, limit: int, why: str) -> None:
+    low, high = int(np.min(values)), int(np.max(values))
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} has values from {low} to {high}; {why}.")
+
+
+def _place(x: Array, sharding: NamedSharding) -> Array:
+    """`x` on the devices of `sharding`, which may belong to several processes."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # device_put keeps keys within a process
+        words = jax.device_put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
+
+
+def _wide(x: Array) -> Array:
+    """What a sum is taken in: bfloat16 forgets small terms, int8 overflows."""
+    if x.dtype.itemsize >= 4:
+        return x
+    return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
 
 
 def _slots(most: int, devices: int, width: int | None) -> tuple[int, int]:
@@ -285,6 +309,12 @@ def _check(algorithm, population, cohort_size, num_rounds, drop_rate, width) -> 
             f"bucket has values from {bucket_of.min()} to {bucket_of.max()}; the algorithm has "
             f"buckets 0 to {last}."
         )
+    index, count = population.federation.index, population.federation.count
+    num_examples = jax.tree.leaves(population.federation.examples)[0].shape[0]
+    _check_range(
+        "count", count, index.shape[1] + 1, f"the index has {index.shape[1]} rows a client"
+    )
+    _check_range("index", index, num_examples, f"there are {num_examples} examples")
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be at least 1, got {num_rounds}.")
     if not 0 <= drop_rate < 1:
