@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -166,7 +167,7 @@ def _fill(
                 f"The tensor {name} is stored as {tensor.dtype}; quantised weights are not "
                 f"supported, only {', '.join(DTYPES.values())}."
             )
-        amounts[tensor.dtype] += int(np.prod(tensor.shape))
+        amounts[tensor.dtype] += math.prod(tensor.shape)
     model = build(dataclasses.replace(config, dtype=dtype or amounts.most_common(1)[0][0]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     leaves = flatten_dict(shapes.params, sep=".")

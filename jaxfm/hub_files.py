@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -102,14 +103,14 @@ def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, Stored]]:
         *([] if vocab > 0 else [("lm_head.weight", (abs(vocab), dim))]),
     ]
     values = np.fromfile(path, "<f4", offset=28)
-    expected = sum(int(np.prod(shape)) for _, shape in sections)
+    expected = sum(math.prod(shape) for _, shape in sections)
     if values.size != expected:
         raise ValueError(
             f"{path} holds {values.size} numbers, but its header {header} asks for {expected}."
         )
     tensors, at = {}, 0
     for name, shape in sections:
-        tensor = values[at : at + int(np.prod(shape))].reshape(shape)
+        tensor = values[at : at + math.prod(shape)].reshape(shape)
         at += tensor.size
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # Rotary pairs are neighbours there, and half a head apart here.
@@ -139,7 +140,7 @@ def write_safetensors(
     """
     from safetensors.numpy import save_file
 
-    bytes_of = {name: int(np.prod(shape)) * size for name, (shape, size) in shapes.items()}
+    bytes_of = {name: math.prod(shape) * size for name, (shape, size) in shapes.items()}
     shards = list(_shards(bytes_of, max_shard_bytes))
     files = ["model.safetensors"]
     if len(shards) > 1:

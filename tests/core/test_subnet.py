@@ -20,7 +20,14 @@ from jaxfm.models import build
 from jaxfm.models.cnn import cnn
 from jaxfm.models.decoder import resized
 from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
-from jaxfm.testing import tiny_cnn, tiny_decoder, tiny_encoder, tiny_gpt2, tiny_vit
+from jaxfm.testing import (
+    random_variables,
+    tiny_cnn,
+    tiny_decoder,
+    tiny_encoder,
+    tiny_gpt2,
+    tiny_vit,
+)
 
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 64, (2, 7)).astype(np.int32)
@@ -46,11 +53,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @functools.cache
 def drawn(family: str) -> Variables:
-    """Variables without the constants of initialisation, so that every leaf matters."""
-    variables = FAMILIES[family][0].init(jax.random.key(0))
-    rng = np.random.default_rng(1)
-    noisy = lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
-    return variables._replace(params=jax.tree.map(noisy, variables.params))
+    return random_variables(FAMILIES[family][0])
 
 
 APPLY = {name: jax.jit(model.apply) for name, (model, _) in FAMILIES.items()}

@@ -1,0 +1,429 @@
+"""Files of pretrained models: what is written is read back, and what does not fit is named."""
+
+import json
+import os
+import pathlib
+import struct
+import tracemalloc
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxfm import hub, hub_config
+from jaxfm.layers import RopeScaling
+from jaxfm.model import layers_of, unstack, with_layers
+from jaxfm.models.decoder import DecoderConfig
+from jaxfm.subnet import Subnet, extract, mask
+from jaxfm.testing import (
+    random_variables,
+    tiny_cnn,
+    tiny_decoder,
+    tiny_encoder,
+    tiny_gpt2,
+    tiny_vit,
+)
+from jaxfm.tokenizer import ByteTokenizer
+
+MODELS = {
+    "llama": tiny_decoder(),
+    "llama untied, biases, explicit head_dim": tiny_decoder(
+        tied=False, qkv_bias=True, out_bias=True, mlp_bias=True, head_dim=6
+    ),
+    "llama3 rope": tiny_decoder(
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_len=32), rope_theta=5e5
+    ),
+    "yarn rope": tiny_decoder(
+        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_len=16, truncate=False)
+    ),
+    "linear rope": tiny_decoder(rope_scaling=RopeScaling(kind="linear", factor=2.0)),
+    "mistral": tiny_decoder(family="mistral", sliding_window=3),
+    "qwen2": tiny_decoder(family="qwen2", qkv_bias=True, sliding_window=5),
+    "gpt2": tiny_gpt2(),
+    "bert": tiny_encoder(),
+    "bert without a head": tiny_encoder(head="none"),
+    "roberta": tiny_encoder(family="roberta", pad_id=1, num_types=1),
+    "classifier": tiny_encoder(head="classify", num_classes=7),
+    "vit": tiny_vit(),
+    "vit pooler": tiny_vit(head="pooler", image_size=(8, 12), num_classes=2),
+}
+
+
+@pytest.fixture
+def saved(tmp_path) -> pathlib.Path:
+    model = tiny_decoder()
+    hub.save(model, random_variables(model), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: pathlib.Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: pathlib.Path, drop=(), **changes) -> None:
+    tensors = load_file(folder / "model.safetensors") | changes
+    tensors = {name: x for name, x in tensors.items() if name not in drop}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_what_is_saved_is_loaded(case, tmp_path):
+    model = MODELS[case]
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "model")
+    loaded, same = hub.load(tmp_path / "model")
+    config = model.config
+    scale = config.attention_scale or config.head_dim**-0.5
+    assert loaded.config.attention_scale in (None, scale)
+    assert loaded.config == config
+    chex.assert_trees_all_equal(same, variables)
+    assert os.listdir(tmp_path) == ["model"]  # no work folder is left behind
+
+
+def test_shards_and_their_index_are_read_back(tmp_path):
+    model = tiny_decoder()
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "a", max_shard_bytes=4000)
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    biggest = max(path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors"))
+    assert biggest < 4000 + 3000  # and the header
+    chex.assert_trees_all_equal(hub.load(tmp_path / "a")[1], variables)
+    (tmp_path / "a" / files[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {files[1]}, which its index names"):
+        hub.load(tmp_path / "a")
+    hub.save(model, variables, tmp_path / "a")  # one file now: nothing of the old ones stays
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "config.json", "model.safetensors",
+    }  # fmt: skip
+    chex.assert_trees_all_equal(hub.load(tmp_path / "a")[1], variables)
+
+
+def test_bfloat16_is_read_without_a_detour(tmp_path):
+    model = tiny_decoder(dtype="bfloat16", vocab_size=50_000, embed_dim=64, mlp_dim=128)
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "model")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    hub.load(tmp_path / "model")  # imports and caches
+    tracemalloc.start()
+    loaded, same = hub.load(tmp_path / "model")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    chex.assert_trees_all_equal(same.params, variables.params)
+    assert loaded.config.dtype == "bfloat16"
+    # The stacked leaf and one tensor read from the file, both bfloat16; float32 would be twice.
+    assert peak < 2.5 * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_dtype_may_be_asked_for(saved, dtype):
+    model, variables = hub.load(saved, dtype=dtype)
+    assert model.config.dtype == dtype
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables.params)} == {dtype}
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16"):
+        hub.load(saved, dtype="int8")
+
+
+def test_leaves_go_where_they_are_told(saved):
+    mesh = jax.make_mesh((2,), ("tensor",))
+    spread = jax.sharding.PartitionSpec("tensor")
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shardings(model):
+        place = lambda x: jax.sharding.NamedSharding(mesh, spread) if x.shape[0] == 64 else whole
+        return jax.tree.map(place, jax.eval_shape(model.init, jax.random.key(0)))
+
+    _, variables = hub.load(saved, shardings=shardings)
+    assert variables.params["embed"]["tokens"]["table"].sharding.spec == spread
+    assert variables.live["head"]["norm"]["live"].sharding == whole
+    _, variables = hub.load(saved, shardings=whole)
+    assert all(leaf.sharding == whole for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("form", ["missing", "extra", "misshapen", "quantised"])
+def test_a_tensor_that_does_not_fit_is_named(saved, form):
+    name = "model.layers.1.mlp.up_proj.weight"
+    if form == "missing":
+        edit_tensors(saved, drop=[name])
+        message = (
+            rf"lacks the tensor {name} of shape \(24, 16\), for layers.mlp.up.kernel \(16, 24\)"
+        )
+    elif form == "extra":
+        edit_tensors(saved, **{"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16))})
+        message = r"model.layers.2.mlp.up_proj.weight is stored as F64"
+    elif form == "misshapen":
+        edit_tensors(saved, **{name: np.zeros((24, 17), np.float32)})
+        message = rf"{name} has shape \(24, 17\) in the file; the config asks for \(24, 16\)"
+    else:
+        edit_tensors(saved, **{name: np.zeros((24, 16), np.int8)})
+        message = rf"{name} is stored as I8; quantised weights are not supported"
+    with pytest.raises(ValueError, match=message):
+        hub.load(saved)
+
+
+def test_a_tensor_without_a_place_is_named(saved):
+    edit_tensors(saved, **{"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16), np.float32)})
+    message = r"tensor model.layers.2.mlp.up_proj.weight of shape \(24, 16\), for which this"
+    with pytest.raises(ValueError, match=message):
+        hub.load(saved)
+
+
+def test_buffers_copies_and_old_names_are_accepted(tmp_path):
+    zeros = np.zeros(3, np.float32)
+    cases = [
+        (tiny_decoder(), ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]),
+        (tiny_gpt2(), ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        (
+            tiny_encoder(),
+            ["bert.embeddings.position_ids", "cls.predictions.decoder.weight",
+             "cls.seq_relationship.bias", "bert.pooler.dense.weight"],
+        ),
+    ]  # fmt: skip
+    for i, (model, extras) in enumerate(cases):
+        variables, folder = random_variables(model), tmp_path / str(i)
+        hub.save(model, variables, folder)
+        edit_tensors(folder, **dict.fromkeys(extras, zeros))
+        tensors = load_file(folder / "model.safetensors")
+        old = {  # names of the first years: no prefix of the model, gamma and beta
+            name.removeprefix("transformer.")
+            .replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta"): x
+            for name, x in tensors.items()
+        }
+        save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+        chex.assert_trees_all_equal(hub.load(folder)[1], variables)
+    untied = tiny_decoder(tied=False)
+    hub.save(untied, random_variables(untied), tmp_path / "untied")
+    edit_tensors(tmp_path / "untied", drop=["lm_head.weight"])
+    with pytest.raises(ValueError, match=r"lacks the tensor lm_head\.weight"):
+        hub.load(tmp_path / "untied")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported; known"),
+        ({"hidden_act": "xielu"}, "activation 'xielu' is not supported; known are silu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+         "Rope of type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                              "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*not supported"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(saved, changes, message):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        hub.load(saved)
+
+
+QWEN = {
+    "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 2e4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, window",
+    [
+        ({"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, 4),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 9}, None),
+    ],
+)
+def test_qwen2_slides_in_all_layers_or_in_none(changes, window):
+    config = hub_config.from_hf(QWEN | changes, "Qwen2ForCausalLM")
+    assert config.sliding_window == window
+    assert (config.qkv_bias, config.out_bias, config.rope_theta) == (True, False, 2e4)
+
+
+def test_a_mixture_of_sliding_and_full_layers_is_refused():
+    mixed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    with pytest.raises(ValueError, match="Layers of different attention"):
+        hub_config.from_hf(QWEN | mixed, "Qwen2ForCausalLM")
+
+
+def test_both_spellings_of_rope_are_read():
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 16}  # fmt: skip
+    plain = {name: value for name, value in QWEN.items() if name != "rope_parameters"}
+    old = plain | {"rope_theta": 3e4, "rope_scaling": llama3 | {"rope_type": "llama3"}}
+    new = plain | {"rope_parameters": llama3 | {"rope_type": "llama3", "rope_theta": 3e4}}
+    configs = [hub_config.from_hf(fields | {"mlp_bias": False}, "LlamaForCausalLM")
+               for fields in (old, new)]  # fmt: skip
+    assert configs[0] == configs[1]
+    assert configs[0].rope_theta == 3e4
+    assert configs[0].rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_max_len=16)
+    older = plain | {"rope_scaling": {"type": "linear", "factor": 2.0}, "mlp_bias": False}
+    read = hub_config.from_hf(older, "LlamaForCausalLM")
+    assert read.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert read.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"qkv_bias": True}, r"LlamaForCausalLM cannot say out_bias=False \(it means True\)"),
+        ({"sliding_window": 4}, "cannot say sliding_window=4"),
+        ({"norm": "layer"}, "cannot say norm='layer'"),
+        ({"family": "mistral", "qkv_bias": True}, "MistralForCausalLM cannot say qkv_bias=True"),
+        ({"embed_dim": 18, "head_dim": 4}, "embed_dim to be a multiple of num_heads; they are 18"),
+        ({"family": "gpt2", "num_kv_heads": 4, "head_dim": 6}, "needs embed_dim = num_heads"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(changes, message, tmp_path):
+    model = tiny_decoder(**changes)
+    with pytest.raises(ValueError, match=message):
+        hub.save(model, random_variables(model), tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_masked_and_unequal_models_are_refused(tmp_path):
+    model = tiny_decoder()
+    variables = random_variables(model)
+    masked = mask(variables, model.axes, Subnet({"embed": np.arange(8)}))
+    with pytest.raises(ValueError, match="Some channels are masked; save the result of"):
+        hub.save(model, masked, tmp_path / "model")
+    ragged = extract(variables, model.axes, Subnet({"mlp": [np.arange(3), np.arange(4)]}))
+    with pytest.raises(ValueError, match="The layers have unequal widths"):
+        hub.save(model, ragged, tmp_path / "model")
+    with pytest.raises(TypeError, match="A model of CnnConfig has no Hugging Face format"):
+        hub.save(tiny_cnn(), random_variables(tiny_cnn()), tmp_path / "model")
+    pooled = tiny_encoder(head="classify")
+    narrow = extract(random_variables(pooled), pooled.axes, Subnet({"embed": np.arange(8)}))
+    with pytest.raises(ValueError, match=r"head[.]classifier[.]kernel has shape \(16, 2\)"):
+        hub.save(pooled, narrow, tmp_path / "model")
+
+
+def test_unstacked_layers_are_saved_as_stacked_ones(tmp_path):
+    model = tiny_decoder()
+    variables = random_variables(model)
+    apart = with_layers(variables, unstack(layers_of(variables)))
+    hub.save(model, apart, tmp_path / "model")
+    chex.assert_trees_all_equal(hub.load(tmp_path / "model")[1], variables)
+
+
+def test_a_tokenizer_is_saved_beside_the_model(tmp_path):
+    from jaxfm.tokenizer import load_tokenizer
+
+    model = tiny_decoder(vocab_size=300)
+    hub.save(model, random_variables(model), tmp_path / "model", ByteTokenizer())
+    text = "naïve → \x00"
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    fields = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert fields["eos_token_id"] == ByteTokenizer().eos_id
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("/nowhere/at/all", "There is no folder /nowhere/at/all"),
+        ("./here", "There is no folder ./here"),
+        (
+            "nobody/such-a-model",
+            "No model 'nobody/such-a-model': there is no such folder, the local",
+        ),
+    ],
+)
+def test_a_model_that_is_nowhere_gives_one_sentence(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        hub.load(name)
+
+
+def test_a_folder_without_the_files_says_which(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        hub.load(tmp_path)
+    hub.save(tiny_decoder(), random_variables(tiny_decoder()), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor model.safetens"):
+        hub.load(tmp_path / "model")
+
+
+def write_llama2c(path: pathlib.Path, model, variables, theta=10000.0) -> None:
+    """The inverse of the loader, written out by hand: neighbours as rotary pairs."""
+    c, params, layers = model.config, variables.params, variables.params["layers"]
+    dim, depth, half = c.embed_dim, c.num_layers, c.head_dim // 2
+    attention, mlp = layers["attention"], layers["mlp"]
+
+    def rotary(kernel):  # [L, D, heads..., K] -> rows (head, pair, half) of [L, heads * K, D]
+        rows = np.asarray(kernel).reshape(depth, dim, -1, 2, half)
+        return rows.transpose(0, 2, 4, 3, 1)
+
+    matrix = lambda kernel: np.asarray(kernel).reshape(depth, kernel.shape[1], -1).swapaxes(1, 2)
+    parts = [
+        params["embed"]["tokens"]["table"], layers["attention_norm"]["scale"],
+        rotary(attention["q"]["kernel"]), rotary(attention["k"]["kernel"]),
+        matrix(attention["v"]["kernel"]),
+        np.asarray(attention["o"]["kernel"]).reshape(depth, -1, dim).swapaxes(1, 2),
+        layers["mlp_norm"]["scale"], matrix(mlp["gate"]["kernel"]), matrix(mlp["down"]["kernel"]),
+        matrix(mlp["up"]["kernel"]), params["head"]["norm"]["scale"],
+        np.zeros((2, c.max_len, half)),
+    ]  # fmt: skip
+    vocab = c.vocab_size
+    if not c.tied:
+        parts.append(np.asarray(params["head"]["out"]["kernel"]).T)
+        vocab = -vocab
+    header = (dim, c.mlp_dim, depth, c.num_heads, c.num_kv_heads, vocab, c.max_len)
+    values = b"".join(np.asarray(part, "<f4").tobytes() for part in parts)
+    path.write_bytes(struct.pack("<7i", *header) + values)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama2c_file_is_read_as_it_was_written(tied, tmp_path):
+    model = tiny_decoder(tied=tied)
+    variables = random_variables(model)
+    write_llama2c(tmp_path / "model.bin", model, variables)
+    loaded, same = hub.load_llama2c(tmp_path / "model.bin")
+    assert loaded.config == model.config
+    chex.assert_trees_all_equal(same, variables)
+
+
+def test_a_llama2c_file_of_the_wrong_length_is_refused(tmp_path):
+    path = tmp_path / "model.bin"
+    write_llama2c(path, tiny_decoder(), random_variables(tiny_decoder()))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"holds \d+ numbers, but its header .* asks for \d+"):
+        hub.load_llama2c(path)
+    path.write_bytes(b"text, not numbers: a folder was meant")
+    with pytest.raises(ValueError, match=r"asks for \d+"):
+        hub.load_llama2c(path)
+
+
+@pytest.mark.skipif("JAXFM_DATA_DIR" not in os.environ, reason="needs the data folder")
+def test_a_published_checkpoint_tells_its_story():
+    from jaxfm.tokenizer import load_tokenizer
+
+    folder = pathlib.Path(os.environ["JAXFM_DATA_DIR"], "stories260k")
+    model, variables = hub.load_llama2c(folder / "stories260K.bin")
+    length = 201
+
+    @jax.jit
+    def complete(variables):
+        def step(i, tokens):
+            logits, _ = model.apply(variables, tokens)
+            return tokens.at[0, i + 1].set(logits[0, i].argmax().astype(jnp.int32))
+
+        return jax.lax.fori_loop(0, length - 1, step, jnp.ones((1, length), jnp.int32))
+
+    tokens = np.asarray(complete(variables))[0].tolist()
+    text = load_tokenizer(folder / "tok512.model").decode(tokens[1:])
+    assert text.strip() == (folder / "greedy_200_steps.txt").read_text().strip()
+
+
+def test_every_field_of_a_decoder_config_is_said_by_some_format():
+    """A field that no format carries would be lost without a word."""
+    carried = {"head_dim", "activation", "rope_theta", "rope_scaling", "sliding_window", "qkv_bias",
+               "out_bias", "gated", "norm", "positions", "family", "dtype"}  # fmt: skip
+    for fields in hub_config.FIELDS.values():
+        carried |= set(fields)
+    ours = set(DecoderConfig.__dataclass_fields__)
+    assert ours - carried == {"attention_scale", "remat"}
