@@ -30,12 +30,22 @@ def client_metrics(
     """Returns `f(state, test) -> {metric: f64[C]}`: each client's own model on its own test rows.
 
     NaN for a client without test rows. One compiled scan over the clients of each bucket.
+
+    Raises:
+      ValueError: batch_size below 1, a bucket without a model; from f: another number of clients.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     members = [np.flatnonzero(np.asarray(bucket_of) == b) for b in range(len(algorithm.buckets))]
     runs = [_over_clients(bucket, task, batch_size) for bucket in algorithm.buckets]
 
     def measure(state: RunState, test: Federation) -> dict[str, np.ndarray]:
         num_clients = test.count.shape[0]
+        if num_clients != len(bucket_of):
+            raise ValueError(
+                f"The test federation has {num_clients} clients, the run {len(bucket_of)}; give a "
+                "client without test rows the count 0."
+            )
         result: dict[str, np.ndarray] = {}
         for ids, run, memories in zip(members, runs, state.memories, strict=True):
             if not len(ids):
@@ -63,7 +73,8 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int) -> Callable:
         def batch_sums(variables, rows, place):
             """The sums over one batch; rows past the client's own have weight 0."""
             batch = {name: jnp.take(leaf, rows, axis=0) for name, leaf in examples.items()}
-            batch["weight"] = place.astype(jnp.float32)
+            own = batch.get("weight", jnp.ones(batch_size, jnp.float32))
+            batch["weight"] = jnp.where(place, own, 0)
             inputs, targets, weight = task.prepare(batch, None)
             return task.metrics(model.apply(variables, inputs)[0], targets, weight)
 
