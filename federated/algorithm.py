@@ -10,7 +10,8 @@ A server broadcasts, clients train, sums come back:
 An upload is a pytree of *sums* (numerators and denominators), so that one all-reduce aggregates
 and secure aggregation stays possible; narrow dtypes are summed in 32 bits. Clients of one shape
 form a bucket, with one compiled program; buckets may hold slices of one network or different
-architectures, as long as `lift` brings their sums to the same coordinates. A complete algorithm, federated averaging of one number:
+architectures, as long as `lift` brings their sums to the same coordinates. A complete algorithm,
+federated averaging of one number:
 
 >>> import jax.numpy as jnp
 >>> def client(download, memory, data, profile, key):

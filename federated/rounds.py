@@ -59,14 +59,16 @@ class Rounds(NamedTuple):
 
     Attributes:
       init: `(variables, key) -> RunState`.
-      run: `(state) -> (state, info)`: `num_rounds` rounds; the given state is donated. `info` is a
-        dict of arrays with a leading axis of rounds: the algorithm's own sums over clients, and
-        i32[R, buckets] "selected", "clients" (whose update counted), "non_finite" (left out),
-        "steps" f32.
+      run: `(state, population=None) -> (state, info)`: `num_rounds` rounds; the given state is
+        donated. A population with other numbers (data, counts, profiles) in the same shapes and
+        buckets may take the place of the first one; nothing compiles anew. `info` is a dict of
+        arrays with a leading axis of rounds: the algorithm's own sums over clients, and
+        f32[R, buckets] "selected", "clients" (whose update counted), "non_finite" (left out),
+        "steps".
     """
 
     init: Callable[[Variables, Key], RunState]
-    run: Callable[[RunState], tuple[RunState, dict[str, Array]]]
+    run: Callable[..., tuple[RunState, dict[str, Array]]]
 
 
 def default_width() -> int | None:
@@ -121,9 +123,9 @@ def rounds(
     row = np.zeros(num_clients, np.int32)
     for ids in members:
         row[ids] = np.arange(len(ids))
-    constants = place(
-        (population.federation, population.profiles, public, bucket_of, row, np.float32(drop_rate))
-    )
+    numbers = lambda people: place((people.federation, people.profiles))
+    given = numbers(population)
+    fixed = place((public, bucket_of, row, np.float32(drop_rate)))
     slots = [_slots(min(cohort_size, len(ids)), devices, width) for ids in members]
 
     def choose(key: Key, bucket_of: Array) -> list[tuple[Array, Array]]:
@@ -142,7 +144,7 @@ def rounds(
         return [of_bucket(b, count) for b, (count, _) in enumerate(slots)]
 
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
-        federation, profiles, public, bucket_of, row, drop_rate = constants
+        (federation, profiles), (public, bucket_of, row, drop_rate) = constants
         choose_key, report_key, client_key, server_key = jax.random.split(
             jax.random.fold_in(state.key, state.round), 4
         )
@@ -195,7 +197,15 @@ def rounds(
     def init(variables: Variables, key: Key) -> RunState:
         return place(first(variables, key, population.profiles))
 
-    return Rounds(init, lambda state: compiled(state, constants))
+    def run(state: RunState, people: Population | None = None):
+        if people is None:
+            return compiled(state, (given, fixed))
+        _check(algorithm, people, cohort_size, num_rounds, drop_rate, width)
+        if not np.array_equal(people.bucket, bucket_of):
+            raise ValueError("Clients cannot change their bucket between calls; call rounds anew.")
+        return compiled(state, (numbers(people), fixed))
+
+    return Rounds(init, run)
 
 
 def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
