@@ -97,7 +97,8 @@ def scaled(weight: Array, tree: PyTree) -> PyTree:
     """weight * tree, in the dtypes of the tree; only the product is rounded to them."""
 
     def times(x):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        wide = jnp.float32 if narrow else x.dtype
         return (weight.astype(wide) * x.astype(wide)).astype(x.dtype)
 
     return jax.tree.map(times, tree)
