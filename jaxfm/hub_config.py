@@ -112,6 +112,10 @@ def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
         if fields.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{architecture} with {name}={fields[name]!r} is not supported.")
     own: dict[str, Any] = {ours: fields[theirs] for ours, theirs in FIELDS[family].items()}
+    if family in ("bert", "roberta", "vit"):
+        own["head"] = head
+    if family not in ("gpt2", "vit"):
+        own["family"] = family
     own["activation"] = _activation(fields)
     if family == "gpt2":
         return gpt2_config(**own, mlp_dim=fields.get("n_inner") or 4 * fields["n_embd"])
@@ -122,16 +126,15 @@ def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
                 f"{architecture} with pooler_output_size={fields['pooler_output_size']} other than "
                 f"hidden_size={own['embed_dim']} is not supported."
             )
-        return VitConfig(**own, head=head)
+        return VitConfig(**own)
     if family in ("bert", "roberta"):
         if head == "masked_lm" and not fields.get("tie_word_embeddings", True):
             raise ValueError(f"{architecture} with tie_word_embeddings=False is not supported.")
-        return EncoderConfig(**own, family=family, head=head)
+        return EncoderConfig(**own)
+    own["head_dim"] = fields.get("head_dim")
     biased = family == "qwen2" or bool(fields.get("attention_bias", False))
     return DecoderConfig(
         **own,
-        family=family,
-        head_dim=fields.get("head_dim"),
         qkv_bias=biased,
         out_bias=biased and family != "qwen2",
         sliding_window=_window(fields, family),
@@ -270,10 +273,14 @@ def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=float(rope["factor"]))
     original = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
-    shared = {"kind": kind, "factor": float(rope["factor"]), "original_max_len": original}
+    shared: dict[str, Any] = {
+        "kind": kind,
+        "factor": float(rope["factor"]),
+        "original_max_len": original,
+    }
     if kind == "llama3":
-        names = ("low_freq_factor", "high_freq_factor")
-        return RopeScaling(**shared, **{name: float(rope[name]) for name in names})
+        shared |= {name: float(rope[name]) for name in ("low_freq_factor", "high_freq_factor")}
+        return RopeScaling(**shared)
     attention_factor = rope.get("attention_factor")
     if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         grow = lambda scale: 0.1 * scale * math.log(max(shared["factor"], 1.0)) + 1.0

@@ -108,7 +108,8 @@ def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, Stored]]:
         raise ValueError(
             f"{path} holds {values.size} numbers, but its header {header} asks for {expected}."
         )
-    tensors, at = {}, 0
+    tensors: dict[str, np.ndarray] = {}
+    at = 0
     for name, shape in sections:
         tensor = values[at : at + math.prod(shape)].reshape(shape)
         at += tensor.size
@@ -118,9 +119,9 @@ def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, Stored]]:
         rows = {name.format(i): tensor[i] for i in range(depth)} if "{}" in name else {name: tensor}
         tensors |= rows
     del tensors["rotary tables"]
+    reader = lambda tensor: functools.partial(np.asarray, tensor)
     return header, {
-        name: Stored(tensor.shape, "float32", lambda tensor=tensor: tensor)
-        for name, tensor in tensors.items()
+        name: Stored(tensor.shape, "float32", reader(tensor)) for name, tensor in tensors.items()
     }
 
 

@@ -331,6 +331,7 @@ class Attention(nnx.Module):
         """Returns the mixed tokens [B, T, D] and the new rows of keys and values [B, T, G, K]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.frequencies is not None:
+            assert positions is not None
             frequencies = np.asarray(self.frequencies)
             q, k = (rotate(y, positions, frequencies, self.factor) for y in (q, k))
         mixed = attend(q, k, v, mask, scale=self.scale, past=past)

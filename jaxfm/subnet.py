@@ -62,13 +62,15 @@ def axis_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
       ValueError: an axis has two sizes, or the trees differ.
     """
     sizes: dict[str, int] = {}
-    all_names, structure = jax.tree.flatten(axes, is_leaf=is_axes)
-    for names, leaf in zip(all_names, structure.flatten_up_to(tree), strict=True):
+
+    def note(names: tuple, leaf) -> None:
         if len(names) != len(leaf.shape):
             raise ValueError(f"Axis names {names} given for a leaf of shape {leaf.shape}.")
         for name, size in zip(names, leaf.shape, strict=True):
             if name is not None and sizes.setdefault(name, size) != size:
                 raise ValueError(f"Axis {name!r} has sizes {sizes[name]} and {size}.")
+
+    _map(note, axes, tree)
     return sizes
 
 

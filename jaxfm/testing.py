@@ -25,7 +25,7 @@ from jaxfm.models.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.models.encoder import EncoderConfig, encoder
 from jaxfm.models.vit import VitConfig, vit
 
-_SIZES = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
+_SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
 
 
 @functools.cache
@@ -57,7 +57,12 @@ def tiny_vit(**changes: Any) -> Model:
 @functools.cache
 def tiny_cnn(**changes: Any) -> Model:
     """The convolutional network on 8x8x1 images with 4 and 6 channels, 12 units, 5 classes."""
-    sizes = {"image_size": (8, 8), "conv_channels": (4, 6), "dense_dim": 12, "num_classes": 5}
+    sizes: dict[str, Any] = {
+        "image_size": (8, 8),
+        "conv_channels": (4, 6),
+        "dense_dim": 12,
+        "num_classes": 5,
+    }
     return cnn(CnnConfig(**(sizes | changes)))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxfm.model import Model
 from jaxfm.models.cnn import CnnConfig
 from jaxfm.models.cnn import cnn as _cnn
@@ -30,7 +33,7 @@ def build(config: Config) -> Model:
     raise TypeError(f"Expected one of {names}; got {type(config).__name__}.")
 
 
-_FAMILIES = {
+_FAMILIES: dict[type, Callable[[Any], Model]] = {
     DecoderConfig: _decoder,
     EncoderConfig: _encoder,
     VitConfig: _vit,

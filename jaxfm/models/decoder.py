@@ -53,8 +53,9 @@ class DecoderConfig:
       family: whose Hugging Face format it is saved in.
       vocab_size: tokens.
       embed_dim: width of the residual stream.
-      num_layers, num_heads, num_kv_heads, head_dim: attention; num_heads is a multiple of
-        num_kv_heads.
+      num_layers, num_heads: depth, and query heads.
+      num_kv_heads: key/value heads, of which num_heads is a multiple; None: num_heads.
+      head_dim: of each head; None: embed_dim // num_heads.
       mlp_dim: hidden width of each MLP.
       max_len: longest context, in tokens; the size of the table for learned positions.
       activation, gated: of the MLP.
@@ -74,8 +75,8 @@ class DecoderConfig:
     embed_dim: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_kv_heads: int = None  # type: ignore[assignment]  # __post_init__ sets them
+    head_dim: int = None  # type: ignore[assignment]
     mlp_dim: int
     max_len: int = 2048
     activation: str = "silu"
@@ -119,7 +120,7 @@ class DecoderConfig:
 
 def gpt2_config(**sizes) -> DecoderConfig:
     """A `DecoderConfig` with GPT-2's switches; `sizes` are its remaining fields."""
-    switches = {
+    switches: dict[str, Any] = {
         "family": "gpt2", "activation": "gelu_tanh", "gated": False, "norm": "layer",
         "positions": "learned", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True,
     }  # fmt: skip
@@ -147,7 +148,7 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
         out_scale = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance at init
-        norm = {"kind": config.norm, "eps": config.norm_eps, "dtype": dtype}
+        norm: dict[str, Any] = {"kind": config.norm, "eps": config.norm_eps, "dtype": dtype}
         rotary = None
         if config.positions == "rotary":
             rotary = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

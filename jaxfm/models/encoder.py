@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class EncoderConfig:
     embed_dim: int
     num_layers: int
     num_heads: int
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # __post_init__ sets it
     mlp_dim: int
     max_len: int = 512
     pad_id: int = 0
@@ -108,7 +108,7 @@ class EncoderBlock(nnx.Module):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
-        norm = {"kind": "layer", "eps": config.norm_eps, "dtype": dtype}
+        norm: dict[str, Any] = {"kind": "layer", "eps": config.norm_eps, "dtype": dtype}
         self.attention = Attention(
             embed, num_heads=config.num_heads, num_kv_heads=config.num_heads,
             head_dim=config.head_dim, qkv_bias=True, out_bias=True, scale=config.attention_scale,

@@ -6,7 +6,7 @@ Pre-norm, learned positions. Inputs are f32[B, H, W, C]. Source: Dosovitskiy et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ class VitConfig:
     """The shape of a vision transformer.
 
     Attributes:
-      image_size: (height, width) in pixels; one number for a square.
-      patch_size: (height, width) of a patch; pixels beyond the last whole patch are dropped.
+      image_size: (height, width) in pixels; one number stands for a square.
+      patch_size: of a patch, likewise; pixels beyond the last whole patch are dropped.
       num_channels: of the image.
       embed_dim, num_layers, num_heads, mlp_dim: widths and depth.
       head_dim: of attention; None: embed_dim // num_heads.
@@ -39,13 +39,13 @@ class VitConfig:
       remat: recompute each layer in the backward pass instead of keeping it in memory.
     """
 
-    image_size: int | tuple[int, int] = 224
-    patch_size: int | tuple[int, int] = 16
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
     num_channels: int = 3
     embed_dim: int
     num_layers: int
     num_heads: int
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # __post_init__ sets it
     mlp_dim: int
     activation: str = "gelu"
     norm_eps: float = 1e-12
@@ -113,7 +113,7 @@ class VitBlock(nnx.Module):
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
         out_scale = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance at init
-        norm = {"kind": "layer", "eps": config.norm_eps, "dtype": dtype}
+        norm: dict[str, Any] = {"kind": "layer", "eps": config.norm_eps, "dtype": dtype}
         self.attention_norm = Norm(embed, **norm)
         self.attention = Attention(
             embed, num_heads=config.num_heads, num_kv_heads=config.num_heads,

@@ -167,6 +167,14 @@ def test_encoders_agree_both_ways_with_padding_and_types(model_type, class_name,
     )
 
 
+def test_padding_tokens_have_robertas_position_even_where_they_are_seen(tmp_path):
+    theirs = torch_model("roberta", "RobertaForMaskedLM", {"pad_token_id": 1})
+    tokens = np.where(np.arange(12)[None] % 5 == 3, 1, TOKENS).astype(np.int32)
+    assert_both_ways(
+        tmp_path, theirs, "RobertaForMaskedLM", {"tokens": tokens}, {"input_ids": tokens}
+    )
+
+
 def test_the_pooled_output_of_a_bare_encoder_agrees(tmp_path):
     theirs = torch_model("bert", "BertModel", {"pad_token_id": 0})
     theirs.save_pretrained(tmp_path)
