@@ -31,9 +31,9 @@ import time
 import numpy as np
 
 PROMPT, DRAFT_LENGTH = 48, 4
-FULL = {"layers": 18, "draft_layers": 2, "damping": 0.2, "prompts": 3, "new": 128, "rounds": 3}
-QUICK = {"layers": 8, "draft_layers": 1, "damping": 0.2, "prompts": 1, "new": 64, "rounds": 2}
-WIDTHS = {"vocab_size": 8192, "embed_dim": 768, "num_heads": 12, "num_kv_heads": 4,
+FULL = {"layers": 24, "draft_layers": 1, "damping": 0.15, "prompts": 2, "new": 128, "rounds": 3}
+QUICK = {"layers": 8, "draft_layers": 1, "damping": 0.12, "prompts": 1, "new": 56, "rounds": 2}
+WIDTHS = {"vocab_size": 4096, "embed_dim": 768, "num_heads": 12, "num_kv_heads": 4,
           "mlp_dim": 2048, "max_len": 512}  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def make_pair(sizes: dict):
     import jax
 
     from jaxfm.models.decoder import DecoderConfig, decoder, resized
+    from jaxfm.parallel.cache import decoding_layout
     from jaxfm.subnet import Subnet, axis_sizes, extract
 
     model = decoder(DecoderConfig(num_layers=sizes["layers"], **WIDTHS))
@@ -108,7 +109,8 @@ def make_pair(sizes: dict):
     variables = variables._replace(params={**variables.params, "layers": layers})
     kept = extract(variables, model.axes, Subnet({"layer": np.arange(first, dtype=np.int32)}))
     draft = decoder(resized(model.config, axis_sizes(kept, model.axes)))
-    return model, variables, draft, kept
+    # Taken apart once, and shared by all decoders.
+    return model, decoding_layout(variables), draft, kept
 
 
 def bandwidth() -> float:

@@ -97,12 +97,12 @@ def _program(net: Network, drafter: Drafter) -> Program:
         cache, drafter_state = state
         draft, drafter_state = drafter.propose(drafters, drafter_state, text, rules)
         block = jnp.concatenate([newest(text, 1), draft.tokens], axis=1)
-        live = jnp.arange(block.shape[1])[None] <= draft.count[:, None]
+        live = jnp.arange(block.shape[1])[None] <= draft.size[:, None]
         live &= ~text.done[:, None]
         x, cache = extend(net, own, cache, block, text.length - 1, live)
         logits = net.stages.head(own, x)
         verdict = verify(logits, draft, rules.sampling, text.length)
-        return (cache, drafter_state), commit(text, verdict, draft.count, rules, logits)
+        return (cache, drafter_state), commit(text, verdict, draft.size, rules, logits)
 
     return Program(start, tick)
 

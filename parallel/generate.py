@@ -114,10 +114,11 @@ def stream(
     """
     ids = _prompt_ids(prompts, tokenizer, decoder.vocab_size)
     batch = len(ids)
-    if draft_tokenizer is not None and tokenizer is None:
-        raise ValueError("draft_tokenizer is given without tokenizer; give both to compare them.")
-    if draft_tokenizer is not None and not same_vocabulary(tokenizer, draft_tokenizer):
-        raise ValueError(_vocabulary_difference(tokenizer, draft_tokenizer))
+    if draft_tokenizer is not None:
+        if tokenizer is None:
+            raise ValueError("draft_tokenizer is given without tokenizer; give both to compare.")
+        if not same_vocabulary(tokenizer, draft_tokenizer):
+            raise ValueError(_vocabulary_difference(tokenizer, draft_tokenizer))
     if ticks < 1:
         raise ValueError(f"ticks={ticks}: a piece takes 1 or more.")
     if prefill_chunk is not None and prefill_chunk < 1:
@@ -145,10 +146,16 @@ def stream(
     tokens = np.zeros((batch, cells), np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
         row[: len(prompt)] = prompt
-    zeros = lambda *shape: np.zeros((batch, *shape), np.int32)
-    stats = Stats(zeros(), zeros(decoder.draft_length), zeros(decoder.draft_length))
-    kept = np.zeros((batch, cells), np.float32) if logprobs else None
-    text = Text(tokens, lengths, limits, np.zeros(batch, bool), zeros(), stats, kept)
+    zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
+    text = Text(
+        tokens=jnp.asarray(tokens),
+        length=jnp.asarray(lengths),
+        limit=jnp.asarray(limits),
+        done=jnp.zeros((batch,), bool),
+        progress=zeros(),
+        stats=Stats(zeros(), zeros(decoder.draft_length), zeros(decoder.draft_length)),
+        logprobs=jnp.zeros((batch, cells)) if logprobs else None,
+    )
     make = lambda: Detokenizer(token_bytes, stop_strings)
     writers = [make() for _ in ids] if tokenizer is not None else None
     width = min(_bucket(lengths.max()), cells)
@@ -162,7 +169,6 @@ def _run(
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
-    text = jax.tree.map(jnp.asarray, text)
     state = _start(
         decoder.program, decoder.variables, text.tokens[:, :width], text.length,
         text.tokens.shape[1], chunk,
@@ -170,20 +176,20 @@ def _run(
     finished = False
     while not finished:
         state, text = _advance(decoder.program, decoder.variables, state, text, rules, ticks)
-        now = jax.device_get(text._replace(stats=None, logprobs=None))
-        new = [now.tokens[i, seen[i] : now.length[i]] for i in range(len(seen))]
+        ids, length, done = jax.device_get((text.tokens, text.length, text.done))
+        new = [ids[i, seen[i] : length[i]] for i in range(len(seen))]
         pieces = None
         if writers is not None:
             pieces = []
             for i, writer in enumerate(writers):
                 shown = new[i]
                 # The token that ended the text is no part of what is read.
-                if now.done[i] and len(shown) and int(shown[-1]) in stops:
+                if done[i] and len(shown) and int(shown[-1]) in stops:
                     shown = shown[:-1]
                 grew = len(new[i]) > 0
-                pieces.append(writer.add(shown, last=bool(now.done[i])) if grew else "")
+                pieces.append(writer.add(shown, last=bool(done[i])) if grew else "")
                 whole[i] += pieces[-1]
-        seen, finished = now.length, bool(now.done.all())
+        seen, finished = length, bool(done.all())
         yield Piece(new, pieces)
     final = jax.device_get(text)
     spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
@@ -287,21 +293,19 @@ def _sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> 
     if not np.isfinite(heat).all():
         raise ValueError(f"temperature must be finite, got {heat.max()}.")
     optional = lambda name, value, dtype, **limits: (
-        None if value is None else _per_request(name, value, batch, dtype, **limits)
+        None if value is None else jnp.asarray(_per_request(name, value, batch, dtype, **limits))
     )
     k = optional("top_k", top_k, np.int32, at_least=0)
     p = optional("top_p", top_p, np.float32, at_least=0, at_most=1)
     if p is not None and not (p > 0).all():
         raise ValueError("top_p must be above 0 (and at most 1), got 0.")
     least = optional("min_p", min_p, np.float32, at_least=0, at_most=1)
-    request = np.arange(batch, dtype=np.int32)
+    request = jnp.arange(batch, dtype=jnp.int32)
     if not heat.any():
-        settings = Sampling(jax.random.key(0), request)
-    elif key is None:
+        return Sampling(jax.random.key(0), request)
+    if key is None:
         raise ValueError("A temperature above 0 draws random numbers; give a key.")
-    else:
-        settings = Sampling(key, request, heat, k, p, least)
-    return jax.tree.map(jnp.asarray, settings)
+    return Sampling(key, request, jnp.asarray(heat), k, p, least)
 
 
 def _vocabulary_difference(tokenizer: Tokenizer, draft: Tokenizer) -> str:

@@ -52,7 +52,7 @@ def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.n
     table = np.repeat(np.arange(len(states), dtype=np.int32)[:, None], len(token_bytes), axis=1)
     for i in range(lengths.max(initial=0)):
         longer = np.flatnonzero(lengths > i)
-        ith = np.array([token_bytes[token][i] for token in longer])
+        ith = np.array([token_bytes[token][i] for token in longer.tolist()])
         table[:, longer] = by_byte[table[:, longer], ith[None]]
     return table
 

@@ -73,13 +73,13 @@ class Draft(NamedTuple):
 
     Attributes:
       tokens: i32[B, g].
-      count: i32[B] how many of them are meant, from the left.
+      size: i32[B] how many of them are meant, from the left.
       probs: f32[B, g, V] the distributions they were drawn from; None: they were not drawn (all
         mass is on the token).
     """
 
     tokens: Array
-    count: Array
+    size: Array
     probs: Array | None = None
 
 
@@ -121,7 +121,7 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
       length: i32[B] of the texts: the position of the first draft.
     """
     drafts, width = draft.tokens, draft.tokens.shape[1]
-    meant = jnp.arange(width)[None] < draft.count[:, None]
+    meant = jnp.arange(width)[None] < draft.size[:, None]
     prefix = lambda stands: jnp.cumprod((stands & meant).astype(jnp.int32), axis=1).sum(1)
     if sampling.temperature is None:
         best = logits.argmax(-1).astype(jnp.int32)
@@ -148,7 +148,7 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
             q_at = jnp.take_along_axis(draft.probs, fell, axis=1)
         rest = jnp.maximum(jnp.exp(logp_at) - q_at, 0)
         # Nothing is left where p and q agree up to rounding; then p itself is right.
-        rejected = (at < draft.count[:, None, None]) & (rest.sum(-1, keepdims=True) > 0)
+        rejected = (at < draft.size[:, None, None]) & (rest.sum(-1, keepdims=True) > 0)
         logp_at = jnp.where(rejected, jnp.log(rest), logp_at)
     place = (length + accepted)[:, None]
     own = sample.draw(logp_at, sample.keys(sampling, place, sample.CHOOSE))
