@@ -6,7 +6,7 @@ costs are those times who took part, as the round itself reports.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,13 @@ def client_costs(
 
 def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree) -> ClientCost:
     federation = population.federation
-    shape = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype)
+    shape: Any = jax.ShapeDtypeStruct
     data = ClientData(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(federation.examples)),
-        jax.ShapeDtypeStruct(federation.index.shape[1:], jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.tree.map(lambda x: shape(x.shape, x.dtype), dict(federation.examples)),
+        shape(federation.index.shape[1:], jnp.int32),
+        shape((), jnp.int32),
     )
-    profile = jax.tree.map(lambda x: shape(x[0]), population.profiles)
+    profile = jax.tree.map(lambda x: shape((), jnp.asarray(x).dtype), population.profiles)
     key = jax.eval_shape(lambda: jax.random.key(0))
     download = jax.eval_shape(bucket.send, server, public)
     memory = jax.eval_shape(bucket.init_client, server, profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def profiles(
         "up_bytes_per_s": up_bytes_per_s,
         "down_bytes_per_s": down_bytes_per_s,
     }
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in given.items():
         value = np.asarray(value)
         if value.ndim and value.shape != (num_clients,):

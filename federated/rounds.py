@@ -166,7 +166,8 @@ def rounds(
             info["selected"] = taken.sum(dtype=jnp.float32)
             return bucket.lift(sums), jax.tree.map(write, state.memories[b], cohort), info
 
-        totals, memories, infos = None, list(state.memories), [{} for _ in algorithm.buckets]
+        totals, memories = None, list(state.memories)
+        infos: list[dict[str, Array]] = [{} for _ in algorithm.buckets]
         for b, bucket in enumerate(algorithm.buckets):
             if len(members[b]):
                 sums, memories[b], infos[b] = of_bucket(b, bucket)

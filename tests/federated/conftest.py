@@ -1,7 +1,9 @@
 """Settings of the federated tests."""
 
 import jax
+import numpy as np
 import pytest
+from federated_worker import finish, launch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -10,3 +12,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """What a run of `federated_worker` ends with in one process on one device."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out.npz"
+    finish(launch(out))
+    return np.load(out)

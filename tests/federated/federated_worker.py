@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 
+CALLS = 10  # of two rounds each; saved after each call
 TIMEOUT_S = 240
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--folder")
-    parser.add_argument("--calls", type=int, default=4)
+    parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--coordinator")
     parser.add_argument("--process", type=int)

@@ -115,15 +115,18 @@ def assert_same(a, b, tolerance: float = 1e-6):
     chex.assert_trees_all_close(a.server, b.server, rtol=tolerance, atol=tolerance)
 
 
-def loss_gradient(variables, rows: dict):
-    """The gradient of the mean loss over all rows, computed without the library's local loop."""
-
-    def loss(params):
-        logits, _ = MODEL.apply(variables._replace(params=params), rows["x"], train=True)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], axis=1)
-        return -picked.mean()
-
-    return jax.grad(loss)(variables.params)
+def loss_gradient(params: dict, rows: dict) -> dict:
+    """The gradient of the mean loss over some rows, in NumPy."""
+    k1, b1, k2, b2 = (params[a][b] for a in ("dense1", "dense2") for b in ("kernel", "bias"))
+    x, num = rows["x"], len(rows["x"])
+    hidden = np.maximum(x @ k1 + b1, 0)
+    odds = np.exp(hidden @ k2 + b2)
+    error = (odds / odds.sum(-1, keepdims=True) - np.eye(3)[rows["label"]]) / num
+    back = error @ k2.T * (hidden > 0)
+    return {
+        "dense1": {"kernel": x.T @ back, "bias": back.sum(0)},
+        "dense2": {"kernel": hidden.T @ error, "bias": error.sum(0)},
+    }
 
 
 @every_algorithm
@@ -171,12 +174,12 @@ def test_a_dropped_client_equals_an_empty_one(name):
 @every_algorithm
 def test_the_order_of_clients_does_not_matter(name):
     people = population(name, federation((4, 1, 4, 3, 2, 2)))  # whole batches: no shuffling
-    order = np.array([4, 0, 5, 2, 1, 3])
+    order = np.array([3, 4, 2, 0, 1, 5])  # nobody changes the bucket
     data = people.federation._replace(
         index=people.federation.index[order], count=people.federation.count[order]
     )
     shuffled = people._replace(federation=data, bucket=people.bucket[order])
-    assert_same(run(name, people)[0], run_new(make(name), shuffled)[0])
+    assert_same(run(name, people)[0], run(name, shuffled)[0])
 
 
 def server_step(name: str, x, d):
@@ -196,13 +199,10 @@ def server_step(name: str, x, d):
 def test_one_client_and_one_step_is_a_gradient_step(name):
     people = population(name, federation((4, 0, 0, 0, 0, 0)), max_steps=1)
     state, info = run(name, people)
-    variables = start()
+    before = jax.tree.map(np.asarray, start().params)
     rows = {key: value[:4] for key, value in examples(24).items()}
-    expected = jax.tree.map(
-        lambda x, g: server_step(name, np.asarray(x), -LR * np.asarray(g)),
-        variables.params,
-        loss_gradient(variables, rows),
-    )
+    gradient = loss_gradient(before, rows)
+    expected = jax.tree.map(lambda x, g: server_step(name, x, -LR * g), before, gradient)
     chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)
     assert info["steps"].sum() == 1 and info["examples"].sum() == 4
 
@@ -285,18 +285,16 @@ def test_a_non_finite_update_is_left_out_and_counted(name):
 
 
 @every_algorithm
-@pytest.mark.parametrize("why", ["all dropped", "all empty", "all non-finite"])
+@pytest.mark.parametrize("why", ["all empty", "all non-finite"])
 def test_a_round_without_reports_changes_nothing(name, why):
     data = federation()
     if why == "all empty":
         data = data._replace(count=0 * data.count)
     if why == "all non-finite":
         data = data._replace(examples=data.examples | {"x": data.examples["x"] * np.inf})
-    drop_rate = 0.99999 if why == "all dropped" else 0.0
-    algorithm = make(name)
-    state, info = run(name, population(name, data), drop_rate=drop_rate)
+    state, info = run(name, population(name, data))
     assert info["clients"].sum() == 0 and info["selected"].sum() == 6
-    chex.assert_trees_all_equal(state.server, algorithm.init(start()))
+    chex.assert_trees_all_equal(state.server, make(name).init(start()))
     assert int(state.round) == 1
 
 
@@ -315,24 +313,17 @@ def test_the_state_is_donated_and_the_callers_variables_are_not(name):
 @every_algorithm
 @pytest.mark.parametrize(
     "options",
-    [{"width": 100}, {"mesh": 1, "width": 2}],
+    [{"width": 100, "num_rounds": 2}, {"mesh": 1, "width": 2}],
     ids=lambda options: "-".join(f"{k}{v}" for k, v in options.items()),
 )
-def test_how_clients_are_laid_out_does_not_matter(name, options):
+def test_devices_widths_and_rounds_a_call_do_not_matter(name, options):
     if "mesh" in options:
         options = options | {"mesh": make_mesh(clients=1)}
-    state, info = run(name, slow_and_fast(name), calls=2, cohort_size=3, **options)
+    calls = 2 // options.get("num_rounds", 1)
+    state, info = run(name, slow_and_fast(name), calls, cohort_size=3, **options)
     reference, expected = two_rounds(name)
     assert_same(state, reference, 1e-5)
     chex.assert_trees_all_close(info, expected, rtol=1e-5)
-
-
-@every_algorithm
-def test_many_rounds_in_one_call_equal_many_calls(name):
-    state, info = run(name, slow_and_fast(name), num_rounds=2, cohort_size=3)
-    reference, expected = two_rounds(name)
-    assert_same(state, reference)
-    chex.assert_trees_all_close(info, expected, rtol=1e-6)
     assert int(state.round) == 2
 
 
@@ -352,28 +343,34 @@ def batch_norm_model() -> Model:
 BATCH_NORM = batch_norm_model()
 
 
+@functools.cache
+def batch_norm_step():
+    """(variables, statistics averaged over clients that own rows 0-3 and 4-5)."""
+    variables = jax.jit(BATCH_NORM.init)(jax.random.key(0))
+    stats = jax.jit(lambda x: BATCH_NORM.apply(variables, x, train=True)[1])
+    x = examples(24)["x"]
+    # A batch is filled up with the client's own rows.
+    first, second = stats(x[:4]), stats(x[[4, 5, 4, 5]])
+    return variables, jax.tree.map(lambda a, b: (4 * a + 2 * b) / 6, first, second)
+
+
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "hetero_fl_3"])
 def test_batch_norm_statistics_are_averaged(name):
-    variables = BATCH_NORM.init(jax.random.key(0))
-    data = federation((4, 2))
+    variables, expected = batch_norm_step()
     algorithm = make(name, epochs=1, model=BATCH_NORM)
-    state, _ = run_new(algorithm, population(name, data), variables=variables)
-    x = data.examples["x"]
-    # A batch is filled up with the client's own rows: [4, 5, 4, 5] for the second.
-    _, first = BATCH_NORM.apply(variables, x[:4], train=True)
-    _, second = BATCH_NORM.apply(variables, x[[4, 5, 4, 5]], train=True)
-    expected = jax.tree.map(lambda a, b: (4 * a + 2 * b) / 6, first, second)
+    people = population(name, federation((4, 2)))
+    state, _ = run_new(algorithm, people, variables=variables)
     chex.assert_trees_all_close(state.server.variables.stats, expected, rtol=1e-5, atol=1e-6)
 
 
 # What single algorithms are.
 
 
-def assert_same_run(a, b, tolerance: float):
-    people = slow_and_fast("fed_avg")
-    left, right = (run_new(x, people, 2, cohort_size=3)[0] for x in (a, b))
+def assert_is_fed_avg(algorithm, tolerance: float):
+    state, _ = run_new(algorithm, slow_and_fast("fed_avg"), 2, cohort_size=3)
+    reference, _ = two_rounds("fed_avg")
     chex.assert_trees_all_close(
-        left.server.variables, right.server.variables, rtol=tolerance, atol=tolerance
+        state.server.variables, reference.server.variables, rtol=tolerance, atol=tolerance
     )
 
 
@@ -381,16 +378,15 @@ LOCAL = Local(optax.sgd(LR), 4, 2)  # as in `make`
 
 
 def test_fed_prox_without_mu_is_fed_avg():
-    assert_same_run(fed_prox(MODEL, TASK, LOCAL, mu=0.0), fed_avg(MODEL, TASK, LOCAL), 0)
+    assert_is_fed_avg(fed_prox(MODEL, TASK, LOCAL, mu=0.0), 0)
 
 
 def test_server_momentum_zero_is_fed_avg():
-    still = fed_avg_m(MODEL, TASK, LOCAL, learning_rate=1.0, momentum=0.0)
-    assert_same_run(still, fed_avg(MODEL, TASK, LOCAL), 1e-7)
+    assert_is_fed_avg(fed_avg_m(MODEL, TASK, LOCAL, learning_rate=1.0, momentum=0.0), 1e-7)
 
 
 def test_one_full_tier_is_fed_avg():
-    assert_same_run(hetero_fl(MODEL, TASK, LOCAL, [TIERS[0]]), fed_avg(MODEL, TASK, LOCAL), 1e-7)
+    assert_is_fed_avg(hetero_fl(MODEL, TASK, LOCAL, [TIERS[0]]), 1e-7)
 
 
 def test_server_momentum_accumulates():
@@ -457,18 +453,12 @@ def test_each_coordinate_is_averaged_over_those_who_cover_it():
             tree["dense1"]["kernel"][:, :h], tree["dense1"]["bias"][:h],
             tree["dense2"]["kernel"][:h], tree["dense2"]["bias"][:],
         ]  # fmt: skip
-        small = dict(zip("kbKB", window(full)))
-        own = start()._replace(
-            params={
-                "dense1": {"kernel": small["k"], "bias": small["b"]},
-                "dense2": {"kernel": small["K"], "bias": small["B"]},
-            }
-        )
-        gradient = loss_gradient(
-            own, {n: x[data.index[client, :count]] for n, x in data.examples.items()}
-        )
+        k1, b1, k2, b2 = window(full)
+        own = {"dense1": {"kernel": k1, "bias": b1}, "dense2": {"kernel": k2, "bias": b2}}
+        rows = {n: x[data.index[client, :count]] for n, x in data.examples.items()}
+        gradient = loss_gradient(own, rows)
         for total, weight, g in zip(window(num), window(den), window(gradient)):
-            total += count * -LR * np.asarray(g)
+            total += count * -LR * g
             weight += count
     expected = jax.tree.map(lambda x, n, d: x + n / np.maximum(d, 1), full, num, den)
     chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)

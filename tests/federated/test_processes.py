@@ -13,13 +13,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_agree_with_one(tmp_path):
-    joined, alone = tmp_path / "joined.npz", tmp_path / "alone.npz"
-    finish(launch(alone, "--calls", 2))
+def test_two_processes_agree_with_one(tmp_path, uninterrupted):
+    joined = tmp_path / "joined.npz"
     coordinator = f"localhost:{free_port()}"
-    pair = [
-        launch(joined, "--calls", 2, "--coordinator", coordinator, "--process", p) for p in (0, 1)
-    ]
+    pair = [launch(joined, "--coordinator", coordinator, "--process", p) for p in (0, 1)]
     try:
         while all(process.poll() is None for process in pair):
             time.sleep(0.05)
@@ -29,7 +26,7 @@ def test_two_processes_agree_with_one(tmp_path):
         for process in pair:
             process.kill()
             process.wait()
-    one, two = np.load(alone), np.load(joined)
+    one, two = uninterrupted, np.load(joined)
     assert one.files == two.files and "own accuracy" in one.files
     for name in one.files:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)

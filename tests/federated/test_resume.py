@@ -4,22 +4,12 @@ import random
 import time
 
 import numpy as np
-import pytest
 from federated_worker import finish, launch
-
-CALLS = 10  # of two rounds each; saved after each call
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted") / "out.npz"
-    finish(launch(out, "--calls", CALLS))
-    return np.load(out)
 
 
 def test_killed_three_times_it_ends_with_the_same_bits(tmp_path, uninterrupted):
     moments = random.Random(4)
-    out, options = tmp_path / "out.npz", ("--folder", tmp_path / "checkpoints", "--calls", CALLS)
+    out, options = tmp_path / "out.npz", ("--folder", tmp_path / "checkpoints")
     # A killed process reads the compilation cache and never writes it: an entry is not atomic.
     cautious = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
     for life in range(3):
@@ -43,7 +33,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(tmp_path, uninterrupted):
 def test_what_two_devices_saved_one_device_goes_on_with(tmp_path, uninterrupted):
     out, folder = tmp_path / "out.npz", tmp_path / "checkpoints"
     finish(launch(out, "--folder", folder, "--calls", 2, "--devices", 2))
-    printed = finish(launch(out, "--folder", folder, "--calls", CALLS, "--devices", 1))
+    printed = finish(launch(out, "--folder", folder, "--devices", 1))
     assert "resumed at round 4" in printed
     ended = np.load(out)
     for name in ended.files:
