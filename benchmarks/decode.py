@@ -32,7 +32,7 @@ import numpy as np
 
 PROMPT, DRAFT_LENGTH = 48, 4
 FULL = {"layers": 24, "draft_layers": 1, "damping": 0.15, "prompts": 2, "new": 128, "rounds": 3}
-QUICK = {"layers": 8, "draft_layers": 1, "damping": 0.12, "prompts": 1, "new": 56, "rounds": 2}
+QUICK = {"layers": 8, "draft_layers": 1, "damping": 0.2, "prompts": 1, "new": 56, "rounds": 2}
 WIDTHS = {"vocab_size": 4096, "embed_dim": 768, "num_heads": 12, "num_kv_heads": 4,
           "mlp_dim": 2048, "max_len": 512}  # fmt: skip
 
