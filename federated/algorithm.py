@@ -3,15 +3,16 @@
 A server broadcasts, clients train, sums come back:
 
     download = bucket.send(server, public)
-    upload, memory, info = bucket.client(download, memory, data, profile, key)   # many clients
-    totals = sum of bucket.lift(sum of uploads)                                  # one psum
+    upload, memory, info = bucket.client(download, memory, data, profile, key)    # many clients
+    sums = sum of bucket.receive(server, public, upload) over clients             # one psum
+    totals = sum of bucket.lift(server, sums) over buckets
     server, info = algorithm.server(server, totals, public, key)
 
-An upload is a pytree of *sums* (numerators and denominators), so that one all-reduce aggregates
-and secure aggregation stays possible; narrow dtypes are summed in 32 bits. Clients of one shape
-form a bucket, with one compiled program; buckets may hold slices of one network or different
-architectures, as long as `lift` brings their sums to the same coordinates. A complete algorithm,
-federated averaging of one number:
+What is added up is a pytree of *sums* (numerators and denominators: `Mean`), so that one all-reduce
+aggregates and secure aggregation stays possible; narrow dtypes are summed in 32 bits. Clients of
+one shape form a bucket, with one compiled program; buckets may hold slices of one network or
+different architectures, as long as `lift` brings their sums to the same coordinates. A complete
+algorithm, federated averaging of one number:
 
 >>> import jax.numpy as jnp
 >>> def client(download, memory, data, profile, key):
@@ -28,7 +29,7 @@ federated averaging of one number:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,16 @@ class ClientData(NamedTuple):
       examples: leaves [N, ...].
       index: i32[M], the client's rows; padded.
       count: i32[], how many of them are real; 0 for an empty or absent client.
+      held_index, held_count: the same of rows that the client holds back from training, to select
+        by; None where the population holds none back.
     """
 
     examples: Mapping[str, Array]
     # These two names hide methods of tuple that nobody needs here.
     index: Array  # type: ignore[assignment]
     count: Array  # type: ignore[assignment]
+    held_index: Array | None = None
+    held_count: Array | None = None
 
 
 class Mean(NamedTuple):
@@ -113,17 +118,23 @@ class Bucket(NamedTuple):
       client: `(download, memory, data: ClientData, profile: Profile, key)
         -> (upload, memory, info)`. `upload` is a tree of sums, weights included. `info` is a dict
         of f32 scalars, summed over clients; "bytes_up" in it replaces the size of the upload in
-        the ledger (for uploads that travel in a sparser form than they are summed in).
-      init_client: `(server_state, profile) -> memory`: what a client keeps between rounds.
-      lift: `(sum of uploads) -> sum in the coordinates that all buckets share`.
+        the ledger (for uploads whose length depends on the data), "flops" the operations of the
+        whole call. Every client reports "steps", "loss_total" and "loss_count" (`local_fit` does),
+        for the ledger and for logs.
+      init_client: `(download, data, profile, key) -> memory`: what a client keeps between rounds.
+      receive: `(server_state, public, upload) -> sums`: what the server makes of one upload before
+        it is added up (decompression, scattering, predictions on public data). The ledger counts
+        the upload, its length in bytes by shape.
+      lift: `(server_state, sum of what was received) -> sum in the coordinates of all buckets`.
       personal: `(server_state, memory) -> Variables` with which such a client predicts.
     """
 
     model: Model | None
     send: Callable[[PyTree, PyTree], PyTree]
     client: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
-    init_client: Callable[[PyTree, Profile], PyTree] = lambda server, profile: ()
-    lift: Callable[[PyTree], PyTree] = lambda upload: upload
+    init_client: Callable[..., PyTree] = lambda download, data, profile, key: ()
+    receive: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda server, public, upload: upload
+    lift: Callable[[PyTree, PyTree], PyTree] = lambda server, sums: sums
     personal: Callable[[PyTree, PyTree], Variables] = lambda server, memory: server.variables
 
 
@@ -131,15 +142,14 @@ class Algorithm(NamedTuple):
     """A federated algorithm.
 
     Attributes:
-      init: `(variables) -> server_state`, a NamedTuple with a field `variables`.
+      init: `(variables) -> server_state`, a NamedTuple with a field `variables`: the global model.
       buckets: the kinds of client, one compiled program each.
       server: `(server_state, totals, public, key) -> (server_state, info)`, with `totals` the sum
         of all lifted uploads; all zeros when nobody took part.
+      model: the network of the global model, to evaluate it by.
     """
 
     init: Callable[[Variables], PyTree]
     buckets: tuple[Bucket, ...]
     server: Callable[[PyTree, PyTree, PyTree, Key], tuple[PyTree, dict[str, Array]]]
-
-
-Info = dict[str, Any]
+    model: Model | None = None

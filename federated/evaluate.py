@@ -17,7 +17,7 @@ from jax import lax
 from jaxfm.data.federation import Federation
 from jaxfm.federated.algorithm import Algorithm, Bucket
 from jaxfm.federated.rounds import RunState
-from jaxfm.model import PyTree
+from jaxfm.model import Key, PyTree
 from jaxfm.tasks import Task
 from jaxfm.tasks.evaluate import evaluate
 
@@ -120,12 +120,32 @@ def three_metrics(
 
 
 def global_metrics(
-    algorithm: Algorithm, state: RunState, task: Task, examples: Mapping, *, batch_size: int,
-    bucket: int = 0,
-) -> dict[str, float]:  # fmt: skip
-    """The metrics of what a client of `bucket` without memory would use, on one test set."""
-    chosen = algorithm.buckets[bucket]
-    if chosen.model is None:
-        raise ValueError("A bucket without a model cannot be evaluated; give Bucket(model=...).")
-    variables = chosen.personal(state.server, ())
-    return evaluate(chosen.model.apply, variables, task, examples, batch_size)
+    algorithm: Algorithm,
+    state: RunState,
+    task: Task,
+    examples: Mapping,
+    *,
+    batch_size: int,
+    bucket: int | None = None,
+    key: Key | None = None,
+) -> dict[str, float]:
+    """The metrics of the global model on one test set.
+
+    Args:
+      bucket: look at the model that clients of this bucket have, instead: a slice of the global
+        one, say.
+      key: for tasks that draw (masked_lm).
+    Raises:
+      ValueError: there is no network to evaluate by, or each client of the bucket has a model of
+        its own (`client_metrics` measures those).
+    """
+    if bucket is None:
+        model, variables = algorithm.model, state.server.variables
+    else:
+        if jax.tree.leaves(state.memories[bucket]):
+            raise ValueError(f"Clients of bucket {bucket} differ; measure them by client_metrics.")
+        chosen = algorithm.buckets[bucket]
+        model, variables = chosen.model, chosen.personal(state.server, ())
+    if model is None:
+        raise ValueError("There is no network to evaluate by; give Algorithm and Bucket a model.")
+    return evaluate(model.apply, variables, task, examples, batch_size, key=key)

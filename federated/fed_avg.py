@@ -39,7 +39,7 @@ def fed_avg(model: Model, task: Task, local: Local) -> Algorithm:
     def server(state: FedAvgState, totals: Mean, public, key: Key):
         return FedAvgState(moved(state.variables, mean(totals))), {}
 
-    return Algorithm(FedAvgState, (averaging_bucket(model, task, local),), server)
+    return Algorithm(FedAvgState, (averaging_bucket(model, task, local),), server, model)
 
 
 def averaging_bucket(model: Model, task: Task, local: Local, grad_hook_at=None) -> Bucket:

@@ -38,7 +38,7 @@ def fed_opt(
     """
 
     init, server = server_optimizer(optimizer)
-    return Algorithm(init, (averaging_bucket(model, task, local),), server)
+    return Algorithm(init, (averaging_bucket(model, task, local),), server, model)
 
 
 def server_optimizer(optimizer: optax.GradientTransformation):

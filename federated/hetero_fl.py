@@ -46,7 +46,7 @@ def hetero_fl(
     _check(model, tiers)
     init, server = server_optimizer(optimizer or optax.sgd(1.0))
     buckets = tuple(_tier(model, task, local, subnet) for subnet in tiers)
-    return Algorithm(init, buckets, server)
+    return Algorithm(init, buckets, server, model)
 
 
 def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
@@ -63,7 +63,7 @@ def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
         examples = info["examples"]
         return Mean(scaled(examples, difference(trained, download)), examples), memory, info
 
-    def lift(sums: Mean) -> Mean:
+    def lift(server: FedOptState, sums: Mean) -> Mean:
         num = embed(sums.num, sent_axes, subnet, like)
         return Mean(num, scaled(sums.den, cover(sent_axes, subnet, like)))
 

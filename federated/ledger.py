@@ -60,13 +60,17 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
     profile = jax.tree.map(lambda x: shape((), jnp.asarray(x).dtype), population.profiles)
     key = jax.eval_shape(lambda: jax.random.key(0))
     download = jax.eval_shape(bucket.send, server, public)
-    memory = jax.eval_shape(bucket.init_client, server, profile)
+    if population.held is not None:
+        rows = shape(population.held.index.shape[1:], jnp.int32)
+        data = data._replace(held_index=rows, held_count=data.count)
+    memory = jax.eval_shape(bucket.init_client, download, data, profile, key)
     args = (download, memory, data, profile, key)
     upload, _, _ = jax.eval_shape(bucket.client, *args)
     personal = jax.eval_shape(bucket.personal, server, memory)
-    sent = download
-    if isinstance(download, Variables):  # which channels are live is structure, known to both sides
-        sent = (download.params, download.stats)
+    # Which channels are live is structure, known to both sides.
+    is_variables = lambda x: isinstance(x, Variables)
+    travels = lambda x: (x.params, x.stats) if is_variables(x) else x
+    sent = jax.tree.map(travels, download, is_leaf=is_variables)
     return ClientCost(
         bytes_down=num_bytes(sent),
         bytes_up=num_bytes(upload),
@@ -80,7 +84,7 @@ def round_costs(costs: tuple[ClientCost, ...], info: dict) -> dict[str, float]:
     """Bytes and operations of the rounds that `info` (of `Rounds.run`) reports, summed.
 
     Whoever was selected got the download; whoever reported, with a finite update or not, sent an
-    upload. A bucket that reports "bytes_up" of its own is believed.
+    upload. A bucket that reports "bytes_up" or "flops" of its own is believed.
 
     Returns:
       "bytes_down", "bytes_up", "flops": of all clients together.
@@ -88,10 +92,11 @@ def round_costs(costs: tuple[ClientCost, ...], info: dict) -> dict[str, float]:
     per_bucket = lambda name: np.asarray(info[name], np.float64).reshape(-1, len(costs)).sum(0)
     selected = per_bucket("selected")
     reported = per_bucket("clients") + per_bucket("non_finite")
-    own = per_bucket("bytes_up") if "bytes_up" in info else np.zeros(len(costs))
-    up = np.where(own > 0, own, reported * [cost.bytes_up for cost in costs])
+    own = lambda name: per_bucket(name) if name in info else np.zeros(len(costs))
+    up = np.where(own("bytes_up") > 0, own("bytes_up"), reported * [c.bytes_up for c in costs])
+    flops = own("steps") * [cost.flops_per_step for cost in costs]
     return {
         "bytes_down": float(selected @ [cost.bytes_down for cost in costs]),
         "bytes_up": float(up.sum()),
-        "flops": float(per_bucket("steps") @ [cost.flops_per_step for cost in costs]),
+        "flops": float(np.where(own("flops") > 0, own("flops"), flops).sum()),
     }

@@ -31,11 +31,14 @@ class Population(NamedTuple):
       federation: the clients' training data.
       profiles: their machines, leaves [C].
       bucket: i32[C], which bucket of the algorithm each client belongs to.
+      held: rows that clients hold back from training and may select by, over the same examples;
+        None: none.
     """
 
     federation: Federation
     profiles: Profile
     bucket: np.ndarray
+    held: Federation | None = None
 
 
 class RunState(NamedTuple):
@@ -123,7 +126,9 @@ def rounds(
     row = np.zeros(num_clients, np.int32)
     for ids in members:
         row[ids] = np.arange(len(ids))
-    numbers = lambda people: place((people.federation, people.profiles))
+    numbers = lambda people: place(
+        (people.federation, people.profiles, people.held and people.held[1:])
+    )
     given = numbers(population)
     fixed = place((public, bucket_of, row, np.float32(drop_rate)))
     slots = [_slots(min(cohort_size, len(ids)), devices, width) for ids in members]
@@ -144,7 +149,7 @@ def rounds(
         return [of_bucket(b, count) for b, (count, _) in enumerate(slots)]
 
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
-        (federation, profiles), (public, bucket_of, row, drop_rate) = constants
+        people, (public, bucket_of, row, drop_rate) = constants
         choose_key, report_key, client_key, server_key = jax.random.split(
             jax.random.fold_in(state.key, state.round), 4
         )
@@ -160,11 +165,15 @@ def rounds(
             write = lambda x, new: x.at[at].set(new, mode="drop")
             present = (taken & reports[ids]).astype(jnp.float32)
             sums, info, cohort = _spread(bucket, mesh, slots[b][1])(
-                state.server, public, federation, profiles,
-                jax.tree.map(read, state.memories[b]), ids, present, client_key,
+                state.server, public, people,
+                jax.tree.map(read, state.memories[b]), ids, taken, present, client_key,
             )  # fmt: skip
             info["selected"] = taken.sum(dtype=jnp.float32)
-            return bucket.lift(sums), jax.tree.map(write, state.memories[b], cohort), info
+            return (
+                bucket.lift(state.server, sums),
+                jax.tree.map(write, state.memories[b], cohort),
+                info,
+            )
 
         totals, memories = None, list(state.memories)
         infos: list[dict[str, Array]] = [{} for _ in algorithm.buckets]
@@ -184,19 +193,26 @@ def rounds(
     compiled = jax.jit(many_rounds, donate_argnums=0, out_shardings=everywhere)
 
     @jax.jit
-    def first(variables: Variables, key: Key, profiles: Profile) -> RunState:
+    def first(variables: Variables, key: Key, given, fixed) -> RunState:
+        public = fixed[0]
+        init_key = jax.random.fold_in(key, 2**32 - 1)  # no round has this number
         server = algorithm.init(variables)
 
         def of_bucket(bucket: Bucket, ids: np.ndarray) -> PyTree:
-            mine = jax.tree.map(lambda x: jnp.asarray(x)[ids], profiles)
-            return jax.vmap(bucket.init_client, in_axes=(None, 0))(server, mine)
+            download = bucket.send(server, public)
+
+            def one(client_id: Array) -> PyTree:
+                own = jax.random.fold_in(init_key, client_id)
+                return bucket.init_client(download, *_client_of(given, client_id), own)
+
+            return jax.vmap(one)(jnp.asarray(ids, jnp.int32))
 
         pairs = zip(algorithm.buckets, members, strict=True)
         memories = tuple(of_bucket(bucket, ids) if len(ids) else () for bucket, ids in pairs)
         return RunState(server, memories, jnp.zeros((), jnp.int32), key)
 
     def init(variables: Variables, key: Key) -> RunState:
-        return place(first(variables, key, population.profiles))
+        return place(first(variables, key, given, fixed))
 
     def run(state: RunState, people: Population | None = None):
         if people is None:
@@ -212,55 +228,70 @@ def rounds(
 def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
     """The part of a round that is spread over devices, for one bucket."""
 
-    def run_one(download, federation, profiles, key, client_id, present, memory):
-        count = jnp.where(present > 0, federation.count[client_id], 0)
-        data = ClientData(federation.examples, federation.index[client_id], count)
-        profile = jax.tree.map(lambda x: x[client_id], profiles)
+    def run_one(download, server, public, people, key, client_id, present, memory):
+        data, profile = _client_of(people, client_id)
+        count = jnp.where(present > 0, data.count, 0)
+        data = data._replace(count=count)
         upload, new, info = bucket.client(
             download, memory, data, profile, jax.random.fold_in(key, client_id)
         )
-        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(upload)]).all()
+        finite = jnp.array([jnp.isfinite(x).all() for x in _floats((upload, new))]).all()
         counted = finite & (count > 0)
         keep = lambda x, otherwise: jnp.where(counted, x, otherwise)
-        upload = jax.tree.map(lambda x: keep(_wide(x), 0), upload)
+        sums = bucket.receive(server, public, upload)
+        sums = jax.tree.map(lambda x: keep(_wide(x), 0), sums)
         memory = jax.tree.map(keep, new, memory)
         info = jax.tree.map(lambda x: keep(x, 0), info)
         info["clients"] = counted.astype(jnp.float32)
         info["non_finite"] = ((count > 0) & ~finite).astype(jnp.float32)
-        return upload, memory, info
+        return sums, memory, info
 
-    def on_device(server, public, federation, profiles, memories, ids, present, key):
+    def on_device(server, public, people, memories, ids, taken, present, key):
         download = bucket.send(server, public)
-        one = lambda *slot: run_one(download, federation, profiles, key, *slot)
+        one = lambda *slot: run_one(download, server, public, people, key, *slot)
         one = jax.jit(one, inline=True)  # traced once, for its shapes and in the loop
         shapes = jax.eval_shape(one, ids[0], present[0], jax.tree.map(lambda x: x[0], memories))
-        upload_shape, _, info_shape = shapes
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (upload_shape, info_shape))
+        sums_shape, _, info_shape = shapes
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums_shape, info_shape))
 
-        def step(sums, slot):
+        def step(i, carry):
+            sums, memories = carry
+            slot = jax.tree.map(lambda x: x[i], (ids, present, memories))
             if width == 1:
-                upload, memory, info = one(*slot)
+                own, memory, info = one(*slot)
             else:
-                upload, memory, info = jax.vmap(one)(*slot)
-                upload, info = jax.tree.map(lambda x: x.sum(0), (upload, info))
-            return jax.tree.map(jnp.add, sums, (upload, info)), memory
+                own, memory, info = jax.vmap(one)(*slot)
+                own, info = jax.tree.map(lambda x: x.sum(0), (own, info))
+            write = lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0)
+            return jax.tree.map(jnp.add, sums, (own, info)), jax.tree.map(write, memories, memory)
 
-        groups = (ids, present, memories)
+        # Taken slots come first, so empty groups are never run.
+        groups = (taken.sum(dtype=jnp.int32) + width - 1) // width
         if width > 1:
-            groups = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), groups)
-        (upload, info), memories = lax.scan(step, zeros, groups)
+            ids, present, memories = jax.tree.map(
+                lambda x: x.reshape(-1, width, *x.shape[1:]), (ids, present, memories)
+            )
+        sums, memories = lax.fori_loop(0, groups, step, (zeros, memories))
         if width > 1:
             memories = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memories)
-        return *lax.psum((upload, info), "clients"), memories
+        return *lax.psum(sums, "clients"), memories
 
     spread = P("clients")
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P(), P(), P(), P(), spread, spread, spread, P()),
+        in_specs=(P(), P(), P(), spread, spread, spread, spread, P()),
         out_specs=(P(), P(), spread),
         check_vma=False,
     )
+
+
+def _client_of(people, client_id: Array) -> tuple[ClientData, Profile]:
+    """One client's part of (federation, profiles, index and count of what is held back)."""
+    federation, profiles, held = people
+    rows = jax.tree.map(lambda x: x[client_id], (federation[1:], held or ()))
+    data = ClientData(federation.examples, *rows[0], *rows[1])
+    return data, jax.tree.map(lambda x: x[client_id], profiles)
 
 
 def _check_range(name: str, values, limit: int, why: str) -> None:
@@ -275,6 +306,11 @@ def _place(x: Array, sharding: NamedSharding) -> Array:
         words = jax.device_put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     return jax.device_put(x, sharding)
+
+
+def _floats(tree: PyTree) -> list[Array]:
+    """The leaves that may be infinite; not keys, nor integers."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _wide(x: Array) -> Array:
@@ -293,7 +329,7 @@ def _slots(most: int, devices: int, width: int | None) -> tuple[int, int]:
 
 def _merge(infos: list[dict[str, Array]]) -> dict[str, Array]:
     """Sums over buckets; what the ledger needs stays apart, [buckets]."""
-    apart = ("selected", "clients", "non_finite", "steps", "bytes_up")
+    apart = ("selected", "clients", "non_finite", "steps", "bytes_up", "flops")
     names = {name for info in infos for name in info}
     zero = jnp.zeros((), jnp.float32)
     column = {name: [info.get(name, zero) for info in infos] for name in sorted(names)}
@@ -302,8 +338,10 @@ def _merge(infos: list[dict[str, Array]]) -> dict[str, Array]:
 
 def _check(algorithm, population, cohort_size, num_rounds, drop_rate, width) -> int:
     num_clients = population.federation.count.shape[0]
+    held = population.held
     bucket_of = np.asarray(population.bucket)
     sizes = {"bucket": bucket_of.shape[0], "index": population.federation.index.shape[0]}
+    sizes |= {} if held is None else {"held": held.count.shape[0]}
     sizes |= {f"profiles.{n}": x.shape[0] for n, x in population.profiles._asdict().items()}
     wrong = {name: size for name, size in sizes.items() if size != num_clients}
     if wrong:

@@ -256,7 +256,7 @@ def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[
     """The metrics of each bucket's model on (part of) the validation split."""
     some = spread(setting.data.validation, config.eval_examples)
     line = {}
-    for b in range(len(setting.algorithm.buckets)):
+    for b in alike(setting, state):
         prefix = "validation" if b == 0 else f"validation/bucket{b}"
         metrics = global_metrics(
             setting.algorithm, state, setting.data.task, some, batch_size=_EVAL_BATCH, bucket=b
@@ -271,12 +271,18 @@ def measure(
     """The three metrics on the test sets, and those of each bucket's model on the global one."""
     data, algorithm = setting.data, setting.algorithm
     test = spread(data.test, config.test_examples)
-    tiers = [
-        global_metrics(algorithm, state, data.task, test, batch_size=_EVAL_BATCH, bucket=b)
-        for b in range(len(algorithm.buckets))
-    ]
+    on_test = lambda bucket: global_metrics(
+        algorithm, state, data.task, test, batch_size=_EVAL_BATCH, bucket=bucket
+    )
+    tiers = [on_test(b) for b in alike(setting, state)]
     own = client_metrics(algorithm, setting.population.bucket, data.task, batch_size=_EVAL_BATCH)
-    return three_metrics(own(state, data.local_test), tiers[0]), tiers
+    return three_metrics(own(state, data.local_test), on_test(None)), tiers
+
+
+def alike(setting: Setting, state: RunState) -> list[int]:
+    """The buckets whose clients all have the same model."""
+    buckets = range(len(setting.algorithm.buckets))
+    return [b for b in buckets if not jax.tree.leaves(state.memories[b])]
 
 
 def main(config: FederateConfig) -> None:

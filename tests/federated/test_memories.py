@@ -40,7 +40,7 @@ def scaffold(pulls: tuple[float, ...]) -> Algorithm:
     bucket for each strength of pull. Karimireddy et al. 2020, option II."""
 
     def bucket(pull: float) -> Bucket:
-        def init_client(server, profile):
+        def init_client(download, data, profile, key):
             return Memory(jnp.zeros(2), jnp.zeros((), jnp.int32), profile.max_steps)
 
         def client(download, memory, data, profile, key):
@@ -148,7 +148,7 @@ def mutual(models) -> Algorithm:
 
         fit = local_fit(loss, LOCAL)
 
-        def init_client(server, profile):
+        def init_client(download, data, profile, key):
             return model.init(jax.random.fold_in(jax.random.key(5), profile.max_steps))
 
         def client(download, memory, data, profile, key):
@@ -190,7 +190,7 @@ def test_clients_of_other_architectures_share_what_they_know():
         mine = ClientData(data.examples, jnp.asarray(data.index[i]), jnp.asarray(data.count[i]))
         chosen = algorithm.buckets[b]
         upload, memory, _ = jax.jit(chosen.client)(
-            first, chosen.init_client(None, profile), mine._replace(examples=jax.tree.map(
+            first, chosen.init_client(None, None, profile, None), mine._replace(examples=jax.tree.map(
                 jnp.asarray, data.examples)), profile, jax.random.fold_in(client_key, i),
         )  # fmt: skip
         uploads.append(upload)
