@@ -189,9 +189,10 @@ def test_clients_of_other_architectures_share_what_they_know():
         profile = jax.tree.map(lambda field, i=i: jnp.asarray(field[i]), people.profiles)
         mine = ClientData(data.examples, jnp.asarray(data.index[i]), jnp.asarray(data.count[i]))
         chosen = algorithm.buckets[b]
+        mine = mine._replace(examples=jax.tree.map(jnp.asarray, data.examples))
         upload, memory, _ = jax.jit(chosen.client)(
-            first, chosen.init_client(None, None, profile, None), mine._replace(examples=jax.tree.map(
-                jnp.asarray, data.examples)), profile, jax.random.fold_in(client_key, i),
+            first, chosen.init_client(None, None, profile, None), mine, profile,
+            jax.random.fold_in(client_key, i),
         )  # fmt: skip
         uploads.append(upload)
         memories[b].append(memory)
