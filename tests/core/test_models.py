@@ -71,23 +71,27 @@ def test_the_mlp_of_the_federated_papers_has_its_published_size():
 
 
 @each_family
-def test_every_parameter_has_a_gradient(family):
+def test_every_parameter_has_a_gradient_and_recomputing_layers_changes_none(family):
     make, inputs = FAMILIES[family]
-    model = make()
-    variables = random_variables(model)
+    variables = random_variables(make())
 
-    def loss(params):
-        outputs, _ = model.apply(variables._replace(params=params), inputs)
-        return jnp.square(outputs - 1).mean()
+    def gradients(model):
+        def loss(params):
+            outputs, _ = model.apply(variables._replace(params=params), inputs)
+            return jnp.square(outputs - 1).mean()
 
-    grads = jax.jit(jax.grad(loss))(variables.params)
-    silent = jax.tree.map(lambda g: not bool(jnp.isfinite(g).all() & (g != 0).any()), grads)
+        return jax.jit(jax.grad(loss))(variables.params)
+
+    grads = gradients(make())
+    silent = jax.tree.map(lambda g: not np.isfinite(g).all() or not np.any(g), grads)
     silent = {jax.tree_util.keystr(path) for path, s in jax.tree.leaves_with_path(silent) if s}
     # Softmax does not see what is added to the keys of all positions alike.
     assert silent <= {"['layers']['attention']['k']['bias']"}
+    if family in ("encoder", "vit"):  # the decoder's has a test of its own
+        chex.assert_trees_all_close(grads, gradients(make(remat=True)), rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@pytest.mark.parametrize("family", ["decoder", "vit"])
 def test_bfloat16_models_keep_bfloat16_and_give_float32_logits(family):
     make, inputs = FAMILIES[family]
     model, exact = make(dtype="bfloat16"), make()
@@ -103,17 +107,6 @@ def test_bfloat16_models_keep_bfloat16_and_give_float32_logits(family):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.08 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", ["encoder", "vit"])
-def test_recomputing_layers_changes_no_gradient(family):
-    make, inputs = FAMILIES[family]
-    model, remat = make(), make(remat=True)
-    variables = random_variables(model)
-    gradient = lambda m: jax.jit(
-        jax.grad(lambda p: m.apply(variables._replace(params=p), inputs)[0].sum())
-    )(variables.params)
-    chex.assert_trees_all_close(gradient(model), gradient(remat), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("family, pad", [("bert", 0), ("roberta", 1)])
 def test_padding_changes_nothing_for_real_tokens(family, pad):
     model = tiny_encoder(family=family, pad_id=pad, head="none")
@@ -122,9 +115,8 @@ def test_padding_changes_nothing_for_real_tokens(family, pad):
     alone, _ = apply(variables, {"tokens": TOKENS})
     padded = np.pad(TOKENS, ((0, 0), (0, 3)), constant_values=pad)
     real = np.pad(np.ones_like(TOKENS), ((0, 0), (0, 3)))
-    for kind in (np.int32, bool):
-        together, _ = apply(variables, {"tokens": padded, "mask": real.astype(kind)})
-        np.testing.assert_allclose(together[:, :6], alone, rtol=1e-5, atol=1e-5)
+    together, _ = apply(variables, {"tokens": padded, "mask": real})
+    np.testing.assert_allclose(together[:, :6], alone, rtol=1e-5, atol=1e-5)
     unmasked, _ = apply(variables, {"tokens": padded})
     assert not np.allclose(unmasked[:, :6], alone, rtol=1e-3, atol=1e-3)
 
