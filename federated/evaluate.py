@@ -25,7 +25,12 @@ HIGHER_IS_BETTER = ("accuracy",)
 
 
 def client_metrics(
-    algorithm: Algorithm, bucket_of: np.ndarray, task: Task, *, batch_size: int
+    algorithm: Algorithm,
+    bucket_of: np.ndarray,
+    task: Task,
+    *,
+    batch_size: int,
+    key: Key | None = None,
 ) -> Callable[[RunState, Federation], dict[str, np.ndarray]]:
     """Returns `f(state, test) -> {metric: f64[C]}`: each client's own model on its own test rows.
 
@@ -37,7 +42,7 @@ def client_metrics(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     members = [np.flatnonzero(np.asarray(bucket_of) == b) for b in range(len(algorithm.buckets))]
-    runs = [_over_clients(bucket, task, batch_size) for bucket in algorithm.buckets]
+    runs = [_over_clients(bucket, task, batch_size, key) for bucket in algorithm.buckets]
 
     def measure(state: RunState, test: Federation) -> dict[str, np.ndarray]:
         num_clients = test.count.shape[0]
@@ -63,7 +68,7 @@ def client_metrics(
     return measure
 
 
-def _over_clients(bucket: Bucket, task: Task, batch_size: int) -> Callable:
+def _over_clients(bucket: Bucket, task: Task, batch_size: int, key: Key | None) -> Callable:
     model = bucket.model
     if model is None:
         raise ValueError("A bucket without a model cannot be evaluated; give Bucket(model=...).")
@@ -75,7 +80,7 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int) -> Callable:
             batch = {name: jnp.take(leaf, rows, axis=0) for name, leaf in examples.items()}
             own = batch.get("weight", jnp.ones(batch_size, jnp.float32))
             batch["weight"] = jnp.where(place, own, 0)
-            inputs, targets, weight = task.prepare(batch, None)
+            inputs, targets, weight = task.prepare(batch, key)
             return task.metrics(model.apply(variables, inputs)[0], targets, weight)
 
         def one(_, client):

@@ -6,6 +6,7 @@ costs are those times who took part, as the round itself reports.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,12 +76,12 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
         bytes_down=num_bytes(sent),
         bytes_up=num_bytes(upload),
         parameters=count_parameters(personal.params),
-        memory_bytes=loop_bytes(bucket.client, *args) + num_bytes(personal.params),
+        memory_bytes=loop_bytes(bucket.client, *args) + num_bytes((personal.params, personal.live)),
         flops_per_step=count_flops(bucket.client, *args),
     )
 
 
-def round_costs(costs: tuple[ClientCost, ...], info: dict) -> dict[str, float]:
+def round_costs(costs: tuple[ClientCost, ...], info: Mapping) -> dict[str, float]:
     """Bytes and operations of the rounds that `info` (of `Rounds.run`) reports, summed.
 
     Whoever was selected got the download; whoever reported, with a finite update or not, sent an

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def rounds(
     width = default_width() if width is None else width
     members = [np.flatnonzero(bucket_of == b) for b in range(len(algorithm.buckets))]
     everywhere = NamedSharding(mesh, P())
-    place = lambda tree: jax.tree.map(lambda x: _place(jnp.asarray(x), everywhere), tree)
+    place = lambda tree: jax.tree.map(lambda x: _place(x, everywhere), tree)
     # The place of each client among the memories of its bucket.
     row = np.zeros(num_clients, np.int32)
     for ids in members:
@@ -300,8 +300,9 @@ def _check_range(name: str, values, limit: int, why: str) -> None:
         raise ValueError(f"{name} has values from {low} to {high}; {why}.")
 
 
-def _place(x: Array, sharding: NamedSharding) -> Array:
+def _place(x: Any, sharding: NamedSharding) -> Array:
     """`x` on the devices of `sharding`, which may belong to several processes."""
+    x = x if hasattr(x, "dtype") else np.asarray(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # device_put keeps keys within a process
         words = jax.device_put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))

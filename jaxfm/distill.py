@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxfm.data.federation import leading_size
 from jaxfm.model import Array, Key, Model, Variables
 from jaxfm.tasks import Task
 
@@ -55,7 +56,7 @@ def distill(
       variables: where it starts.
       teacher: `(inputs) -> logits` of the same shape. A closure over parameters makes them
         constants of the program; use `jax.tree_util.Partial(f, variables)` for large ones.
-      task: makes inputs and weights of a batch; labels, where it has any, are not looked at.
+      task: makes inputs and weights of a batch; its targets are not looked at.
       examples: leaves [N, ...]; batches are drawn with replacement.
       steps, batch_size: of training.
       key: of the draws.
@@ -63,10 +64,10 @@ def distill(
     Returns:
       The trained variables and the loss of each step, f32[steps].
     Raises:
-      ValueError: no examples, or steps, batch_size or temperature out of range.
+      ValueError: no examples, leaves of different lengths, or steps, batch_size or temperature
+        out of range.
     """
-    size = min((len(leaf) for leaf in examples.values()), default=0)
-    if size == 0:
+    if leading_size(examples) == 0:
         raise ValueError("There are no examples to distil on.")
     if steps < 1 or batch_size < 1 or temperature <= 0:
         raise ValueError(
@@ -81,7 +82,7 @@ def distill(
 def _distill(
     apply, task, optimizer, steps, batch_size, temperature, variables, teacher, examples, key
 ):
-    size = min(leaf.shape[0] for leaf in examples.values())
+    size = leading_size(examples)
 
     def loss(params, variables, batch, key):
         inputs, _, weight = task.prepare(batch, key)

@@ -34,7 +34,7 @@ class Variables(NamedTuple):
       stats: what is measured and not trained (running statistics of batch norm).
       live: f32 ones along the normalised axis of each norm; zeros where a channel is masked
         (`jaxfm.subnet.mask`), so that a norm divides by the number of channels that exist.
-        Structure rather than state: never trained, never sent.
+        Structure rather than state: neither trained nor sent.
     """
 
     params: PyTree

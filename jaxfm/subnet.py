@@ -113,7 +113,7 @@ def extract(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
     """
     keep = _checked(tree, axes, subnet)
     if any(map(_is_ragged, keep.values())):
-        return jax.jit(lambda tree: _extract_ragged(tree, axes, keep))(tree)
+        return _extract_ragged(tree, axes, keep)
     return _run(_extract, tree, axes, keep)
 
 
@@ -143,7 +143,7 @@ def embed(sub: PyTree, axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
     dtypes = jax.tree.map(lambda x: x.dtype, _one_layer(sub) if ragged else sub)
     shapes = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), like, dtypes)
     if ragged:
-        return jax.jit(lambda sub: _embed(sub, axes, keep, shapes, _extract_ragged))(sub)
+        return _embed(sub, axes, keep, shapes, _extract_ragged)
     return _run(_embed, sub, axes, keep, shapes)
 
 

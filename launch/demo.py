@@ -184,7 +184,7 @@ def decode(
     draft: tuple[Model, Variables],
 ) -> dict[str, Any]:
     """Completes held-out code with each decoder, in turn for each prompt, and times it."""
-    tokenizer = setting.data.tokenizer
+    tokenizer = text_tokenizer(setting)
     prompts = held_out_prompts(config, setting)
     decoders = {
         "plain": plain(*parent),
@@ -226,10 +226,16 @@ def decode(
     return {"decoders": rows, "note": note, "samples": samples}
 
 
+def text_tokenizer(setting: Setting) -> Tokenizer:
+    """The tokenizer, which text always has."""
+    assert setting.data.tokenizer is not None
+    return setting.data.tokenizer
+
+
 def held_out_prompts(config: DemoConfig, setting: Setting) -> list[list[int]]:
     """Beginnings of rows of the test split, spread over it; padding is not code."""
     rows = setting.data.test["tokens"]
-    special = list(setting.data.tokenizer.special_ids)
+    special = list(text_tokenizer(setting).special_ids)
     length = min(config.prompt_bytes, rows.shape[1])
     whole = rows[~np.isin(rows[:, :length], special).any(axis=1)]
     chosen = np.linspace(0, len(whole) - 1, config.num_prompts).astype(int)

@@ -171,7 +171,7 @@ def make_algorithm(
         "fed_avg_m": lambda *args: fed_avg_m(*args, momentum=config.server_momentum),
         "fed_adam": lambda *args: fed_adam(*args, learning_rate=rate),
         "fed_yogi": lambda *args: fed_yogi(*args, learning_rate=rate),
-        "hetero_fl": lambda *args: hetero_fl(*args, tiers),
+        "hetero_fl": lambda model, task, local: hetero_fl(model, task, local, tiers),
     }
     return make[config.algorithm](model, data.task, local)
 
@@ -180,7 +180,8 @@ def describe_clients(setting: Setting) -> str:
     """A table of clients and tiers, for people."""
     data, population = setting.data, setting.population
     labels = data.train.examples.get("label")
-    lines = [summary(data.train, labels, data.names), ""]
+    table = summary(data.train, None if labels is None else np.asarray(labels), data.names)
+    lines = [table, ""]
     for b, cost in enumerate(setting.costs):
         lines.append(
             f"bucket {b}: {int((population.bucket == b).sum())} clients, {cost.parameters:,} "
@@ -255,7 +256,7 @@ def account(
 def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[str, float]:
     """The metrics of each bucket's model on (part of) the validation split."""
     some = spread(setting.data.validation, config.eval_examples)
-    line = {}
+    line: dict[str, float] = {}
     for b in alike(setting, state):
         prefix = "validation" if b == 0 else f"validation/bucket{b}"
         metrics = global_metrics(

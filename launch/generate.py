@@ -35,10 +35,10 @@ class GenerateConfig:
     """What to continue, and how."""
 
     model: str = option("runs/demo/model", "folder or hub name of a causal language model")
-    draft: str | None = option(None, "folder or hub name of the drafting model (speculative)")
+    draft: str = option("", "folder or hub name of the drafting model (speculative)")
     decoder: Literal["plain", "speculative", "lookup"] = option("plain", "how tokens are found")
-    prompt: str | None = option(None, "the text to continue")
-    prompt_file: str | None = option(None, "file with the text to continue, instead of --prompt")
+    prompt: str = option("", "the text to continue")
+    prompt_file: str = option("", "file with the text to continue, instead of --prompt")
     max_new_tokens: int = option(128, "tokens generated")
     temperature: float = option(0.0, "0: always the most likely token")
     top_k: int | None = option(None, "draw among the k most likely tokens")
@@ -53,9 +53,9 @@ class GenerateConfig:
 
     def __post_init__(self):
         check(self)
-        if (self.prompt is None) == (self.prompt_file is None):
+        if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
-        if (self.decoder == "speculative") != (self.draft is not None):
+        if (self.decoder == "speculative") != bool(self.draft):
             raise ValueError("--decoder=speculative and --draft go together.")
 
 
@@ -92,7 +92,7 @@ def main(config: GenerateConfig) -> None:
             result: Generated = stop.value
             break
         first = time.monotonic() if first == start else first
-        sys.stdout.write(piece.text[0])
+        sys.stdout.write((piece.text or [""])[0])
         sys.stdout.flush()
     print()
     print(describe(result, first - start, time.monotonic() - start), file=sys.stderr)

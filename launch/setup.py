@@ -39,10 +39,8 @@ class DataConfig:
         "stdlib: the running Python's own source code, and digits: scikit-learn's, need no files; "
         "text, mnist and cifar10 are read from --data.folder",
     )
-    folder: str | None = option(None, "folder of the data, in its standard format")
-    writers: str | None = option(
-        None, "mnist only: folder of QMNIST's labels, whose writers are clients"
-    )
+    folder: str = option("", "folder of the data, in its standard format")
+    writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
     tokenizer: str = option("bytes", "text only: bytes, or a folder with a Hugging Face tokenizer")
     length: int = option(128, "text only: tokens of a row")
     partition: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = option(
@@ -57,7 +55,7 @@ class DataConfig:
 
     def __post_init__(self):
         check(self)
-        if self.source in ("text", "mnist", "cifar10") and self.folder is None:
+        if self.source in ("text", "mnist", "cifar10") and not self.folder:
             raise ValueError(f"data.source={self.source} is read from files: give --data.folder.")
         if self.num_clients < 1:
             raise ValueError(f"data.num_clients={self.num_clients}: give at least 1.")
@@ -118,7 +116,7 @@ def _images(config: DataConfig, seed: int) -> dict[str, Source]:
     if config.source == "digits":
         return digits(seed=seed)
     if config.source == "mnist":
-        splits = mnist(config.folder, writers=config.writers)
+        splits = mnist(config.folder, writers=config.writers or None)
     else:
         splits = cifar10(config.folder)
     train = splits["train"]

@@ -185,9 +185,23 @@ def read(
     Returns:
       x [B, T, D] and the cache with the block's rows written.
     """
+    x = net.stages.embed(variables, block.tokens, block.positions)
+    x, rows = through(net, variables, x, cache, block, empty=empty)
+    # That x is finite decides where rows go, so that no write can be scheduled before the last
+    # read: otherwise XLA guards the reads with copies of the cache. (Barriers do not hold it.)
+    return x, store(cache, block, rows, jnp.isfinite(x).all(-1))
+
+
+def through(
+    net: Network, variables: Variables, x: Array, cache: Cache, block: Block, *, empty: bool = False
+) -> tuple[Array, tuple[Array, Array]]:
+    """A block of tokens through the layers that `variables` has: a stage's part of a pass.
+
+    Returns:
+      x [B, T, D] and the new rows of keys and values, in the form of the cache; nothing is written.
+    """
     mask = visible(block.positions, block.bits, block.positions, block.bits, net.window)
     cached = visible(block.positions, block.bits, cache.positions, cache.bits, net.window)
-    x = net.stages.embed(variables, block.tokens, block.positions)
 
     def step(x, layer: Variables, k: Array, v: Array):
         past = None if empty else Past(k, v, cached)
@@ -195,25 +209,27 @@ def read(
 
     layers = layers_of(variables)
     if is_stacked(layers):
-        x, (k, v) = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
-    else:
-        ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(net, variables)))
-        rows = []
-        for i, past in enumerate(zip(ks, vs, strict=True)):
-            x, new = step(x, layer_at(layers, i), *past)
-            rows.append(new)
-        k, v = (_together(list(new), old) for new, old in zip(zip(*rows), cache[:2]))
+        return lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
+    ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(net, variables)))
+    rows = []
+    for i, past in enumerate(zip(ks, vs, strict=True)):
+        x, new = step(x, layer_at(layers, i), *past)
+        rows.append(new)
+    k, v = (_together(list(new), old) for new, old in zip(zip(*rows), cache[:2]))
+    return x, (k, v)
+
+
+def store(cache: Cache, block: Block, rows: tuple[Array, Array], written: Array) -> Cache:
+    """The cache with a block's rows in its cells, where `written` bool[B, T] is true."""
     batch = jnp.arange(block.tokens.shape[0])[:, None]
-    # That x is finite decides where rows go, so that no write can be scheduled before the last
-    # read: otherwise XLA guards the reads with copies of the cache. (Barriers do not hold it.)
-    cells = jnp.where(jnp.isfinite(x).all(-1), block.cells, num_cells(cache))
+    cells = jnp.where(written, block.cells, num_cells(cache))
     write = lambda old, new: old.at[batch, cells].set(new, mode="drop")
     write_layers = lambda old, new: (
         old.at[:, batch, cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
     )
-    return x, Cache(
-        write_layers(cache.k, k),
-        write_layers(cache.v, v),
+    return Cache(
+        write_layers(cache.k, rows[0]),
+        write_layers(cache.v, rows[1]),
         write(cache.positions, block.positions),
         write(cache.bits, block.bits),
     )

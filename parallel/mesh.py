@@ -8,8 +8,8 @@ of one layer). Which axis of an array goes where follows from its logical axis n
 >>> mesh = make_mesh()
 >>> dict(mesh.shape)
 {'stage': 1, 'clients': 1, 'data': 1, 'tensor': 1}
->>> shardings({"up": ("embed", "mlp")}, {"up": jax.numpy.ones((4, 8))}, mesh)["up"].spec
-PartitionSpec(None, 'tensor')
+>>> tuple(shardings({"up": ("embed", "mlp")}, {"up": jax.numpy.ones((4, 8))}, mesh)["up"].spec)
+(None, 'tensor')
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def shard(
 def _unstacked_axes(axes: PyTree, like: PyTree) -> PyTree:
     """The axes of stacked layers, repeated for a dict of layers where `like` has one."""
     if not isinstance(like, Variables) or is_stacked(layers_of(like)):
+        return axes
+    if not is_stacked(layers_of(axes)):  # a module's own list of layers: named one by one
         return axes
     stacked = jax.tree.map(lambda names: names[1:], layers_of(axes), is_leaf=is_axes)
     pairs = zip(stacked, layers_of(like), strict=True)

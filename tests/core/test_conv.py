@@ -56,7 +56,7 @@ def test_gradient_of_a_gradient_agrees():
 
     def curvature(method):
         gradient = jax.grad(squares(method), argnums=(0, 1))
-        inner = lambda *args: sum(jnp.sum(g**3) for g in gradient(*args))  # noqa: E731
+        inner = lambda *args: sum(jnp.sum(g**3) for g in gradient(*args))
         return jax.grad(inner, argnums=(0, 1))(x, kernel)
 
     chex.assert_trees_all_close(curvature("canonical"), curvature("direct"), rtol=1e-4)
@@ -67,7 +67,7 @@ def test_vmap_is_a_loop_over_its_axis(axes):
     x, kernel = normal(0, 3, 2, 5, 5, 2), normal(1, 3, 3, 3, 2, 2)
     x, kernel = (x if axes[0] == 0 else x[0]), (kernel if axes[1] == 0 else kernel[0])
     gradient = jax.value_and_grad(squares("canonical"), argnums=(0, 1))
-    pick = lambda a, axis, i: a if axis is None else a[i]  # noqa: E731
+    pick = lambda a, axis, i: a if axis is None else a[i]
     looped = [gradient(pick(x, axes[0], i), pick(kernel, axes[1], i)) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *looped)
     close(jax.vmap(gradient, in_axes=axes)(x, kernel), stacked)
@@ -121,7 +121,7 @@ def test_default_method_follows_the_backend(monkeypatch):
 def test_max_pool_is_a_valid_window_maximum(height, width, size):
     x = normal(0, 2, height, width, 3)
     window = (1, size, size, 1)
-    pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")  # noqa: E731
+    pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
     y, pullback = jax.vjp(pool, x)
     ours, ours_pullback = jax.vjp(lambda x: max_pool(x, size), x)
     chex.assert_trees_all_equal((ours, ours_pullback(y)), (y, pullback(y)))

@@ -8,10 +8,17 @@ import pkgutil
 import pytest
 
 import jaxfm
+from jaxfm import federated, launch, parallel, search
 
 
 def modules_with_examples() -> list[str]:
-    names = [module.name for module in pkgutil.walk_packages(jaxfm.__path__, "jaxfm.")]
+    # An editable install keeps the folders apart, so each is walked on its own.
+    packages = [jaxfm, parallel, search, federated, launch]
+    names = {
+        module.name
+        for package in packages
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    }
     origins = {name: importlib.util.find_spec(name).origin for name in names}
     return sorted(name for name in names if ">>> " in pathlib.Path(origins[name]).read_text())
 

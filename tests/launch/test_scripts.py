@@ -187,7 +187,7 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
     base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=12)
     outputs = []
     for way in ("plain", "lookup", "speculative"):
-        draft = str(saved_model) if way == "speculative" else None
+        draft = str(saved_model) if way == "speculative" else ""
         generate.main(dataclasses.replace(base, decoder=way, draft=draft))
         out, err = capsys.readouterr()
         assert "12 tokens (length)" in err
