@@ -42,6 +42,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.decoder import decoder, resized
+from jaxfm.parallel.cache import decoding_layout
 from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.generate import generate, stream
 from jaxfm.parallel.lookup import lookup
@@ -186,6 +187,7 @@ def decode(
     """Completes held-out code with each decoder, in turn for each prompt, and times it."""
     tokenizer = text_tokenizer(setting)
     prompts = held_out_prompts(config, setting)
+    parent = parent[0], decoding_layout(parent[1])  # once, for all three
     decoders = {
         "plain": plain(*parent),
         "speculative": speculative(*parent, *draft, length=config.draft_length),
