@@ -58,7 +58,7 @@ class DemoConfig:
 
     run_dir: str = option("runs/demo", "folder of the run; an unfinished run there goes on")
     quick: bool = option(False, "a small model and few rounds")
-    rounds: int = option(40, "federated rounds (quick: 4)")
+    rounds: int = option(50, "federated rounds (quick: 4)")
     distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")
@@ -221,8 +221,11 @@ def decode(
         f"{len(prompts)} prompts of {config.prompt_bytes} bytes, {config.new_bytes} new bytes "
         "each, greedy, one at a time; the decoders take turns on each prompt."
     )
+    # The text least given to repeating itself is shown.
+    variety = [len(set(made.tokens[0].tolist())) for made in outputs["plain"]]
+    shown = prompts[int(np.argmax(variety))]
     samples = [
-        sample(name, decoders[name], prompts[0], config.new_bytes, tokenizer)
+        sample(name, decoders[name], shown, config.new_bytes, tokenizer)
         for name in ("speculative", "lookup")
     ]
     return {"decoders": rows, "note": note, "samples": samples}

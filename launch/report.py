@@ -177,12 +177,13 @@ def _clients(part: Mapping) -> list[Html]:
         "down": totals["bytes_down"] / 1e6,
         "down, full model everywhere": part["full_model"]["bytes_down"] / 1e6,
     }
+    wire = bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds")
     sizes = {client["name"]: client["examples"] for client in part["clients"][:24]}
     return [
         heading("Clients", "Unequal machines, unequal data; data never leave their owner."),
         table(columns, rows, best={columns[-1]: best}),
         row(
-            Html(three + bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds")),
+            Html(f"<div>{three}{wire}</div>"),
             bar_plot(sizes, unit="rows", title="training rows of each client"),
         ),
     ]
