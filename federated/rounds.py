@@ -7,6 +7,7 @@ arrays, so a new cohort never compiles anew.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,32 +134,17 @@ def rounds(
     fixed = place((public, bucket_of, row, np.float32(drop_rate)))
     slots = [_slots(min(cohort_size, len(ids)), devices, width) for ids in members]
 
-    def choose(key: Key, bucket_of: Array) -> list[tuple[Array, Array]]:
-        """Per bucket i32[slots] client ids and bool[slots], whether the slot is taken."""
-        drawn = lax.top_k(jax.random.bits(key, (num_clients,)), cohort_size)[1]
-
-        def of_bucket(b: int, count: int) -> tuple[Array, Array]:
-            mine = bucket_of[drawn] == b
-            first = jnp.argsort(~mine, stable=True)[:count]
-            pad = (0, count - first.shape[0])
-            # Taken slots come first: deal them out to the devices in turn, every other bucket
-            # from the other end.
-            deal = lambda x: jnp.pad(x, pad).reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)
-            return deal(drawn[first]), deal(mine[first])
-
-        return [of_bucket(b, count) for b, (count, _) in enumerate(slots)]
-
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
         people, (public, bucket_of, row, drop_rate) = constants
         choose_key, report_key, client_key, server_key = jax.random.split(
             jax.random.fold_in(state.key, state.round), 4
         )
         reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
-        chosen = choose(choose_key, bucket_of)
+        drawn = lax.top_k(jax.random.bits(choose_key, (num_clients,)), cohort_size)[1]
 
         def of_bucket(b: int, bucket: Bucket):
             """The sums, new memories and info of one bucket's part of the cohort."""
-            ids, taken = chosen[b]
+            ids, taken = _deal(drawn, bucket_of[drawn] == b, slots[b][0], devices, turn=b)
             # Empty slots point past the end: read clipped, written nowhere.
             at = jnp.where(taken, row[ids], len(members[b]))
             read = lambda x: jnp.take(x, at, axis=0, mode="clip")
@@ -194,21 +180,9 @@ def rounds(
 
     @jax.jit
     def first(variables: Variables, key: Key, given, fixed) -> RunState:
-        public = fixed[0]
-        init_key = jax.random.fold_in(key, 2**32 - 1)  # no round has this number
         server = algorithm.init(variables)
-
-        def of_bucket(bucket: Bucket, ids: np.ndarray) -> PyTree:
-            download = bucket.send(server, public)
-
-            def one(client_id: Array) -> PyTree:
-                own = jax.random.fold_in(init_key, client_id)
-                return bucket.init_client(download, *_client_of(given, client_id), own)
-
-            return jax.vmap(one)(jnp.asarray(ids, jnp.int32))
-
-        pairs = zip(algorithm.buckets, members, strict=True)
-        memories = tuple(of_bucket(bucket, ids) if len(ids) else () for bucket, ids in pairs)
+        own = functools.partial(_first_memories, server, fixed[0], given, key)
+        memories = tuple(map(own, algorithm.buckets, members))
         return RunState(server, memories, jnp.zeros((), jnp.int32), key)
 
     def init(variables: Variables, key: Key) -> RunState:
@@ -223,6 +197,33 @@ def rounds(
         return compiled(state, (numbers(people), fixed))
 
     return Rounds(init, run)
+
+
+def _deal(drawn: Array, mine: Array, count: int, devices: int, turn: int) -> tuple[Array, Array]:
+    """Client ids i32[count] of one bucket's slots and whether each is taken, device by device.
+
+    Taken slots come first on every device; buckets begin from either end in turn.
+    """
+    first = jnp.argsort(~mine, stable=True)[:count]
+    pad = (0, count - first.shape[0])
+    spread = lambda x: jnp.pad(x, pad).reshape(-1, devices)[:, :: (-1) ** turn].T.reshape(-1)
+    return spread(drawn[first]), spread(mine[first])
+
+
+def _first_memories(
+    server: PyTree, public: PyTree, people, key: Key, bucket: Bucket, ids: np.ndarray
+) -> PyTree:
+    """What the clients of a bucket start from, leaves [len(ids), ...]."""
+    if not len(ids):
+        return ()
+    init_key = jax.random.fold_in(key, 2**32 - 1)  # no round has this number
+    download = bucket.send(server, public)
+
+    def one(client_id: Array) -> PyTree:
+        own = jax.random.fold_in(init_key, client_id)
+        return bucket.init_client(download, *_client_of(people, client_id), own)
+
+    return jax.vmap(one)(jnp.asarray(ids, jnp.int32))
 
 
 def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
