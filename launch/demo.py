@@ -63,7 +63,7 @@ class DemoConfig:
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")
     new_bytes: int = option(160, "bytes generated after each prompt (quick: 32)")
-    draft_length: int = option(4, "tokens drafted a pass")
+    draft_length: int = option(3, "tokens drafted a pass")
     seed: int = option(0, "of everything random")
 
     def __post_init__(self):
