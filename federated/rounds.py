@@ -1,8 +1,8 @@
 """The round engine: whole rounds, many of them, as one compiled program on a device mesh.
 
-`shard_map` over the mesh axis "clients"; on each device a scan over its clients, `width` of them
-at a time under `vmap`; one psum of the sums. Who takes part, how many steps and how much data are
-arrays, so a new cohort never compiles anew.
+`shard_map` over the mesh axis "clients"; on each device a loop over its clients, `width` of them at
+a time under `vmap`; one psum of the sums of each bucket. Who takes part, how many steps and how
+much data are arrays, so a new cohort never compiles anew.
 """
 
 from __future__ import annotations

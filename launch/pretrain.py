@@ -11,6 +11,7 @@ command goes on where a stopped run was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfm import config as configs
 from jaxfm import hub
@@ -76,12 +78,19 @@ class TrainState(NamedTuple):
 
 
 def train_steps(
-    model: Model, task: Task, optimizer: optax.GradientTransformation, batch_size: int, steps: int
+    model: Model,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    steps: int,
+    mesh: Mesh,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Array]]:
     """Returns `(state, examples) -> (state, losses f32[steps])`, one compiled scan; state donated.
 
-    Batches are drawn with replacement from keys folded by step, so a resumed run sees the same.
+    Batches are drawn with replacement from keys folded by step, so a resumed run sees the same;
+    each is split over the mesh axis "data".
     """
+    split = NamedSharding(mesh, PartitionSpec("data"))
     loss = objective(model, task)
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -90,6 +99,7 @@ def train_steps(
         rows_key, batch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         rows = jax.random.randint(rows_key, (batch_size,), 0, size)
         batch = {name: leaf[rows] for name, leaf in examples.items()}
+        batch = jax.lax.with_sharding_constraint(batch, split)
         variables = state.variables
         (value, (stats, _, _)), grads = gradient(
             variables.params, variables, batch, jnp.ones(batch_size), batch_key
@@ -110,7 +120,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     """Runs all steps, or those that an earlier process has left; batches are split over devices."""
     optimizer = make_optimizer(config.local)
     mesh = make_mesh(data=_divisor(config.batch_size, len(jax.devices())))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     variables = model.init(jax.random.key(config.seed))
     state = TrainState(
         variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32),
@@ -118,8 +128,9 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     )  # fmt: skip
     state = jax.device_put(state, everywhere)
     examples = jax.device_put(merge(data.train), everywhere)
-    chunk = min(config.eval_every, config.steps)
-    run = train_steps(model, data.task, optimizer, config.batch_size, chunk)
+    program = functools.cache(  # by the number of steps: the last chunk may be shorter
+        lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
+    )
     validation = spread(data.validation, config.eval_examples)
     with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
         done = 0
@@ -127,8 +138,9 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
             done, state = checkpoints.restore(like=state)
             print(f"Going on after step {done}, from {checkpoints.folder}.")
         with RunLog(config.run_dir, resume_step=done or None) as log:
-            for number in progress(range(done + chunk, config.steps + 1, chunk), "chunks"):
-                state, losses = run(state, examples)
+            for start in progress(range(done, config.steps, config.eval_every), "chunks"):
+                number = min(start + config.eval_every, config.steps)
+                state, losses = program(number - start)(state, examples)
                 metrics = evaluate(model.apply, state.variables, data.task, validation, 32)
                 line = {f"validation/{name}": value for name, value in metrics.items()}
                 log.write(number, {"train/loss": float(losses.mean())} | line)

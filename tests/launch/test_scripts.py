@@ -6,14 +6,19 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm import hub
 from jaxfm.config import describe
+from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, open_run
 from jaxfm.log import read_metrics
+from jaxfm.parallel.mesh import make_mesh
 from jaxfm.testing import tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -172,6 +177,34 @@ def test_pretraining_learns_and_goes_on(tmp_path):
     read = lambda name: json.loads((tmp_path / name / "results.json").read_text())["pretrain"]
     assert read("parts") == read("whole")
     assert read("whole")["test"]["accuracy"] > 0.8
+
+
+def test_pretraining_takes_all_its_steps(tmp_path):
+    pretrain.main(
+        pretrain.PretrainConfig(
+            run_dir=str(tmp_path), steps=25, eval_every=10, batch_size=32, data=DIGITS,
+            model=ModelConfig(family="mlp"), local=SGD,
+        )
+    )  # fmt: skip
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 25]
+
+
+def test_pretraining_splits_a_batch_over_devices():
+    data = load_data(DIGITS, seed=0)
+    model = federate.make_model(ModelConfig(family="mlp"), data)
+    variables = model.init(jax.random.key(0))
+    state = pretrain.TrainState(variables, (), jnp.zeros((), jnp.int32), jax.random.key(0))
+    examples = merge(data.train)
+
+    def reduces(devices: int) -> bool:
+        mesh = make_mesh(data=devices)
+        run = pretrain.train_steps(model, data.task, optax.identity(), 8, 1, mesh)
+        place = NamedSharding(mesh, PartitionSpec())
+        compiled = run.lower(*jax.device_put((state, examples), place)).compile()
+        return "all-reduce" in compiled.as_text()
+
+    assert reduces(2)
+    assert not reduces(1)
 
 
 @pytest.fixture(scope="module")
