@@ -237,25 +237,25 @@ class OptimizerConfig:
     """How parameters move in local (or central) training."""
 
     name: Literal["adam", "sgd"] = option("adam", "adam (b2 = 0.95) or sgd")
-    learning_rate: float = option(2e-3, "of each step")
+    learning_rate: float = option(0.0, "of each step; 0: 0.002 for adam, 0.1 for sgd")
     momentum: float = option(0.0, "of sgd")
     clip_norm: float = option(1.0, "largest norm of a gradient")
 
     def __post_init__(self):
         check(self)
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if self.learning_rate < 0 or self.clip_norm <= 0:
             raise ValueError(
                 f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be "
-                "positive."
+                "positive (a learning rate of 0: the optimizer's own)."
             )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The optax chain of a config."""
     if config.name == "adam":
-        step = optax.adam(config.learning_rate, b2=0.95)
+        step = optax.adam(config.learning_rate or 2e-3, b2=0.95)
     else:
-        step = optax.sgd(config.learning_rate, config.momentum or None)
+        step = optax.sgd(config.learning_rate or 0.1, config.momentum or None)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
 
 

@@ -16,7 +16,14 @@ from jaxfm import hub
 from jaxfm.config import describe
 from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, open_run
+from jaxfm.launch.setup import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    load_data,
+    make_optimizer,
+    open_run,
+)
 from jaxfm.log import read_metrics
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.testing import tiny_decoder
@@ -177,6 +184,17 @@ def test_pretraining_learns_and_goes_on(tmp_path):
     read = lambda name: json.loads((tmp_path / name / "results.json").read_text())["pretrain"]
     assert read("parts") == read("whole")
     assert read("whole")["test"]["accuracy"] > 0.8
+
+
+def test_each_optimizer_has_a_learning_rate_of_its_own():
+    def step(**settings) -> float:
+        optimizer = make_optimizer(OptimizerConfig(**settings))
+        with jax.numpy_dtype_promotion("standard"):
+            return float(optimizer.update(jnp.float32(0.5), optimizer.init(jnp.float32(0)))[0])
+
+    assert step(name="sgd") == pytest.approx(-0.05)
+    assert step(name="sgd", learning_rate=1.0) == pytest.approx(-0.5)
+    assert step(name="adam") == pytest.approx(-2e-3, rel=1e-3)
 
 
 def test_pretraining_takes_all_its_steps(tmp_path):
