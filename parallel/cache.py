@@ -79,12 +79,15 @@ class Block(NamedTuple):
       positions: i32[B, T].
       cells: i32[B, T] where their rows go; a cell S or beyond: nowhere.
       bits: u32[B, T] their branches; 0: no token (its output means nothing).
+      own: bits by which others see them, where these are fewer than they see by themselves (a
+        node of a tree of tokens sees its ancestors, but is none of them); None: `bits`.
     """
 
     tokens: Array
     positions: Array
     cells: Array
     bits: Array
+    own: Array | None = None
 
 
 def network(model: Model) -> Network:
@@ -146,9 +149,13 @@ def _row_shapes(net: Network, variables: Variables) -> tuple[list, list]:
 def visible(
     q_positions: Array, q_bits: Array, positions: Array, bits: Array, window: int | None
 ) -> Array:
-    """bool[B, T, S]: which of S cells each of T queries may see (the rule at the top)."""
+    """bool[B, T, S]: which of S cells each of T queries may see (the rule at the top).
+
+    Bits are u32[B, T] and u32[B, S], or have a last axis of words where 32 branches are too few.
+    """
     distance = q_positions[:, :, None] - positions[:, None, :]
-    seen = (distance >= 0) & ((q_bits[:, :, None] & bits[:, None, :]) != 0)
+    shared = (q_bits[:, :, None] & bits[:, None]) != 0
+    seen = (distance >= 0) & (shared.any(-1) if shared.ndim == 4 else shared)
     return seen if window is None else seen & (distance < window)
 
 
@@ -200,7 +207,8 @@ def through(
     Returns:
       x [B, T, D] and the new rows of keys and values, in the form of the cache; nothing is written.
     """
-    mask = visible(block.positions, block.bits, block.positions, block.bits, net.window)
+    own = block.bits if block.own is None else block.own
+    mask = visible(block.positions, block.bits, block.positions, own, net.window)
     cached = visible(block.positions, block.bits, cache.positions, cache.bits, net.window)
 
     def step(x, layer: Variables, k: Array, v: Array):
@@ -224,15 +232,21 @@ def store(cache: Cache, block: Block, rows: tuple[Array, Array], written: Array)
     batch = jnp.arange(block.tokens.shape[0])[:, None]
     cells = jnp.where(written, block.cells, num_cells(cache))
     write = lambda old, new: old.at[batch, cells].set(new, mode="drop")
-    write_layers = lambda old, new: (
-        old.at[:, batch, cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
-    )
-    return Cache(
-        write_layers(cache.k, rows[0]),
-        write_layers(cache.v, rows[1]),
-        write(cache.positions, block.positions),
-        write(cache.bits, block.bits),
-    )
+    k, v = write_rows(cache, rows, batch, cells)
+    bits = block.bits if block.own is None else block.own
+    return Cache(k, v, write(cache.positions, block.positions), write(cache.bits, bits))
+
+
+def write_rows(
+    cache: Cache, rows: tuple[Array, Array], batch: Array, cells: Array
+) -> tuple[Array, Array]:
+    """Keys and values with new rows, in the form of the cache, at [batch, cells] (i32[B, T])."""
+
+    def write(old: Array, new: Array) -> Array:
+        place = old.at[:, batch, cells] if old.ndim == 5 else old.at[batch, cells]
+        return place.set(new, mode="drop")
+
+    return write(cache.k, rows[0]), write(cache.v, rows[1])
 
 
 def _by_layer(rows: Array, shapes: list) -> list[Array]:

@@ -3,10 +3,10 @@
 A decoder advances a batch of texts by ticks, each one pass of the target model:
 
     start   the caches, filled with the prompts
-    tick    some more tokens of each text (at least one, unless it is done)
+    tick    some more tokens of the texts
 
-One invariant holds between ticks: the target's cache covers each text but its newest token, which
-the next tick reads first. `jaxfm.parallel.generate` runs ticks in compiled loops.
+One invariant holds between the ticks of decoders that draft and verify: the target's cache covers
+each text but its newest token, which the next tick reads first. `jaxfm.parallel.generate` runs ticks in compiled loops.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ class Program(NamedTuple):
       start: `(variables, tokens i32[B, P], length i32[B], cells, chunk) -> state`; `cells` and
         `chunk` are static (`jaxfm.parallel.cache.prefill`).
       tick: `(variables, state, text, rules) -> (state, text)`.
+      counters: `(state) -> counts` of the decoder's own; None: it has none.
     """
 
     start: Callable[..., Any]
     tick: Callable[..., tuple[Any, Text]]
+    counters: Callable[[Any], Any] | None = None
 
 
 class Decoder(NamedTuple):

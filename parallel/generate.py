@@ -49,6 +49,7 @@ class Generated(NamedTuple):
       logprobs: f32, the model's log-softmax at each token (before temperature and cuts).
       finish: "length", "stop token" or "stop string".
       stats: counts as NumPy arrays.
+      counters: the decoder's own counts, where it keeps some.
     """
 
     tokens: list[np.ndarray]
@@ -56,6 +57,7 @@ class Generated(NamedTuple):
     logprobs: list[np.ndarray] | None
     finish: list[str]
     stats: Stats
+    counters: Any = None
 
 
 def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generated:
@@ -204,6 +206,7 @@ def _run(
             for i, _, b in spans
         ],
         stats=final.stats,
+        counters=jax.device_get(decoder.program.counters(state)) if decoder.program.counters else None,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from jax import lax
 from jaxfm.model import Array
 from jaxfm.parallel.cache import TRUTH
 
+LATE = 4  # cells that a drafting model reads a tick beside the nodes it is asked about
 NONE = 0  # the node slot that is never used: bit 0 is the truth
 
 
@@ -140,6 +141,9 @@ class Ask(NamedTuple):
       tips: i32[w] nodes; NONE: an empty place.
       slots: i32[k, w] nodes kept free for the answer.
       cells: i32[k, w] likewise.
+      late: i32[M] cells before the best tip that the draft has still to read; C: none.
+      late_bits: u32[M, W] what these see.
+      behind: bool[] there are more of them: this time the draft only reads.
     """
 
     wanted: Array
@@ -147,6 +151,9 @@ class Ask(NamedTuple):
     tips: Array
     slots: Array
     cells: Array
+    late: Array
+    late_bits: Array
+    behind: Array
 
 
 def limits(
@@ -170,8 +177,8 @@ def num_words(num_nodes: int) -> int:
 def bit(nodes: Array, words: int) -> Array:
     """u32[..., W] with the bit of each node i32[...] set."""
     word, place = nodes // 32, (nodes % 32).astype(jnp.uint32)
-    here = jnp.arange(words, dtype=jnp.int32) == word[..., None]
-    return jnp.where(here, jnp.left_shift(jnp.uint32(1), place)[..., None], jnp.uint32(0))
+    every = jnp.arange(words, dtype=jnp.int32).reshape(*[1] * nodes.ndim, words)
+    return jnp.where(every == word[..., None], jnp.left_shift(jnp.uint32(1), place)[..., None], 0)
 
 
 def has(bits: Array, node: Array) -> Array:
@@ -312,8 +319,23 @@ def _free_cells(cells: Cells, count: int) -> Array:
     return _first((cells.bits == 0).all(1), count, cells.positions.shape[0])
 
 
+def mark_read(tree: Tree, cells: Cells, ask: Ask, reads: Array) -> Cells:
+    """What the draft was asked about has been read, where `reads` bool[] says it read at all."""
+    none = cells.positions.shape[0]
+    read = cells.read.at[jnp.where(reads, ask.late, none)].set(True, mode="drop")
+    tips = jnp.where(reads & ~ask.behind & (ask.tips != NONE), tree.cells[ask.tips], none)
+    return cells._replace(read=read.at[tips].set(True, mode="drop"))
+
+
 def insert(
-    tree: Tree, cells: Cells, ask: Ask, proposals: Proposals, limits: Limits, in_flight: Array
+    tree: Tree,
+    cells: Cells,
+    ask: Ask,
+    proposals: Proposals,
+    reads: Array,
+    limits: Limits,
+    in_flight: Array,
+    end: Array,
 ) -> tuple[Tree, Cells]:
     """The proposals that the draft was asked for last tick become nodes; what was held is let go.
 
@@ -321,8 +343,10 @@ def insert(
       tree, cells: of the text that was asked about.
       ask: of the last tick.
       proposals: the answer.
+      reads: bool[] whether the draft read its own levels but the last.
       limits: cut-offs.
       in_flight: i32[] packets of the text, for `Limits.recovery`.
+      end: i32[] position from which on nothing is proposed.
     """
     words = tree.bits.shape[1]
     levels, width = proposals.tokens.shape
@@ -340,11 +364,11 @@ def insert(
         least = jnp.where(earlier, limits.split, limits.accept) + shift
         ok = proposals.valid[level] & above_ok[index] & ask.wanted & (slots != NONE)
         ok &= (jnp.exp(logprobs) >= least) & (level < limits.levels)
-        ok &= jnp.arange(width) < limits.width
+        positions = tree.positions[parents] + 1
+        ok &= (jnp.arange(width) < limits.width) & (positions < end)
         at = jnp.where(ok, slots, tree.alive.shape[0])
         cell = jnp.where(ok, to, cells.positions.shape[0])
         put = lambda field, value, at=at: field.at[at].set(value, mode="drop")
-        positions = tree.positions[parents] + 1
         bits = tree.bits[parents] | bit(slots, words)
         tree = tree._replace(
             tokens=put(tree.tokens, proposals.tokens[level]),
@@ -357,8 +381,7 @@ def insert(
             launched=put(tree.launched, False),
             answers=put(tree.answers, -1),
         )
-        # The draft reads all levels but its last while it answers.
-        read = jnp.full((width,), level < levels - 1)
+        read = jnp.broadcast_to(reads & (level < levels - 1), (width,))
         cells = Cells(
             put(cells.tokens, proposals.tokens[level], cell),
             put(cells.positions, positions, cell),
@@ -417,5 +440,22 @@ def ask(
     slots, to = _free_nodes(tree, levels * width), _free_cells(cells, levels * width)
     held = tree.held.at[jnp.where(wanted, slots, NONE)].set(True).at[NONE].set(False)
     shape = (levels, width)
-    question = Ask(wanted, request, tips, slots.reshape(shape), to.reshape(shape))
+    question = Ask(
+        wanted, request, tips, slots.reshape(shape), to.reshape(shape), *_unread(tree, cells, tips)
+    )
     return tree._replace(held=held), question
+
+
+def _unread(tree: Tree, cells: Cells, tips: Array) -> tuple[Array, Array, Array]:
+    """Cells that the best tip sees and the draft has not read: the first ones, what these see, and
+    whether there are more."""
+    none, words = cells.positions.shape[0], tree.bits.shape[1]
+    seen = ((cells.bits & tree.bits[tips[0]][None]) != 0).any(1)
+    missing = seen & ~cells.read & (cells.positions < tree.positions[tips[0]])
+    latest = jnp.iinfo(jnp.int32).max
+    key, place = lax.top_k(-jnp.where(missing, cells.positions, latest), LATE)
+    late = jnp.where(key > -latest, place, none).astype(jnp.int32)
+    owned = tree.alive[None] & (tree.cells[None] == late[:, None])
+    truth = bit(jnp.zeros((), jnp.int32), words)
+    bits = jnp.where(owned.any(1)[:, None], tree.bits[jnp.argmax(owned, axis=1)], truth[None])
+    return late, bits, missing.sum() > LATE

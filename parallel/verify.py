@@ -165,9 +165,7 @@ def _join(drafts: Array, own: Array, accepted: Array) -> Array:
 def commit(
     text: Text, verdict: Verdict, drafted: Array, rules: Rules, logits: Array | None = None
 ) -> Text:
-    """Appends a verdict to the texts, up to their limits and the first stop inside it.
-
-    The token that stops a text is part of it. Texts that are done do not change.
+    """Appends a verdict to the texts, up to their limits and the first stop inside it, and counts.
 
     Args:
       text: the texts.
@@ -176,11 +174,48 @@ def commit(
       rules: where texts end.
       logits: f32[B, g + 1, V] of the target, needed where `text.logprobs` is kept.
     """
-    width = verdict.tokens.shape[1]
-    order = jnp.arange(width, dtype=jnp.int32)[None]
+    logprobs = None
+    if text.logprobs is not None:
+        assert logits is not None
+        logprobs = chosen(logits, verdict.tokens)
+    after, count = append(text, verdict.tokens, verdict.accepted + 1, rules, logprobs)
+    order = jnp.arange(verdict.tokens.shape[1] - 1, dtype=jnp.int32)[None]
+    number = lambda limit: (order < limit[:, None]).astype(jnp.int32)
+    running = ~text.done
+    stats = Stats(
+        text.stats.passes + running.astype(jnp.int32),
+        text.stats.drafted + number(jnp.where(running, drafted, 0)),
+        text.stats.accepted + number(jnp.minimum(verdict.accepted, count)),
+    )
+    return after._replace(stats=stats)
+
+
+def chosen(logits: Array, tokens: Array) -> Array:
+    """f32[B, T], the log-softmax of logits f32[B, T, V] at tokens i32[B, T]."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+
+
+def append(
+    text: Text, new: Array, meant: Array, rules: Rules, logprobs: Array | None = None
+) -> tuple[Text, Array]:
+    """Appends tokens to the texts, up to their limits and the first stop among them.
+
+    The token that stops a text is part of it. Texts that are done do not change.
+
+    Args:
+      text: the texts.
+      new: i32[B, n] tokens.
+      meant: i32[B] how many of them, from the left.
+      rules: where texts end.
+      logprobs: f32[B, n], needed where `text.logprobs` is kept.
+    Returns:
+      The texts, and i32[B] how many tokens each took.
+    """
+    order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops, progress = [], [text.progress]
-    for i in range(width):
-        token = verdict.tokens[:, i]
+    for i in range(new.shape[1]):
+        token = new[:, i]
         stop = (token[:, None] == rules.stop_tokens[None]).any(1)
         if rules.automaton is not None:
             progress.append(rules.automaton[progress[-1], token])
@@ -189,7 +224,7 @@ def commit(
     stopping = jnp.stack(stops, axis=1).astype(jnp.int32)
     # A token counts if no earlier one of the block stopped the text.
     before = jnp.cumsum(stopping, axis=1) - stopping
-    takes = (before == 0) & (order <= verdict.accepted[:, None]) & ~text.done[:, None]
+    takes = (before == 0) & (order < meant[:, None]) & ~text.done[:, None]
     takes &= text.length[:, None] + order < text.limit[:, None]
     count = takes.sum(1, dtype=jnp.int32)
     length = text.length + count
@@ -197,24 +232,13 @@ def commit(
 
     places = jnp.where(takes, text.length[:, None] + order, text.tokens.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
-    tokens = text.tokens.at[rows, places].set(verdict.tokens, mode="drop")
-    logprobs = text.logprobs
-    if logprobs is not None:
-        assert logits is not None
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logp, verdict.tokens[..., None], axis=-1)[..., 0]
-        logprobs = logprobs.at[rows, places].set(chosen, mode="drop")
+    tokens = text.tokens.at[rows, places].set(new, mode="drop")
+    kept = text.logprobs
+    if kept is not None:
+        assert logprobs is not None
+        kept = kept.at[rows, places].set(logprobs, mode="drop")
+    reached = text.progress
     if rules.automaton is not None:
         states = jnp.stack(progress, axis=1)
         reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
-    else:
-        reached = text.progress
-
-    number = lambda limit: (order[:, :-1] < limit[:, None]).astype(jnp.int32)
-    running = ~text.done
-    stats = Stats(
-        text.stats.passes + running.astype(jnp.int32),
-        text.stats.drafted + number(jnp.where(running, drafted, 0)),
-        text.stats.accepted + number(jnp.minimum(verdict.accepted, count)),
-    )
-    return Text(tokens, length, text.limit, done, reached, stats, logprobs)
+    return Text(tokens, length, text.limit, done, reached, text.stats, kept), count

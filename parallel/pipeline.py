@@ -1,0 +1,177 @@
+"""A causal language model cut by layers over the mesh axis "stage".
+
+Each device of the axis holds some of the layers and the keys and values of these; embedding and head
+are everywhere. Where stages hold different numbers of layers, all are padded to the longest, and
+what is padding is skipped when it is run. A slot in front of the first stage may hold no layers: it
+drafts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxfm.model import (
+    Array,
+    PyTree,
+    Stages,
+    Variables,
+    layer_at,
+    layers_of,
+    num_layers,
+    unstack,
+    with_layers,
+)
+from jaxfm.parallel.cache import Block, Cache, Network, num_cells, through, write_rows
+from jaxfm.parallel.scheduler import Cells
+
+STAGE = "stage"
+
+
+class Cut(NamedTuple):
+    """A model's variables, laid out for a pipe.
+
+    Attributes:
+      shared: embedding and head, the same on all devices; no layers.
+      layers: like the layers of one stage, every leaf with a leading axis of slots, which is split
+        over the mesh axis "stage".
+    """
+
+    shared: Variables
+    layers: Variables
+
+
+def even_split(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers a stage, as even as they come; the last stage, which has the head, gets fewer.
+
+    Raises:
+      ValueError: fewer layers than stages.
+    """
+    if not 1 <= stages <= layers:
+        raise ValueError(
+            f"A model of {layers} layers cannot be cut into {stages} stages; give from 1 to "
+            f"{layers}."
+        )
+    each, more = divmod(layers, stages)
+    return tuple(each + (i < more) for i in range(stages))
+
+
+def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
+    """Deals the layers out to the slots of the mesh axis "stage", in order.
+
+    Args:
+      variables: of a causal language model whose layers have equal shapes.
+      split: layers of each slot; may be 0.
+      mesh: of `make_mesh`.
+    Raises:
+      ValueError: the split does not fit the model or the mesh, or layers of unequal shape.
+    """
+    layers = unstack(layers_of(variables))
+    total = num_layers(layers)
+    if sum(split) != total or min(split) < 0:
+        raise ValueError(f"split={tuple(split)} deals out {sum(split)} of the model's {total} layers.")
+    if len(split) != mesh.shape[STAGE]:
+        raise ValueError(
+            f"split={tuple(split)} names {len(split)} slots; mesh axis {STAGE!r} has "
+            f"{mesh.shape[STAGE]}."
+        )
+    each = [layer_at(layers, i) for i in range(total)]
+    if len({str(jax.tree.map(jnp.shape, layer)) for layer in each}) > 1:
+        raise ValueError(
+            "The layers have unequal shapes, so they cannot be cut over stages; such a model can "
+            "draft."
+        )
+    nothing = jax.tree.map(jnp.zeros_like, each[0])
+    firsts = [sum(split[:i]) for i in range(len(split))]
+    uneven = len(set(split) - {0}) > 1
+
+    def column(j: int) -> Variables:
+        own = [each[a + j] if j < n else nothing for a, n in zip(firsts, split)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *own)
+        if not uneven:
+            return stacked
+        present = jnp.asarray([j < n for n in split])
+        return stacked._replace(live={**stacked.live, _PRESENT: present})
+
+    columns = [column(j) for j in range(max(split))]
+    if jax.default_backend() == "cpu":  # slices of a stack are copied there (decoding_layout)
+        parts = zip(*columns)
+        held = Variables(*({str(j): p for j, p in enumerate(part)} if part[0] else {} for part in parts))
+    else:
+        held = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *columns)
+    put = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+    shared = Variables(*({k: v for k, v in p.items() if k != "layers"} for p in variables))
+    return Cut(put(shared), put(held, STAGE))
+
+
+_PRESENT = "present"  # whether a slot's place holds a layer or padding
+
+
+@functools.cache
+def skipping(net: Network) -> Network:
+    """The network whose blocks pass by what is padding."""
+
+    def block(layer: Variables, x, positions, mask, past=None):
+        if _PRESENT not in layer.live:
+            return net.stages.block(layer, x, positions, mask, past)
+        live = {name: leaf for name, leaf in layer.live.items() if name != _PRESENT}
+        own = layer._replace(live=live)
+        run = lambda x: net.stages.block(own, x, positions, mask, past)
+        rows = jax.eval_shape(run, x)[1]
+        by = lambda x: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), rows))
+        return lax.switch(layer.live[_PRESENT].astype(jnp.int32), [by, run], x)
+
+    return Network(Stages(net.stages.embed, block, net.stages.head), net.window)
+
+
+def local(tree: PyTree) -> PyTree:
+    """What a device holds of leaves that are split over slots."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def assemble(cut: Cut) -> Variables:
+    """The variables of one stage, inside `shard_map`."""
+    return with_layers(cut.shared, local(cut.layers))
+
+
+def past_of(cache: Cache, request: Array, cells: Cells, block: Block) -> Cache:
+    """The cache of one text [*, 1, C, ...], with what the scheduler knows of its cells; the block's
+    own cells, which are filled only now, are hidden."""
+    one = lambda x: lax.dynamic_slice_in_dim(x, request, 1, axis=1 if x.ndim == 5 else 0)
+    bits = cells.bits.at[block.cells[0]].set(0, mode="drop")
+    return Cache(one(cache.k), one(cache.v), cells.positions[None], bits[None])
+
+
+def read_block(
+    net: Network, variables: Variables, cache: Cache, request: Array, cells: Cells, block: Block
+) -> tuple[Array, Cache, Cells]:
+    """A block of one text through a whole model, whose cache holds several texts.
+
+    Returns:
+      x [1, T, D], the fuller cache, and the cells with the block in them.
+    """
+    x = net.stages.embed(variables, block.tokens, block.positions)
+    x, rows = through(net, variables, x, past_of(cache, request, cells, block), block)
+    cache = put_rows(cache, request, block, rows, jnp.isfinite(x).all(-1))
+    assert block.own is not None
+    at = block.cells[0]
+    cells = cells._replace(
+        positions=cells.positions.at[at].set(block.positions[0], mode="drop"),
+        bits=cells.bits.at[at].set(block.own[0], mode="drop"),
+    )
+    return x, cache, cells
+
+
+def put_rows(
+    cache: Cache, request: Array, block: Block, rows: tuple[Array, Array], written: Array
+) -> Cache:
+    """New keys and values in one text's cells, where `written` bool[1, T]; no metadata."""
+    at = jnp.where(written, block.cells, num_cells(cache))
+    k, v = write_rows(cache, rows, jnp.broadcast_to(request, at.shape), at)
+    return cache._replace(k=k, v=v)
