@@ -432,8 +432,8 @@ def _tick(
     """Decides (the same everywhere), computes (what is this device's), sends."""
     sent = _Sent.unpack(state.sent, shape)
     with jax.named_scope("schedule"):
-        state, text = _settle(shape, state, text, rules, sent)
         state = _insert(shape, state, text, sent, arrays.limits)
+        state, text = _settle(shape, state, text, rules, sent)
         state = _launch(shape, state, arrays.limits)
         state = _ask(shape, state, text, arrays.limits)
     own = assemble(arrays.cut)
@@ -454,13 +454,8 @@ def _settle(
     shape: Shape, state: State, text: Text, rules: Rules, sent: _Sent
 ) -> tuple[State, Text]:
     """The packet that has left the pipe brings its answers to its text."""
-    asked = state.asked
-    read = scheduler.mark_read(
-        _at(state.trees, asked.request), _at(state.cells, asked.request), asked, sent.reads
-    )
-    all_cells = _put(state.cells, asked.request, read)
     request, nodes = jax.tree.map(lambda x: x[-1], state.pipe)
-    tree, cells = _at(state.trees, request), _at(all_cells, request)
+    tree, cells = _at(state.trees, request), _at(state.cells, request)
     at = jnp.where(nodes != NONE, nodes, shape.nodes)
     tree = tree._replace(
         answers=tree.answers.at[at].set(sent.answers, mode="drop"),
@@ -483,7 +478,7 @@ def _settle(
     ended = jax.tree.map(
         lambda a, b: jnp.where(text.done[request], a, b), scheduler.kill(tree, cells), (tree, cells)
     )
-    trees, all_cells = _put(state.trees, request, ended[0]), _put(all_cells, request, ended[1])
+    trees, all_cells = _put(state.trees, request, ended[0]), _put(state.cells, request, ended[1])
     # What died is in no packet any more; its cells and slots may be given away.
     alive = trees.alive[state.pipe.request[:, None], state.pipe.nodes]
     pipe = state.pipe._replace(nodes=jnp.where(alive, state.pipe.nodes, NONE))
@@ -503,14 +498,14 @@ def _insert(shape: Shape, state: State, text: Text, sent: _Sent, limits: Limits)
     """The draft's proposals of the last tick join the tree that it was asked about."""
     asked = state.asked
     request = asked.request
-    flying = _in_flight(jax.tree.map(lambda x: x[:-1], state.pipe), text.length.shape[0])
-    tree, cells = scheduler.insert(
-        _at(state.trees, request), _at(state.cells, request), asked, sent.proposals, sent.reads,
-        limits, flying[request], text.limit[request] - 1,
-    )  # fmt: skip
-    # Nothing was asked: the tree stays as it is.
     old = _at(state.trees, request), _at(state.cells, request)
-    tree, cells = jax.tree.map(lambda a, b: jnp.where(asked.wanted, a, b), (tree, cells), old)
+    flying = _in_flight(state.pipe, text.length.shape[0])[request]
+    cells = scheduler.mark_read(*old, asked, sent.reads)
+    new = scheduler.insert(
+        old[0], cells, asked, sent.proposals, sent.reads, limits, flying, text.limit[request] - 1
+    )
+    # Where nothing was asked the tree stays as it is.
+    tree, cells = jax.tree.map(lambda a, b: jnp.where(asked.wanted, a, b), new, old)
     return state._replace(
         trees=_put(state.trees, request, tree), cells=_put(state.cells, request, cells)
     )
@@ -548,11 +543,9 @@ def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
         lambda tree, cells, flying, end: scheduler.could_ask(tree, cells, limits, flying, end, new)
     )(state.trees, state.cells, _in_flight(state.pipe, batch), text.limit - 1)
     request = jnp.argmax(can).astype(jnp.int32)
-    tree, asked = scheduler.ask(
-        _at(state.trees, request), _at(state.cells, request), request, can.any(), shape.levels,
-        shape.width,
-    )  # fmt: skip
-    return state._replace(trees=_put(state.trees, request, tree), asked=asked)
+    tree, cells = _at(state.trees, request), _at(state.cells, request)
+    asked = scheduler.ask(tree, cells, request, can.any(), shape.levels, shape.width)
+    return state._replace(asked=asked)
 
 
 def _one(sampling: Sampling, request: Array) -> Sampling:

@@ -4,9 +4,9 @@ Every text has a tree of proposed tokens. Its root, the *tip*, is the newest tok
 be right; a node's children are guesses at what follows it. Nodes travel through the pipe in packets,
 S ticks long; what returns is the target's own token after each node. In a tick, in this order:
 
+    insert    what the draft proposed in the last tick becomes nodes below those it was asked about
     settle    answers come back: the tip moves to the child that was right, its siblings' subtrees
               die; if no child was right, the tree is replaced by the right token (a correction)
-    insert    the draft's proposals become nodes, where their parents are still alive
     launch    nodes that no packet holds yet are put into the pipe
     ask       the draft is given the deepest nodes to go on from
 
@@ -62,7 +62,6 @@ class Tree(NamedTuple):
       alive, launched: bool[N]; a node is launched once a packet holds it.
       answers: i32[N] the target's token after the node; -1: not known yet.
       logprobs: f32[N] of the answers.
-      held: bool[N] promised to the draft's next proposals.
       misses: i32[] times in a row that the draft proposed nothing.
     """
 
@@ -77,7 +76,6 @@ class Tree(NamedTuple):
     launched: Array
     answers: Array
     logprobs: Array
-    held: Array
     misses: Array
 
 
@@ -139,7 +137,7 @@ class Ask(NamedTuple):
       wanted: bool[] whether it is asked at all.
       request: i32[].
       tips: i32[w] nodes; NONE: an empty place.
-      slots: i32[k, w] nodes kept free for the answer.
+      slots: i32[k, w] nodes for the answer.
       cells: i32[k, w] likewise.
       late: i32[M] cells before the best tip that the draft has still to read; C: none.
       late_bits: u32[M, W] what these see.
@@ -204,7 +202,7 @@ def init_tree(num_nodes: int) -> Tree:
     bits = jnp.zeros((num_nodes, num_words(num_nodes)), jnp.uint32)
     real = jnp.zeros((num_nodes,), jnp.float32)
     zero = jnp.zeros((), jnp.int32)
-    return Tree(zero, whole, whole, whole, whole, bits, real, off, off, whole, real, off, zero)
+    return Tree(zero, whole, whole, whole, whole, bits, real, off, off, whole, real, zero)
 
 
 def replant(tree: Tree, cells: Cells, token: Array, position: Array) -> tuple[Tree, Cells]:
@@ -291,9 +289,8 @@ def _move(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
 def _free(tree: Tree, cells: Cells) -> Cells:
     """Cells of dead nodes become free; committed cells keep the truth's bit alone."""
     words = tree.bits.shape[1]
-    live = (tree.alive | tree.held)[:, None]
     nodes = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
-    keep = jnp.where(live, bit(nodes, words), jnp.uint32(0))
+    keep = jnp.where(tree.alive[:, None], bit(nodes, words), jnp.uint32(0))
     keep = lax.reduce(keep, jnp.uint32(0), lax.bitwise_or, (0,))
     keep = keep | bit(jnp.zeros((), jnp.int32), words)
     return cells._replace(bits=cells.bits & keep[None])
@@ -301,7 +298,7 @@ def _free(tree: Tree, cells: Cells) -> Cells:
 
 def kill(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
     """All nodes die: the text is done."""
-    tree = tree._replace(alive=jnp.zeros_like(tree.alive), held=jnp.zeros_like(tree.held))
+    tree = tree._replace(alive=jnp.zeros_like(tree.alive))
     return tree, _free(tree, cells)
 
 
@@ -311,8 +308,7 @@ def _first(mask: Array, count: int, otherwise: int) -> Array:
 
 
 def _free_nodes(tree: Tree, count: int) -> Array:
-    free = ~(tree.alive | tree.held)
-    return _first(free.at[NONE].set(False), count, NONE)
+    return _first((~tree.alive).at[NONE].set(False), count, NONE)
 
 
 def _free_cells(cells: Cells, count: int) -> Array:
@@ -337,7 +333,7 @@ def insert(
     in_flight: Array,
     end: Array,
 ) -> tuple[Tree, Cells]:
-    """The proposals that the draft was asked for last tick become nodes; what was held is let go.
+    """The proposals that the draft was asked for last tick become nodes.
 
     Args:
       tree, cells: of the text that was asked about.
@@ -352,7 +348,6 @@ def insert(
     levels, width = proposals.tokens.shape
     shift = in_flight.astype(jnp.float32) * limits.recovery
     shift -= tree.misses.astype(jnp.float32) * limits.decay
-    tree = tree._replace(held=jnp.zeros_like(tree.held))
     above, above_ok = ask.tips, tree.alive[ask.tips] & (ask.tips != NONE)
     born = jnp.zeros((), jnp.int32)
     for level in range(levels):
@@ -423,7 +418,7 @@ def could_ask(
       new: nodes that an answer may hold.
     """
     deepest = jnp.where(tree.alive, tree.positions, -1).max()
-    room = (~(tree.alive | tree.held)).sum() - 1 >= new + 1  # a correction needs one, too
+    room = (~tree.alive).sum() - 1 >= new + 1  # a correction needs one, too
     room &= (cells.bits == 0).all(1).sum() >= new + 1
     idle = ~waiting(tree).any() & (in_flight < limits.window)
     return tree.alive.any() & idle & room & (limits.width > 0) & (deepest + 1 < end)
@@ -431,19 +426,20 @@ def could_ask(
 
 def ask(
     tree: Tree, cells: Cells, request: Array, wanted: Array, levels: int, width: int
-) -> tuple[Tree, Ask]:
-    """Asks for what follows the most probable of the deepest nodes, and holds room for it."""
+) -> Ask:
+    """Asks for what follows the most probable of the deepest nodes.
+
+    The nodes and cells of the answer are the first free ones; `insert` comes before anything that
+    could give them away.
+    """
     deepest = jnp.where(tree.alive, tree.positions, -1).max()
     here = tree.alive & (tree.positions == deepest)
     best, tips = lax.top_k(jnp.where(here, tree.scores, -jnp.inf), width)
     tips = jnp.where(best > -jnp.inf, tips, NONE).astype(jnp.int32)
     slots, to = _free_nodes(tree, levels * width), _free_cells(cells, levels * width)
-    held = tree.held.at[jnp.where(wanted, slots, NONE)].set(True).at[NONE].set(False)
     shape = (levels, width)
-    question = Ask(
-        wanted, request, tips, slots.reshape(shape), to.reshape(shape), *_unread(tree, cells, tips)
-    )
-    return tree._replace(held=held), question
+    late = _unread(tree, cells, tips)
+    return Ask(wanted, request, tips, slots.reshape(shape), to.reshape(shape), *late)
 
 
 def _unread(tree: Tree, cells: Cells, tips: Array) -> tuple[Array, Array, Array]:
