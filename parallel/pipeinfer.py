@@ -291,7 +291,7 @@ def _start(
 
     newest = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     trees = jax.vmap(lambda _: scheduler.init_tree(shape.nodes))(jnp.arange(batch))
-    trees, cells = jax.vmap(scheduler.replant)(trees, cells, newest, length - 1)
+    trees, cells = jax.vmap(scheduler.replant)(trees, cells, newest, length - 1, trees.alive)
 
     draft_chunk = chunk if chunk is not None and wide % chunk == 0 else None
     begin = lambda: source.start(arrays.draft, tokens, length, num_cells, draft_chunk)

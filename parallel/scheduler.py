@@ -205,12 +205,17 @@ def init_tree(num_nodes: int) -> Tree:
     return Tree(zero, whole, whole, whole, whole, bits, real, off, off, whole, real, zero)
 
 
-def replant(tree: Tree, cells: Cells, token: Array, position: Array) -> tuple[Tree, Cells]:
-    """The tree of one right token that no node stood for: everything else dies."""
+def replant(
+    tree: Tree, cells: Cells, token: Array, position: Array, busy: Array
+) -> tuple[Tree, Cells]:
+    """The tree of one right token that no node stood for: everything else dies.
+
+    `busy` bool[N] are slots that packets in flight may still name.
+    """
     words = tree.bits.shape[1]
     tree = tree._replace(alive=jnp.zeros_like(tree.alive))
-    cells = _free(tree, cells)
-    node = _free_nodes(tree, 1)[0]
+    tree, cells = _free(tree, cells)
+    node = _free_nodes(tree.alive | busy, 1)[0]
     cell = _free_cells(cells, 1)[0]
     both = bit(node, words) | bit(jnp.zeros((), jnp.int32), words)
     put = lambda field, value: field.at[node].set(value)
@@ -255,6 +260,7 @@ class Settled(NamedTuple):
 
 def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, Settled]:
     """Moves the tip along the answers that are known; at most `most` (static) tokens."""
+    busy = tree.alive
 
     def step(carry, _):
         tree, cells = carry
@@ -265,7 +271,9 @@ def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, Settled]:
         found = matches.any()
         logprob = tree.logprobs[tree.tip]
         on, on_cells = _move(tree, cells, jnp.argmax(matches))
-        anew, anew_cells = replant(tree, cells, answer, tree.positions[tree.tip] + 1)
+        anew, anew_cells = replant(
+            tree, cells, answer, tree.positions[tree.tip] + 1, busy
+        )
         pick = lambda a, b, c: jnp.where(known, jnp.where(found, a, b), c)
         carry = jax.tree.map(pick, (on, on_cells), (anew, anew_cells), (tree, cells))
         return carry, (answer, logprob, known, known & children.any(), known & found)
@@ -283,23 +291,24 @@ def _move(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
     tree = tree._replace(tip=node, alive=tree.alive & has(tree.bits, node))
     cell = tree.cells[node]
     cells = cells._replace(bits=cells.bits.at[cell].set(cells.bits[cell] | truth))
-    return tree, _free(tree, cells)
+    return _free(tree, cells)
 
 
-def _free(tree: Tree, cells: Cells) -> Cells:
-    """Cells of dead nodes become free; committed cells keep the truth's bit alone."""
+def _free(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
+    """Bits of dead nodes vanish: their slots can be used again, and their cells are free. Committed
+    cells keep the truth's bit."""
     words = tree.bits.shape[1]
     nodes = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
     keep = jnp.where(tree.alive[:, None], bit(nodes, words), jnp.uint32(0))
     keep = lax.reduce(keep, jnp.uint32(0), lax.bitwise_or, (0,))
-    keep = keep | bit(jnp.zeros((), jnp.int32), words)
-    return cells._replace(bits=cells.bits & keep[None])
+    keep = (keep | bit(jnp.zeros((), jnp.int32), words))[None]
+    return tree._replace(bits=tree.bits & keep), cells._replace(bits=cells.bits & keep)
 
 
 def kill(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
     """All nodes die: the text is done."""
     tree = tree._replace(alive=jnp.zeros_like(tree.alive))
-    return tree, _free(tree, cells)
+    return _free(tree, cells)
 
 
 def _first(mask: Array, count: int, otherwise: int) -> Array:
@@ -307,8 +316,8 @@ def _first(mask: Array, count: int, otherwise: int) -> Array:
     return jnp.nonzero(mask, size=count, fill_value=otherwise)[0].astype(jnp.int32)
 
 
-def _free_nodes(tree: Tree, count: int) -> Array:
-    return _first((~tree.alive).at[NONE].set(False), count, NONE)
+def _free_nodes(busy: Array, count: int) -> Array:
+    return _first((~busy).at[NONE].set(False), count, NONE)
 
 
 def _free_cells(cells: Cells, count: int) -> Array:
@@ -436,7 +445,7 @@ def ask(
     here = tree.alive & (tree.positions == deepest)
     best, tips = lax.top_k(jnp.where(here, tree.scores, -jnp.inf), width)
     tips = jnp.where(best > -jnp.inf, tips, NONE).astype(jnp.int32)
-    slots, to = _free_nodes(tree, levels * width), _free_cells(cells, levels * width)
+    slots, to = _free_nodes(tree.alive, levels * width), _free_cells(cells, levels * width)
     shape = (levels, width)
     late = _unread(tree, cells, tips)
     return Ask(wanted, request, tips, slots.reshape(shape), to.reshape(shape), *late)
