@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.parallel.cache import Network, decoding_layout, extend, network, prefill
@@ -47,6 +48,7 @@ class Decoder(NamedTuple):
       draft_length: most tokens drafted in a tick; 0: none.
       vocab_size: tokens that the model knows.
       max_len: longest text that the model has positions for; None: any.
+      mesh: the devices that it runs on, where it runs on several; None: wherever its variables are.
     """
 
     program: Program
@@ -54,6 +56,7 @@ class Decoder(NamedTuple):
     draft_length: int
     vocab_size: int
     max_len: int | None
+    mesh: Mesh | None = None
 
 
 class Drafter(NamedTuple):

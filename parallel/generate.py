@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.model import Key
 from jaxfm.parallel.decode import Decoder, Program
@@ -171,6 +172,8 @@ def _run(
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
+    if decoder.mesh is not None:  # where the ticks leave them, or the second piece compiles again
+        text, rules = jax.device_put((text, rules), NamedSharding(decoder.mesh, PartitionSpec()))
     state = _start(
         decoder.program, decoder.variables, text.tokens[:, :width], text.length,
         text.tokens.shape[1], chunk,
@@ -193,7 +196,7 @@ def _run(
                 whole[i] += pieces[-1]
         seen, finished = length, bool(done.all())
         yield Piece(new, pieces)
-    final = jax.device_get(text)
+    final, counters = jax.device_get(text), decoder.program.counters
     spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
     return Generated(
         tokens=[final.tokens[i, a:b] for i, a, b in spans],
@@ -206,7 +209,7 @@ def _run(
             for i, _, b in spans
         ],
         stats=final.stats,
-        counters=jax.device_get(decoder.program.counters(state)) if decoder.program.counters else None,
+        counters=counters and jax.device_get(counters(state)),
     )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ Source: PipeInfer (arXiv 2407.11798); trees in the pipe as in PipeDec (arXiv 250
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfm.model import Array, Model, PyTree, Variables, layers_of, num_layers
 from jaxfm.parallel import sampling as sample
@@ -51,7 +53,7 @@ from jaxfm.parallel.pipeline import (
 )
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.scheduler import NONE, Ask, Cells, Limits, Packet, Proposals, Tree
-from jaxfm.parallel.verify import Rules, Text, append
+from jaxfm.parallel.verify import Rules, Stats, Text, append
 
 IDLE, LIVE, CANCELLED, PREFILL = 0, 1, 2, 3  # what a stage did in a tick
 
@@ -209,11 +211,11 @@ def pipeinfer(
     shape = Shape(stages, int(own_slot), width, levels, nodes, record)
     functions = source.functions if source else _NO_FUNCTIONS
     program = _program(network(model), functions, mesh, shape)
-    arrays = Arrays(
-        cut(variables, (0,) * shape.own_slot + split, mesh), source and source.variables, limits
-    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    drafts, limits = jax.device_put((source.variables if source else None, limits), everywhere)
+    arrays = Arrays(cut(variables, (0,) * shape.own_slot + split, mesh), drafts, limits)
     learned = getattr(model.config, "positions", None) == "learned"
-    return Decoder(program, arrays, 1, tokens, model.config.max_len if learned else None)
+    return Decoder(program, arrays, 1, tokens, model.config.max_len if learned else None, mesh)
 
 
 def pipelined(
@@ -677,3 +679,25 @@ def _count(state: State, said: _Sent) -> Counters:
         in_flight=old.in_flight + live.sum(dtype=jnp.int32),
         timeline=old.timeline.at[old.ticks].set(row, mode="drop") if old.timeline.size else old.timeline,
     )
+
+
+def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
+    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs more
+    than it should. Whether XLA makes one depends on its version.
+
+    Args:
+      decoder: of `pipeinfer`.
+      cells: tokens of the text.
+    """
+    from jaxfm.parallel.generate import _advance, _start
+
+    length, limit = jnp.full((1,), 2, jnp.int32), jnp.full((1,), cells, jnp.int32)
+    tokens, zero = jnp.zeros((1, cells), jnp.int32), jnp.zeros((1,), jnp.int32)
+    stats = Stats(zero, zero[:, None], zero[:, None])
+    text = Text(tokens, length, limit, zero > 0, zero, stats)
+    rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
+    state = _start(decoder.program, decoder.variables, tokens[:, :16], length, cells, None)
+    program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
+    size = math.prod(state.k.sharding.shard_shape(state.k.shape))
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program.as_text())
+    return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
