@@ -232,21 +232,15 @@ def store(cache: Cache, block: Block, rows: tuple[Array, Array], written: Array)
     batch = jnp.arange(block.tokens.shape[0])[:, None]
     cells = jnp.where(written, block.cells, num_cells(cache))
     write = lambda old, new: old.at[batch, cells].set(new, mode="drop")
-    k, v = write_rows(cache, rows, batch, cells)
-    bits = block.bits if block.own is None else block.own
-    return Cache(k, v, write(cache.positions, block.positions), write(cache.bits, bits))
-
-
-def write_rows(
-    cache: Cache, rows: tuple[Array, Array], batch: Array, cells: Array
-) -> tuple[Array, Array]:
-    """Keys and values with new rows, in the form of the cache, at [batch, cells] (i32[B, T])."""
-
-    def write(old: Array, new: Array) -> Array:
-        place = old.at[:, batch, cells] if old.ndim == 5 else old.at[batch, cells]
-        return place.set(new, mode="drop")
-
-    return write(cache.k, rows[0]), write(cache.v, rows[1])
+    write_layers = lambda old, new: (
+        old.at[:, batch, cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
+    )
+    return Cache(
+        write_layers(cache.k, rows[0]),
+        write_layers(cache.v, rows[1]),
+        write(cache.positions, block.positions),
+        write(cache.bits, block.bits if block.own is None else block.own),
+    )
 
 
 def _by_layer(rows: Array, shapes: list) -> list[Array]:

@@ -26,10 +26,10 @@ from jax import lax
 
 from jaxfm.model import Array, Model, PyTree, Variables, is_stacked, layers_of, num_layers
 from jaxfm.parallel import sampling as sample
-from jaxfm.parallel.cache import Block, Cache, Network, decoding_layout, network, prefill
+from jaxfm.parallel.cache import Block, Network, decoding_layout, network, prefill
 from jaxfm.parallel.decode import vocab_size
 from jaxfm.parallel.lookup import continuation
-from jaxfm.parallel.pipeline import read_block
+from jaxfm.parallel.pipeline import Rows, flat_rows, read_block
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.scheduler import NONE, Ask, Cells, Proposals, Tree, bit
 
@@ -124,10 +124,10 @@ def early_exit(model: Model, variables: Variables, layers: int) -> Source:
 
 @functools.cache
 def _model_functions(net: Network) -> Functions:
-    def start(variables, tokens: Array, length: Array, cells: int, chunk: int | None) -> Cache:
-        return prefill(net, variables, tokens, length - 1, cells, chunk)
+    def start(variables, tokens: Array, length: Array, cells: int, chunk: int | None) -> Rows:
+        return flat_rows(prefill(net, variables, tokens, length - 1, cells, chunk))
 
-    def propose(variables, state: Cache, question: Question, levels: int, width: int):
+    def propose(variables, state: Rows, question: Question, levels: int, width: int):
         ask, tree, cells, end = question.ask, question.tree, question.cells, question.end
         words, none = tree.bits.shape[1], cells.positions.shape[0]
         join = lambda a, b: jnp.concatenate([a, b])

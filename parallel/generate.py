@@ -169,14 +169,13 @@ def _run(
     decoder: Decoder, text: Text, rules: Rules, width: int, ticks: int, chunk: int | None,
     writers: list[Detokenizer] | None,
 ):  # fmt: skip
+    if decoder.mesh is not None:  # where the ticks leave them, or the second piece compiles again
+        text, rules = jax.device_put((text, rules), NamedSharding(decoder.mesh, PartitionSpec()))
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
-    if decoder.mesh is not None:  # where the ticks leave them, or the second piece compiles again
-        text, rules = jax.device_put((text, rules), NamedSharding(decoder.mesh, PartitionSpec()))
     state = _start(
-        decoder.program, decoder.variables, text.tokens[:, :width], text.length,
-        text.tokens.shape[1], chunk,
+        decoder.program, decoder.variables, text.tokens, text.length, width, chunk,
     )  # fmt: skip
     finished = False
     while not finished:
@@ -213,9 +212,10 @@ def _run(
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("program", "cells", "chunk"))
-def _start(program: Program, variables, tokens, length, cells: int, chunk: int | None):
-    return program.start(variables, tokens, length, cells, chunk)
+@functools.partial(jax.jit, static_argnames=("program", "width", "chunk"))
+def _start(program: Program, variables, tokens, length, width: int, chunk: int | None):
+    """The state after the prompts, which lie in the first `width` of the texts' tokens."""
+    return program.start(variables, tokens[:, :width], length, tokens.shape[1], chunk)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "text"))

@@ -36,16 +36,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxfm.model import Array, Model, PyTree, Variables, layers_of, num_layers
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel import scheduler
-from jaxfm.parallel.cache import Block, Cache, Network, init_cache, network, through
+from jaxfm.parallel.cache import Block, Network, init_cache, network, through
 from jaxfm.parallel.decode import Decoder, Program, vocab_size
 from jaxfm.parallel.draft import Functions, Question, Source
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipeline import (
     STAGE,
     Cut,
+    Rows,
     assemble,
     cut,
     even_split,
+    flat_rows,
     local,
     past_of,
     put_rows,
@@ -88,7 +90,7 @@ class State(NamedTuple):
     """Everything between two ticks.
 
     Attributes:
-      k, v: [slots, L, B, C, G, K] of each slot's layers.
+      rows: keys and values; leaves [slots * L, B * C, G, K].
       draft: the source's state, with a leading axis of slots.
       hidden: [slots, K, D] what each slot has received.
       trees, cells: of each text, with a leading axis B.
@@ -99,8 +101,7 @@ class State(NamedTuple):
       counters: counts.
     """
 
-    k: Array
-    v: Array
+    rows: Rows
     draft: PyTree
     hidden: Array
     trees: Tree
@@ -239,7 +240,7 @@ def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Pr
     split, everywhere = PartitionSpec(STAGE), PartitionSpec()
     arrays_spec = Arrays(Cut(everywhere, split), everywhere, everywhere)
     state_spec = State(*[everywhere] * len(State._fields))
-    state_spec = state_spec._replace(k=split, v=split, draft=split, hidden=split)
+    state_spec = state_spec._replace(rows=split, draft=split, hidden=split)
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
@@ -285,11 +286,11 @@ def _start(
     """The state after the prompts were read, all but their newest tokens."""
     batch, wide = tokens.shape
     words = scheduler.num_words(shape.nodes)
-    num_cells += shape.nodes  # text and tree
+    num_cells += shape.nodes  # text and tree; one of them is the last, which stays empty
     variables = assemble(arrays.cut)
-    empty = init_cache(net, variables, batch, num_cells)
+    empty = flat_rows(init_cache(net, variables, batch, num_cells))
     cells = jax.vmap(lambda t, n: scheduler.init_cells(t, n, num_cells, words))(tokens, length)
-    cache, ticks = _prefill(net, shape, variables, empty, cells, tokens, length, chunk or wide)
+    rows, ticks = _prefill(net, shape, variables, empty, cells, tokens, length, chunk or wide)
 
     newest = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     trees = jax.vmap(lambda _: scheduler.init_tree(shape.nodes))(jnp.arange(batch))
@@ -315,8 +316,7 @@ def _start(
     )  # fmt: skip
     lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return State(
-        k=cache.k[None],
-        v=cache.v[None],
+        rows=rows,
         draft=lead(draft),
         hidden=jnp.zeros((1, *x.shape[1:]), x.dtype),
         trees=trees,
@@ -330,13 +330,13 @@ def _start(
 
 
 def _prefill(
-    net: Network, shape: Shape, variables: Variables, cache: Cache, cells: Cells, tokens: Array,
+    net: Network, shape: Shape, variables: Variables, rows: Rows, cells: Cells, tokens: Array,
     length: Array, chunk: int,
-) -> tuple[Cache, Array]:  # fmt: skip
+) -> tuple[Rows, Array]:  # fmt: skip
     """Reads the prompts in chunks, one after the other through the pipe.
 
     Returns:
-      The stage's cache, and how many ticks it took: chunks + S - 1.
+      The stage's rows, and how many ticks it took: chunks + S - 1.
     """
     batch, wide = tokens.shape
     chunks = -(-wide // chunk)
@@ -344,7 +344,7 @@ def _prefill(
     ticks, stage, none = batch * chunks + shape.stages - 1, _stage(shape), cells.positions.shape[1]
 
     def tick(i, carry):
-        cache, x = carry
+        rows, x = carry
         number = i - stage
         request = jnp.clip(number // chunks, 0, batch - 1)
         first = (number % chunks) * chunk
@@ -362,21 +362,21 @@ def _prefill(
             jnp.where(meant[:, None], truth[None], 0)[None],
         )
 
-        def run(x, cache):
+        def run(x, rows):
             embedded = net.stages.embed(variables, block.tokens, block.positions)
             x = jnp.where(stage == 0, embedded, x)
-            return through(net, variables, x, past_of(cache, request, before, block), block)
+            return through(net, variables, x, past_of(rows, request, before, block), block)
 
-        rows = jax.eval_shape(run, x, cache)[1]
-        by = lambda x, cache: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), rows))
-        x, rows = lax.switch(meant.any().astype(jnp.int32), [by, run], x, cache)
-        cache = put_rows(cache, request, block, rows, meant[None] & jnp.isfinite(x).all(-1))
-        return cache, _pass_on(x, shape)
+        like = jax.eval_shape(run, x, rows)[1]
+        by = lambda x, rows: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), like))
+        x, new = lax.switch(meant.any().astype(jnp.int32), [by, run], x, rows)
+        written = meant[None] & jnp.isfinite(x).all(-1)
+        return put_rows(rows, request, own, block, new, written), _pass_on(x, shape)
 
     one = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
     x = jax.eval_shape(lambda t: net.stages.embed(variables, t, t), one)
-    cache, _ = lax.fori_loop(0, ticks, tick, (cache, jnp.zeros(x.shape, x.dtype)))
-    return cache, jnp.asarray(ticks, jnp.int32)
+    rows, _ = lax.fori_loop(0, ticks, tick, (rows, jnp.zeros(x.shape, x.dtype)))
+    return rows, jnp.asarray(ticks, jnp.int32)
 
 
 class _Sent(NamedTuple):
@@ -579,28 +579,26 @@ def _compute(net: Network, shape: Shape, own: Variables, state: State, rules: Ru
             )
         )
     )
-    # k and v alone go into the branch; their metadata is what the scheduler says of the text.
-    cache = Cache(state.k[0], state.v[0], state.cells.positions, state.cells.bits)
     sampling = _one(rules.sampling, request)
 
-    def run(x, k, v):
+    def run(x, rows):
         embedded = net.stages.embed(own, block.tokens, block.positions)
         x = jnp.where(stage == 0, embedded, x)
-        past = past_of(cache._replace(k=k, v=v), request, cells, block)
-        x, rows = through(net, own, x, past, block)
+        x, new = through(net, own, x, past_of(rows, request, cells, block), block)
         last = (stage == shape.stages - 1).astype(jnp.int32)
         picked = lax.switch(last, [_pick_nothing, _picker(net, own, sampling)], x, block.positions)
-        return x, rows, *picked, jnp.ones((), jnp.int32)
+        return x, new, *picked, jnp.ones((), jnp.int32)
 
-    shapes = jax.eval_shape(run, state.hidden, cache.k, cache.v)[1:]
-    by = lambda x, k, v: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes))
+    shapes = jax.eval_shape(run, state.hidden, state.rows)[1:]
+    by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes))
     # Passing by comes first: XLA copies what the first branch writes.
-    x, rows, answers, logprobs, ran = lax.switch(
-        meant.any().astype(jnp.int32), [by, run], state.hidden, cache.k, cache.v
+    x, new, answers, logprobs, ran = lax.switch(
+        meant.any().astype(jnp.int32), [by, run], state.hidden, state.rows
     )
-    cache = put_rows(cache, request, block, rows, meant[None] & jnp.isfinite(x).all(-1))
+    written = meant[None] & jnp.isfinite(x).all(-1)
+    rows = put_rows(state.rows, request, cells, block, new, written)
     executed = jnp.where(jnp.arange(shape.stages) == stage, ran, 0)
-    return state._replace(k=cache.k[None], v=cache.v[None]), x, answers, logprobs, executed
+    return state._replace(rows=rows), x, answers, logprobs, executed
 
 
 def _picker(net: Network, own: Variables, sampling: Sampling):
@@ -696,8 +694,8 @@ def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
     stats = Stats(zero, zero[:, None], zero[:, None])
     text = Text(tokens, length, limit, zero > 0, zero, stats)
     rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
-    state = _start(decoder.program, decoder.variables, tokens[:, :16], length, cells, None)
+    state = _start(decoder.program, decoder.variables, tokens, length, 16, None)
     program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
-    size = math.prod(state.k.sharding.shard_shape(state.k.shape))
+    size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program.as_text())
     return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)

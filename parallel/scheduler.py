@@ -321,7 +321,12 @@ def _free_nodes(busy: Array, count: int) -> Array:
 
 
 def _free_cells(cells: Cells, count: int) -> Array:
-    return _first((cells.bits == 0).all(1), count, cells.positions.shape[0])
+    return _first(_empty(cells), count, cells.positions.shape[0])
+
+
+def _empty(cells: Cells) -> Array:
+    """bool[C]; the last cell takes what is to be written nowhere (`pipeline.put_rows`)."""
+    return (cells.bits == 0).all(1).at[-1].set(False)
 
 
 def mark_read(tree: Tree, cells: Cells, ask: Ask, reads: Array) -> Cells:
@@ -428,7 +433,7 @@ def could_ask(
     """
     deepest = jnp.where(tree.alive, tree.positions, -1).max()
     room = (~tree.alive).sum() - 1 >= new + 1  # a correction needs one, too
-    room &= (cells.bits == 0).all(1).sum() >= new + 1
+    room &= _empty(cells).sum() >= new + 1
     idle = ~waiting(tree).any() & (in_flight < limits.window)
     return tree.alive.any() & idle & room & (limits.width > 0) & (deepest + 1 < end)
 
