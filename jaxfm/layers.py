@@ -148,6 +148,42 @@ class GroupNorm(nnx.Module):
         return y.reshape(x.shape).astype(x.dtype)
 
 
+class BatchNorm(nnx.Module):
+    """Batch norm over all axes but the last, in float32.
+
+    y = (x - mean) / sqrt(var + eps) * scale + bias. In training (`use_running_average` False) the
+    moments are those of the batch, and the running ones move by `momentum` towards them; PyTorch's
+    convention: divided by n to normalise, by n - 1 to be remembered. A masked channel has no scale
+    and no bias, so it gives zeros whatever its moments; no `live` is needed.
+    Source: Ioffe and Szegedy 2015, algorithm 1.
+    """
+
+    def __init__(self, axis: Axis, *, momentum: float = 0.1, eps: float = 1e-5, dtype=jnp.float32):
+        name, size = axis
+        self.scale = param(jnp.ones((size,), dtype), (name,))
+        self.bias = param(jnp.zeros((size,), dtype), (name,))
+        stat = lambda value: nnx.BatchStat(value, out_sharding=(name,), eager_sharding=False)
+        self.mean, self.var = stat(jnp.zeros((size,))), stat(jnp.ones((size,)))
+        self.momentum, self.eps = momentum, eps
+        self.use_running_average = True
+
+    def __call__(self, x: Array) -> Array:
+        along = lambda leaf: lax.expand_dims(leaf.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        y = x.astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        if not self.use_running_average:
+            axes, count = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
+            old_mean, old_var = mean, var
+            mean = y.mean(axes)
+            var = jnp.square(y - along(mean)).mean(axes)
+            moved = lambda old, new: old + self.momentum * (lax.stop_gradient(new) - old)
+            self.mean[...] = moved(old_mean, mean)
+            self.var[...] = moved(old_var, var * (count / max(count - 1, 1)))
+        factor = lax.rsqrt(var + self.eps) * self.scale[...].astype(jnp.float32)
+        y = (y - along(mean)) * along(factor) + along(self.bias[...])
+        return y.astype(x.dtype)
+
+
 class Embedding(nnx.Module):
     """A table of vectors, looked up by index."""
 

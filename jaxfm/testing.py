@@ -23,6 +23,10 @@ from jaxfm.model import Model, Variables
 from jaxfm.models.cnn import CnnConfig, cnn
 from jaxfm.models.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.models.encoder import EncoderConfig, encoder
+from jaxfm.models.mobilenet import MobileNetConfig, mobilenet
+from jaxfm.models.resnet import ResNetConfig, resnet
+from jaxfm.models.shufflenet import ShuffleNetConfig, shufflenet
+from jaxfm.models.vgg import VggConfig, vgg
 from jaxfm.models.vit import VitConfig, vit
 
 _SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
@@ -66,20 +70,70 @@ def tiny_cnn(**changes: Any) -> Model:
     return cnn(CnnConfig(**(sizes | changes)))
 
 
+@functools.cache
+def tiny_resnet(**changes: Any) -> Model:
+    """A residual network of 2 stages of 2 and 1 blocks, 4 and 8 channels, 5 classes."""
+    sizes: dict[str, Any] = {"depths": (2, 1), "widths": (4, 8), "num_groups": 2, "num_classes": 5}
+    return resnet(ResNetConfig(**(sizes | changes)))
+
+
+@functools.cache
+def tiny_vgg(**changes: Any) -> Model:
+    """A VGG of 4 and 6 channels and 12 units on 8x8x3 images, 5 classes."""
+    sizes: dict[str, Any] = {
+        "stages": ((4,), (6, 6)),
+        "dense_dims": (12,),
+        "image_size": 8,
+        "num_classes": 5,
+    }
+    return vgg(VggConfig(**(sizes | changes)))
+
+
+@functools.cache
+def tiny_mobilenet(version: int = 2, **changes: Any) -> Model:
+    """A MobileNet of 2 stages, 4 and 6 channels, 5 classes."""
+    sizes: dict[str, Any] = {
+        "rows": ((1, 4, 1, 1), (2 if version == 2 else 1, 6, 2, 2)),
+        "stem_channels": 6,
+        "stem_stride": 1,
+        "last_channels": 10,
+        "num_classes": 5,
+    }
+    return mobilenet(MobileNetConfig(version=version, **(sizes | changes)))
+
+
+@functools.cache
+def tiny_shufflenet(version: int = 2, **changes: Any) -> Model:
+    """A ShuffleNet of one stage of 2 blocks and 8 channels (v1: 16, 2 groups), 5 classes."""
+    sizes: dict[str, Any] = {
+        "depths": (2,),
+        "widths": (8,) if version == 2 else (16,),
+        "groups": 2,
+        "stem_channels": 4,
+        "stem": "cifar",
+        "last_channels": 10,
+        "num_classes": 5,
+    }
+    return shufflenet(ShuffleNetConfig(version=version, **(sizes | changes)))
+
+
 def random_variables(model: Model, seed: int = 0) -> Variables:
     """Variables with no leaf at a constant of initialisation, so that every one matters.
 
-    Drawn by NumPy from N(0, 0.3²), scales of norms around 1; unlike `model.init`, which takes
-    seconds, this compiles nothing. For models without statistics.
+    Drawn by NumPy from N(0, 0.3²), scales of norms around 1, running variances in [0.5, 1.5];
+    unlike `model.init`, which takes seconds, this compiles nothing.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
+        if path[-1].key == "var":
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32))
         centre = 1.0 if path[-1].key == "scale" else 0.0
         values = (centre + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
         return jnp.asarray(values).astype(leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(draw, shapes.params)
+    stats = jax.tree_util.tree_map_with_path(draw, shapes.stats)
     live = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.live)
-    return Variables(params, {}, live)
+    return Variables(params, stats, live)

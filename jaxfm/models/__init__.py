@@ -1,4 +1,4 @@
-"""Model families: causal decoders, encoders, vision transformers and small classifiers."""
+"""Model families: causal decoders, encoders, vision transformers and convolutional networks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,35 @@ from jaxfm.models.decoder import DecoderConfig
 from jaxfm.models.decoder import decoder as _decoder
 from jaxfm.models.encoder import EncoderConfig
 from jaxfm.models.encoder import encoder as _encoder
+from jaxfm.models.mobilenet import MobileNetConfig, mobilenet_config
+from jaxfm.models.mobilenet import mobilenet as _mobilenet
+from jaxfm.models.resnet import ResNetConfig, resnet_config
+from jaxfm.models.resnet import resnet as _resnet
+from jaxfm.models.shufflenet import ShuffleNetConfig, shufflenet_config
+from jaxfm.models.shufflenet import shufflenet as _shufflenet
+from jaxfm.models.vgg import VggConfig, vgg_config
+from jaxfm.models.vgg import vgg as _vgg
 from jaxfm.models.vit import VitConfig
 from jaxfm.models.vit import vit as _vit
 
-__all__ = ["CnnConfig", "DecoderConfig", "EncoderConfig", "VitConfig", "build"]
+__all__ = [
+    "CnnConfig",
+    "DecoderConfig",
+    "EncoderConfig",
+    "MobileNetConfig",
+    "ResNetConfig",
+    "ShuffleNetConfig",
+    "VggConfig",
+    "VitConfig",
+    "build",
+    "mobilenet_config",
+    "resnet_config",
+    "shufflenet_config",
+    "vgg_config",
+]
 
-Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig
+VisionConfig = ResNetConfig | VggConfig | MobileNetConfig | ShuffleNetConfig
+Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig | VisionConfig
 
 
 def build(config: Config) -> Model:
@@ -38,4 +61,8 @@ _FAMILIES: dict[type, Callable[[Any], Model]] = {
     EncoderConfig: _encoder,
     VitConfig: _vit,
     CnnConfig: _cnn,
+    ResNetConfig: _resnet,
+    VggConfig: _vgg,
+    MobileNetConfig: _mobilenet,
+    ShuffleNetConfig: _shufflenet,
 }
