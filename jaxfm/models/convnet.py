@@ -62,16 +62,16 @@ class Conv(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution, norm, activation; without a norm the convolution has a bias."""
+    """Convolution, norm, activation; without a norm the convolution always has a bias."""
 
     def __init__(
         self, inputs: Axis, outputs: Axis, size: int, *, stride: int = 1, groups: int = 1,
-        norm: str = "batch", num_groups: int = 8, activation: str | None = "relu",
+        bias: bool = False, norm: str = "batch", num_groups: int = 8, activation: str | None = "relu",
         dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.conv = Conv(
             inputs, outputs, size,
-            stride=stride, groups=groups, bias=norm == "none", dtype=dtype, rngs=rngs,
+            stride=stride, groups=groups, bias=bias or norm == "none", dtype=dtype, rngs=rngs,
         )  # fmt: skip
         if norm == "batch":
             self.norm = BatchNorm(outputs, dtype=dtype)

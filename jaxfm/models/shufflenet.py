@@ -1,13 +1,14 @@
 """ShuffleNet v1 and v2: grouped and split convolutions with channel shuffles.
 
-Source: Zhang et al. 2018, figure 2 and table 1; Ma et al. 2018, figure 3 and table 5. A shuffle ties
-channels to others by their number, so the streams of the stages have no axis name and are cut by
-`jaxfm.search` alone; the inner channels of v2, which no shuffle sees, are "stage{i}_{j}".
+Source: Zhang et al. 2018, figure 2 and table 1; Ma et al. 2018, figure 3 and table 5. A shuffle
+ties channels to others by their number, so the streams of the stages have no axis name and are cut
+by `jaxfm.search` alone; the inner channels of v2, which no shuffle sees, are "stage{i}_{j}".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -65,13 +66,11 @@ class ShuffleNetConfig:
         unit = 2 if self.version == 2 else 4 * self.groups
         if any(width % unit for width in self.widths):
             raise ValueError(f"widths={self.widths} must be multiples of {unit}.")
-        grows = (self.stem_channels, *self.widths)
-        if self.version == 1 and (
-            min(b - a for a, b in zip(grows, grows[1:], strict=False)) < 1
-            or any((b - a) % self.groups for a, b in zip(grows, grows[1:], strict=False))
-        ):
+        counts = (self.stem_channels, *self.widths)
+        added = [after - before for before, after in itertools.pairwise(counts)]
+        if self.version == 1 and any(more < 1 or more % self.groups for more in added):
             raise ValueError(
-                f"stem_channels and widths {grows} must grow by multiples of groups={self.groups}: "
+                f"stem_channels and widths {counts} must grow by multiples of {self.groups} groups: "
                 "the first block of a stage adds channels to those it has."
             )
 

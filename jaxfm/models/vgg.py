@@ -82,7 +82,7 @@ class Vgg(nnx.Module):
             convs: list[nnx.Module] = []
             for j, count in enumerate(counts):
                 outputs = (f"conv{i}_{j}", count)
-                convs.append(ConvNorm(inputs, outputs, 3, norm=norm, **kw))
+                convs.append(ConvNorm(inputs, outputs, 3, bias=True, norm=norm, **kw))
                 inputs = outputs
             setattr(self, f"stage{i}", Sequence(convs))
         left = config.image_size // 2 ** len(config.stages)
