@@ -66,8 +66,8 @@ class ConvNorm(nnx.Module):
 
     def __init__(
         self, inputs: Axis, outputs: Axis, size: int, *, stride: int = 1, groups: int = 1,
-        bias: bool = False, norm: str = "batch", num_groups: int = 8, activation: str | None = "relu",
-        dtype=jnp.float32, rngs: nnx.Rngs,
+        bias: bool = False, norm: str = "batch", num_groups: int = 8,
+        activation: str | None = "relu", dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.conv = Conv(
             inputs, outputs, size,

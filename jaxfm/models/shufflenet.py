@@ -70,8 +70,8 @@ class ShuffleNetConfig:
         added = [after - before for before, after in itertools.pairwise(counts)]
         if self.version == 1 and any(more < 1 or more % self.groups for more in added):
             raise ValueError(
-                f"stem_channels and widths {counts} must grow by multiples of {self.groups} groups: "
-                "the first block of a stage adds channels to those it has."
+                f"stem_channels and widths {counts} must grow by multiples of groups="
+                f"{self.groups}: the first block of a stage adds channels to those it has."
             )
 
 
