@@ -95,6 +95,60 @@ def bar_plot(values: Mapping[str, float], *, unit: str = "", title: str = "") ->
     return _figure(title, "", f'<div class="bars">{"".join(rows)}</div>')
 
 
+def grid_plot(
+    rows: Mapping[str, Sequence[int]], kinds: Mapping[int, str], *, x_label: str, title: str = ""
+) -> Html:
+    """A row of cells for each name, coloured by kind: who did what when.
+
+    Args:
+        rows: name -> kind of each cell.
+        kinds: kind -> what it means; its order gives the colours. Other kinds stay blank.
+    """
+    columns = max((len(cells) for cells in rows.values()), default=0)
+    if not columns:
+        return _figure(title, "", f'<p class="empty">Nothing to plot by {html.escape(x_label)}.</p>')
+    width = max(_WIDTH - _LEFT - _RIGHT, 6 * columns) / columns
+    bottom = _TOP + _ROW * len(rows)
+    colors = {kind: _color(i) for i, kind in enumerate(kinds)}
+    parts = []
+    for i, (name, cells) in enumerate(rows.items()):
+        y = _TOP + _ROW * i
+        parts.append(
+            f'<text x="{_LEFT - 8}" y="{y + _ROW / 2 + 4:.1f}" text-anchor="end">'
+            f"{html.escape(name)}</text>"
+        )
+        # Equal neighbours are one box: a long run has few of them.
+        start = 0
+        for end in range(1, len(cells) + 1):
+            if end < len(cells) and cells[end] == cells[start]:
+                continue
+            if cells[start] in kinds:
+                tip = html.escape(f"{name}: {kinds[cells[start]]}, {x_label} {start} to {end - 1}")
+                parts.append(
+                    f'<rect class="cell {colors[cells[start]]}" x="{_LEFT + start * width:.1f}" '
+                    f'y="{y + 2}" width="{(end - start) * width - 1:.1f}" height="{_ROW - 4}">'
+                    f"<title>{tip}</title></rect>"
+                )
+            start = end
+    step = max(1, round(_nice_step(columns / 10)))
+    for tick in range(0, columns + 1, step):
+        x = _LEFT + tick * width
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick}</text>')
+    whole, height = _LEFT + columns * width + _RIGHT, bottom + 40
+    parts.append(
+        f'<text class="label" x="{whole / 2:.0f}" y="{height - 4}" text-anchor="middle">'
+        f"{html.escape(x_label)}</text>"
+    )
+    svg = (
+        f'<svg viewBox="0 0 {whole:.0f} {height}" style="min-width:{whole:.0f}px" role="img" '
+        f'aria-label="{html.escape(title or x_label)}">{"".join(parts)}</svg>'
+    )
+    return _figure(title, _legend({meaning: None for meaning in kinds.values()}), f'<div class="wide">{svg}</div>')
+
+
+_ROW = 26
+
+
 class _Axis:
     """Where the values of one axis lie, in pixels, and its ticks."""
 

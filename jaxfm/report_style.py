@@ -62,6 +62,8 @@ svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--line); }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 12px 14px; align-items: center; }
 .barname { font-size: 0.92rem; }
 .bartrack { background: var(--grid); border-radius: 5px; height: 20px; }
+.cell { fill: var(--c); rx: 2px; }
+.wide { overflow-x: auto; }
 .bar { background: var(--c); border-radius: 5px; height: 100%; }
 .barvalue { font-variant-numeric: tabular-nums; font-size: 0.92rem; text-align: right; }
 .scroll { overflow-x: auto; }

@@ -3,6 +3,8 @@
     python -m jaxfm.launch.generate --model=runs/demo/model --prompt='def '
     python -m jaxfm.launch.generate --model=runs/demo/model --decoder=speculative \\
         --draft=runs/demo/draft --prompt='import ' --max_new_tokens=200
+    python -m jaxfm.launch.generate --model=runs/demo/model --decoder=pipeinfer --stages=2 \\
+        --draft=runs/demo/draft --width=2 --prompt='import ' --report=runs/timeline.html
 
 Text appears as it is decoded; the line after it says how fast, and how many drafts held. The same
 seed gives the same text, whatever the decoder's speed.
@@ -22,11 +24,19 @@ import numpy as np
 from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.config import check, option
+from jaxfm.launch.setup import use_cores
+from jaxfm.model import Model, Variables
 from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.draft import Source, composite, early_exit, lookup_source, model_source
 from jaxfm.parallel.generate import Generated, stream
 from jaxfm.parallel.lookup import lookup
+from jaxfm.parallel.mesh import make_mesh
+from jaxfm.parallel.pipeinfer import CANCELLED, DRAFTED, IDLE, LIVE, PREFILL, Counters, pipeinfer
 from jaxfm.parallel.plain import plain
+from jaxfm.parallel.scheduler import limits
 from jaxfm.parallel.speculative import speculative
+from jaxfm.plot import grid_plot
+from jaxfm.report import Card, Report, cards, heading, write
 from jaxfm.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -35,8 +45,14 @@ class GenerateConfig:
     """What to continue, and how."""
 
     model: str = option("runs/demo/model", "folder or hub name of a causal language model")
-    draft: str = option("", "folder or hub name of the drafting model (speculative)")
-    decoder: Literal["plain", "speculative", "lookup"] = option("plain", "how tokens are found")
+    draft: str = option(
+        "",
+        "speculative: folder or hub name of the drafting model; pipeinfer also: exit:N (the model's "
+        "own first N layers), lookup, lookup+exit:N, lookup+FOLDER, or none",
+    )
+    decoder: Literal["plain", "speculative", "lookup", "pipeinfer"] = option(
+        "plain", "how tokens are found"
+    )
     prompt: str = option("", "the text to continue")
     prompt_file: str = option("", "file with the text to continue, instead of --prompt")
     max_new_tokens: int = option(128, "tokens generated")
@@ -48,6 +64,17 @@ class GenerateConfig:
     min_p: float | None = option(None, "draw among tokens of this share of the largest probability")
     stop: tuple[str, ...] = option((), "strings that end the text")
     draft_length: int = option(4, "tokens drafted a pass")
+    stages: int = option(1, "pipeinfer: devices that the model is cut over")
+    split: tuple[int, ...] = option((), "pipeinfer: layers of each stage; default: evenly")
+    own_slot: bool = option(False, "pipeinfer: one device more, for the draft alone")
+    width: int = option(1, "pipeinfer: candidates alive at each depth")
+    levels: int = option(1, "pipeinfer: tokens of a path drafted a tick")
+    window: int = option(0, "pipeinfer: most packets in flight; 0: as many as there are")
+    accept: float = option(0.0, "pipeinfer: least probability of a drafted token")
+    split_cutoff: float = option(0.0, "pipeinfer: least probability of a second candidate")
+    recovery: float = option(0.0, "pipeinfer: added to both for each packet in flight")
+    decay: float = option(0.0, "pipeinfer: taken from both for each draft of nothing")
+    report: str = option("", "pipeinfer: file for a picture of what each stage did in each tick")
     ticks: int = option(16, "passes between two pieces of output")
     seed: int = option(0, "of the draws")
 
@@ -55,8 +82,17 @@ class GenerateConfig:
         check(self)
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
-        if (self.decoder == "speculative") != bool(self.draft):
-            raise ValueError("--decoder=speculative and --draft go together.")
+        if self.decoder == "speculative" and not self.draft:
+            raise ValueError("--decoder=speculative needs a --draft.")
+        if self.draft and self.decoder not in ("speculative", "pipeinfer"):
+            raise ValueError(f"--draft is of no use to --decoder={self.decoder}.")
+        if self.report and self.decoder != "pipeinfer":
+            raise ValueError("--report shows a pipe: it goes with --decoder=pipeinfer.")
+        if self.stages < 1:
+            raise ValueError(f"stages={self.stages}: give at least 1.")
+
+
+_RECORDED = 512  # ticks that a report shows
 
 
 def make_decoder(config: GenerateConfig) -> tuple[Decoder, Tokenizer, Tokenizer | None]:
@@ -67,13 +103,80 @@ def make_decoder(config: GenerateConfig) -> tuple[Decoder, Tokenizer, Tokenizer 
         return plain(model, variables), tokenizer, None
     if config.decoder == "lookup":
         return lookup(model, variables, length=config.draft_length), tokenizer, None
+    if config.decoder == "pipeinfer":
+        return make_pipe(config, model, variables), tokenizer, _draft_tokenizer(config.draft)
     draft, draft_variables = hub.load(config.draft)
     decoder = speculative(model, variables, draft, draft_variables, length=config.draft_length)
     return decoder, tokenizer, load_tokenizer(config.draft)
 
 
+def make_pipe(config: GenerateConfig, model: Model, variables: Variables) -> Decoder:
+    """The pipe of stages that the flags describe."""
+    settings = limits(
+        width=config.width if config.draft not in ("", "none") else 0, levels=config.levels,
+        window=config.window or 1 << 30, accept=config.accept, split=config.split_cutoff,
+        recovery=config.recovery, decay=config.decay,
+    )  # fmt: skip
+    return pipeinfer(
+        model, variables, make_source(config.draft, model, variables),
+        mesh=make_mesh(stage=config.stages + config.own_slot), split=config.split or None,
+        width=config.width, levels=config.levels, own_slot=config.own_slot, limits=settings,
+        record=_RECORDED if config.report else 0,
+    )  # fmt: skip
+
+
+def make_source(name: str, model: Model, variables: Variables) -> Source | None:
+    """Where proposals come from: see `GenerateConfig.draft`."""
+    if name in ("", "none"):
+        return None
+    if name == "lookup":
+        return lookup_source()
+    if name.startswith("lookup+"):
+        second = make_source(name.removeprefix("lookup+"), model, variables)
+        if second is None:
+            raise ValueError(f"draft={name!r}: name a second source after lookup+.")
+        return composite(lookup_source(), second)
+    if name.startswith("exit:"):
+        layers = name.removeprefix("exit:")
+        if not layers.isdigit():
+            raise ValueError(f"draft={name!r}: give a number of layers, as in exit:2.")
+        return early_exit(model, variables, int(layers))
+    return model_source(*hub.load(name))
+
+
+def _draft_tokenizer(name: str) -> Tokenizer | None:
+    folder = name.removeprefix("lookup+")
+    own = folder in ("", "none", "lookup") or folder.startswith("exit:")
+    return None if own else load_tokenizer(folder)
+
+
+def write_timeline(counters: Counters, path: pathlib.Path) -> None:
+    """A page with what each stage and the draft did in each tick."""
+    ticks = min(int(counters.ticks), len(counters.timeline))
+    names = [f"stage {i}" for i in range(len(counters.executed))]
+    prefill = np.full((int(counters.prefill), len(names) + 1), PREFILL, np.uint8)
+    prefill[:, -1] = IDLE
+    rows = np.concatenate([prefill, counters.timeline[:ticks]]).T
+    rows[-1] *= DRAFTED
+    total = max(int(counters.ticks), 1)
+    figures = [
+        Card("ticks", total, "after the prompt was read"),
+        Card("stage time in use", f"{counters.executed.sum() / (total * len(names)):.0%}", ""),
+        Card("packets launched", int(counters.launched[0]), "of these some were cancelled"),
+        Card("corrections", int(counters.corrections.sum()), "tokens that nothing foresaw"),
+    ]
+    kinds = {LIVE: "computes", CANCELLED: "cancelled", PREFILL: "reads the prompt", DRAFTED: "drafts"}
+    picture = grid_plot(
+        dict(zip([*names, "draft"], rows.tolist())), kinds, x_label="tick", title="The pipe"
+    )
+    parts = (cards(figures), heading("Timeline", "White: nothing to do."), picture)
+    write(Report("A pipe at work", f"{len(names)} stages", parts), path)
+
+
 def main(config: GenerateConfig) -> None:
     """Decodes to standard output, and says on standard error how it went."""
+    if config.decoder == "pipeinfer":
+        use_cores(config.stages + config.own_slot)
     prompt = config.prompt or pathlib.Path(config.prompt_file).read_text()
     decoder, tokenizer, draft_tokenizer = make_decoder(config)
     pieces = stream(
@@ -96,6 +199,9 @@ def main(config: GenerateConfig) -> None:
         sys.stdout.flush()
     print()
     print(describe(result, first - start, time.monotonic() - start), file=sys.stderr)
+    if config.report:
+        write_timeline(result.counters, pathlib.Path(config.report))
+        print(f"report: {config.report}", file=sys.stderr)
 
 
 def describe(result: Generated, first_s: float, total_s: float) -> str:

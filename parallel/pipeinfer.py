@@ -57,7 +57,7 @@ from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.scheduler import NONE, Ask, Cells, Limits, Packet, Proposals, Tree
 from jaxfm.parallel.verify import Rules, Stats, Text, append
 
-IDLE, LIVE, CANCELLED, PREFILL = 0, 1, 2, 3  # what a stage did in a tick
+IDLE, LIVE, CANCELLED, PREFILL, DRAFTED = range(5)  # what a stage, or the draft, did in a tick
 
 
 class Counters(NamedTuple):

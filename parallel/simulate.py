@@ -137,9 +137,9 @@ class Head:
             (node for node in self.nodes if node.alive and not node.launched),
             key=lambda node: node.position,
         )[: self.width * self.levels or 1]
-        if self.again and not waiting:
+        if self.again:
             self.again -= 1
-            waiting = [Node(self.tip.position, False, self.tip, launched=True)]
+            waiting = [Node(self.tip.position, False, self.tip)]
         if not waiting:
             return None
         for node in waiting:

@@ -1,0 +1,149 @@
+"""What a cluster of given stages, draft and links would make of decoding.
+
+    python -m jaxfm.launch.simulate --stages=8 --right=0.66 --draft_s=0.5
+    python -m jaxfm.launch.simulate --stages=14 --right=0.66,0.78,0.84,0.88 --width=4
+
+Plays texts through plain pipelined decoding, draft-then-verify (with its best and with a fixed draft
+length) and continuous speculation (as published, as a chain, as a tree), and writes a report with
+plots over stages, acceptance and link time. Times are in units of a stage's time, or in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from jaxfm import config as configs
+from jaxfm.config import check, option
+from jaxfm.parallel.simulate import Head, Played, RoundHead, best_speculative, play, trace
+from jaxfm.parallel.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
+from jaxfm.report import Report, heading, line_plot, row, table, write
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulateConfig:
+    """A cluster, and how good its draft is."""
+
+    stages: int = option(8, "nodes that the target is cut over")
+    stage_s: float = option(1.0, "time a stage takes for one token")
+    draft_s: float = option(0.5, "time the draft takes for one token")
+    link_s: float = option(0.05, "time of a hop")
+    token_cost: float = option(0.0, "what each further token of a packet adds to a stage's time")
+    right: tuple[float, ...] = option(
+        (0.66,), "probability that the next token is among the draft's first, first two, ..."
+    )
+    width: int = option(1, "candidates kept alive at each depth by the tree")
+    levels: int = option(1, "tokens of a path drafted at once")
+    fixed_length: int = option(8, "draft length of the fixed draft-then-verify")
+    tokens: int = option(1000, "tokens of the text")
+    slow: tuple[float, ...] = option((), "how much longer each stage takes; default: all alike")
+    jitter: float = option(0.0, "standard deviation of the logarithm of all times")
+    seed: int = option(0, "of the text and the jitter")
+    report: str = option("runs/simulate/report.html", "file of the report")
+
+    def __post_init__(self):
+        check(self)
+        for name in ("stages", "width", "levels", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        for name in ("stage_s", "draft_s", "link_s", "token_cost", "jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a time cannot be negative.")
+        rising = sorted(self.right) == list(self.right)
+        if not self.right or not rising or not 0 <= self.right[0] <= self.right[-1] <= 1:
+            raise ValueError(f"right={self.right}: give rising probabilities between 0 and 1.")
+        if self.width > len(self.right):
+            raise ValueError(
+                f"width={self.width} candidates, but --right tells of {len(self.right)} only."
+            )
+        if self.slow and len(self.slow) != self.stages:
+            raise ValueError(f"slow={self.slow}: give one factor for each of {self.stages} stages.")
+
+
+def pipe_of(config: SimulateConfig) -> Pipe:
+    """The cluster's times."""
+    return Pipe(
+        config.stages, config.stage_s, config.draft_s, config.link_s, linear_cost(config.token_cost)
+    )
+
+
+def compare(config: SimulateConfig) -> dict[str, Played]:
+    """Every way of decoding the same text on the same cluster."""
+    pipe, ranks = pipe_of(config), trace(config.tokens, config.right, seed=config.seed)
+    times = {"factors": config.slow or None, "jitter": config.jitter, "seed": config.seed}
+    # The draft whose best candidate alone is used is right where the rank is 0.
+    length, _ = best_speculative(ranks, pipe)
+    ways = {
+        "plain": Head(ranks, width=0),
+        f"draft-then-verify, best length {length}": RoundHead(ranks, length),
+        f"draft-then-verify, length {config.fixed_length}": RoundHead(ranks, config.fixed_length),
+        "continuous, as published": Head(ranks, levels=config.levels, duplicates=True),
+        "continuous, chain": Head(ranks, levels=config.levels),
+    }
+    if config.width > 1:
+        ways[f"continuous, tree of {config.width}"] = Head(
+            ranks, width=config.width, levels=config.levels
+        )
+    return {name: play(head, pipe, **times) for name, head in ways.items()}
+
+
+def _sweep(config: SimulateConfig, name: str, values: Sequence) -> dict[str, tuple[list, list]]:
+    """Speed-up over plain decoding by one setting, for the ways that compete."""
+    curves: dict[str, tuple[list, list]] = {}
+    for value in values:
+        changes = {"slow": ()} if name == "stages" else {}
+        changed = dataclasses.replace(config, **{name: value}, **changes, tokens=400)
+        played = compare(changed)
+        for way, result in played.items():
+            way = way.split(" length ")[0].removesuffix(", best") if "best" in way else way
+            if way != "plain":
+                xs, ys = curves.setdefault(way, ([], []))
+                xs.append(value[0] if isinstance(value, tuple) else value)
+                ys.append(float(result.rate / played["plain"].rate))
+    return curves
+
+
+def main(config: SimulateConfig) -> None:
+    """Prints a table and writes the report."""
+    played = compare(config)
+    plain = played["plain"]
+    columns = ["way", "speed-up", "tokens a unit", "first token", "between: p50", "p99", "in use",
+               "wasted"]  # fmt: skip
+    figures = lambda p: (
+        p.rate / plain.rate, p.rate, p.first, p.between(50), p.between(99), p.utilisation,
+        p.wasted / max(p.busy, 1e-12),
+    )  # fmt: skip
+    rows = [[name, *map(float, figures(p))] for name, p in played.items()]
+    for cells in rows:
+        print(f"{cells[0]:34s} {cells[1]:5.2f}x  in use {cells[6]:4.0%}, wasted {cells[7]:4.0%}")
+    pipe = pipe_of(config)
+    best = choose(pipe, config.right, levels=config.levels)
+    model = continuous_rate(pipe, config.right[0], levels=config.levels) / plain_rate(pipe)
+    print(f"by the closed form the chain gives {model:.2f}x; best: width {best.width}, "
+          f"levels {best.levels}, {best.rate / plain_rate(pipe):.2f}x")  # fmt: skip
+    single = dataclasses.replace(config, width=1, right=config.right[:1])
+    plots = row(
+        line_plot(_sweep(config, "stages", (2, 4, 8, 16)), x_label="stages", y_label="speed-up"),
+        line_plot(
+            _sweep(config, "link_s", [config.stage_s * x for x in (0, 0.25, 0.5, 1, 2)]),
+            x_label="time of a hop", y_label="speed-up",
+        ),
+        line_plot(
+            _sweep(single, "right", [(x,) for x in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)]),
+            x_label="probability that the draft is right", y_label="speed-up",
+        ),
+    )  # fmt: skip
+    parts = (
+        heading("On this cluster", "The same text by every way; times in the units given."),
+        table(columns, rows, best={"speed-up": max}),
+        heading("Elsewhere", "Speed-up over plain decoding through the same pipe."),
+        plots,
+    )
+    path = pathlib.Path(config.report)
+    write(Report("Decoding on a cluster", f"{config.stages} stages", parts), path)
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    configs.run(main, SimulateConfig)
