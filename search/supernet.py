@@ -13,9 +13,9 @@ first. Groups are the logical axes of a model (`Model.axes`), per layer where la
 >>> small = net.extract(net.variables, net.smallest)
 >>> small.params["conv1"]["kernel"].shape
 (5, 5, 1, 2)
->>> half = [net.parameters(net.largest.astype("float32")) * 0.5]
->>> net.members([Budget("parameters", net.parameters, float(half[0]))])[0].tolist()
-[2, 2]
+>>> half = Budget("parameters", net.parameters, 0.5 * float(net.parameters(net.largest * 1.0)))
+>>> net.members([half])[0].tolist()
+[2, 4]
 
 Source: Yu and Huang 2019 (universally slimmable networks), sections 3.2 and 3.3; Cai et al. 2020
 (Once-for-All), section 3.3, where budgets are met by drawing until one fits; here by projection.
@@ -133,9 +133,8 @@ def supernet(
         return to_counts(jax.random.randint(key, (n, len(groups)), low, high))
 
     def fit(budgets: Sequence[Budget]) -> Callable[[Array], Array]:
-        in_steps = [
-            b._replace(cost=lambda steps, cost=b.cost: cost(to_counts(steps))) for b in budgets
-        ]
+        of_steps = lambda cost: lambda steps: cost(to_counts(steps))
+        in_steps = [b._replace(cost=of_steps(b.cost)) for b in budgets]
         project = projection(most, in_steps, smallest=smallest)
         return jax.jit(lambda logits: to_counts(project(logits)))
 

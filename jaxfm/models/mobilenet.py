@@ -69,7 +69,8 @@ def mobilenet_config(version: int, **changes: Any) -> MobileNetConfig:
     """
     if version not in _ROWS:
         raise ValueError(f"version must be 1 or 2, got {version}.")
-    return MobileNetConfig(**({"version": version, "rows": _ROWS[version]} | changes))
+    fields: dict[str, Any] = {"version": version, "rows": _ROWS[version]}
+    return MobileNetConfig(**(fields | changes))
 
 
 class Separable(nnx.Module):
@@ -112,6 +113,7 @@ class MobileNet(nnx.Module):
         )  # fmt: skip
         for i, (expansion, channels, depth, stride) in enumerate(config.rows, 1):
             blocks: list[nnx.Module] = []
+            outputs: Axis
             for j in range(depth):
                 step = stride if j == 0 else 1
                 if config.version == 1:

@@ -2,8 +2,8 @@
 
 >>> import jax
 >>> model = resnet(resnet_config(8))
->>> variables = model.init(jax.random.key(0))
->>> logits, _ = model.apply(variables, jax.numpy.ones((2, 32, 32, 3)))
+>>> variables = jax.eval_shape(model.init, jax.random.key(0))
+>>> logits, _ = jax.eval_shape(model.apply, variables, jax.numpy.ones((2, 32, 32, 3)))
 >>> logits.shape
 (2, 10)
 
