@@ -100,12 +100,8 @@ def emulated(sizes: dict) -> dict:
     out = {
         "vs_tuned_fast": versus("a = 0.66, fast draft", fast, cluster(8, 0.5), tuned),
         "vs_tuned_slow": versus("a = 0.66, slow draft", slow, cluster(8, 1.5), tuned),
-        "vs_fixed": versus(
-            "published regime, a = 0.66", fast, cluster(7, 1.0, cost=0.3), fixed
-        ),
-        "vs_plain_at_a01": versus(
-            "a = 0.1", trace(tokens, [0.1], seed=1), cluster(8, 0.5), plain
-        ),
+        "vs_fixed": versus("published regime, a = 0.66", fast, cluster(7, 1.0, cost=0.3), fixed),
+        "vs_plain_at_a01": versus("a = 0.1", trace(tokens, [0.1], seed=1), cluster(8, 0.5), plain),
     }
     for stages in (8, 14):
         ranks = trace(tokens, TREE, seed=2)
@@ -171,7 +167,10 @@ def wall(sizes: dict) -> dict:
     held = load_data(DataConfig(), 0).test["tokens"]
     prompts = [row[:48].tolist() for row in held[:: max(1, len(held) // 2)][:2]]
     mesh, new = make_mesh(stage=2), sizes["new"]
-    decoders = {"plain": plain(model, variables), "pipelined": pipelined(model, variables, mesh=mesh)}
+    decoders = {
+        "plain": plain(model, variables),
+        "pipelined": pipelined(model, variables, mesh=mesh),
+    }
     for name, (small, weights) in drafts.items():
         source = draft.model_source(small, weights)
         decoders[f"speculative, {name}"] = speculative(model, variables, small, weights, length=3)
@@ -198,7 +197,9 @@ def wall(sizes: dict) -> dict:
     pipe = decoders["continuous, good"]
     held_bytes = sum(x.nbytes for x in _leaves(pipe.variables.cut.layers)) / mesh.shape["stage"]
     shared = sum(x.nbytes for x in _leaves(pipe.variables.cut.shared))
-    print(f"  memory a stage: layers {held_bytes / 1e6:.2f} MB, embedding and head {shared / 1e6:.2f}")
+    print(
+        f"  memory a stage: layers {held_bytes / 1e6:.2f} MB, embedding and head {shared / 1e6:.2f}"
+    )
     return {
         "wall_vs_plain": ours / rate["plain"],
         "wall_vs_speculative": ours / theirs,
@@ -238,6 +239,7 @@ if __name__ == "__main__":
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     result = main(QUICK if parser.parse_args().quick else FULL)
     rounded = {
-        k: round(float(v), 3) if isinstance(v, float | np.floating) else v for k, v in result.items()
+        k: round(float(v), 3) if isinstance(v, float | np.floating) else v
+        for k, v in result.items()
     }
     print(json.dumps(rounded))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxfm.data.federation import Federation
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
 from jaxfm.model import Array, Key, PyTree, Variables
-from jaxfm.parallel.mesh import make_mesh
+from jaxfm.parallel.mesh import make_mesh, put
 
 
 class Population(NamedTuple):
@@ -122,7 +122,7 @@ def rounds(
     width = default_width() if width is None else width
     members = [np.flatnonzero(bucket_of == b) for b in range(len(algorithm.buckets))]
     everywhere = NamedSharding(mesh, P())
-    place = lambda tree: jax.tree.map(lambda x: _place(x, everywhere), tree)
+    place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     # The place of each client among the memories of its bucket.
     row = np.zeros(num_clients, np.int32)
     for ids in members:
@@ -299,15 +299,6 @@ def _check_range(name: str, values, limit: int, why: str) -> None:
     low, high = int(np.min(values)), int(np.max(values))
     if low < 0 or high >= limit:
         raise ValueError(f"{name} has values from {low} to {high}; {why}.")
-
-
-def _place(x: Any, sharding: NamedSharding) -> Array:
-    """`x` on the devices of `sharding`, which may belong to several processes."""
-    x = x if hasattr(x, "dtype") else np.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # device_put keeps keys within a process
-        words = jax.device_put(jax.random.key_data(x), sharding)
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
-    return jax.device_put(x, sharding)
 
 
 def _floats(tree: PyTree) -> list[Array]:

@@ -106,7 +106,9 @@ def grid_plot(
     """
     columns = max((len(cells) for cells in rows.values()), default=0)
     if not columns:
-        return _figure(title, "", f'<p class="empty">Nothing to plot by {html.escape(x_label)}.</p>')
+        return _figure(
+            title, "", f'<p class="empty">Nothing to plot by {html.escape(x_label)}.</p>'
+        )
     width = max(_WIDTH - _LEFT - _RIGHT, 6 * columns) / columns
     bottom = _TOP + _ROW * len(rows)
     colors = {kind: _color(i) for i, kind in enumerate(kinds)}
@@ -143,7 +145,11 @@ def grid_plot(
         f'<svg viewBox="0 0 {whole:.0f} {height}" style="min-width:{whole:.0f}px" role="img" '
         f'aria-label="{html.escape(title or x_label)}">{"".join(parts)}</svg>'
     )
-    return _figure(title, _legend({meaning: None for meaning in kinds.values()}), f'<div class="wide">{svg}</div>')
+    return _figure(
+        title,
+        _legend(dict.fromkeys(kinds.values())),
+        f'<div class="wide">{svg}</div>',
+    )
 
 
 _ROW = 26

@@ -165,7 +165,12 @@ def write_timeline(counters: Counters, path: pathlib.Path) -> None:
         Card("packets launched", int(counters.launched[0]), "of these some were cancelled"),
         Card("corrections", int(counters.corrections.sum()), "tokens that nothing foresaw"),
     ]
-    kinds = {LIVE: "computes", CANCELLED: "cancelled", PREFILL: "reads the prompt", DRAFTED: "drafts"}
+    kinds = {
+        LIVE: "computes",
+        CANCELLED: "cancelled",
+        PREFILL: "reads the prompt",
+        DRAFTED: "drafts",
+    }
     picture = grid_plot(
         dict(zip([*names, "draft"], rows.tolist())), kinds, x_label="tick", title="The pipe"
     )

@@ -272,7 +272,9 @@ def _scripted_functions(vocab: int) -> Functions:
             tokens = jnp.where(hit, texts[place], (texts[place] + 1 + order) % vocab)
             # Earlier candidates are more probable, and so are those of the right parent.
             logq = -0.01 * (order + 1).astype(jnp.float32)
-            out.append((tokens, jnp.full((width,), parent), logq, jnp.broadcast_to(ok[parent], (width,))))
+            out.append(
+                (tokens, jnp.full((width,), parent), logq, jnp.broadcast_to(ok[parent], (width,)))
+            )
             positions, right, ok = positions[parent] + 1 + 0 * order, hit, jnp.ones((width,), bool)
         proposals = Proposals(*(jnp.stack(rows) for rows in zip(*out)))
         return Answer(proposals, jnp.zeros((), bool)), state

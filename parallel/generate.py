@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.model import Key
 from jaxfm.parallel.decode import Decoder, Program
+from jaxfm.parallel.mesh import put
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import HIT, Detokenizer, automaton
 from jaxfm.parallel.verify import Rules, Stats, Text
@@ -170,7 +171,8 @@ def _run(
     writers: list[Detokenizer] | None,
 ):  # fmt: skip
     if decoder.mesh is not None:  # where the ticks leave them, or the second piece compiles again
-        text, rules = jax.device_put((text, rules), NamedSharding(decoder.mesh, PartitionSpec()))
+        everywhere = NamedSharding(decoder.mesh, PartitionSpec())
+        text, rules = jax.tree.map(lambda x: put(x, everywhere), (text, rules))
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -127,6 +128,15 @@ def shard(
     return jax.device_put(
         variables, shardings(axes, variables, mesh, rules, replicate_uneven=replicate_uneven)
     )
+
+
+def put(x: Any, sharding: NamedSharding) -> Array:
+    """`x` on the devices of `sharding`, which may belong to several processes."""
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # device_put keeps keys within a process
+        words = jax.device_put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
 
 
 def _unstacked_axes(axes: PyTree, like: PyTree) -> PyTree:

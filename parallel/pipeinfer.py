@@ -675,7 +675,9 @@ def _count(state: State, said: _Sent) -> Counters:
         cancelled=old.cancelled + cancelled.astype(jnp.int32),
         drafted=old.drafted + said.drafted,
         in_flight=old.in_flight + live.sum(dtype=jnp.int32),
-        timeline=old.timeline.at[old.ticks].set(row, mode="drop") if old.timeline.size else old.timeline,
+        timeline=old.timeline.at[old.ticks].set(row, mode="drop")
+        if old.timeline.size
+        else old.timeline,
     )
 
 

@@ -75,7 +75,9 @@ def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
     layers = unstack(layers_of(variables))
     total = num_layers(layers)
     if sum(split) != total or min(split) < 0:
-        raise ValueError(f"split={tuple(split)} deals out {sum(split)} of the model's {total} layers.")
+        raise ValueError(
+            f"split={tuple(split)} deals out {sum(split)} of the model's {total} layers."
+        )
     if len(split) != mesh.shape[STAGE]:
         raise ValueError(
             f"split={tuple(split)} names {len(split)} slots; mesh axis {STAGE!r} has "
@@ -102,7 +104,9 @@ def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
     columns = [column(j) for j in range(max(split))]
     if jax.default_backend() == "cpu":  # slices of a stack are copied there (decoding_layout)
         parts = zip(*columns)
-        held = Variables(*({str(j): p for j, p in enumerate(part)} if part[0] else {} for part in parts))
+        held = Variables(
+            *({str(j): p for j, p in enumerate(part)} if part[0] else {} for part in parts)
+        )
     else:
         held = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *columns)
     put = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))

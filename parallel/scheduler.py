@@ -271,9 +271,7 @@ def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, Settled]:
         found = matches.any()
         logprob = tree.logprobs[tree.tip]
         on, on_cells = _move(tree, cells, jnp.argmax(matches))
-        anew, anew_cells = replant(
-            tree, cells, answer, tree.positions[tree.tip] + 1, busy
-        )
+        anew, anew_cells = replant(tree, cells, answer, tree.positions[tree.tip] + 1, busy)
         pick = lambda a, b, c: jnp.where(known, jnp.where(found, a, b), c)
         carry = jax.tree.map(pick, (on, on_cells), (anew, anew_cells), (tree, cells))
         return carry, (answer, logprob, known, known & children.any(), known & found)
@@ -438,9 +436,7 @@ def could_ask(
     return tree.alive.any() & idle & room & (limits.width > 0) & (deepest + 1 < end)
 
 
-def ask(
-    tree: Tree, cells: Cells, request: Array, wanted: Array, levels: int, width: int
-) -> Ask:
+def ask(tree: Tree, cells: Cells, request: Array, wanted: Array, levels: int, width: int) -> Ask:
     """Asks for what follows the most probable of the deepest nodes.
 
     The nodes and cells of the answer are the first free ones; `insert` comes before anything that

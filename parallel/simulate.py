@@ -92,7 +92,9 @@ class Head:
             if position >= len(self.ranks):
                 return
             rank = self.ranks[position - 1]
-            parents = [Node(position, parent.right and rank == i, parent) for i in range(self.width)]
+            parents = [
+                Node(position, parent.right and rank == i, parent) for i in range(self.width)
+            ]
             if parent.alive:
                 self.nodes += parents
             else:

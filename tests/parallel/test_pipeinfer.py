@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfm.parallel import draft, generate, make_mesh, plain
+from jaxfm.parallel import draft, generate, make_mesh, plain, simulate
 from jaxfm.parallel.generate import _advance, _start
 from jaxfm.parallel.pipeinfer import cache_copies, pipeinfer, pipelined
 from jaxfm.parallel.scheduler import limits
+from jaxfm.parallel.speed import Pipe
 from jaxfm.testing import random_variables, tiny_decoder, tiny_gpt2
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -92,30 +93,34 @@ def test_tokens_are_those_of_plain_decoding(family, name, kind, mesh, expected):
         assert counters.drafted == 0 and counters.executed.tolist() == [sum(NEW)] * 2
 
 
-def script(expected, wrong, *, seed=0):
-    """A draft that knows the greedy texts and errs at the positions that `wrong` tells."""
-    rows = texts(expected["llama", "greedy"])
-    return draft.scripted(rows, np.where(wrong(rows.shape), 99, 0), 64)
+def scripted(expected, ranks, mesh, **settings):
+    """The pipe whose draft knows the greedy texts and has the right token at the places `ranks`
+    tells. One program for all of them; a width below 3 is a matter of its limits."""
+    source = draft.scripted(texts(expected["llama", "greedy"]), ranks, 64)
+    kept = limits(**({"width": 1} | settings))
+    return pipeinfer(
+        MODELS["llama"], VARIABLES["llama"], source, mesh=mesh, width=3, limits=kept, record=128
+    )
+
+
+SHAPE = (len(PROMPTS), 64)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda s: np.zeros(s, bool), lambda s: np.ones(s, bool),
-     lambda s: np.arange(s[1])[None] % 3 == 0 + np.zeros(s, int),
-     lambda s: np.random.default_rng(1).random(s) > 0.66],
+    [np.zeros(SHAPE, bool), np.ones(SHAPE, bool),
+     np.arange(64)[None] % 3 == np.zeros((3, 1)), np.random.default_rng(1).random(SHAPE) > 0.66],
     ids=["right", "wrong", "every third", "random"],
 )  # fmt: skip
 def test_ticks_are_as_few_as_the_answers_allow(wrong, mesh, expected):
     """(1 - a) S + a a token for a draft that answers within a tick; the first text loses nothing to
     the others."""
-    source = script(expected, wrong)
-    decoder = pipeinfer(MODELS["llama"], VARIABLES["llama"], source, mesh=mesh)
+    decoder = scripted(expected, np.where(wrong, 99, 0), mesh)
     alone = generate(decoder, PROMPTS[:1], max_new_tokens=NEW[0], cells=128)
     right = int(alone.stats.accepted.sum())
     # The last token is known at the start of a tick that is counted, too.
     assert alone.counters.ticks == (NEW[0] - right) * 2 + right + 1
-    rows = texts(expected["llama", "greedy"])
-    misses = np.where(wrong(rows.shape), 1, 0)[0, len(PROMPTS[0]) : len(PROMPTS[0]) + NEW[0]]
+    misses = wrong[0, len(PROMPTS[0]) : len(PROMPTS[0]) + NEW[0]]
     # Only the last token is not drafted for; the first has no draft in time where S is 1.
     assert abs((NEW[0] - right) - misses.sum()) <= 1
     together = generate(decoder, PROMPTS, max_new_tokens=NEW, cells=128)
@@ -125,8 +130,7 @@ def test_ticks_are_as_few_as_the_answers_allow(wrong, mesh, expected):
 
 def test_cancelled_packets_compute_nothing(mesh, expected):
     """The second stage runs right tokens alone where each answer corrects the draft."""
-    source = script(expected, lambda s: np.ones(s, bool))
-    decoder = pipeinfer(MODELS["llama"], VARIABLES["llama"], source, mesh=mesh, record=64)
+    decoder = scripted(expected, np.full(SHAPE, 99), mesh)
     result = generate(decoder, PROMPTS[:1], max_new_tokens=NEW[0], cells=128)
     counters = result.counters
     assert counters.executed[1] == NEW[0]
@@ -139,20 +143,39 @@ def test_cancelled_packets_compute_nothing(mesh, expected):
 
 
 def test_limits_change_without_a_compilation(mesh, expected, caplog):
-    source = script(expected, lambda s: np.arange(s[1])[None] % 4 == 0 + np.zeros(s, int))
-    made = lambda **kw: pipeinfer(
-        MODELS["llama"], VARIABLES["llama"], source, mesh=mesh, limits=limits(**kw)
+    ranks = np.where(np.arange(64)[None] % 4 == np.zeros((3, 1)), 2, 0)
+    run = lambda **kw: generate(
+        scripted(expected, ranks, mesh, **kw),
+        PROMPTS[:1],
+        max_new_tokens=NEW[0],
+        cells=128,
+        ticks=5,
     )
-    run = lambda **kw: generate(made(**kw), PROMPTS[:1], max_new_tokens=NEW[0], cells=128, ticks=5)
     free = run()
     before = _advance._cache_size(), _start._cache_size()
-    off, narrow, picky = run(width=0), run(window=1), run(accept=1.0)
+    off, narrow, picky, tree = run(width=0), run(window=1), run(accept=1.0), run(width=3)
     assert (_advance._cache_size(), _start._cache_size()) == before
-    for result in (off, narrow, picky):
+    for result in (off, narrow, picky, tree):
         assert result.tokens[0].tolist() == free.tokens[0].tolist()
     assert off.counters.drafted == 0 and off.counters.ticks == NEW[0] * 2 + 1
     assert picky.counters.launched.tolist() == [NEW[0]] * 2  # nothing is that probable
     assert free.counters.ticks < narrow.counters.ticks <= off.counters.ticks
+    assert tree.counters.corrections[0] <= 1 < free.counters.corrections[0]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_simulator_counts_the_engines_ticks(width, mesh, expected):
+    """Tick for tick: the same stages busy, the same packets cancelled."""
+    for seed in range(4):
+        ranks = np.random.default_rng(seed).integers(0, 5, SHAPE)
+        decoder = scripted(expected, ranks, mesh, width=width)
+        result = generate(decoder, PROMPTS[:1], max_new_tokens=NEW[0], cells=128)
+        first = len(PROMPTS[0])
+        head = simulate.Head(ranks[0, first : first + NEW[0]], width=width)
+        played = simulate.play(head, Pipe(stages=2))
+        assert played.times[-1] + 1 == result.counters.ticks
+        assert played.accepted == result.stats.accepted.sum()
+        assert played.busy == result.counters.executed.sum()
 
 
 def test_the_cache_is_never_copied(mesh):
@@ -205,7 +228,7 @@ def test_wrong_settings_are_refused(mesh):
 
 MANY = """
 import json, numpy as np, jax
-from jaxfm.parallel import draft, generate, make_mesh, plain
+from jaxfm.parallel import draft, generate, make_mesh, plain, simulate
 from jaxfm.parallel.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
 model = tiny_decoder(num_layers=5)
