@@ -5,18 +5,18 @@
 Three parts, each with both sides in one run on the same text:
 
 1. An emulated cluster (`jaxfm.parallel.cluster`): one thread a node, waiting in the place of
-   computing. Against it plain pipelined decoding and draft-then-verify, with a fixed draft length and
-   with the best one, which is found by trying all of them on the very text that is timed.
+   computing. Against it plain pipelined decoding and draft-then-verify, with a fixed draft length
+   and with the best one, which is found by trying all of them on the very text that is timed.
 2. The engine's ticks on 8 emulated devices with a draft that is told when to be wrong, against
    (1 - a) S + a a token at the acceptance that came out.
 3. Tokens a second on two host devices with models trained here on the standard library's source.
 
 The last line is one JSON object:
-  identical            whether every decoder gave the tokens of plain decoding
-  ticks_over_optimum   ticks of the engine over the chain's optimum
-  vs_tuned_fast        over the best draft-then-verify: 8 stages, draft of half a stage, a = 0.66
-  vs_tuned_slow        the same with a draft of one and a half stages
-  vs_fixed             published regime: each further token costs 30 %, draft as slow as a stage, over
+  identical            whether every decoder gave the tokens of plain decoding ticks_over_optimum
+  ticks of the engine over the chain's optimum vs_tuned_fast        over the best draft-then-verify:
+  8 stages, draft of half a stage, a = 0.66 vs_tuned_slow        the same with a draft of one and a
+  half stages vs_fixed             published regime: each further token costs 30 %, draft as slow as
+  a stage, over
                        draft-then-verify of length 8
   vs_plain_at_a01      over plain decoding where one draft in ten is right
   tree8_vs_plain, tree14_vs_plain   trees of 4 candidates, 0.88 of which hold the next token

@@ -47,8 +47,8 @@ class GenerateConfig:
     model: str = option("runs/demo/model", "folder or hub name of a causal language model")
     draft: str = option(
         "",
-        "speculative: folder or hub name of the drafting model; pipeinfer also: exit:N (the model's "
-        "own first N layers), lookup, lookup+exit:N, lookup+FOLDER, or none",
+        "speculative: folder or hub name of the drafting model; pipeinfer also: exit:N (the "
+        "model's own first N layers), lookup, lookup+exit:N, lookup+FOLDER, or none",
     )
     decoder: Literal["plain", "speculative", "lookup", "pipeinfer"] = option(
         "plain", "how tokens are found"

@@ -3,9 +3,10 @@
     python -m jaxfm.launch.simulate --stages=8 --right=0.66 --draft_s=0.5
     python -m jaxfm.launch.simulate --stages=14 --right=0.66,0.78,0.84,0.88 --width=4
 
-Plays texts through plain pipelined decoding, draft-then-verify (with its best and with a fixed draft
-length) and continuous speculation (as published, as a chain, as a tree), and writes a report with
-plots over stages, acceptance and link time. Times are in units of a stage's time, or in seconds.
+Plays texts through plain pipelined decoding, draft-then-verify (with its best and with a fixed
+draft length) and continuous speculation (as published, as a chain, as a tree), and writes a report
+with plots over stages, acceptance and link time. Times are in units of a stage's time, or in
+seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
@@ -71,7 +73,11 @@ def pipe_of(config: SimulateConfig) -> Pipe:
 def compare(config: SimulateConfig) -> dict[str, Played]:
     """Every way of decoding the same text on the same cluster."""
     pipe, ranks = pipe_of(config), trace(config.tokens, config.right, seed=config.seed)
-    times = {"factors": config.slow or None, "jitter": config.jitter, "seed": config.seed}
+    times: dict[str, Any] = {
+        "factors": config.slow or None,
+        "jitter": config.jitter,
+        "seed": config.seed,
+    }
     # The draft whose best candidate alone is used is right where the rank is 0.
     length, _ = best_speculative(ranks, pipe)
     ways = {
@@ -92,8 +98,10 @@ def _sweep(config: SimulateConfig, name: str, values: Sequence) -> dict[str, tup
     """Speed-up over plain decoding by one setting, for the ways that compete."""
     curves: dict[str, tuple[list, list]] = {}
     for value in values:
-        changes = {"slow": ()} if name == "stages" else {}
-        changed = dataclasses.replace(config, **{name: value}, **changes, tokens=400)
+        changes: dict[str, Any] = {name: value, "tokens": 400}
+        if name == "stages":
+            changes["slow"] = ()
+        changed = dataclasses.replace(config, **changes)
         played = compare(changed)
         for way, result in played.items():
             way = way.split(" length ")[0].removesuffix(", best") if "best" in way else way

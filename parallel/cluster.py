@@ -1,9 +1,10 @@
 """An emulated cluster: one thread a node, real waiting in the place of computing and sending.
 
 For measuring schedules by the clock on a machine that has not the nodes: each stage, the draft and
-every hop take the time that they are told to. Nodes run at their own pace (a draft may take one and a
-half stages), get each other's packets through queues and learn of a cancellation while they compute.
-The head is that of `jaxfm.parallel.simulate`, which says beforehand what should come out here.
+every hop take the time that they are told to. Nodes run at their own pace (a draft may take one and
+a half stages), get each other's packets through queues and learn of a cancellation while they
+compute. The head is that of `jaxfm.parallel.simulate`, which says beforehand what should come out
+here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _Cluster:
     def stage(self, number: int) -> None:
         with self.changed:
             while (run := self.arrived(number)) is not None:
-                if run.live:
+                if run.is_live():
                     live = sum(node.alive for node in run.nodes)
                     right = any(node.right for node in run.nodes)
                     began = time.monotonic()
@@ -70,7 +71,7 @@ class _Cluster:
                         finally:
                             self.changed.acquire()
                     rest = self.pipe.stage_s * self.pipe.cost(live) - (time.monotonic() - began)
-                    self.hold(rest, lambda run=run: run.live)
+                    self.hold(rest, run.is_live)
                     spent = time.monotonic() - began
                     self.busy += spent
                     self.wasted += spent * (not right)
@@ -85,7 +86,10 @@ class _Cluster:
                 if question is None:
                     self.changed.wait()
                     continue
-                valid = lambda q=question: self.question is q and any(node.alive for node in q)
+
+                def valid(asked: list[Node] = question) -> bool:
+                    return self.question is asked and any(node.alive for node in asked)
+
                 self.hold(self.pipe.draft_s * self.head.levels, valid)
                 if valid():
                     self.answered = question

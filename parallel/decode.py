@@ -6,7 +6,8 @@ A decoder advances a batch of texts by ticks, each one pass of the target model:
     tick    some more tokens of the texts
 
 One invariant holds between the ticks of decoders that draft and verify: the target's cache covers
-each text but its newest token, which the next tick reads first. `jaxfm.parallel.generate` runs ticks in compiled loops.
+each text but its newest token, which the next tick reads first. `jaxfm.parallel.generate` runs
+ticks in compiled loops.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ static functions over a state of its own, which lives on the device that drafts:
 
 Proposals for sampled texts are ranked by log q + g, where g is the very Gumbel noise with which the
 target will draw its own token at that position: the more alike the two distributions are, the more
-often both maxima fall on one token (with probability at least (1 - d) / (1 + d) at a total variation
-distance d), and the target's draw does not depend on the draft at all. Source: Daliri, Musco and
-Suresh 2024, "Coupling without communication and drafter-invariant speculative decoding".
+often both maxima fall on one token (with probability at least (1 - d) / (1 + d) at a total
+variation distance d), and the target's draw does not depend on the draft at all. Source: Daliri,
+Musco and Suresh 2024, "Coupling without communication and drafter-invariant speculative decoding".
 """
 
 from __future__ import annotations

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxfm.model import PyTree, Variables, is_axes, is_stacked, layers_of, with_layers
+from jaxfm.model import Array, PyTree, Variables, is_axes, is_stacked, layers_of, with_layers
 
 AXES = ("stage", "clients", "data", "tensor")
 

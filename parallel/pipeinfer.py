@@ -2,15 +2,16 @@
 
 The target is cut by layers over the mesh axis "stage"; a tick moves every packet of proposed tokens
 on by one stage. A token launched in one tick is answered S ticks later, and the pipe does not wait:
-the draft proposes on, below what is still in flight. When an answer contradicts a proposal, all that
-hangs below it is cancelled everywhere in the next tick, and what agrees with the answer lives on.
-With a draft that answers within a tick and is right with probability a, a token takes
+the draft proposes on, below what is still in flight. When an answer contradicts a proposal, all
+that hangs below it is cancelled everywhere in the next tick, and what agrees with the answer lives
+on. With a draft that answers within a tick and is right with probability a, a token takes
 
     (1 - a) S + a    ticks, where plain decoding through the same pipe takes S.
 
-One program runs on all devices (`jax.shard_map`). Its control state is replicated: each device makes
-the same decisions from the same answers, so nothing but one stage's hidden states (`ppermute`) and a
-few integers (`psum`) is sent in a tick, and no collective stands inside a branch.
+One program runs on all devices (`jax.shard_map`). Its control state is replicated: each device
+makes the same decisions from the same answers, so nothing but one stage's hidden states
+(`ppermute`) and a few integers (`psum`) is sent in a tick, and no collective stands inside a
+branch.
 
 Beside the published algorithm: the newest right token is launched on its own only where no packet
 holds it already; cancelling is by token, not by packet; trees stay alive across a correction that
@@ -25,7 +26,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,10 +238,11 @@ _NO_FUNCTIONS = Functions(lambda variables, tokens, length, cells, chunk: (), _n
 def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Program:
     """Cached, so that the same parts give equal programs."""
     net = skipping(target)
-    split, everywhere = PartitionSpec(STAGE), PartitionSpec()
-    arrays_spec = Arrays(Cut(everywhere, split), everywhere, everywhere)
-    state_spec = State(*[everywhere] * len(State._fields))
-    state_spec = state_spec._replace(rows=split, draft=split, hidden=split)
+    everywhere = PartitionSpec()
+    spec: Any = PartitionSpec  # stands where arrays will
+    arrays_spec = Arrays(Cut(spec(), spec(STAGE)), spec(), spec())
+    state_spec = State(*[spec()] * len(State._fields))
+    state_spec = state_spec._replace(rows=spec(STAGE), draft=spec(STAGE), hidden=spec(STAGE))
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
@@ -424,7 +426,7 @@ class _Sent(NamedTuple):
             if like.dtype == jnp.float32
             else x.astype(like.dtype)
         ).reshape(like.shape)
-        return form.unflatten([back(x, like) for x, like in zip(parts, leaves)])
+        return jax.tree.unflatten(form, [back(x, like) for x, like in zip(parts, leaves)])
 
 
 def _tick(
@@ -469,7 +471,7 @@ def _settle(
     spread = lambda x: jnp.broadcast_to(x, (batch, *x.shape))
     running = ~text.done
     kept = spread(new.logprobs) if text.logprobs is not None else None
-    text, count = append(text, spread(new.tokens), jnp.where(mine, new.count, 0), rules, kept)
+    text, count = append(text, spread(new.tokens), jnp.where(mine, new.size, 0), rules, kept)
     some = lambda x: jnp.where(mine & (count > 0), x, 0)
     stats = text.stats._replace(
         passes=text.stats.passes + running.astype(jnp.int32),
@@ -484,7 +486,7 @@ def _settle(
     # What died is in no packet any more; its cells and slots may be given away.
     alive = trees.alive[state.pipe.request[:, None], state.pipe.nodes]
     pipe = state.pipe._replace(nodes=jnp.where(alive, state.pipe.nodes, NONE))
-    corrections = state.counters.corrections + some(new.count - new.right)
+    corrections = state.counters.corrections + some(new.size - new.right)
     counters = state.counters._replace(corrections=corrections)
     state = state._replace(trees=trees, cells=all_cells, pipe=pipe, counters=counters)
     return state, text
@@ -552,8 +554,8 @@ def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
 
 def _one(sampling: Sampling, request: Array) -> Sampling:
     """The settings of one text, as arrays of one row."""
-    rows = jax.tree.map(lambda x: x[request][None], sampling._replace(key=None))
-    return rows._replace(key=sampling.key)
+    key, *settings = sampling
+    return Sampling(key, *jax.tree.map(lambda x: x[request][None], settings))
 
 
 def _compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rules):
@@ -682,8 +684,8 @@ def _count(state: State, said: _Sent) -> Counters:
 
 
 def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
-    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs more
-    than it should. Whether XLA makes one depends on its version.
+    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs
+    more than it should. Whether XLA makes one depends on its version.
 
     Args:
       decoder: of `pipeinfer`.
@@ -699,5 +701,5 @@ def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
     state = _start(decoder.program, decoder.variables, tokens, length, 16, None)
     program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
     size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
-    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program.as_text())
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program.as_text() or "")
     return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)

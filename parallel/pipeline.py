@@ -1,9 +1,9 @@
 """A causal language model cut by layers over the mesh axis "stage".
 
-Each device of the axis holds some of the layers and the keys and values of these; embedding and head
-are everywhere. Where stages hold different numbers of layers, all are padded to the longest, and
-what is padding is skipped when it is run. A slot in front of the first stage may hold no layers: it
-drafts.
+Each device of the axis holds some of the layers and the keys and values of these; embedding and
+head are everywhere. Where stages hold different numbers of layers, all are padded to the longest,
+and what is padding is skipped when it is run. A slot in front of the first stage may hold no
+layers: it drafts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What the pipe works on next: continuous speculation as a pure function on small arrays.
 
 Every text has a tree of proposed tokens. Its root, the *tip*, is the newest token that is known to
-be right; a node's children are guesses at what follows it. Nodes travel through the pipe in packets,
-S ticks long; what returns is the target's own token after each node. In a tick, in this order:
+be right; a node's children are guesses at what follows it. Nodes travel through the pipe in
+packets, S ticks long; what returns is the target's own token after each node. In a tick, in this
+order:
 
     insert    what the draft proposed in the last tick becomes nodes below those it was asked about
     settle    answers come back: the tip moves to the child that was right, its siblings' subtrees
@@ -12,8 +13,8 @@ S ticks long; what returns is the target's own token after each node. In a tick,
 
 A node that died is taken out of the packets in flight at once, so a packet without nodes computes
 nothing, and its cache cells can be given away. Node `i` of a text owns bit `i` of a set of bits; a
-query carries the bits of itself, its ancestors and the truth (bit 0), a cell the bit of its node, and
-for committed tokens also bit 0. So branching, cancelling and committing move no keys or values.
+query carries the bits of itself, its ancestors and the truth (bit 0), a cell the bit of its node,
+and for committed tokens also bit 0. So branching, cancelling and committing move no keys or values.
 
 All functions work on one text (no batch axis) and are `vmap`ped or indexed by the caller.
 Source: PipeInfer (arXiv 2407.11798), sections on continuous speculation and early cancellation;
@@ -246,14 +247,14 @@ class Settled(NamedTuple):
     Attributes:
       tokens: i32[E] new right tokens, in order.
       logprobs: f32[E].
-      count: i32[] how many are meant.
+      size: i32[] how many are meant.
       guessed: i32[] how many of these the draft had made any proposal for.
       right: i32[] how many of these it had proposed.
     """
 
     tokens: Array
     logprobs: Array
-    count: Array
+    size: Array
     guessed: Array
     right: Array
 

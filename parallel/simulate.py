@@ -1,9 +1,9 @@
 """What a cluster would do: continuous speculation played through in plain Python, event by event.
 
-The head knows which draft will be right (a trace), so that no model is needed: it keeps the same tree
-and takes the same decisions as `jaxfm.parallel.scheduler`, written as one reads them. With stages and
-a draft that take one unit of time each it counts the ticks of the real engine exactly (a test), and
-with measured times it answers what other clusters would make of the same text.
+The head knows which draft will be right (a trace), so that no model is needed: it keeps the same
+tree and takes the same decisions as `jaxfm.parallel.scheduler`, written as one reads them. With
+stages and a draft that take one unit of time each it counts the ticks of the real engine exactly (a
+test), and with measured times it answers what other clusters would make of the same text.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Run:
     nodes: list[Node]
     size: int
 
-    @property
-    def live(self) -> bool:
+    def is_live(self) -> bool:
         """Whether any of its nodes still may be right."""
         return any(node.alive for node in self.nodes)
 
@@ -78,7 +77,7 @@ class Head:
         if self.done or not self.width or any(not node.launched for node in alive):
             return None
         deepest = max(node.position for node in alive)
-        flying = sum(run.live for run in self.in_flight)
+        flying = sum(run.is_live() for run in self.in_flight)
         if deepest + 1 >= len(self.ranks) or flying >= self.window:
             return None
         return [node for node in alive if node.position == deepest]
@@ -133,7 +132,7 @@ class Head:
 
     def launch(self) -> Run | None:
         """The next packet, parents first; None: there is nothing to launch."""
-        if self.done or sum(run.live for run in self.in_flight) >= self.window:
+        if self.done or sum(run.is_live() for run in self.in_flight) >= self.window:
             return None
         waiting = sorted(
             (node for node in self.nodes if node.alive and not node.launched),
@@ -230,7 +229,9 @@ class _Stage:
     """A node of the pipe: what waits for it, and until when it computes what."""
 
     def __init__(self, slow: float):
-        self.slow, self.queue, self.run, self.until = slow, [], None, 0.0
+        self.slow, self.until = slow, 0.0
+        self.queue: list[Run] = []
+        self.run: Run | None = None
 
 
 def play(
@@ -243,8 +244,8 @@ def play(
 ) -> Played:
     """Plays a text through a pipe.
 
-    A packet that is cancelled while a stage computes it, and a draft whose question has become void,
-    are given up at once (PipeInfer looks between two layers).
+    A packet that is cancelled while a stage computes it, and a draft whose question has become
+    void, are given up at once (PipeInfer looks between two layers).
 
     Args:
       head: fresh.
@@ -272,7 +273,7 @@ def play(
         while stage.queue and stage.until <= now:
             run = stage.queue.pop(0)
             spent = 0.0
-            if run.live:
+            if run.is_live():
                 live = sum(node.alive for node in run.nodes)
                 spent = vary(pipe.stage_s) * stage.slow * pipe.cost(live)
                 stage.run, stage.until = run, now + spent
@@ -286,7 +287,7 @@ def play(
     def give_up() -> None:
         nonlocal busy, wasted
         for number, stage in enumerate(stages):
-            if stage.until > now and stage.run is not None and not stage.run.live:
+            if stage.until > now and stage.run is not None and not stage.run.is_live():
                 busy -= stage.until - now
                 wasted -= stage.until - now
                 stage.until = now

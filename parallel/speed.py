@@ -1,10 +1,10 @@
 """How fast a pipe decodes: closed forms, and the settings that are fastest by them.
 
-Symbols: S stages, t_s seconds a stage takes for one token, l seconds a hop, T = S (t_s + l) one trip,
-t_d seconds the draft takes a token, a the share of drafts that are right, g the draft's length, b(k)
-the cost of k tokens in a stage relative to one (1 where weights dominate, as on accelerators).
-Source: Leviathan et al. 2023, theorem 3.8 for the second; the third follows from a cycle of accepted
-tokens, one every tau, that a mismatch ends with one trip.
+Symbols: S stages, t_s seconds a stage takes for one token, l seconds a hop, T = S (t_s + l) one
+trip, t_d seconds the draft takes a token, a the share of drafts that are right, g the draft's
+length, b(k) the cost of k tokens in a stage relative to one (1 where weights dominate, as on
+accelerators). Source: Leviathan et al. 2023, theorem 3.8 for the second; the third follows from a
+cycle of accepted tokens, one every tau, that a mismatch ends with one trip.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def plain_rate(pipe: Pipe) -> float:
 
 
 def speculative_rate(pipe: Pipe, right: float, length: int) -> float:
-    """Tokens a second of draft-then-verify: (1 - a^(g+1)) / (1 - a) a round of g t_d + S (t_s b + l)."""
+    """Tokens a second of draft-then-verify: (1 - a^(g+1)) / (1 - a) of them in a round, which takes
+    g t_d + S (t_s b(g + 1) + l)."""
     expected = sum(right**i for i in range(length + 1))
     verify = pipe.stages * (pipe.stage_s * pipe.cost(length + 1) + pipe.link_s)
     return expected / (length * pipe.draft_s + verify)

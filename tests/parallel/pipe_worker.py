@@ -19,9 +19,9 @@ jax.distributed.initialize(
     coordinator, 2, process, initialization_timeout=60, heartbeat_timeout_seconds=10
 )
 
-from jaxfm.parallel import draft, make_mesh, stream
-from jaxfm.parallel.pipeinfer import pipeinfer
-from jaxfm.testing import random_variables, tiny_decoder
+from jaxfm.parallel import draft, make_mesh, stream  # noqa: E402
+from jaxfm.parallel.pipeinfer import pipeinfer  # noqa: E402
+from jaxfm.testing import random_variables, tiny_decoder  # noqa: E402
 
 model = tiny_decoder(num_layers=3)
 variables = random_variables(model)

@@ -1,4 +1,4 @@
-"""The laws of the pipe: plain decoding's tokens whatever is drafted, and ticks as the model says."""
+"""The laws of the pipe: plain decoding's tokens whatever is drafted, in as few ticks as it may."""
 
 import json
 import os
@@ -217,7 +217,7 @@ def test_wrong_settings_are_refused(mesh):
         ({"split": (3, 0)}, "split"),
         ({"split": (1, 1)}, "2 of the model's 3"),
         ({"mesh": make_mesh(), "own_slot": True}, "at least 2"),
-        ({"source": draft.model_source(other, random_variables(other))}, "64 tokens and the draft 32"),
+        ({"source": draft.model_source(other, random_variables(other))}, "64 tokens and .* 32"),
     ]  # fmt: skip
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -271,7 +271,8 @@ def test_a_tree_in_a_pipe_of_one_stage(expected):
     decoder = pipeinfer(model, variables, draft.model_source(model, variables), levels=2, width=2)
     result = generate(decoder, PROMPTS[:1], max_new_tokens=10)
     assert result.tokens[0].tolist() == expected["llama", "greedy"].tokens[0][:10].tolist()
-    # Two tokens a tick, as the draft is the target; the first has no draft yet, the last none any more.
+    # Two tokens a tick, as the draft is the target; the first has no draft yet, the last none any
+    # more.
     assert result.counters.ticks == 1 + 1 + 4 + 1
 
 
