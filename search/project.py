@@ -1,0 +1,148 @@
+"""Budgets by construction: any real vector becomes channel counts that meet every budget.
+
+    k_g(τ) = round_m(C_g · sigmoid(logit_g + τ)),   τ* = the largest shift that fits
+
+All costs grow with every count and every count grows with τ, so τ* is found by bisection. Counts
+move in steps of m channels and groups may step together, so room is left below the budget; it is
+then filled a step at a time, the group furthest below its wish first, until no group can grow.
+Hence every candidate is feasible, and maximal: one more step anywhere would break a budget.
+
+Source: AGMC (arXiv 2011.12641) section 3 corrects the actions once, linearly and does not check;
+AMC (arXiv 1802.03494) algorithm 1 caps each layer by what the others could still give back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfm.model import Array
+
+_WIDEST = 60.0  # sigmoid(±60) is 0 or 1 to the last bit of float32, for logits within ±40
+_HALVINGS = 40
+# Costs are float32 sums in another order than the one that set the limit; a candidate that lies
+# exactly on its budget must not fail by the last bit.
+_SLACK = 1e-6
+
+
+class Budget(NamedTuple):
+    """An upper bound on a cost.
+
+    Attributes:
+      name: for messages.
+      cost: `(counts f32[G]) -> f32[]`, an array expression that no count makes smaller.
+      limit: in the units of `cost`.
+    """
+
+    name: str
+    cost: Callable[[Array], Array]
+    limit: float
+
+
+def within(budgets: Sequence[Budget], counts: Array) -> Array:
+    """bool[]: whether counts f32[G] meet all budgets."""
+    return jnp.all(jnp.stack([b.cost(counts) <= b.limit * (1 + _SLACK) for b in budgets]))
+
+
+def projection(
+    sizes: np.ndarray,
+    budgets: Sequence[Budget],
+    *,
+    multiple: int = 1,
+    smallest: float = 0.0,
+    fill: bool = True,
+) -> Callable[[Array], Array]:
+    """Returns `project(logits f32[G]) -> counts i32[G]`, jittable and vmappable.
+
+    Args:
+      sizes: i32[G], channels of each group.
+      budgets: all of them hold for every candidate.
+      multiple: counts are multiples of it, or the whole group where that is no multiple. A group
+        always keeps one step.
+      smallest: the share of a group that is always kept, in [0, 1).
+      fill: use up the budget. False only ever shrinks: ratios below the budget stay what they are,
+        for searches over the whole Pareto front.
+
+    Raises:
+      ValueError: a size, `multiple` or `smallest` is out of range; or a budget lies below what the
+        smallest network costs (it says how much that is).
+    """
+    sizes = np.asarray(sizes, np.int32)
+    if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1:
+        raise ValueError(f"sizes={sizes.tolist()}: give one positive count a group.")
+    if multiple < 1 or not 0 <= smallest < 1:
+        raise ValueError(
+            f"multiple={multiple} must be at least 1 and smallest={smallest} in [0, 1)."
+        )
+    most = -(-sizes // multiple)  # steps of the whole group; the last one may be shorter
+    least = np.maximum(1, np.ceil(smallest * sizes / multiple)).astype(np.int32)
+    least = np.minimum(least, most)
+    _check_reachable(budgets, np.minimum(least * multiple, sizes))
+    num_groups = len(sizes)
+
+    def to_counts(steps: Array) -> Array:
+        return jnp.minimum(steps * multiple, sizes)
+
+    def fits(steps: Array) -> Array:
+        return within(budgets, to_counts(steps).astype(jnp.float32))
+
+    def wish(logits: Array, shift: Array) -> Array:
+        return jnp.asarray(sizes, jnp.float32) / multiple * jax.nn.sigmoid(logits + shift)
+
+    def rounded(logits: Array, shift: Array) -> Array:
+        steps = jnp.round(wish(logits, shift)).astype(jnp.int32)
+        return jnp.clip(steps, least, most)
+
+    def bisect(logits: Array) -> tuple[Array, Array]:
+        top = jnp.float32(_WIDEST if fill else 0.0)
+
+        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            good = fits(rounded(logits, middle))
+            return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+        low, high = lax.fori_loop(0, _HALVINGS, halve, (jnp.float32(-_WIDEST), top))
+        all_of_it = fits(rounded(logits, top))
+        shift = jnp.where(all_of_it, top, low)
+        return rounded(logits, shift), jnp.where(all_of_it, top, high)
+
+    def grow(logits: Array, shift: Array, steps: Array) -> Array:
+        target = wish(logits, shift)
+
+        def growable(steps: Array) -> Array:
+            one_more = steps[None] + jnp.eye(num_groups, dtype=jnp.int32)
+            return jax.vmap(fits)(one_more) & (steps < most)
+
+        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            steps, can = carry
+            lack = jnp.where(can, target - steps.astype(jnp.float32), -jnp.inf)
+            steps = steps.at[jnp.argmax(lack)].add(1)
+            return steps, growable(steps)
+
+        return lax.while_loop(lambda c: jnp.any(c[1]), body, (steps, growable(steps)))[0]
+
+    def project(logits: Array) -> Array:
+        logits = jnp.clip(logits.astype(jnp.float32), -40.0, 40.0)
+        steps, shift = bisect(logits)
+        return to_counts(grow(logits, shift, steps) if fill else steps)
+
+    return project
+
+
+def _check_reachable(budgets: Sequence[Budget], fewest: np.ndarray) -> None:
+    if not budgets:
+        raise ValueError("Give at least one budget.")
+    for budget in budgets:
+        reachable = float(budget.cost(jnp.asarray(fewest, jnp.float32)))
+        if reachable > budget.limit * (1 + _SLACK):
+            raise ValueError(
+                f"The budget of {budget.limit:.6g} {budget.name} cannot be met: with "
+                f"{fewest.tolist()} channels, the fewest allowed, the network still costs "
+                f"{reachable:.6g}. Raise the budget, or lower `multiple` or `smallest`."
+            )
