@@ -1,13 +1,15 @@
 """Meshes, shardings and decoding: texts from prompts, on one device or many.
 
-`plain`, `speculative` and `lookup` make decoders of one contract; `generate` and `stream` run any
-of them.
+`plain`, `speculative`, `lookup`, `pipeinfer` and `pipelined` make decoders of one contract;
+`generate` and `stream` run any of them. `jaxfm.parallel.draft` has the sources that a pipe drafts from.
 """
 
 from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.draft import composite, early_exit, lookup_source, model_source
 from jaxfm.parallel.generate import Generated, Piece, generate, stream
 from jaxfm.parallel.lookup import lookup
 from jaxfm.parallel.mesh import TENSOR_RULES, make_mesh, shard, shardings
+from jaxfm.parallel.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.plain import plain
 from jaxfm.parallel.speculative import speculative
 
@@ -16,9 +18,15 @@ __all__ = [
     "Decoder",
     "Generated",
     "Piece",
+    "composite",
+    "early_exit",
     "generate",
     "lookup",
+    "lookup_source",
     "make_mesh",
+    "model_source",
+    "pipeinfer",
+    "pipelined",
     "plain",
     "shard",
     "shardings",

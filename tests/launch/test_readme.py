@@ -9,7 +9,7 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.config import define_flags
-from jaxfm.launch import demo, federate, generate, pretrain, report
+from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
 from jaxfm.testing import tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,6 +22,7 @@ CONFIGS = {
     "generate": generate.GenerateConfig,
     "pretrain": pretrain.PretrainConfig,
     "report": report.ReportConfig,
+    "simulate": simulate.SimulateConfig,
 }
 
 
