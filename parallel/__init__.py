@@ -1,7 +1,7 @@
 """Meshes, shardings and decoding: texts from prompts, on one device or many.
 
 `plain`, `speculative`, `lookup`, `pipeinfer` and `pipelined` make decoders of one contract;
-`generate` and `stream` run any of them. `jaxfm.parallel.draft` has the sources that a pipe drafts from.
+`generate` and `stream` run any of them. What a pipe drafts from is in `jaxfm.parallel.draft`.
 """
 
 from jaxfm.parallel.decode import Decoder
