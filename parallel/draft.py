@@ -232,9 +232,11 @@ def _composite_functions(first: Functions, second: Functions) -> Functions:
 
     def propose(variables, state, question: Question, levels: int, width: int):
         answer, own = first.propose(variables[0], state[0], question, levels, width)
-        keep = lambda: (answer, state[1])
-        other = lambda: second.propose(variables[1], state[1], question, levels, width)
-        answer, others = lax.cond(answer.proposals.valid[0].any(), keep, other)
+        keep = lambda others: (answer, others)
+        other = lambda others: second.propose(variables[1], others, question, levels, width)
+        # Passing the other's cache by comes first, or XLA copies it.
+        nothing = ~answer.proposals.valid[0].any()
+        answer, others = lax.switch(nothing.astype(jnp.int32), [keep, other], state[1])
         return answer, (own, others)
 
     return Functions(start, propose)
