@@ -83,7 +83,7 @@ class GenerateConfig:
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
         if self.decoder == "speculative" and not self.draft:
-            raise ValueError("--decoder=speculative needs a --draft.")
+            raise ValueError("--decoder=speculative and --draft go together.")
         if self.draft and self.decoder not in ("speculative", "pipeinfer"):
             raise ValueError(f"--draft is of no use to --decoder={self.decoder}.")
         if self.report and self.decoder != "pipeinfer":

@@ -247,6 +247,24 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, tmp_path):
+    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=12)
+    generate.main(base)
+    expected = capsys.readouterr().out
+    page = tmp_path / "pipe.html"
+    generate.main(
+        dataclasses.replace(
+            base, decoder="pipeinfer", draft="lookup", stages=2, width=2, report=str(page)
+        )
+    )
+    assert capsys.readouterr().out == expected
+    assert "stage 1: computes" in page.read_text()
+    with pytest.raises(ValueError, match="exit:two"):
+        generate.make_source("exit:two", None, None)
+    with pytest.raises(ValueError, match="no use to --decoder=plain"):
+        generate.GenerateConfig(prompt="x", draft="folder")
+
+
 def test_generation_says_what_is_missing():
     with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
         generate.GenerateConfig()
