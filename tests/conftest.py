@@ -21,8 +21,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +35,18 @@ hypothesis.settings.register_profile(
     "jaxfm", derandomize=True, max_examples=20, deadline=None, database=None
 )
 hypothesis.settings.load_profile("jaxfm")
+
+_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Drops compiled programs before there are too many of them for one process: each maps memory
+    of its own, and Linux allows 65,530 maps; one more ends the process in the middle of a test."""
+    yield
+    if _MAPS.exists():
+        with _MAPS.open("rb") as maps:
+            count = sum(1 for _ in maps)
+        if count > 25_000:
+            jax.clear_caches()
+            gc.collect()
