@@ -1,0 +1,246 @@
+"""A function as a flat list of primitive operations, read from its jaxpr.
+
+Calls (`jit`, `custom_jvp`, `custom_vjp`, `remat`, ...) are inlined, `scan` keeps its body, what no
+output needs is dropped and scalars that are known are folded. No list of layer types and no code
+for one model: whatever JAX can trace can be read.
+
+>>> import jax, jax.numpy as jnp
+>>> program, values = flatten(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), jnp.ones((3, 4)))
+>>> [op.name for op in program.ops]
+['dot_general', 'max']
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Literal as JaxLiteral
+
+from jaxfm.model import PyTree
+
+
+class Known(NamedTuple):
+    """A value that is known when tracing."""
+
+    value: Any
+
+
+Atom = int | Known  # a value by its number, or a known one
+
+
+class Program(NamedTuple):
+    """Operations in an order in which they can run.
+
+    Attributes:
+      ops: what is computed.
+      inputs: numbers of the arguments.
+      consts: arrays that the function closes over, by number.
+      outputs: what is returned.
+    """
+
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    consts: dict[int, Any]
+    outputs: tuple[Atom, ...]
+
+
+class Op(NamedTuple):
+    """One primitive operation.
+
+    Attributes:
+      name: of the primitive, or "permute": a reshape, transposition and reshape that only permute
+        one axis (channel shuffle), with params "axis" and "index".
+      primitive: JAX's own; None for "permute".
+      inputs, outputs: values.
+      params: of the primitive.
+      body: of a `scan`.
+    """
+
+    name: str
+    primitive: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    params: dict[str, Any]
+    body: Program | None = None
+
+
+class Values(NamedTuple):
+    """What is known of each numbered value; numbers are shared with all loop bodies.
+
+    Attributes:
+      shapes: by number.
+      dtypes: by number.
+    """
+
+    shapes: list[tuple[int, ...]]
+    dtypes: list[Any]
+
+    def new(self, aval: Any) -> int:
+        """The number of a new value."""
+        self.shapes.append(tuple(aval.shape))
+        self.dtypes.append(aval.dtype)
+        return len(self.shapes) - 1
+
+
+# Primitives that only call a jaxpr, and where they keep it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+}
+
+
+def flatten(
+    function: Callable, *args: PyTree, values: Values | None = None
+) -> tuple[Program, Values]:
+    """Traces `function(*args)`, arrays or their shapes, and flattens its jaxpr.
+
+    Args:
+      values: numbers are taken from it, so that several programs can share one numbering.
+    """
+    values = Values([], []) if values is None else values
+    closed = jax.make_jaxpr(function)(*args)
+    return _program(closed.jaxpr, closed.consts, values), values
+
+
+def _program(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Program:
+    env: dict[Any, Atom] = {}
+    inputs = tuple(values.new(var.aval) for var in jaxpr.invars)
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+    held: dict[int, Any] = {}
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = _constant(const, var.aval, values, held)
+    ops: list[Op] = []
+    _inline(jaxpr, env, values, ops, held)
+    outputs = tuple(_read(env, atom) for atom in jaxpr.outvars)
+    ops = _permutations(ops, outputs, values)
+    return Program(_needed(ops, outputs), inputs, held, outputs)
+
+
+def _constant(const: Any, aval: Any, values: Values, held: dict[int, Any]) -> Atom:
+    if math.prod(aval.shape) == 1 and not aval.shape:
+        return Known(const)
+    number = values.new(aval)
+    held[number] = const
+    return number
+
+
+def _read(env: dict[Any, Atom], atom: Any) -> Atom:
+    return Known(atom.val) if isinstance(atom, JaxLiteral) else env[atom]
+
+
+def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[int, Any]) -> None:
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        inputs = tuple(_read(env, atom) for atom in eqn.invars)
+        inner = eqn.params.get(_CALLS.get(name, ""))
+        if inner is not None:
+            body, consts = (
+                (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+            )
+            own: dict[Any, Atom] = dict(zip(body.invars, inputs, strict=True))
+            for var, const in zip(body.constvars, consts, strict=True):
+                own[var] = _constant(const, var.aval, values, held)
+            _inline(body, own, values, ops, held)
+            env.update((v, _read(own, a)) for v, a in zip(eqn.outvars, body.outvars, strict=True))
+            continue
+        folded = _fold(eqn, inputs)
+        if folded is not None:
+            env.update(zip(eqn.outvars, folded, strict=True))
+            continue
+        outputs = tuple(values.new(var.aval) for var in eqn.outvars)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+        body_program = None
+        if name == "scan":
+            closed = eqn.params["jaxpr"]
+            body_program = _program(closed.jaxpr, closed.consts, values)
+        ops.append(Op(name, eqn.primitive, inputs, outputs, dict(eqn.params), body_program))
+
+
+def _fold(eqn: Any, inputs: tuple[Atom, ...]) -> list[Known] | None:
+    """The values of a scalar operation on known scalars; None where it is another one."""
+    scalar = all(var.aval.shape == () for var in eqn.outvars)
+    if not inputs or not scalar or not all(isinstance(atom, Known) for atom in inputs):
+        return None
+    with jax.ensure_compile_time_eval():
+        out = bind(eqn.primitive, [atom.value for atom in inputs], eqn.params)  # type: ignore[union-attr]
+    return [Known(np.asarray(x)) for x in out]
+
+
+def bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Applies a primitive; always a list of results."""
+    given = primitive.get_bind_params(params)
+    functions, params = given if isinstance(given, tuple) else ((), given)
+    out = primitive.bind(*functions, *inputs, **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def numbers(atoms: Sequence[Atom]) -> list[int]:
+    """Those of `atoms` that are no known values."""
+    return [atom for atom in atoms if isinstance(atom, int)]
+
+
+def _needed(ops: list[Op], outputs: Sequence[Atom]) -> tuple[Op, ...]:
+    needed = set(numbers(outputs))
+    kept: list[Op] = []
+    for op in reversed(ops):
+        if needed.intersection(op.outputs):
+            needed.update(numbers(op.inputs))
+            kept.append(op)
+    return tuple(reversed(kept))
+
+
+def _permutations(ops: list[Op], outputs: Sequence[Atom], values: Values) -> list[Op]:
+    """Replaces reshape, transpose, reshape by a permutation of one axis, where they are one."""
+    uses = Counter(i for op in ops for i in numbers(op.inputs)) + Counter(numbers(outputs))
+    maker = {op.outputs[0]: op for op in ops}
+
+    def source(op: Op, name: str) -> Op | None:
+        (atom,) = op.inputs[:1]
+        made = maker.get(atom) if isinstance(atom, int) else None
+        return made if made is not None and made.name == name and uses[atom] == 1 else None
+
+    out = []
+    for op in ops:
+        turn = source(op, "transpose") if op.name == "reshape" and op.inputs else None
+        first = source(turn, "reshape") if turn else None
+        found = _permutation(op, turn, first, values.shapes) if turn and first else None
+        out.append(found or op)
+    return out
+
+
+def _permutation(last: Op, turn: Op, first: Op, shapes: list[tuple[int, ...]]) -> Op | None:
+    (source,) = first.inputs
+    if not isinstance(source, int) or shapes[source] != shapes[last.outputs[0]]:
+        return None
+    whole, parts = shapes[source], shapes[first.outputs[0]]
+    more = len(parts) - len(whole)
+    for axis in range(len(whole)):
+        inner = parts[axis : axis + more + 1]
+        if parts[:axis] + (whole[axis],) + parts[axis + more + 1 :] != whole:
+            continue
+        if more < 1 or math.prod(inner) != whole[axis]:
+            continue
+        order = tuple(turn.params["permutation"])
+        outside = list(range(axis)) + list(range(axis + more + 1, len(parts)))
+        if any(order[i] != i for i in outside):
+            continue
+        local = [i - axis for i in order[axis : axis + more + 1]]
+        index = np.arange(whole[axis]).reshape(inner).transpose(local).reshape(-1)
+        params = {"axis": axis, "index": index}
+        return Op("permute", None, (source,), last.outputs, params)
+    return None
