@@ -35,7 +35,7 @@ from jaxfm.model import PyTree, Variables, is_axes
 # An index array of n axes may differ along the first n - 1 of these.
 _LEADING = ("layer", "kv_heads")
 # Axes whose indices carry meaning of their own, so that cutting them changes the function.
-_FIXED = {"rotary_dim": "its pairs turn at frequencies of their own; cut kv_heads or q_per_kv"}
+FIXED = {"rotary_dim": "its pairs turn at frequencies of their own; cut kv_heads or q_per_kv"}
 
 
 class Subnet(NamedTuple):
@@ -280,8 +280,8 @@ def _checked(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -
     sizes = axis_sizes(tree, axes)
     keep = {}
     for name, index in subnet.keep.items():
-        if name in _FIXED:
-            raise ValueError(f"Axis {name!r} cannot be cut: {_FIXED[name]}.")
+        if name in FIXED:
+            raise ValueError(f"Axis {name!r} cannot be cut: {FIXED[name]}.")
         if name not in sizes:
             if isinstance(tree, Variables):
                 raise ValueError(f"The model has no axis {name!r}; it has {sorted(sizes)}.")

@@ -231,7 +231,7 @@ def _permutation(last: Op, turn: Op, first: Op, shapes: list[tuple[int, ...]]) -
     more = len(parts) - len(whole)
     for axis in range(len(whole)):
         inner = parts[axis : axis + more + 1]
-        if parts[:axis] + (whole[axis],) + parts[axis + more + 1 :] != whole:
+        if (*parts[:axis], whole[axis], *parts[axis + more + 1 :]) != whole:
             continue
         if more < 1 or math.prod(inner) != whole[axis]:
             continue

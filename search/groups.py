@@ -142,7 +142,7 @@ def network(
       ValueError: a pattern that matches nothing, or nothing can be cut (it says why not).
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = ["/".join(map(_key_name, path)) for path, _ in flat]
+    paths = ["/".join(map(key_name, path)) for path, _ in flat]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in flat]
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), inputs)
     functions = (function, *also)
@@ -162,7 +162,8 @@ def network(
     return Network(functions, treedef, leaves, groups, frozen, dict(notes.unknown), inputs, plan)
 
 
-def _key_name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """The plain name of one step of a path in a pytree."""
     return str(next(getattr(key, n) for n in ("key", "name", "idx") if hasattr(key, n)))
 
 

@@ -73,7 +73,7 @@ def cut(network: Network, params: PyTree, kept: Kept) -> PyTree:
     for leaf, value in zip(network.leaves, leaves, strict=True):
         for d, axis in enumerate(leaf.axes):
             if axis.shape[1]:
-                value = _take(value, d, _positions(axis, network.groups, kept))
+                value = _take(value, d, positions(axis, network.groups, kept))
         small.append(value)
     return jax.tree.unflatten(network.treedef, small)
 
@@ -278,7 +278,7 @@ class _Sliced(NamedTuple):
         return None
 
     def _where(self, axis: Axis) -> np.ndarray:
-        return _positions(axis, self.groups, self.kept)
+        return positions(axis, self.groups, self.kept)
 
     def _axes(self, atom: Atom) -> tuple[Axis, ...]:
         if isinstance(atom, int):
@@ -325,7 +325,7 @@ class _Sliced(NamedTuple):
         return value * jnp.asarray(factor, value.dtype)
 
 
-def _positions(axis: Axis, groups: tuple[Group, ...], kept: Kept) -> np.ndarray:
+def positions(axis: Axis, groups: tuple[Group, ...], kept: Kept) -> np.ndarray:
     """Kept indices i64[k] of an axis, or i64[layers, k] where layers choose their own."""
     if not axis.shape[1]:
         return np.arange(len(axis))
@@ -345,7 +345,7 @@ def _positions(axis: Axis, groups: tuple[Group, ...], kept: Kept) -> np.ndarray:
 
 
 def _count(axis: Axis, groups: tuple[Group, ...], kept: Kept) -> int:
-    return _positions(axis, groups, kept).shape[-1] if axis.shape[1] else len(axis)
+    return positions(axis, groups, kept).shape[-1] if axis.shape[1] else len(axis)
 
 
 def _take(value: Any, d: int, index: np.ndarray) -> Any:

@@ -151,7 +151,7 @@ class Labels:
         self.freeze(b[:, rest_b], why)
 
     def _bind(self, column: np.ndarray, others: Axis) -> bool:
-        """Each id of a column becomes the conjunction of its row; False where that is no function."""
+        """Each id of a column becomes the conjunction of its row; False where it has several."""
         column, others = self.find(column), self.find(others)
         unique, first = np.unique(column, return_index=True)
         lookup = np.searchsorted(unique, column)
