@@ -1,4 +1,4 @@
-"""Our own models as networks: groups that agree with their logical axes, kept units as a `Subnet`."""
+"""Our own models as networks: groups agree with logical axes, kept units become a `Subnet`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def model_network(
 ) -> Network:
     """The network of `model.apply`; its second function is the model in training mode.
 
-    Stacked layers keep equal numbers, but units of their own; unstacked ones (`jaxfm.model.unstack`)
-    have groups of their own. Which channels of a norm are live is tied to the norm's scale. Axes
+    Stacked layers keep equal numbers, but units of their own; unstacked ones (`model.unstack`) have
+    groups of their own. Which channels of a norm are live is tied to the norm's scale. Axes
     that `jaxfm.subnet` cannot cut are ignored.
 
     Args:
