@@ -45,7 +45,7 @@ class Group(NamedTuple):
     """Units of one role.
 
     Attributes:
-      name: of the first member, "path:axis".
+      name: "path:axis" of the first parameter that makes its units (they are its last axis).
       size: number of units.
       layers: None, or the layers of a loop, each of which keeps as many units, but its own.
       first: number of its first unit; units are numbered from 1, group after group.
@@ -242,7 +242,8 @@ def _groups(notes: Reading, leaf_axes, paths) -> tuple[dict[int, int], tuple[Gro
             for d, axis in enumerate(own)
             if np.isin(axis, ids).any()
         )
-        name = f"{members[0].path}:{members[0].axis}"
+        named = next((m for m in members if 0 < m.axis == len(leaf_axes[m.leaf]) - 1), members[0])
+        name = f"{named.path}:{named.axis}"
         groups.append(Group(name, len(ids), layers, len(units) + 1, members))
         units.update((i, len(units) + 1) for i in ids)
     return units, tuple(groups)

@@ -111,6 +111,20 @@ def check(network: Network, kept: Kept) -> Kept:
     return tuple(out)
 
 
+def record(
+    network: Network, params: PyTree, tap: Callable[[Op, list[Array]], PyTree], *inputs: PyTree
+) -> list[tuple[Op, PyTree]]:
+    """Runs the dense function and returns what `tap(op, operands)` makes of every operation.
+
+    What is made inside a loop has a leading axis of its steps.
+    """
+    plan = network.plan(0, *inputs)
+    seen: list[tuple[Op, PyTree]] = []
+    arguments = [*_leaves(network, params, None), *jax.tree.leaves(inputs)]
+    _run(plan.program, arguments, _Tapped(tap, seen), None)
+    return seen
+
+
 def _leaves(network: Network, params: PyTree, kept: Kept | None) -> list[Any]:
     flat, treedef = jax.tree.flatten(params)
     if treedef != network.treedef:
@@ -146,21 +160,28 @@ def _run(program: Program, arguments: Sequence[Any], how: Any, units: Any) -> li
 
 def _scan(op: Op, inputs: list[Any], how: Any, layered: Any) -> list[Any]:
     """A loop over layers; `layered` holds the units of each layer, a leading axis, or None."""
-    p, body = op.params, op.body
-    assert body is not None
+    assert op.body is not None
+    body = op.body
+    run = lambda arguments, units: (_run(body, arguments, how, units), ())
+    return _loop(op, inputs, layered, run)[0]
+
+
+def _loop(op: Op, inputs: list[Any], layered: Any, run: Callable) -> tuple[list[Any], PyTree]:
+    """`lax.scan` of `run(arguments, units) -> (outputs, more)`; more gets an axis of steps."""
+    p = op.params
     start, stop = p["num_consts"], p["num_consts"] + p["num_carry"]
     consts, carry, xs = inputs[:start], inputs[start:stop], inputs[stop:]
 
     def step(carry, x):
         xs, units = x
-        out = _run(body, [*consts, *carry, *xs], how, units)
-        return tuple(out[: p["num_carry"]]), tuple(out[p["num_carry"] :])
+        out, more = run([*consts, *carry, *xs], units)
+        return tuple(out[: p["num_carry"]]), (tuple(out[p["num_carry"] :]), more)
 
-    carry, ys = lax.scan(
+    carry, (ys, more) = lax.scan(
         step, tuple(carry), (tuple(xs), layered),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
-    return [*carry, *ys]
+    return [*carry, *ys], more
 
 
 class _Dense(NamedTuple):
@@ -180,6 +201,32 @@ class _Dense(NamedTuple):
         return bind(op.primitive, inputs, op.params)
 
 
+class _Tapped(NamedTuple):
+    """The function itself, looked at on the way."""
+
+    tap: Callable[[Op, list[Array]], PyTree]
+    seen: list[tuple[Op, PyTree]]
+
+    def const(self, number: int, value: Any, units: Any) -> Any:
+        return value
+
+    def step(self, op: Op, inputs: list[Any], units: Any) -> list[Any]:
+        if op.body is None:
+            self.seen.append((op, self.tap(op, inputs)))
+            return _Dense().step(op, inputs, units)
+        ops: list[Op] = []
+
+        def run(arguments: list[Any]) -> tuple[list[Any], list[PyTree]]:
+            inner = _Tapped(self.tap, [])
+            out = _run(op.body, arguments, inner, None)  # type: ignore[arg-type]
+            ops[:] = [seen_op for seen_op, _ in inner.seen]
+            return out, [x for _, x in inner.seen]
+
+        out, found = _loop(op, inputs, None, lambda arguments, _: run(arguments))
+        self.seen.extend(zip(ops, found, strict=True))
+        return out
+
+
 class _Masked(NamedTuple):
     """Dense shapes; what is cut is zeroed where it would be added up."""
 
@@ -188,15 +235,7 @@ class _Masked(NamedTuple):
     masks: tuple[Array, ...]
 
     def units(self) -> Array:
-        """bool[1 + units]: the first is always there; layered groups are whole outside loops."""
-        return self._units(lambda group, mask: mask if group.layers is None else None)
-
-    def _units(self, choose: Callable) -> Array:
-        parts = [jnp.ones(1, bool)]
-        for group, mask in zip(self.groups, self.masks, strict=True):
-            own = choose(group, mask)
-            parts.append(jnp.ones(group.size, bool) if own is None else jnp.asarray(own, bool))
-        return jnp.concatenate(parts)
+        return group_units(self.groups, self.masks, None)
 
     def const(self, number: int, value: Any, units: Array) -> Any:
         return value
@@ -205,10 +244,8 @@ class _Masked(NamedTuple):
         if op.name == "permute":
             return [jnp.take(inputs[0], op.params["index"], axis=op.params["axis"])]
         if op.body is not None:
-            own = lambda i: lambda g, m: m[i] if g.layers == op.params["length"] else (
-                m if g.layers is None else None)  # fmt: skip
-            layers = [self._units(own(i)) for i in range(op.params["length"])]
-            return _scan(op, inputs, self, jnp.stack(layers))
+            layers = group_units(self.groups, self.masks, op.params["length"])
+            return _scan(op, inputs, self, layers)
         side, dims = summed_axes(op, self.plan)
         if dims and isinstance(op.inputs[side], int):
             inputs[side] = self._zero(inputs[side], op.inputs[side], dims, units)
@@ -235,6 +272,20 @@ class _Masked(NamedTuple):
                 there = _present(axis, units).sum().astype(jnp.float32)
                 factor = factor * len(axis) / jnp.maximum(there, 1)
         return value * factor.astype(value.dtype)
+
+
+def group_units(groups: tuple[Group, ...], masks: Sequence[Array], layers: int | None) -> Array:
+    """bool[1 + units], the first always there; bool[layers, 1 + units] inside a loop over layers.
+
+    Groups that layers choose by themselves are whole outside of their loop.
+    """
+    parts = [jnp.ones((layers or 1, 1), bool)]
+    for group, mask in zip(groups, masks, strict=True):
+        own = group.layers is None or group.layers == layers
+        there = jnp.asarray(mask, bool) if own else jnp.ones(group.size, bool)
+        parts.append(jnp.broadcast_to(there, (layers or 1, group.size)))
+    units = jnp.concatenate(parts, axis=1)
+    return units if layers else units[0]
 
 
 def _present(axis: Axis, units: Any) -> Any:
