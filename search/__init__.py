@@ -1,6 +1,70 @@
 """Search: how to shrink a model to a budget.
 
-`project` turns any proposal into channel counts that meet every budget; a `Strategy` proposes;
-`loop.run` asks, projects, evaluates and tells in one compiled program; `supernet` orders a model's
-channels by importance, trains its members together and hands out the ones that fit.
+`network` reads any function's channel groups from its jaxpr; `prune` cuts it down to a budget;
+`masked` and `sliced` run what is left. `project` turns any proposal into channel counts that meet
+every budget; a `Strategy` proposes; `run` asks, projects, evaluates and tells in one compiled
+program; `supernet` orders a model's channels by importance, trains its members together and hands
+out the ones that fit.
 """
+
+from jaxfm.search.cma_es import cma_es
+from jaxfm.search.cost import Costs, budgets, costs, counts_of
+from jaxfm.search.evaluate import halving, split_rows, task_problem
+from jaxfm.search.groups import Group, Network, network
+from jaxfm.search.importance import importance, keep, masks, ranks
+from jaxfm.search.interpret import cut, full, masked, place, sliced
+from jaxfm.search.loop import Result, run, search
+from jaxfm.search.magnitude import magnitude
+from jaxfm.search.nsga2 import nsga2
+from jaxfm.search.project import Budget, projection
+from jaxfm.search.prune import Pruned, load, prune, pruned, save
+from jaxfm.search.random_search import random_search
+from jaxfm.search.repair import repair
+from jaxfm.search.strategy import Problem, Strategy, problem
+from jaxfm.search.subnets import model_network, to_subnet
+from jaxfm.search.supernet import supernet
+from jaxfm.search.uniform import uniform
+
+__all__ = [
+    "Budget",
+    "Costs",
+    "Group",
+    "Network",
+    "Problem",
+    "Pruned",
+    "Result",
+    "Strategy",
+    "budgets",
+    "cma_es",
+    "costs",
+    "counts_of",
+    "cut",
+    "full",
+    "halving",
+    "importance",
+    "keep",
+    "load",
+    "magnitude",
+    "masked",
+    "masks",
+    "model_network",
+    "network",
+    "nsga2",
+    "place",
+    "problem",
+    "projection",
+    "prune",
+    "pruned",
+    "random_search",
+    "ranks",
+    "repair",
+    "run",
+    "save",
+    "search",
+    "sliced",
+    "split_rows",
+    "supernet",
+    "task_problem",
+    "to_subnet",
+    "uniform",
+]
