@@ -4,7 +4,16 @@ An algorithm is a factory of pure functions (`Algorithm`, `Bucket`); `rounds` co
 of any of them over a device mesh; `client_costs` and `round_costs` count what they take.
 """
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Known,
+    Mean,
+    Profile,
+    mean,
+    scaled,
+)
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics, worst_decile
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
@@ -20,6 +29,7 @@ __all__ = [
     "Bucket",
     "ClientCost",
     "ClientData",
+    "Known",
     "Local",
     "Mean",
     "Population",

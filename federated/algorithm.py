@@ -86,6 +86,16 @@ class Mean(NamedTuple):
     den: PyTree
 
 
+class Known(NamedTuple):
+    """A part of a download that its clients have already (public data): the ledger counts nothing.
+
+    Attributes:
+      value: what they have.
+    """
+
+    value: PyTree
+
+
 def mean(sums: Mean) -> PyTree:
     """num / den, and zero where den is zero: a coordinate nobody covered does not move."""
 

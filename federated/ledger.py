@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.cost import count_flops, loop_bytes, num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known
 from jaxfm.federated.rounds import Population
 from jaxfm.model import PyTree, Variables, count_parameters
 
@@ -68,10 +68,7 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
     args = (download, memory, data, profile, key)
     upload, _, _ = jax.eval_shape(bucket.client, *args)
     personal = jax.eval_shape(bucket.personal, server, memory)
-    # Which channels are live is structure, known to both sides.
-    is_variables = lambda x: isinstance(x, Variables)
-    travels = lambda x: (x.params, x.stats) if is_variables(x) else x
-    sent = jax.tree.map(travels, download, is_leaf=is_variables)
+    sent = jax.tree.map(_travels, download, is_leaf=lambda x: isinstance(x, Variables | Known))
     return ClientCost(
         bytes_down=num_bytes(sent),
         bytes_up=num_bytes(upload),
@@ -79,6 +76,14 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
         memory_bytes=loop_bytes(bucket.client, *args) + num_bytes((personal.params, personal.live)),
         flops_per_step=count_flops(bucket.client, *args),
     )
+
+
+def _travels(part: Any) -> Any:
+    """What of a part of a download goes over the wire."""
+    if isinstance(part, Known):
+        return ()
+    # Which channels are live is structure, known to both sides.
+    return (part.params, part.stats) if isinstance(part, Variables) else part
 
 
 def round_costs(costs: tuple[ClientCost, ...], info: Mapping) -> dict[str, float]:

@@ -48,6 +48,7 @@ def distill(
     optimizer: optax.GradientTransformation,
     key: Key,
     temperature: float = 1.0,
+    divergence: Callable[..., tuple[Array, Array]] = kl_divergence,
 ) -> tuple[Variables, Array]:
     """Trains the student on the teacher's predictions, all steps in one compiled scan.
 
@@ -61,6 +62,7 @@ def distill(
       steps, batch_size: of training.
       key: of the draws.
       temperature: T.
+      divergence: what is minimised, called like `kl_divergence`.
     Returns:
       The trained variables and the loss of each step, f32[steps].
     Raises:
@@ -74,21 +76,23 @@ def distill(
             f"steps and batch_size must be at least 1 and temperature above 0; got {steps}, "
             f"{batch_size}, {temperature}."
         )
-    run = partial(_distill, student.apply, task, optimizer, steps, batch_size, temperature)
+    program = partial(_distill, student.apply, task, optimizer, steps, batch_size, temperature)
+    run = partial(program, divergence)
     return run(variables, jax.tree_util.Partial(teacher), dict(examples), key)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _distill(
-    apply, task, optimizer, steps, batch_size, temperature, variables, teacher, examples, key
-):
+    apply, task, optimizer, steps, batch_size, temperature, divergence, variables, teacher,
+    examples, key,
+):  # fmt: skip
     size = leading_size(examples)
 
     def loss(params, variables, batch, key):
         inputs, _, weight = task.prepare(batch, key)
         logits, stats = apply(variables._replace(params=params), inputs, train=True, key=key)
         target = lax.stop_gradient(teacher(inputs))
-        total, count = kl_divergence(target, logits, weight, temperature)
+        total, count = divergence(target, logits, weight, temperature)
         return total / jnp.maximum(count, 1), stats
 
     def step(carry, key):
