@@ -14,13 +14,25 @@ from jaxfm.federated.algorithm import (
     mean,
     scaled,
 )
+from jaxfm.federated.ensemble import (
+    Distil,
+    Vote,
+    coverage_vote,
+    entropy_vote,
+    max_vote,
+    mean_vote,
+)
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics, worst_decile
 from jaxfm.federated.fed_avg import fed_avg
+from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_kemf import fed_kemf, fed_kemf_paper
+from jaxfm.federated.fed_md import fed_md
 from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
 from jaxfm.federated.fed_prox import fed_prox
 from jaxfm.federated.hetero_fl import hetero_fl
 from jaxfm.federated.ledger import ClientCost, client_costs, round_costs
 from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
 from jaxfm.federated.resources import assign, profiles
 from jaxfm.federated.rounds import Population, Rounds, RunState, rounds
 
@@ -29,28 +41,42 @@ __all__ = [
     "Bucket",
     "ClientCost",
     "ClientData",
+    "Distil",
     "Known",
     "Local",
     "Mean",
     "Population",
     "Profile",
+    "Rafl",
     "Rounds",
     "RunState",
+    "Vote",
     "assign",
     "client_costs",
     "client_metrics",
+    "coverage_vote",
+    "entropy_vote",
     "fed_adam",
     "fed_avg",
     "fed_avg_m",
+    "fed_df",
+    "fed_kemf",
+    "fed_kemf_paper",
+    "fed_md",
     "fed_opt",
     "fed_prox",
     "fed_yogi",
     "global_metrics",
+    "held_search",
     "hetero_fl",
     "local_fit",
+    "max_vote",
     "mean",
+    "mean_vote",
     "objective",
     "profiles",
+    "rafl",
+    "rafl_published",
     "round_costs",
     "rounds",
     "scaled",
