@@ -160,7 +160,8 @@ def wall(sizes: dict) -> dict:
     """Part 3."""
     from jaxfm.launch.setup import DataConfig, load_data
     from jaxfm.parallel import draft, generate, make_mesh, plain, speculative
-    from jaxfm.parallel.pipeinfer import cache_copies, pipeinfer, pipelined
+    from jaxfm.parallel.copies import cache_copies
+    from jaxfm.parallel.pipeinfer import pipeinfer, pipelined
 
     with tempfile.TemporaryDirectory() as folder:
         (model, variables), drafts = pair(sizes, pathlib.Path(folder))

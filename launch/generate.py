@@ -31,7 +31,8 @@ from jaxfm.parallel.draft import Source, composite, early_exit, lookup_source, m
 from jaxfm.parallel.generate import Generated, stream
 from jaxfm.parallel.lookup import lookup
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.parallel.pipeinfer import CANCELLED, DRAFTED, IDLE, LIVE, PREFILL, Counters, pipeinfer
+from jaxfm.parallel.pipe_state import CANCELLED, DRAFTED, IDLE, LIVE, PREFILL, Counters
+from jaxfm.parallel.pipeinfer import pipeinfer
 from jaxfm.parallel.plain import plain
 from jaxfm.parallel.scheduler import limits
 from jaxfm.parallel.speculative import speculative

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxfm.parallel import draft, generate, make_mesh, plain, simulate
+from jaxfm.parallel.copies import cache_copies
 from jaxfm.parallel.generate import _advance, _start
-from jaxfm.parallel.pipeinfer import cache_copies, pipeinfer, pipelined
+from jaxfm.parallel.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.scheduler import limits
 from jaxfm.parallel.speed import Pipe
 from jaxfm.testing import random_variables, tiny_decoder, tiny_gpt2

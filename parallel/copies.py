@@ -1,0 +1,34 @@
+"""Counts copies of keys and values in the program that XLA made of a tick."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.generate import _advance, _start
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.verify import Rules, Stats, Text
+
+
+def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
+    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs
+    more than it should. Whether XLA makes one depends on its version.
+
+    Args:
+      decoder: of `pipeinfer`.
+      cells: tokens of the text.
+    """
+    length, limit = jnp.full((1,), 2, jnp.int32), jnp.full((1,), cells, jnp.int32)
+    tokens, zero = jnp.zeros((1, cells), jnp.int32), jnp.zeros((1,), jnp.int32)
+    stats = Stats(zero, zero[:, None], zero[:, None])
+    text = Text(tokens, length, limit, zero > 0, zero, stats)
+    rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
+    state = _start(decoder.program, decoder.variables, tokens, length, 16, None)
+    program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
+    size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program.as_text() or "")
+    return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
