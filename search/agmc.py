@@ -101,7 +101,9 @@ def agmc(
         first = state.stored == 0
         baseline = jnp.where(first, scores.mean(), 0.5 * state.baseline + 0.5 * scores.mean())
         state = state._replace(
-            memory_actions=state.memory_actions.at[place].set(counts / graph.sizes[None]),
+            memory_actions=state.memory_actions.at[place].set(
+                counts.astype(jnp.float32) / graph.sizes[None]
+            ),
             memory_rewards=state.memory_rewards.at[place].set(scores),
             stored=state.stored + batch,
             baseline=baseline,

@@ -97,7 +97,7 @@ def costs(network: Network, number: int = 0) -> Costs:
     Multiply-adds and activations are divided by the first axis of the first input, the batch.
     """
     plan = network.plan(number, *network.example)
-    table = _Sizes(network.groups)
+    table = AxisTable(network.groups)
     first = jax.tree.leaves(network.example)[:1]
     batch = first[0].shape[0] if first and first[0].shape else 1
     found = contractions(plan)
@@ -144,7 +144,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
     return tuple(out)
 
 
-class _Sizes:
+class AxisTable:
     """The sizes of axes and products of them, tabled once for vectorised evaluation."""
 
     def __init__(self, groups: tuple[Group, ...]):

@@ -34,12 +34,15 @@ def cifar10(folder: str | Path) -> dict[str, Source]:
     """CIFAR-10: {"train", "test"} of "image" u8[N, 32, 32, 3] and "label" i32[N].
 
     Args:
-      folder: holds data_batch_1 ... data_batch_5 and test_batch, all with or all without ".bin".
+      folder: holds data_batch_1 ... data_batch_5 and test_batch, all with or all without ".bin"; or
+        is an .npz file of train_images, train_labels, test_images and test_labels.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or holds anything but such a data set.
     """
+    if str(folder).endswith(".npz"):
+        return _npz(Path(folder))
     train = [f"data_batch_{number}" for number in range(1, 6)]
     return _load(Path(folder), {"train": train, "test": ["test_batch"]}, 1, CIFAR10_CLASSES)
 
@@ -48,6 +51,21 @@ def cifar100(folder: str | Path) -> dict[str, Source]:
     """CIFAR-100 with its 100 fine labels, otherwise as `cifar10`; files train and test."""
     names = tuple(f"class {number}" for number in range(100))
     return _load(Path(folder), {"train": ["train"], "test": ["test"]}, 2, names)
+
+
+def _npz(path: Path) -> dict[str, Source]:
+    with np.load(path) as file:
+        names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
+        missing = sorted(set(names) - set(file.files))
+        if missing:
+            raise ValueError(f"{path} lacks {missing}; it holds {sorted(file.files)}")
+        images = {split: file[f"{split}_images"] for split in ("train", "test")}
+        labels = {split: file[f"{split}_labels"].astype(np.int32) for split in ("train", "test")}
+    sources = {
+        split: Source({"image": images[split], "label": labels[split]}, classes=CIFAR10_CLASSES)
+        for split in images
+    }
+    return {split: checked(source, path) for split, source in sources.items()}
 
 
 def _load(

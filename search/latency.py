@@ -1,0 +1,145 @@
+"""Latency as a budget: a table of a few coefficients, fitted to compiled slices on this machine.
+
+    seconds = Σ over kinds of (a · times run + b · multiply-adds + c · values moved)
+
+with kinds convolution, grouped convolution and matrix product, and all coefficients at least 0, so
+that no unit that is cut makes the model slower and the projection onto a budget holds. The fit says
+how far to trust it: its mean relative error on slices that it did not see.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import nnls
+
+from jaxfm.model import PyTree
+from jaxfm.search.cost import AxisTable, Expression, contractions, counts_of
+from jaxfm.search.groups import Kept, Network
+from jaxfm.search.interpret import cut, full, sliced
+from jaxfm.search.project import Budget
+
+
+class Latency(NamedTuple):
+    """A fitted table.
+
+    Attributes:
+      seconds: `(counts [G]) -> []`, of one call.
+      coefficients: f64[9], of `features`.
+      error: mean relative error on held-out slices.
+      dense_s: the dense network's measured seconds.
+    """
+
+    seconds: Expression
+    coefficients: np.ndarray
+    error: float
+    dense_s: float
+
+    def budget(self, limit: float) -> Budget:
+        """At most `limit` seconds, or a share of the dense network's where it is at most 1."""
+        dense = self.dense_s if isinstance(limit, float) and limit <= 1 else 1.0
+        return Budget("latency", self.seconds, limit * dense)
+
+
+def features(network: Network) -> Callable[[Any], Any]:
+    """`(counts [G]) -> [9]`: times, multiply-adds and values moved of each kind of operation."""
+    plan = network.plan(0, *network.example)
+    found = contractions(plan)
+    table = AxisTable(network.groups)
+    macs = table.products([c.axes for c in found], [float(c.times) for c in found])
+    moved = [(plan.axes[c.op.outputs[0]], c.times) for c in found]
+    moved += [(plan.axes[i], c.times) for c in found for i in c.op.inputs if isinstance(i, int)]
+    owner = list(range(len(found)))
+    owner += [n for n, c in enumerate(found) for i in c.op.inputs if isinstance(i, int)]
+    values = table.products([axes for axes, _ in moved], [float(times) for _, times in moved])
+    kind = np.array([_kind(c.op) for c in found])
+    share = (kind[None] == np.arange(3)[:, None]).astype(np.float32)
+    share_moved = share[:, owner]
+    times = share @ np.array([c.times for c in found], np.float32)
+
+    def evaluate(counts: Any) -> Any:
+        parts = (times, share @ macs(counts), share_moved @ values(counts))
+        known = isinstance(counts, np.ndarray)
+        return np.concatenate(parts) if known else jnp.concatenate(list(map(jnp.asarray, parts)))
+
+    return evaluate
+
+
+def fit_latency(
+    network: Network, params: PyTree, *inputs: PyTree, samples: int = 16, repeats: int = 10,
+    held_out: float = 0.25, seed: int = 0,
+) -> Latency:  # fmt: skip
+    """Measures random slices and fits the table.
+
+    Args:
+      inputs: arrays of the shapes to be served.
+      samples: slices compiled and timed, the dense network among them.
+      repeats: calls of each; the median counts.
+      held_out: share of the slices that only measure the error.
+    Raises:
+      ValueError: too few samples to fit and test.
+    """
+    test = round(samples * held_out)
+    if samples - test < 4 or test < 1:
+        raise ValueError(f"samples={samples}, held_out={held_out}: fit at least 4 and test 1.")
+    rng = np.random.default_rng(seed)
+    chosen = [full(network), *(_random(network, rng) for _ in range(samples - 1))]
+    seconds = np.array([measure(network, params, kept, inputs, repeats) for kept in chosen])
+    table = features(network)
+    rows = np.stack([table(counts_of(network, kept)) for kept in chosen])
+    scale = np.maximum(rows.max(0), 1e-30)
+    # Relative errors count, so that small slices weigh as much as the dense network.
+    fitted = slice(0, samples - test)
+    weights, _ = nnls(rows[fitted] / scale / seconds[fitted, None], np.ones(samples - test))
+    coefficients = weights / scale
+    guess = rows[samples - test :] @ coefficients
+    error = float(np.mean(np.abs(guess / seconds[samples - test :] - 1)))
+    narrow = coefficients.astype(np.float32)
+
+    def predict(counts: Any) -> Any:
+        known = isinstance(counts, np.ndarray)
+        return table(counts) @ (coefficients if known else jnp.asarray(narrow))
+
+    return Latency(predict, coefficients, error, float(seconds[0]))
+
+
+def measure(
+    network: Network, params: PyTree, kept: Kept, inputs: Sequence[PyTree], repeats: int = 10
+) -> float:
+    """Median seconds of one call of the compiled slice."""
+    small = cut(network, params, kept)
+    compiled = jax.jit(sliced(network, kept)).lower(small, *inputs).compile()
+    return seconds(lambda: compiled(small, *inputs), repeats)
+
+
+def seconds(call: Callable[[], PyTree], repeats: int = 10) -> float:
+    """Median seconds of a call that has run once before."""
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _kind(op: Any) -> int:
+    if op.name == "dot_general":
+        return 2
+    return int(op.params["feature_group_count"] > 1)
+
+
+def _random(network: Network, rng: np.random.Generator) -> Kept:
+    """A slice of any size: small and large ones alike."""
+    level, out = rng.uniform(0.1, 0.9), []
+    for group in network.groups:
+        count = int(np.clip(round(group.size * (level + rng.uniform(-0.15, 0.15))), 1, group.size))
+        mask = np.arange(group.size) < count
+        out.append(np.tile(mask, (group.layers, 1)) if group.layers else mask)
+    return tuple(out)
