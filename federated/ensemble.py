@@ -6,7 +6,7 @@ with num_i and den_i what client i's logits f_i(x) say in a `Vote`. Every vote h
 sums, so one all-reduce makes the teacher, and no client's network is kept: the predictions are the
 server's own, made of each upload as it is received. Of public data only the inputs are read; labels
 are replaced by zeros before anything sees them.
-Source: Lin et al. 2020 (FedDF), algorithm 1; weights by class as in Zhu et al. 2021 (FedGen).
+Source: Lin et al. 2020 (FedDF), algorithm 1.
 """
 
 from __future__ import annotations
@@ -100,10 +100,13 @@ def entropy_vote() -> Vote:
 
 
 def coverage_vote(num_classes: int, label: str = "label") -> Vote:
-    """The logit of each class weighted by how many examples of it a client has.
+    """Clients that saw many classes count for more, and no one's label frequencies count.
 
-    A class that nobody has is decided by all alike. Each client discloses its class counts,
-    4 * num_classes bytes.
+        teacher_k = Σ_i c_i (log p_i(k | x) - log π_ik) / Σ_i c_i,   c_i = exp(entropy of π_i) - 1
+
+    with π_i the client's label frequencies, each count raised by 1/2: by Bayes' rule the bracket is
+    what it would say had it seen all classes alike, and c_i how many classes it can tell from one.
+    Each client discloses its class counts, 4 * num_classes bytes.
 
     Args:
       num_classes: K.
@@ -115,8 +118,15 @@ def coverage_vote(num_classes: int, label: str = "label") -> Vote:
         return jnp.zeros(num_classes).at[data.examples[label][data.index]].add(real)
 
     def ballot(logits: Array, counts: Array) -> tuple[Array, Array]:
-        weight = lax.expand_dims(counts + 1e-3, range(logits.ndim - 1))
-        return weight * logits, weight
+        prior = (counts + 0.5) / (counts + 0.5).sum()
+        share = counts / jnp.maximum(counts.sum(), 1)
+        entropy = -jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0).sum()
+        # Clients of one class each must still make a teacher where nobody else is.
+        weight = jnp.broadcast_to(jnp.expm1(entropy) + 1e-3, (1,) * logits.ndim)
+        balanced = jax.nn.log_softmax(logits) - lax.expand_dims(
+            jnp.log(prior), range(logits.ndim - 1)
+        )
+        return weight * balanced, weight
 
     return Vote(ballot, known=known)
 
