@@ -1,0 +1,125 @@
+"""Which part of the parameter tree is shared, and which never leaves its owner.
+
+A partition is a predicate of paths: `is_personal(("classifier", "bias"))`. The two parts of a tree
+are trees with the same names and without each other's branches; `join_tree` puts them together.
+
+>>> shared, personal = split_tree({"stem": {"kernel": 1}, "head": {"bias": 2}}, head)
+>>> shared, personal
+({'stem': {'kernel': 1}}, {'head': {'bias': 2}})
+>>> join_tree(shared, personal) == {"stem": {"kernel": 1}, "head": {"bias": 2}}
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+from jaxfm.model import Model, PyTree, Variables
+
+Path = tuple[str, ...]
+IsPersonal = Callable[[Path], bool]
+
+_HEADS = ("head", "classifier")
+
+
+def head(path: Path) -> bool:
+    """The last part of our model families: the classifier, or what stands over the last layer."""
+    return path[0] in _HEADS
+
+
+def norms(path: Path) -> bool:
+    """Scales, shifts and statistics of normalisation, wherever they stand."""
+    return any(name == "norm" or name.endswith("_norm") for name in path)
+
+
+def under(*names: str) -> IsPersonal:
+    """All that stands under one of these names at the top of the tree: `under("dense2")`."""
+    return lambda path: path[0] in names
+
+
+def outside(predicate: IsPersonal) -> IsPersonal:
+    """What `predicate` leaves: `outside(head)` is the body."""
+    return lambda path: not predicate(path)
+
+
+def split_tree(tree: PyTree, is_personal: IsPersonal) -> tuple[PyTree, PyTree]:
+    """(shared, personal): the leaves of nested dicts by their paths, empty branches left out.
+
+    Args:
+      tree: nested dicts with string keys; a leaf is what is not a dict.
+      is_personal: of the path of a leaf.
+    """
+
+    def part(node: Mapping, path: Path, wanted: bool) -> dict:
+        out = {}
+        for name, value in node.items():
+            here = (*path, name)
+            if isinstance(value, Mapping):
+                below = part(value, here, wanted)
+                if below:
+                    out[name] = below
+            elif is_personal(here) == wanted:
+                out[name] = value
+        return out
+
+    return part(tree, (), False), part(tree, (), True)
+
+
+def join_tree(shared: PyTree, personal: PyTree) -> PyTree:
+    """The inverse of `split_tree`.
+
+    Raises:
+      ValueError: both parts have the same leaf.
+    """
+
+    def join(a: Mapping, b: Mapping, path: Path) -> dict:
+        out = dict(a)
+        for name, value in b.items():
+            here = (*path, name)
+            if name not in a:
+                out[name] = value
+            elif isinstance(value, Mapping) and isinstance(a[name], Mapping):
+                out[name] = join(a[name], value, here)
+            else:
+                raise ValueError(f"Both parts have {'.'.join(here)!r}: a leaf has one place.")
+        return out
+
+    return join(shared, personal, ())
+
+
+def split_variables(variables: Variables, is_personal: IsPersonal) -> tuple[Variables, Variables]:
+    """(shared, personal) of parameters and statistics; `live` is structure, and each has it all."""
+    params = split_tree(variables.params, is_personal)
+    stats = split_tree(variables.stats, is_personal)
+    shared, personal = (Variables(p, s, variables.live) for p, s in zip(params, stats, strict=True))
+    return shared, personal
+
+
+def join_variables(shared: Variables, personal: Variables) -> Variables:
+    """The inverse of `split_variables`."""
+    return Variables(
+        join_tree(shared.params, personal.params),
+        join_tree(shared.stats, personal.stats),
+        shared.live,
+    )
+
+
+def paths(tree: PyTree) -> set[str]:
+    """The dotted names of all leaves; of the parts of a tuple without its places."""
+    keyed = jax.tree_util.tree_leaves_with_path(tree)
+    named = ([str(key.key) for key in path if hasattr(key, "key")] for path, _ in keyed)
+    return {".".join(path) for path in named}
+
+
+def check_partition(model: Model, is_personal: IsPersonal) -> None:
+    """Raises ValueError where a predicate leaves nothing to share, or nothing personal."""
+    params = jax.eval_shape(model.init, jax.random.key(0)).params
+    shared, personal = split_tree(params, is_personal)
+    for part, what in ((shared, "shares no"), (personal, "keeps no personal")):
+        if not part:
+            raise ValueError(
+                f"This partition {what} parameters; the names at the top are {sorted(params)}. "
+                "`under(...)` picks by them."
+            )
