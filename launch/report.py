@@ -65,6 +65,8 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
         parts += _draft(results["draft"])
     if "decode" in results:
         parts += _decoding(results["decode"])
+    if "search" in results:
+        parts += _search(results["search"])
     parts += [heading("How to get this again"), json_panel("config.json", config)]
     report = Report(_title(results), f"run {run_dir.name}", tuple(parts))
     write(report, run_dir / "report.html")
@@ -74,6 +76,8 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
 def _title(results: Mapping) -> str:
     if "decode" in results:
         return "Federate, cut, serve"
+    if "search" in results:
+        return "A model cut to a budget"
     return "A federated run" if "federate" in results else "A training run"
 
 
@@ -105,6 +109,15 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
             figures.append(
                 Card(_name(metric), last.get(f"validation/{metric}"), "validation split")
             )
+    if "search" in results:
+        part = results["search"]
+        metric = main_metric(list(part["dense"]))
+        last = list(part["stages"].values())[-1]
+        before, after = part["costs"]["macs"]
+        figures.append(Card(_name(metric), last[metric], f"dense {part['dense'][metric]:.4f}"))
+        figures.append(Card("multiply-adds", f"{after / before:.1%}", "of the dense model's"))
+        before, after = part["latency_s"]["batch 32"]
+        figures.append(Card("speed-up", f"{before / after:.2f}x", "a batch of 32, measured"))
     if "decode" in results:
         best = max(results["decode"]["decoders"], key=lambda d: d["speed_up"])
         figures.append(Card("speed-up", f"{best['speed_up']:.2f}x", f"{best['name']} decoding"))
@@ -233,6 +246,44 @@ def _decoding(part: Mapping) -> list[Html]:
 def main(config: ReportConfig) -> None:
     """Writes the page and says where it is."""
     print(write_report(pathlib.Path(config.run_dir)))
+
+
+def _search(part: Mapping) -> list[Html]:
+    """What a search found: before and after, the ratio of each group, the curve, all candidates."""
+    metric = main_metric(list(part["dense"]))
+    stages = [["dense", part["dense"][metric]]]
+    stages += [[stage, values[metric]] for stage, values in part["stages"].items()]
+    best = min if metric in LOWER_IS_BETTER else max
+    costs = [[_name(n), b, a, f"{a / b:.1%}"] for n, (b, a) in part["costs"].items()]
+    speed = [[n, 1e3 * b, 1e3 * a, f"{b / a:.2f}x"] for n, (b, a) in part["latency_s"].items()]
+    scored = [(m, s) for m, s in zip(part["macs"], part["scores"]) if s == s]
+    steps = list(range(1, len(part["curve"]) + 1))
+    return [
+        heading("Before and after", "Test rows that neither training nor the search has seen."),
+        row(
+            table(["stage", _name(metric)], stages, best={_name(metric): best}),
+            table(["cost of one example", "dense", "pruned", "left"], costs),
+            table(["latency, ms", "dense", "pruned", "speed-up"], speed),
+        ),
+        heading("What each group keeps"),
+        bar_plot({name: 100 * ratio for name, ratio in part["ratios"].items()}, unit="%"),
+        heading("The search", f"{part['strategy']}, {part['seconds']:.0f} seconds."),
+        row(
+            line_plot({"best so far": (steps, part["curve"])}, x_label="candidates",
+                      y_label="reward", title="Search curve"),
+            line_plot({"front": _front(scored)}, x_label="multiply-adds, share of dense",
+                      y_label="reward", title="Pareto front of all candidates"),
+        ),
+    ]  # fmt: skip
+
+
+def _front(scored: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The candidates that no cheaper one beats, from cheap to dear."""
+    front: list[tuple[float, float]] = []
+    for share, score in sorted(scored, key=lambda x: (x[0], -x[1])):
+        if not front or score > front[-1][1]:
+            front.append((share, score))
+    return [x for x, _ in front], [y for _, y in front]
 
 
 if __name__ == "__main__":

@@ -170,8 +170,9 @@ def _scorer(own: Network, order: Scores, score: Score | None) -> Callable[[PyTre
 def save(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
     """Writes parameters (safetensors), a manifest of kept units, and the program (StableHLO).
 
-    `model.stablehlo` holds the program at the shapes of `inputs` (those of the
-    network's example by default); `jax.export.deserialize` runs it without this library.
+    `model.stablehlo` holds the program at the shapes of `inputs` (those of the network's example by
+    default), of `(what params.safetensors holds, *inputs)`; `jax.export.deserialize` runs it
+    without this library and without the model's own code.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,13 @@ def save(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     inputs = inputs or model.network.example
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), inputs)
-    program = export.export(jax.jit(model.apply))(model.params, *shapes)
+    order = [leaf.path for leaf in model.network.leaves]
+    treedef = model.network.treedef
+
+    def from_file(tensors: Mapping[str, Array], *inputs: PyTree) -> PyTree:
+        return model.apply(jax.tree.unflatten(treedef, [tensors[p] for p in order]), *inputs)
+
+    program = export.export(jax.jit(from_file))(dict(zip(order, leaves, strict=True)), *shapes)
     (folder / "model.stablehlo").write_bytes(program.serialize())
 
 

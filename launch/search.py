@@ -1,0 +1,382 @@
+"""Shrinks a model to a budget: search, repair, fine-tune, and a report of what it cost.
+
+    python -m jaxfm.launch.search
+    python -m jaxfm.launch.search --model=resnet20 --weights=resnet20.npz --normalise=imagenet \\
+        --data.source=cifar10 --data.folder=cifar10.npz --data.partition=iid --finetune_epochs=3
+    python -m jaxfm.launch.search --model=runs/demo/model --data.source=stdlib --parameters=0.5
+
+Without weights the dense model is trained first. Rows are kept apart: training rows train, measure
+statistics and repair; the reward of the search comes from validation rows (for a model trained
+elsewhere, from one half of the test rows), the report from test rows that nothing else has seen.
+The run folder holds config, results, report.html and pruned/ (parameters, manifest, program; for
+language models draft/ in Hugging Face format, too).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm import hub, hub_vision, search, tasks
+from jaxfm.checkpoint import Checkpointer
+from jaxfm.config import check, option
+from jaxfm.data.federation import merge
+from jaxfm.federated.local import objective
+from jaxfm.launch.report import write_report
+from jaxfm.launch.setup import (
+    Data,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    load_data,
+    make_model,
+    make_optimizer,
+    open_run,
+    save_results,
+    spread,
+    use_cores,
+)
+from jaxfm.model import Array, Model, PyTree, Variables
+from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
+from jaxfm.search.agmc import agmc
+from jaxfm.search.evaluate import recalibrated
+from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.importance import gradient
+from jaxfm.search.latency import fit_latency, measure
+from jaxfm.search.policy_graph import policy_graph
+from jaxfm.tasks import Task, evaluate
+
+STRATEGIES = (
+    "gnn_rl", "gnn_rl_paper", "agmc", "nsga2", "cma_es", "random", "uniform", "magnitude",
+)  # fmt: skip
+# The published networks by name: (number, image size, classes) to a config.
+_NAMED: dict[str, Callable[[int, int, int], Any]] = {
+    "resnet": lambda n, size, classes: resnet_config(n, num_classes=classes),
+    "vgg": lambda n, size, classes: vgg_config(n, cifar=size < 64, num_classes=classes),
+    "mobilenet": lambda n, size, classes: mobilenet_config(n, num_classes=classes),
+    "shufflenet": lambda n, size, classes: shufflenet_config(n, num_classes=classes),
+}
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """What is shrunk, to what, and how."""
+
+    run_dir: str = option("runs/search", "folder of the run; an unfinished search there goes on")
+    model: str = option(
+        "auto",
+        "auto: by --network.*; resnet20, resnet56, vgg11, mobilenet2, shufflenet2, ...; or a "
+        "folder in Hugging Face format",
+    )
+    weights: str = option("", "PyTorch state dict of a named network (.npz, .safetensors, .th)")
+    normalise: Literal["none", "imagenet"] = option("none", "how images are scaled beyond 0..1")
+    train_steps: int = option(300, "steps of dense training where no weights are given")
+    strategy: Literal[STRATEGIES] = option("gnn_rl", "who proposes")  # type: ignore[valid-type]
+    importance: Literal["l1", "l2", "taylor", "scale", "activation"] = option(
+        "l2", "which units of a group stay"
+    )
+    macs: float = option(0.5, "share of the multiply-adds that remains; 0: no such budget")
+    parameters: float = option(0.0, "share of the parameters; 0: no such budget")
+    latency: float = option(0.0, "share of the dense latency at batch 32, by a fitted table")
+    channel_multiple: int = option(1, "groups keep multiples of it")
+    evaluations: int = option(256, "candidates that the strategy may try")
+    reward_examples: int = option(512, "rows that score a candidate; 0: all that are set aside")
+    calibration_examples: int = option(512, "training rows that statistics are measured on")
+    repair: bool = option(True, "least squares on the calibration rows after the search")
+    finetune_epochs: int = option(3, "passes over the training rows after the cut; 0: none")
+    batch_size: int = option(64, "examples a step and a batch of evaluation")
+    seed: int = option(0, "of data, parameters, search and training")
+    data: DataConfig = DataConfig(source="digits", partition="iid")
+    network: ModelConfig = ModelConfig()
+    finetune: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        check(self)
+        if not (self.macs or self.parameters or self.latency):
+            raise ValueError("Give a budget: --macs=0.5, --parameters=0.5 or --latency=0.5.")
+        for name in ("macs", "parameters", "latency"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a share from 0 to 1.")
+        if self.strategy == "gnn_rl_paper" and not self.macs:
+            raise ValueError("strategy=gnn_rl_paper acts until --macs is met; give it.")
+        for name in ("train_steps", "channel_multiple", "evaluations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+
+
+class Setting(NamedTuple):
+    """A dense model and the rows of each purpose."""
+
+    data: Data
+    task: Task
+    model: Model
+    variables: Variables
+    train: Mapping[str, np.ndarray]
+    reward: Mapping[str, np.ndarray]
+    report: Mapping[str, np.ndarray]
+
+
+def prepare(config: SearchConfig) -> Setting:
+    """Loads or trains the dense model and sets rows aside."""
+    data = load_data(config.data, config.seed)
+    task = _task(config, data)
+    train = merge(data.train)
+    examples = next(iter(data.validation.values()))
+    if config.model == "auto":
+        model = make_model(config.network, data)
+    elif pathlib.Path(config.model).is_dir():
+        model, variables = hub.load(config.model)
+    else:
+        model = build(_named(config.model, examples.shape[1], data))
+    elsewhere = bool(config.weights) or pathlib.Path(config.model).is_dir()
+    if config.weights:
+        model, variables = hub_vision.load_torch(model.config, config.weights)
+    elif not elsewhere:
+        print(f"Training the dense model: {config.train_steps} steps.")
+        fit = trainer(lambda v, x, key: model.apply(v, x, train=True, key=key), task, config)
+        start = model.init(jax.random.key(config.seed))
+        variables = fit(start, train, config.train_steps, jax.random.key(config.seed + 1))
+    reward, report = data.validation, data.test
+    if elsewhere:  # its training rows are not known, so the test rows serve both purposes, apart
+        rows = len(next(iter(data.test.values())))
+        halves = search.split_rows(rows, 0, rows // 2, seed=config.seed)
+        reward, report = _rows(data.test, halves.reward), _rows(data.test, halves.report)
+    reward = spread(reward, config.reward_examples)
+    return Setting(data, task, model, variables, train, reward, report)
+
+
+def _named(name: str, size: int, data: Data) -> Any:
+    family = name.rstrip("0123456789").rstrip("_v-")
+    if family not in _NAMED or not name[len(family) :].strip("_v-").isdigit():
+        raise ValueError(
+            f"model={name!r} is neither a folder nor a known network; give auto, or one of "
+            f"{sorted(_NAMED)} with a number, as in resnet20."
+        )
+    if "image" not in data.validation:
+        raise ValueError(f"model={name} takes images; --data.source={data.names[0]} has none.")
+    return _NAMED[family](int(name[len(family) :].strip("_v-")), size, 10)
+
+
+def _task(config: SearchConfig, data: Data) -> Task:
+    if config.normalise == "none":
+        return data.task
+    if "image" not in data.validation:
+        raise ValueError("normalise scales images; the data are text.")
+
+    def scale(images: Array, key: Any) -> Array:
+        wide = lambda values: jnp.broadcast_to(jnp.array(values, jnp.float32), images.shape)
+        mean, std = _IMAGENET
+        return (images.astype(jnp.float32) / 255 - wide(mean)) / wide(std)
+
+    return tasks.classification(10, transform=scale)
+
+
+def _rows(examples: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: leaf[rows] for name, leaf in examples.items()}
+
+
+Forward = Callable[[PyTree, PyTree, Any], tuple[PyTree, PyTree]]
+
+
+def trainer(forward: Forward, task: Task, config: SearchConfig) -> Callable[..., Variables]:
+    """Returns `fit(variables, examples, steps, key) -> variables`, one compiled scan.
+
+    `forward(variables, inputs, key) -> (outputs, stats)` runs in training mode.
+    """
+    apply = lambda variables, inputs, train=True, key=None: forward(variables, inputs, key)
+    loss = objective(Model(lambda key: None, apply, None), task)  # type: ignore[arg-type]
+    optimizer = make_optimizer(config.finetune)
+    size = config.batch_size
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def fit(variables: Variables, examples: PyTree, steps: int, key: Array) -> Variables:
+        rows = len(next(iter(examples.values())))
+        schedule = optax.cosine_decay_schedule(1.0, steps)
+
+        def step(carry, i):
+            variables, opt_state = carry
+            rows_key, batch_key = jax.random.split(jax.random.fold_in(key, i))
+            chosen = jax.random.randint(rows_key, (size,), 0, rows)
+            batch = {name: leaf[chosen] for name, leaf in examples.items()}
+            grads, (stats, _, _) = jax.grad(loss, has_aux=True)(
+                variables.params, variables, batch, jnp.ones(size), batch_key
+            )
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+                updates, opt_state = optimizer.update(grads, opt_state, variables.params)
+                updates = jax.tree.map(lambda u: (u * schedule(i)).astype(u.dtype), updates)
+            params = optax.apply_updates(variables.params, updates)
+            return (variables._replace(params=params, stats=stats), opt_state), None
+
+        start = (variables, optimizer.init(variables.params))
+        return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
+
+    return lambda v, examples, steps, key: fit(v, dict(examples), steps, key)
+
+
+def make_strategy(
+    name: str, network: search.Network, variables: Variables, problem: search.Problem,
+    scores: Any, macs: float,
+) -> search.Strategy:  # fmt: skip
+    """The strategy of a name, on a problem."""
+    size = len(problem.sizes)
+    if name in ("gnn_rl", "gnn_rl_paper", "agmc"):
+        graph = policy_graph(network, variables)
+        if name == "gnn_rl_paper":
+            own, dense = search.costs(network), network.sizes.astype(np.int64)
+            return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
+        return gnn_rl(graph) if name == "gnn_rl" else agmc(graph)
+    if name == "magnitude":
+        flat = [np.asarray(s).mean(0) if s.ndim > 1 else s for s in scores]
+        return search.magnitude(problem, flat)
+    return {
+        "nsga2": lambda: search.nsga2(problem.sizes),
+        "cma_es": lambda: search.cma_es(size),
+        "random": lambda: search.random_search(size),
+        "uniform": lambda: search.uniform(size),
+    }[name]()
+
+
+class Found(NamedTuple):
+    """What the search gave."""
+
+    network: search.Network
+    kept: Any
+    result: search.Result
+    seconds: float
+
+
+def find(config: SearchConfig, setting: Setting) -> Found:
+    """Traces the model, searches, and goes on from the run's checkpoints where it was stopped."""
+    model, variables, task = setting.model, setting.variables, setting.task
+    calibration = spread(setting.train, config.calibration_examples)
+    inputs = task.prepare(_rows(calibration, np.arange(config.batch_size)), None)[0]
+    network = search.model_network(model, variables, inputs)
+    shares = {"macs": config.macs, "parameters": config.parameters}
+    limits = list(search.budgets(network, **{k: v for k, v in shares.items() if v}))
+    if config.latency:
+        small = jax.tree.map(lambda x: x[:32], inputs)
+        table = fit_latency(network, variables, small)
+        print(f"Latency table: {table.error:.0%} off on slices that it did not see.")
+        limits.append(table.budget(config.latency))
+    scores = _importance(config, setting, network, inputs)
+    order = search.ranks(scores)
+    metric = "accuracy" if "label" in setting.reward else "loss"
+    problem = search.task_problem(
+        network, variables, order, limits, task, setting.reward, calibration=calibration,
+        metric=metric, batch_size=config.batch_size, multiple=config.channel_multiple,
+    )  # fmt: skip
+    strategy = make_strategy(config.strategy, network, variables, problem, scores, config.macs)
+    evaluations = max(1, config.evaluations // strategy.batch) * strategy.batch
+    evaluations = strategy.batch if config.strategy in ("uniform", "magnitude") else evaluations
+    print(f"{len(network.groups)} groups; {config.strategy} tries {evaluations} candidates.")
+    start = time.perf_counter()
+    with Checkpointer(pathlib.Path(config.run_dir) / "search", keep=1) as checkpoints:
+        key = jax.random.key(config.seed + 2)
+        result = search.run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
+    kept = search.keep(order, result.best_counts)
+    return Found(network, kept, result, time.perf_counter() - start)
+
+
+def _importance(config: SearchConfig, setting: Setting, network: search.Network, inputs: PyTree):
+    slope = None
+    if config.importance == "taylor":
+        batch = _rows(setting.train, np.arange(config.batch_size))
+        loss = objective(setting.model, setting.task)
+        key = jax.random.key(config.seed)
+        total = lambda v: loss(v.params, v, batch, jnp.ones(config.batch_size), key)[0]
+        slope = jax.jit(lambda v: gradient(total, v))(setting.variables)
+    given = (inputs,) if config.importance == "activation" else ()
+    return search.importance(
+        network, setting.variables, config.importance, gradient=slope, inputs=given
+    )
+
+
+def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, Any]:
+    """Cuts, calibrates, repairs, fine-tunes, measures; returns what the report shows."""
+    network, kept, task = found.network, found.kept, setting.task
+    variables = setting.variables
+    calibration = spread(setting.train, config.calibration_examples)
+    prepared = task.prepare(calibration, None)[0]
+    small = search.pruned(network, variables, kept)
+    train = search.sliced(network, kept, 1)
+    apply = lambda v, x, train=False: (small.apply(v, x), v.stats)
+    report = lambda v: evaluate(apply, v, task, setting.report, config.batch_size)
+    batches = jax.tree.map(lambda x: x[: len(x) // 64 * 64].reshape(-1, 64, *x.shape[1:]), prepared)
+    calibrated = jax.jit(lambda v: recalibrated(lambda v, x: train(v, x)[1], v, batches))
+    stages = {"before calibration": report(small.params)}
+    params = calibrated(small.params)
+    stages["after calibration"] = report(params)
+    if config.repair:
+        mended = jax.jit(lambda v, x: search.repair(network, v, kept, x))(variables, prepared)
+        params = calibrated(search.cut(network, mended, kept))
+        stages["after repair"] = report(params)
+    if config.finetune_epochs:
+        fit = trainer(lambda v, x, key: train(v, x), task, config)
+        rows = len(next(iter(setting.train.values())))
+        steps = max(1, config.finetune_epochs * rows // config.batch_size)
+        params = fit(params, setting.train, steps, jax.random.key(config.seed + 3))
+        stages["after fine-tuning"] = report(params)
+    dense = evaluate(setting.model.apply, variables, task, setting.report, config.batch_size)
+    folder = pathlib.Path(config.run_dir) / "pruned"
+    search.save(folder, small._replace(params=params))
+    _save_language_model(config, setting, found, params)
+    speed = {}
+    for size in (1, 32):
+        inputs = jax.tree.map(lambda x, n=size: x[:n], prepared)
+        everything = search.full(network)
+        speed[f"batch {size}"] = (
+            measure(network, variables, everything, (inputs,)),
+            measure(network, variables, kept, (inputs,)),
+        )
+    return {
+        "strategy": config.strategy, "seconds": found.seconds, "dense": dense, "stages": stages,
+        "costs": small.table(), "ratios": small.ratios(), "latency_s": speed,
+        "curve": found.result.curve.tolist(), "scores": found.result.scores.tolist(),
+        "macs": _shares(network, found.result.counts), "frozen": network.frozen,
+    }  # fmt: skip
+
+
+def _shares(network: search.Network, counts: np.ndarray) -> list[float]:
+    own, dense = search.costs(network), network.sizes.astype(np.int64)
+    return [float(own.macs(k.astype(np.int64)) / own.macs(dense)) for k in counts]
+
+
+def _save_language_model(config, setting: Setting, found: Found, params: Variables) -> None:
+    """A pruned decoder in Hugging Face format, ready to draft for its parent."""
+    if setting.data.tokenizer is None:
+        return
+    folder = pathlib.Path(config.run_dir) / "draft"
+    hub.save(setting.model, params, folder, tokenizer=setting.data.tokenizer)
+    print(f"draft: {folder}")
+
+
+def main(config: SearchConfig) -> None:
+    """The whole run."""
+    use_cores(config.batch_size)
+    run_dir = open_run(config, config.run_dir)
+    setting = prepare(config)
+    found = find(config, setting)
+    results = finish(config, setting, found)
+    save_results(run_dir, "search", results)
+    for name, (before, after) in results["costs"].items():
+        print(f"{name}: {before:,.0f} -> {after:,.0f} ({after / before:.1%})")
+    metric = "accuracy" if "accuracy" in results["dense"] else "bits_per_byte"
+    print(f"test {metric}: {results['dense'][metric]:.4f} dense")
+    for stage, metrics in results["stages"].items():
+        print(f"test {metric}: {metrics[metric]:.4f} {stage}")
+    print(f"report: {write_report(run_dir)}")
+
+
+if __name__ == "__main__":
+    configs.run(main, SearchConfig)
