@@ -40,6 +40,19 @@ class Program(NamedTuple):
     counters: Callable[[Any], Any] | None = None
 
 
+class Policy(NamedTuple):
+    """What changes a decoder's settings between two pieces of a text, without a compilation.
+
+    Attributes:
+      state: what it has learned so far.
+      step: `(state, variables, counters, stats, seconds) -> (state, variables)`, after a piece:
+        counts since the start, as NumPy arrays, and the seconds that the piece took.
+    """
+
+    state: Any
+    step: Callable[..., tuple[Any, PyTree]]
+
+
 class Decoder(NamedTuple):
     """A way to continue texts.
 
@@ -50,6 +63,7 @@ class Decoder(NamedTuple):
       vocab_size: tokens that the model knows.
       max_len: longest text that the model has positions for; None: any.
       mesh: the devices that it runs on, where it runs on several; None: wherever its variables are.
+      policy: changes the variables' settings between pieces; None: they stay.
     """
 
     program: Program
@@ -58,6 +72,7 @@ class Decoder(NamedTuple):
     vocab_size: int
     max_len: int | None
     mesh: Mesh | None = None
+    policy: Policy | None = None
 
 
 class Drafter(NamedTuple):

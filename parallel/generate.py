@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.model import Key
@@ -52,6 +54,7 @@ class Generated(NamedTuple):
       finish: "length", "stop token" or "stop string".
       stats: counts as NumPy arrays.
       counters: the decoder's own counts, where it keeps some.
+      decoder: as it came out of it: with a policy, what it has learned goes on in the next call.
     """
 
     tokens: list[np.ndarray]
@@ -60,6 +63,7 @@ class Generated(NamedTuple):
     finish: list[str]
     stats: Stats
     counters: Any = None
+    decoder: Decoder | None = None
 
 
 def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generated:
@@ -117,53 +121,70 @@ def stream(
         the model's positions, different vocabularies, a setting out of range.
     """
     ids = _prompt_ids(prompts, tokenizer, decoder.vocab_size)
-    batch = len(ids)
-    if draft_tokenizer is not None:
-        if tokenizer is None:
-            raise ValueError("draft_tokenizer is given without tokenizer; give both to compare.")
-        if not same_vocabulary(tokenizer, draft_tokenizer):
-            raise ValueError(_vocabulary_difference(tokenizer, draft_tokenizer))
+    _check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
     if ticks < 1:
         raise ValueError(f"ticks={ticks}: a piece takes 1 or more.")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be 1 or more, or None.")
+    batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
-    new = _per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
-    limits = lengths + new
+    limits = lengths + _per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
     cells = _check_room(lengths, limits, cells, decoder.max_len)
     sampling = _sampling(batch, temperature, top_k, top_p, min_p, key)
-    table = None
     token_bytes: list[bytes] = []
     if tokenizer is not None:
         # A model may have more rows than its tokenizer has tokens (padding).
         token_bytes = list(tokenizer.token_bytes())
         token_bytes += [b""] * (decoder.vocab_size - len(token_bytes))
-    if stop_strings:
-        if tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer, to know the text of each token.")
-        table = jnp.asarray(automaton(stop_strings, token_bytes[: decoder.vocab_size]))
-    for token in stop_tokens:
-        if not 0 <= token < decoder.vocab_size:
-            raise ValueError(f"Stop token {token} is outside 0..{decoder.vocab_size - 1}.")
-    rules = Rules(sampling, jnp.asarray(np.array(stop_tokens, np.int32)), table)
-
-    tokens = np.zeros((batch, cells), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[: len(prompt)] = prompt
-    zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
-    text = Text(
-        tokens=jnp.asarray(tokens),
-        length=jnp.asarray(lengths),
-        limit=jnp.asarray(limits),
-        done=jnp.zeros((batch,), bool),
-        progress=zeros(),
-        stats=Stats(zeros(), zeros(decoder.draft_length), zeros(decoder.draft_length)),
-        logprobs=jnp.zeros((batch, cells)) if logprobs else None,
-    )
+    rules = _rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
+    text = _text(ids, limits, cells, decoder.draft_length, logprobs)
     make = lambda: Detokenizer(token_bytes, stop_strings)
     writers = [make() for _ in ids] if tokenizer is not None else None
     width = min(_bucket(lengths.max()), cells)
     return _run(decoder, text, rules, width, ticks, prefill_chunk, writers)
+
+
+def _check_tokenizers(
+    tokenizer: Tokenizer | None, draft: Tokenizer | None, stop_strings: Sequence[str]
+) -> None:
+    if draft is not None:
+        if tokenizer is None:
+            raise ValueError("draft_tokenizer is given without tokenizer; give both to compare.")
+        if not same_vocabulary(tokenizer, draft):
+            raise ValueError(_vocabulary_difference(tokenizer, draft))
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, to know the text of each token.")
+
+
+def _rules(
+    sampling: Sampling, stop_tokens: Sequence[int], stop_strings: Sequence[str],
+    token_bytes: list[bytes], vocab_size: int,
+) -> Rules:  # fmt: skip
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"Stop token {token} is outside 0..{vocab_size - 1}.")
+    table = jnp.asarray(automaton(stop_strings, token_bytes[:vocab_size])) if stop_strings else None
+    return Rules(sampling, jnp.asarray(np.array(stop_tokens, np.int32)), table)
+
+
+def _text(
+    ids: list[list[int]], limits: np.ndarray, cells: int, drafts: int, logprobs: bool
+) -> Text:
+    """The prompts as texts that may grow up to `limits`."""
+    batch = len(ids)
+    tokens = np.zeros((batch, cells), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
+    return Text(
+        tokens=jnp.asarray(tokens),
+        length=jnp.asarray(np.array([len(prompt) for prompt in ids], np.int32)),
+        limit=jnp.asarray(limits),
+        done=jnp.zeros((batch,), bool),
+        progress=zeros(),
+        stats=Stats(zeros(), zeros(drafts), zeros(drafts)),
+        logprobs=jnp.zeros((batch, cells)) if logprobs else None,
+    )
 
 
 def _run(
@@ -176,28 +197,26 @@ def _run(
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
+    counters = decoder.program.counters
     state = _start(
         decoder.program, decoder.variables, text.tokens, text.length, width, chunk,
     )  # fmt: skip
     finished = False
     while not finished:
+        began = time.perf_counter()
         state, text = _advance(decoder.program, decoder.variables, state, text, rules, ticks)
-        ids, length, done = jax.device_get((text.tokens, text.length, text.done))
+        counts = (counters(state), text.stats) if counters and decoder.policy else ()
+        ids, length, done, counts = jax.device_get((text.tokens, text.length, text.done, counts))
+        if decoder.policy is not None:
+            decoder = _adapted(decoder, *counts, seconds=time.perf_counter() - began)
         new = [ids[i, seen[i] : length[i]] for i in range(len(seen))]
         pieces = None
         if writers is not None:
-            pieces = []
-            for i, writer in enumerate(writers):
-                shown = new[i]
-                # The token that ended the text is no part of what is read.
-                if done[i] and len(shown) and int(shown[-1]) in stops:
-                    shown = shown[:-1]
-                grew = len(new[i]) > 0
-                pieces.append(writer.add(shown, last=bool(done[i])) if grew else "")
-                whole[i] += pieces[-1]
+            pieces = _write(writers, new, done, stops)
+            whole = [text_so_far + piece for text_so_far, piece in zip(whole, pieces)]
         seen, finished = length, bool(done.all())
         yield Piece(new, pieces)
-    final, counters = jax.device_get(text), decoder.program.counters
+    final = jax.device_get(text)
     spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
     return Generated(
         tokens=[final.tokens[i, a:b] for i, a, b in spans],
@@ -211,7 +230,29 @@ def _run(
         ],
         stats=final.stats,
         counters=counters and jax.device_get(counters(state)),
+        decoder=decoder,
     )  # fmt: skip
+
+
+def _adapted(decoder: Decoder, *counts: Any, seconds: float) -> Decoder:
+    """The decoder with what its policy makes of a piece."""
+    assert decoder.policy is not None
+    if jax.process_count() > 1:  # all must decide alike, though their clocks differ
+        seconds = float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+    policy = decoder.policy
+    learned, variables = policy.step(policy.state, decoder.variables, *counts, seconds)
+    return decoder._replace(variables=variables, policy=policy._replace(state=learned))
+
+
+def _write(
+    writers: list[Detokenizer], new: list[np.ndarray], done: np.ndarray, stops: set[int]
+) -> list[str]:
+    """The text of each request's new tokens; of the token that ended it nothing is read."""
+    pieces = []
+    for writer, tokens, last in zip(writers, new, done, strict=True):
+        shown = tokens[:-1] if last and len(tokens) and int(tokens[-1]) in stops else tokens
+        pieces.append(writer.add(shown, last=bool(last)) if len(tokens) else "")
+    return pieces
 
 
 @functools.partial(jax.jit, static_argnames=("program", "width", "chunk"))

@@ -31,6 +31,8 @@ class Counters(NamedTuple):
       launched: i32[2] packets, and tokens in them.
       drafted: i32[] ticks in which the draft computed, counted where it does.
       corrections: i32[B] times that no proposal foresaw the answer.
+      places: i32[w] right tokens that were the draft's first candidate, second, ...
+      wide: i32[] ticks in which a stage read more than one token.
       in_flight: i32[] packets in the pipe, summed over ticks.
       timeline: u8[R, S + 1] what each stage did in each of the first R ticks; last, the draft.
     """
@@ -42,6 +44,8 @@ class Counters(NamedTuple):
     launched: Array
     drafted: Array
     corrections: Array
+    places: Array
+    wide: Array
     in_flight: Array
     timeline: Array
 

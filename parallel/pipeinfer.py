@@ -181,7 +181,8 @@ def _start(
     )  # fmt: skip
     counters = Counters(
         zeros(), ticks, zeros(shape.stages), zeros(shape.stages), zeros(2), zeros(), zeros(batch),
-        zeros(), jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
+        zeros(shape.width), zeros(), zeros(),
+        jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
     )  # fmt: skip
     lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return State(

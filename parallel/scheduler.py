@@ -64,6 +64,7 @@ class Tree(NamedTuple):
       answers: i32[N] the target's token after the node; -1: not known yet.
       logprobs: f32[N] of the answers.
       misses: i32[] times in a row that the draft proposed nothing.
+      places: i32[N] of each node among the candidates of its depth, the most probable first.
     """
 
     tip: Array
@@ -78,6 +79,7 @@ class Tree(NamedTuple):
     answers: Array
     logprobs: Array
     misses: Array
+    places: Array
 
 
 class Limits(NamedTuple):
@@ -203,7 +205,7 @@ def init_tree(num_nodes: int) -> Tree:
     bits = jnp.zeros((num_nodes, num_words(num_nodes)), jnp.uint32)
     real = jnp.zeros((num_nodes,), jnp.float32)
     zero = jnp.zeros((), jnp.int32)
-    return Tree(zero, whole, whole, whole, whole, bits, real, off, off, whole, real, zero)
+    return Tree(zero, whole, whole, whole, whole, bits, real, off, off, whole, real, zero, whole)
 
 
 def replant(
@@ -250,6 +252,7 @@ class Settled(NamedTuple):
       size: i32[] how many are meant.
       guessed: i32[] how many of these the draft had made any proposal for.
       right: i32[] how many of these it had proposed.
+      places: i32[E] of the proposed ones among the candidates of their depth; -1: not proposed.
     """
 
     tokens: Array
@@ -257,6 +260,7 @@ class Settled(NamedTuple):
     size: Array
     guessed: Array
     right: Array
+    places: Array
 
 
 def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, Settled]:
@@ -270,18 +274,20 @@ def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, Settled]:
         children = tree.alive & (tree.parents == tree.tip)
         matches = children & (tree.tokens == answer)
         found = matches.any()
+        place = jnp.where(known & found, tree.places[jnp.argmax(matches)], -1)
         logprob = tree.logprobs[tree.tip]
         on, on_cells = _move(tree, cells, jnp.argmax(matches))
         anew, anew_cells = replant(tree, cells, answer, tree.positions[tree.tip] + 1, busy)
         pick = lambda a, b, c: jnp.where(known, jnp.where(found, a, b), c)
         carry = jax.tree.map(pick, (on, on_cells), (anew, anew_cells), (tree, cells))
-        return carry, (answer, logprob, known, known & children.any(), known & found)
+        return carry, (answer, logprob, known, known & children.any(), known & found, place)
 
-    (tree, cells), (tokens, logprobs, known, guessed, right) = lax.scan(
+    (tree, cells), (tokens, logprobs, known, guessed, right, places) = lax.scan(
         step, (tree, cells), length=most
     )
     total = lambda x: x.sum(dtype=jnp.int32)
-    return tree, cells, Settled(tokens, logprobs, total(known), total(guessed), total(right))
+    settled = Settled(tokens, logprobs, total(known), total(guessed), total(right), places)
+    return tree, cells, settled
 
 
 def _move(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
@@ -388,6 +394,7 @@ def insert(
             alive=put(tree.alive, True),
             launched=put(tree.launched, False),
             answers=put(tree.answers, -1),
+            places=put(tree.places, jnp.arange(width, dtype=jnp.int32)),
         )
         read = jnp.broadcast_to(reads & (level < levels - 1), (width,))
         cells = Cells(

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 Cost = Callable[[float], float]
 
 
@@ -74,6 +76,18 @@ def continuous_rate(pipe: Pipe, right: float, *, levels: int = 1, width: int = 1
     return 1 / ((1 - right) * trip + right * tau)
 
 
+def lockstep_rate(pipe: Pipe, right: float, *, levels: int = 1, width: int = 1) -> float:
+    """Tokens a second of continuous speculation where all nodes take a step together, as in
+    `jaxfm.parallel.pipeinfer`: 1 / (tick ((1 - a) S + a / k)), tick = t_s b(k w) + l + t_d.
+
+    Args:
+      pipe: its draft time is what a tick takes longer with a draft than without.
+      right: probability that one of the w candidates is right.
+    """
+    tick = pipe.stage_s * pipe.cost(levels * width) + pipe.link_s + pipe.draft_s
+    return 1 / (tick * ((1 - right) * pipe.stages + right / levels))
+
+
 class Choice(NamedTuple):
     """Settings, and the speed that is expected of them.
 
@@ -89,13 +103,20 @@ class Choice(NamedTuple):
     rate: float
 
 
-def choose(pipe: Pipe, right: Sequence[float], *, levels: int = 1) -> Choice:
+def choose(
+    pipe: Pipe,
+    right: Sequence[float] | np.ndarray,
+    *,
+    levels: int = 1,
+    rate: Callable[..., float] = continuous_rate,
+) -> Choice:
     """The fastest settings of a pipe, by the model.
 
     Args:
       pipe: measured.
       right: right[w - 1] is the measured probability that the next token is among w candidates.
       levels: most levels a packet.
+      rate: the model: `continuous_rate`, or `lockstep_rate`.
     Raises:
       ValueError: a probability outside [0, 1].
     """
@@ -105,8 +126,8 @@ def choose(pipe: Pipe, right: Sequence[float], *, levels: int = 1) -> Choice:
     best = Choice(0, 1, 1, plain_rate(pipe))
     for width, share in enumerate(right, start=1):
         for deep in range(1, levels + 1):
-            rate = continuous_rate(pipe, share, levels=deep, width=width)
-            if rate > best.rate:
+            speed = rate(pipe, share, levels=deep, width=width)
+            if speed > best.rate:
                 tau = max(pipe.draft_s * deep, pipe.stage_s * pipe.cost(deep * width))
-                best = Choice(width, deep, int(pipe.trip_s / tau) + 2, rate)
+                best = Choice(width, deep, int(pipe.trip_s / tau) + 2, speed)
     return best

@@ -6,6 +6,8 @@ and passing by comes first, since XLA copies what the first branch writes.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -104,20 +106,28 @@ def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rul
     )
     sampling = _one(rules.sampling, request)
 
-    def run(x, rows):
-        embedded = net.stages.embed(own, block.tokens, block.positions)
-        x = jnp.where(stage == 0, embedded, x)
-        x, new = through(net, own, x, past_of(rows, request, cells, block), block)
+    def run(places, x, rows):
+        """The first places of the packet."""
+        some = jax.tree.map(lambda field: field[:, :places], block)
+        embedded = net.stages.embed(own, some.tokens, some.positions)
+        x = jnp.where(stage == 0, embedded, x[:, :places])
+        x, new = through(net, own, x, past_of(rows, request, cells, block), some)
         last = (stage == shape.stages - 1).astype(jnp.int32)
-        picked = lax.switch(last, [_pick_nothing, _picker(net, own, sampling)], x, block.positions)
+        picked = lax.switch(last, [_pick_nothing, _picker(net, own, sampling)], x, some.positions)
         return x, new, *picked, jnp.ones((), jnp.int32)
 
-    shapes = jax.eval_shape(run, state.hidden, state.rows)[1:]
-    by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes))
-    # Passing by comes first: XLA copies what the first branch writes.
-    x, new, answers, logprobs, ran = lax.switch(
-        meant.any().astype(jnp.int32), [by, run], state.hidden, state.rows
+    whole = functools.partial(run, shape.packet)
+    shapes = jax.eval_shape(whole, state.hidden, state.rows)
+    fill = lambda part, like: lax.pad(
+        part, jnp.zeros((), part.dtype), [(0, b - a, 0) for a, b in zip(part.shape, like.shape)]
     )
+    one = lambda x, rows: jax.tree.map(fill, run(1, x, rows), shapes)
+    by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes[1:]))
+    # Passing by comes first: XLA copies what the first branch writes. A token alone is read alone,
+    # so that a wide packet costs only those who use it.
+    ways = [by, one, whole] if shape.packet > 1 else [by, whole]
+    way = meant.any().astype(jnp.int32) + meant[1:].any().astype(jnp.int32)
+    x, new, answers, logprobs, ran = lax.switch(way, ways, state.hidden, state.rows)
     written = meant[None] & jnp.isfinite(x).all(-1)
     rows = put_rows(state.rows, request, cells, block, new, written)
     executed = jnp.where(jnp.arange(shape.stages) == stage, ran, 0)

@@ -85,7 +85,12 @@ def _settle(shape: Shape, state: State, text: Text, rules: Rules, sent: Sent) ->
     alive = trees.alive[state.pipe.request[:, None], state.pipe.nodes]
     pipe = state.pipe._replace(nodes=jnp.where(alive, state.pipe.nodes, NONE))
     corrections = state.counters.corrections + some(new.size - new.right)
-    counters = state.counters._replace(corrections=corrections)
+    took = jnp.arange(new.places.shape[0], dtype=jnp.int32) < count.max()
+    place = jnp.where(took & (new.places >= 0), new.places, shape.width)
+    counters = state.counters._replace(
+        corrections=corrections,
+        places=state.counters.places.at[place].add(1, mode="drop"),
+    )
     state = state._replace(trees=trees, cells=all_cells, pipe=pipe, counters=counters)
     return state, text
 
@@ -156,6 +161,7 @@ def tally(state: State, said: Sent) -> Counters:
         executed=old.executed + said.executed,
         cancelled=old.cancelled + cancelled.astype(jnp.int32),
         drafted=old.drafted + said.drafted,
+        wide=old.wide + (state.pipe.nodes[:, 1:] != NONE).any().astype(jnp.int32),
         in_flight=old.in_flight + live.sum(dtype=jnp.int32),
         timeline=old.timeline.at[old.ticks].set(row, mode="drop")
         if old.timeline.size
