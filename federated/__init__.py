@@ -25,16 +25,23 @@ from jaxfm.federated.ensemble import (
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics, worst_decile
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_dyn import fed_dyn
 from jaxfm.federated.fed_kemf import fed_kemf, fed_kemf_paper
 from jaxfm.federated.fed_md import fed_md
+from jaxfm.federated.fed_nova import fed_nova
 from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
+from jaxfm.federated.fed_per import fed_per
 from jaxfm.federated.fed_prox import fed_prox
+from jaxfm.federated.fed_rolex import fed_rolex
 from jaxfm.federated.hetero_fl import hetero_fl
 from jaxfm.federated.ledger import ClientCost, client_costs, round_costs
+from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.partition import head, norms, outside, under
 from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
 from jaxfm.federated.resources import assign, profiles
 from jaxfm.federated.rounds import Population, Rounds, RunState, rounds
+from jaxfm.federated.scaffold import scaffold
 
 __all__ = [
     "Algorithm",
@@ -60,26 +67,36 @@ __all__ = [
     "fed_avg",
     "fed_avg_m",
     "fed_df",
+    "fed_dyn",
     "fed_kemf",
     "fed_kemf_paper",
     "fed_md",
+    "fed_nova",
     "fed_opt",
+    "fed_per",
     "fed_prox",
+    "fed_rolex",
     "fed_yogi",
     "global_metrics",
+    "head",
     "held_search",
     "hetero_fl",
+    "lg_fed_avg",
     "local_fit",
     "max_vote",
     "mean",
     "mean_vote",
+    "norms",
     "objective",
+    "outside",
     "profiles",
     "rafl",
     "rafl_published",
     "round_costs",
     "rounds",
+    "scaffold",
     "scaled",
     "three_metrics",
+    "under",
     "worst_decile",
 ]

@@ -43,7 +43,7 @@ def hetero_fl(
     Raises:
       ValueError: no tier, or one that does not fit the model.
     """
-    _check(model, tiers)
+    check_tiers(model, tiers, "hetero_fl")
     init, server = server_optimizer(optimizer or optax.sgd(1.0))
     buckets = tuple(_tier(model, task, local, subnet) for subnet in tiers)
     return Algorithm(init, buckets, server, model)
@@ -73,9 +73,10 @@ def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
     return Bucket(model, send, client, lift=lift, personal=personal)
 
 
-def _check(model: Model, tiers: Sequence[Subnet]) -> None:
+def check_tiers(model: Model, tiers: Sequence[Subnet], who: str) -> None:
+    """Raises ValueError where an algorithm, `who`, has no tier, or one that does not fit."""
     if not tiers:
-        raise ValueError("hetero_fl needs at least one tier; Subnet({}) is the whole model.")
+        raise ValueError(f"{who} needs at least one tier; Subnet({{}}) is the whole model.")
     full = jax.eval_shape(model.init, jax.random.key(0))
     sizes = axis_sizes(full, model.axes)
     for number, subnet in enumerate(tiers):

@@ -90,10 +90,11 @@ def join_tree(shared: PyTree, personal: PyTree) -> PyTree:
 
 
 def split_variables(variables: Variables, is_personal: IsPersonal) -> tuple[Variables, Variables]:
-    """(shared, personal) of parameters and statistics; `live` is structure, and each has it all."""
+    """(shared, personal) of parameters and statistics; `live`, structure, stays with shared."""
     params = split_tree(variables.params, is_personal)
     stats = split_tree(variables.stats, is_personal)
-    shared, personal = (Variables(p, s, variables.live) for p, s in zip(params, stats, strict=True))
+    lives = (variables.live, {})
+    shared, personal = map(Variables, params, stats, lives)
     return shared, personal
 
 
@@ -104,13 +105,6 @@ def join_variables(shared: Variables, personal: Variables) -> Variables:
         join_tree(shared.stats, personal.stats),
         shared.live,
     )
-
-
-def paths(tree: PyTree) -> set[str]:
-    """The dotted names of all leaves; of the parts of a tuple without its places."""
-    keyed = jax.tree_util.tree_leaves_with_path(tree)
-    named = ([str(key.key) for key in path if hasattr(key, "key")] for path, _ in keyed)
-    return {".".join(path) for path in named}
 
 
 def check_partition(model: Model, is_personal: IsPersonal) -> None:

@@ -1,0 +1,86 @@
+"""SCAFFOLD: clients correct each step for the drift that control variates have learned.
+
+    y <- y - r (g - c_i + c);   x <- x + sum_i n_i (y_i - x) / sum_i n_i
+    c_i <- c_i - c + (x - y_i) (1 - m) / (K r);   c <- c + sum_i (change of c_i) / N
+
+over those who report, with N all clients (`jaxfm.federated.variates`). Movements are weighted as
+in federated averaging, so that without variates it is federated averaging; variates are the
+paper's plain mean. Both directions carry twice the bytes of federated averaging.
+Source: Karimireddy et al. 2020, algorithm 1, option II.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
+from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.sgd import sgd_of
+from jaxfm.federated.variates import (
+    check_num_clients,
+    common_variate,
+    corrected,
+    next_variate,
+    no_variates,
+)
+from jaxfm.model import Key, Model, PyTree, Variables
+from jaxfm.tasks import Task
+
+
+class ScaffoldState(NamedTuple):
+    """The server: the model and c, a tree like its parameters; also what a client downloads."""
+
+    variables: Variables
+    variate: PyTree
+
+
+class ScaffoldUpload(NamedTuple):
+    """Sums: the weighted movement, and the changes of c_i, which count alike."""
+
+    movement: Mean
+    gain: PyTree
+
+
+def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Algorithm:
+    """Federated averaging of clients that correct their drift; full gradient information by c.
+
+    Partition: parameters and statistics are shared; c_i is a client's memory. Statistics are
+    averaged, and have no variates.
+
+    Args:
+      local: with an optimizer that is gradient descent, with or without momentum. Where it clips,
+        a variate is the mean of clipped gradients.
+      num_clients: N, all clients there are, also those who never take part.
+    Raises:
+      ValueError: another optimizer; num_clients below 1.
+    """
+    check_num_clients(num_clients)
+    sgd = sgd_of(local.optimizer, "scaffold")
+    loss = objective(model, task)
+
+    def init(variables: Variables) -> ScaffoldState:
+        return ScaffoldState(variables, no_variates(variables.params))
+
+    def send(server: ScaffoldState, public) -> ScaffoldState:
+        return server
+
+    def init_client(download: ScaffoldState, data, profile, key) -> PyTree:
+        return no_variates(download.variables.params)
+
+    def client(download: ScaffoldState, own: PyTree, data: ClientData, profile: Profile, key: Key):
+        start, common = download
+        fit = local_fit(loss, local, corrected(own, common))
+        trained, info = fit(start, data, profile.max_steps, key)
+        new = next_variate(own, common, start.params, trained.params, info["steps"], sgd)
+        movement = Mean(scaled(info["examples"], difference(trained, start)), info["examples"])
+        return ScaffoldUpload(movement, jax.tree.map(jnp.subtract, new, own)), new, info
+
+    def server(state: ScaffoldState, totals: ScaffoldUpload, public, key: Key):
+        variate = common_variate(state.variate, totals.gain, num_clients)
+        return ScaffoldState(moved(state.variables, mean(totals.movement)), variate), {}
+
+    return Algorithm(init, (Bucket(model, send, client, init_client),), server, model)
