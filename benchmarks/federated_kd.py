@@ -1,0 +1,248 @@
+"""What distillation buys: bytes and accuracy of FedKEMF, FedDF, FedMD and RaFL beside FedAvg.
+
+    python benchmarks/federated_kd.py [--quick] [--data_dir=FOLDER]
+
+Images of digits by Dirichlet(0.1) on labels over clients, some of them public and unlabelled, the
+same for all algorithms; scikit-learn's digits, or MNIST from its idx files. Every algorithm runs
+with each of the same learning rates and keeps the one that is best on validation images; figures
+are of test images, means over the last three rounds and over seeds of partition and weights. Half
+of the clients take part in a round. Compared are:
+
+- fedavg, feddf: the large network travels; fedavg_small: the knowledge network alone, FedAvg;
+- fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_average: it
+  without public data;
+- fedmd: the same large networks, logits travel; its accuracy is that of a knowledge network which
+  learns the final consensus;
+- rafl: members of a supernet in three tiers of budgets, the smallest travels; rafl_average.
+
+"clients" are the means of the clients' own networks on all test images. The last line is one JSON
+object: "fedkemf_bytes_saving" is FedAvg's bytes over FedKEMF's, "rafl_distillation_gain" the
+accuracy of rafl minus rafl_average, in points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm.config import check, option
+from jaxfm.data.arrays import digits
+from jaxfm.data.federation import Federation, federate
+from jaxfm.data.idx import mnist
+from jaxfm.data.partition import dirichlet
+from jaxfm.federated import (
+    Algorithm,
+    Distil,
+    Local,
+    Population,
+    client_costs,
+    client_metrics,
+    coverage_vote,
+    fed_avg,
+    fed_df,
+    fed_kemf,
+    fed_md,
+    profiles,
+    rafl,
+    round_costs,
+    rounds,
+)
+from jaxfm.federated.ensemble import learn
+from jaxfm.model import Model, Variables
+from jaxfm.models.cnn import mlp
+from jaxfm.search.project import Budget
+from jaxfm.search.supernet import supernet
+from jaxfm.tasks import classification
+from jaxfm.tasks.evaluate import evaluate
+
+TASK = classification(10)
+VOTE = coverage_vote(10)
+LAST = 3  # rounds whose mean counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    quick: bool = option(False, "few rounds, one seed and one learning rate: about a minute")
+    data_dir: str = option("", "folder with MNIST's idx files; scikit-learn's digits if empty")
+    num_rounds: int = option(20, "rounds of each algorithm")
+    num_seeds: int = option(2, "partitions and initial weights")
+    beta: float = option(0.1, "of the Dirichlet distribution of labels")
+
+    def __post_init__(self):
+        check(self)
+        if self.num_rounds < 1 or self.num_seeds < 1:
+            raise ValueError(f"Give at least one round and seed, not {self}.")
+
+
+class Work(NamedTuple):
+    """The data of all algorithms, and the sizes of networks."""
+
+    private: Mapping[str, np.ndarray]
+    public: Mapping[str, np.ndarray]
+    validation: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    num_clients: int
+    inputs: int
+
+
+class Contender(NamedTuple):
+    """An algorithm to run: what it is, where it starts, and who trains what."""
+
+    algorithm: Algorithm
+    start: Model
+    bucket: np.ndarray
+    public: Mapping[str, np.ndarray] | None
+    clients_own: bool = False
+
+
+def load(config: Config) -> Work:
+    data = mnist(config.data_dir) if config.data_dir else digits()
+    rng = np.random.default_rng(0)
+    train = data["train"].examples
+    order = rng.permutation(len(train["label"]))
+    sizes = (1000, 1000, 8000) if config.data_dir else (300, 200, 797)
+    cut = np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1])
+    public, validation, private = ({k: v[rows] for k, v in train.items()} for rows in cut)
+    test = {name: leaf[:4000] for name, leaf in data["test"].examples.items()}
+    inputs = int(np.prod(train["image"].shape[1:]))
+    return Work(private, {"image": public["image"]}, validation, test, 10, inputs)
+
+
+def contenders(work: Work, rate: float, quick: bool) -> dict[str, Callable[[], Contender]]:
+    """By name, made when its turn comes."""
+    local = Local(optax.sgd(rate, momentum=0.9), 20, 3)
+    distil = Distil(optax.adam(2e-3), 100, 64)
+    width = lambda *hidden: mlp((work.inputs, *hidden, 10))
+    small, large, other = width(32), width(256), width(128, 64)
+    one, two = np.zeros(work.num_clients, int), np.arange(work.num_clients) % 2
+    public = work.public
+
+    def kemf(public) -> Contender:
+        algorithm = fed_kemf(small, [large, other], TASK, local, distil, vote=VOTE)
+        return Contender(algorithm, small, two, public, True)
+
+    def member(public) -> Contender:
+        net = supernet(large, large.init(jax.random.key(0)), ("hidden1",), smallest=32 / 256)
+        full = float(net.parameters(net.largest * 1.0))
+        limits = full * np.linspace(0.2, 1.0, work.num_clients)
+        budget = [Budget("parameters", net.parameters, limits)]
+        plan = rafl(net, large, TASK, local, distil, budget, vote=VOTE)
+        start = large._replace(init=lambda key: small.init(key))
+        return Contender(plan.algorithm, start, plan.bucket, public, True)
+
+    shape = (len(public["image"]), 10)
+    by_logits = lambda: fed_md([large, other], TASK, local, local._replace(epochs=1), shape)
+    everything = {
+        "fedavg": lambda: Contender(fed_avg(large, TASK, local), large, one, None),
+        "fedavg_small": lambda: Contender(fed_avg(small, TASK, local), small, one, None),
+        "feddf": lambda: Contender(
+            fed_df(large, TASK, local, distil, vote=VOTE), large, one, public
+        ),
+        "fedmd": lambda: Contender(by_logits(), small, two, public, True),
+        "fedkemf": lambda: kemf(public),
+        "fedkemf_average": lambda: kemf(None),
+        "rafl": lambda: member(public),
+        "rafl_average": lambda: member(None),
+    }
+    return {k: v for k, v in everything.items() if not quick or k != "fedkemf_average"}
+
+
+def clients_of(work: Work, config: Config) -> list[Federation]:
+    """A partition a seed, of one shape, so that all seeds share a program."""
+    label = work.private["label"]
+    parts = [
+        dirichlet(label, work.num_clients, beta=config.beta, seed=seed, min_examples=10)
+        for seed in range(config.num_seeds)
+    ]
+    found = [federate(work.private, part) for part in parts]
+    most = max(f.index.shape[1] for f in found)
+    pad = lambda x: np.pad(x, ((0, 0), (0, most - x.shape[1])))
+    return [f._replace(index=pad(f.index)) for f in found]
+
+
+def accuracy(model: Model, variables: Variables, examples) -> float:
+    return float(evaluate(model.apply, variables, TASK, examples, 500)["accuracy"])
+
+
+def global_variables(contender: Contender, server, work: Work, seed: int) -> Variables:
+    """The global model's; where only logits travel, those of a network that learned them."""
+    if contender.algorithm.model is not None:
+        return server.variables
+    distil, key = Distil(optax.adam(2e-3), 1000, 64), jax.random.key(seed)
+    return learn(
+        contender.start, server.variables, TASK, work.public, server.consensus, distil, key
+    )[0]
+
+
+def measure(
+    contender: Contender, work: Work, config: Config, federations: list[Federation]
+) -> dict[str, Any]:
+    """Mean accuracies over seeds, and the bytes of a round."""
+    machines = profiles(work.num_clients)
+    people = [Population(f, machines, contender.bucket) for f in federations]
+    engine = rounds(
+        contender.algorithm, people[0], cohort_size=work.num_clients // 2,
+        public=contender.public,
+    )  # fmt: skip
+    scores: dict[str, list[float]] = {"validation": [], "test": [], "clients": []}
+    for seed, population in enumerate(people):
+        start = contender.start.init(jax.random.key(seed))
+        state = engine.init(start, jax.random.key(100 + seed))
+        for done in range(1, config.num_rounds + 1):
+            state, info = engine.run(state, population)
+            if config.num_rounds - done < LAST:
+                variables = global_variables(contender, state.server, work, seed)
+                for split, examples in (("validation", work.validation), ("test", work.test)):
+                    scores[split].append(accuracy(contender.start, variables, examples))
+        if contender.clients_own:
+            everyone = [np.arange(len(work.test["label"]))] * work.num_clients
+            own = client_metrics(contender.algorithm, contender.bucket, TASK, batch_size=500)
+            scores["clients"].append(
+                float(own(state, federate(work.test, everyone))["accuracy"].mean())
+            )
+    costs = client_costs(contender.algorithm, people[0], start, contender.public)
+    spent = round_costs(costs, info)
+    total = spent["bytes_up"] + spent["bytes_down"]
+    means = {name: round(float(np.mean(x)), 4) for name, x in scores.items() if x}
+    return means | {"bytes_a_round": total}
+
+
+def main(config: Config) -> None:
+    began = time.perf_counter()
+    if config.quick:
+        config = dataclasses.replace(config, num_rounds=min(config.num_rounds, 10), num_seeds=1)
+    work = load(config)
+    federations = clients_of(work, config)
+    best: dict[str, dict[str, Any]] = {}
+    for rate in (0.05,) if config.quick else (0.02, 0.1):
+        for name, make in contenders(work, rate, config.quick).items():
+            figures = measure(make(), work, config, federations) | {"learning_rate": rate}
+            print(f"{name}: {figures} ({time.perf_counter() - began:.0f} s)", flush=True)
+            if name not in best or figures["validation"] > best[name]["validation"]:
+                best[name] = figures
+    saving = best["fedavg"]["bytes_a_round"] / best["fedkemf"]["bytes_a_round"]
+    gain = 100 * (best["rafl"]["test"] - best["rafl_average"]["test"])
+    result = {
+        "name": "federated_kd",
+        "data": "mnist" if config.data_dir else "digits",
+        "fedkemf_bytes_saving": round(saving, 2),
+        "rafl_distillation_gain": round(gain, 2),
+        "accuracy": {name: figures["test"] for name, figures in best.items()},
+        "clients_accuracy": {n: f["clients"] for n, f in best.items() if "clients" in f},
+        "bytes_a_round": {name: figures["bytes_a_round"] for name, figures in best.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    configs.run(main, Config)
