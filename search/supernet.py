@@ -167,7 +167,7 @@ def reorder(
 ) -> Variables:
     """Puts the channels of each axis in order, the most important first; no output changes.
 
-    Every occurrence of an axis is permuted alike, so products contract the same pairs.
+    Every occurrence of an axis is permuted alike, so products contract the same pairs. Traceable.
     """
     rate = magnitude if importance is None else importance
     keep = {}
@@ -175,7 +175,7 @@ def reorder(
         scores = rate(variables.params, model.axes.params, name)
         if name in shared and scores.ndim > 1:
             scores = scores.sum(0)
-        keep[name] = np.argsort(-np.asarray(scores), axis=-1, kind="stable").astype(np.int32)
+        keep[name] = jnp.argsort(-jnp.asarray(scores), axis=-1, stable=True).astype(jnp.int32)
     return extract(variables, model.axes, Subnet(keep))
 
 
