@@ -34,34 +34,50 @@ from jaxfm.federated.fed_per import fed_per
 from jaxfm.federated.fed_prox import fed_prox
 from jaxfm.federated.fed_rolex import fed_rolex
 from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.ledger import ClientCost, client_costs, round_costs
+from jaxfm.federated.ledger import ClientCost, Work, client_costs, client_work, round_costs
 from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.partition import head, norms, outside, under
 from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
-from jaxfm.federated.resources import assign, profiles
-from jaxfm.federated.rounds import Population, Rounds, RunState, rounds
+from jaxfm.federated.resources import (
+    DEVICES,
+    Device,
+    Plan,
+    assign,
+    fleet,
+    fleet_profiles,
+    plan,
+    profiles,
+    simulated,
+)
+from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
 from jaxfm.federated.scaffold import scaffold
 
 __all__ = [
+    "DEVICES",
     "Algorithm",
     "Bucket",
     "ClientCost",
     "ClientData",
+    "Device",
     "Distil",
     "Known",
     "Local",
     "Mean",
+    "Plan",
     "Population",
     "Profile",
     "Rafl",
     "Rounds",
     "RunState",
     "Vote",
+    "Work",
     "assign",
     "client_costs",
     "client_metrics",
+    "client_work",
     "coverage_vote",
+    "draw",
     "entropy_vote",
     "fed_adam",
     "fed_avg",
@@ -77,6 +93,8 @@ __all__ = [
     "fed_prox",
     "fed_rolex",
     "fed_yogi",
+    "fleet",
+    "fleet_profiles",
     "global_metrics",
     "head",
     "held_search",
@@ -89,6 +107,7 @@ __all__ = [
     "norms",
     "objective",
     "outside",
+    "plan",
     "profiles",
     "rafl",
     "rafl_published",
@@ -96,6 +115,7 @@ __all__ = [
     "rounds",
     "scaffold",
     "scaled",
+    "simulated",
     "three_metrics",
     "under",
     "worst_decile",

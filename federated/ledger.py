@@ -37,6 +37,17 @@ class ClientCost(NamedTuple):
     flops_per_step: int
 
 
+class Work(NamedTuple):
+    """What clients did in a round: bytes received, operations, bytes sent.
+
+    Leaves f64[C], zero for whoever was not drawn.
+    """
+
+    bytes_down: np.ndarray
+    flops: np.ndarray
+    bytes_up: np.ndarray
+
+
 def client_costs(
     algorithm: Algorithm, population: Population, variables: Variables, public: PyTree = None
 ) -> tuple[ClientCost, ...]:
@@ -95,14 +106,59 @@ def round_costs(costs: tuple[ClientCost, ...], info: Mapping) -> dict[str, float
     Returns:
       "bytes_down", "bytes_up", "flops": of all clients together.
     """
+    return {name: float(part.sum()) for name, part in _spent(costs, info)._asdict().items()}
+
+
+def _spent(costs: tuple[ClientCost, ...], info: Mapping) -> Work:
+    """What the clients of each bucket did together, f64[buckets]."""
     per_bucket = lambda name: np.asarray(info[name], np.float64).reshape(-1, len(costs)).sum(0)
     selected = per_bucket("selected")
     reported = per_bucket("clients") + per_bucket("non_finite")
     own = lambda name: per_bucket(name) if name in info else np.zeros(len(costs))
     up = np.where(own("bytes_up") > 0, own("bytes_up"), reported * [c.bytes_up for c in costs])
     flops = own("steps") * [cost.flops_per_step for cost in costs]
-    return {
-        "bytes_down": float(selected @ [cost.bytes_down for cost in costs]),
-        "bytes_up": float(up.sum()),
-        "flops": float(np.where(own("flops") > 0, own("flops"), flops).sum()),
-    }
+    return Work(
+        bytes_down=selected * [cost.bytes_down for cost in costs],
+        flops=np.where(own("flops") > 0, own("flops"), flops),
+        bytes_up=up,
+    )
+
+
+def client_work(
+    costs: tuple[ClientCost, ...],
+    bucket: np.ndarray,
+    steps: np.ndarray,
+    drawn: np.ndarray,
+    reports: np.ndarray,
+    info: Mapping,
+) -> Work:
+    """Deals what `round_costs` says of one round out to the clients of each bucket.
+
+    Operations go by local steps, uploads evenly; whoever fails has downloaded in vain. The sums
+    over clients are those of `round_costs`.
+
+    Args:
+      bucket: i32[C].
+      steps: i32[C], local steps of a client in a round; 0 without data.
+      drawn, reports: of `rounds.draw`.
+      info: of one round.
+    Raises:
+      ValueError: the rounds of `info` are several.
+    """
+    shape = np.shape(info["selected"])
+    if int(np.prod(shape)) != len(costs):
+        raise ValueError(
+            f"info['selected'] has shape {shape}; give one round of {len(costs)} buckets at a time."
+        )
+    bucket, steps = np.asarray(bucket), np.asarray(steps, np.float64)
+    is_drawn = np.zeros(len(bucket), bool)
+    is_drawn[np.asarray(drawn)] = True
+    present = is_drawn & np.asarray(reports) & (steps > 0)
+    spent, work = _spent(costs, info), Work(*np.zeros((3, len(bucket))))
+    for b, cost in enumerate(costs):
+        took = present & (bucket == b)
+        work.bytes_down[is_drawn & (bucket == b)] = cost.bytes_down
+        if took.any():
+            work.flops[took] = spent.flops[b] * steps[took] / steps[took].sum()
+            work.bytes_up[took] = spent.bytes_up[b] / took.sum()
+    return work

@@ -136,11 +136,8 @@ def rounds(
 
     def one_round(state: RunState, constants) -> tuple[RunState, dict[str, Array]]:
         people, (public, bucket_of, row, drop_rate) = constants
-        choose_key, report_key, client_key, server_key = jax.random.split(
-            jax.random.fold_in(state.key, state.round), 4
-        )
-        reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
-        drawn = lax.top_k(jax.random.bits(choose_key, (num_clients,)), cohort_size)[1]
+        _, _, client_key, server_key = _round_keys(state.key, state.round)
+        drawn, reports = draw(state.key, state.round, num_clients, cohort_size, drop_rate)
 
         def of_bucket(b: int, bucket: Bucket):
             """The sums, new memories and info of one bucket's part of the cohort."""
@@ -197,6 +194,28 @@ def rounds(
         return compiled(state, (numbers(people), fixed))
 
     return Rounds(init, run)
+
+
+def draw(
+    key: Key, number: Array | int, num_clients: int, cohort_size: int, drop_rate: Array | float
+) -> tuple[Array, Array]:
+    """Who takes part in a round, as a function of the run's key: what a log says of it, too.
+
+    Args:
+      key: of the run, as given to `Rounds.init`.
+      number: i32[], of the round; the first is 0.
+    Returns:
+      The clients drawn, i32[cohort_size], and bool[num_clients], who reports if drawn (and has
+      data).
+    """
+    choose_key, report_key, _, _ = _round_keys(key, number)
+    reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
+    return lax.top_k(jax.random.bits(choose_key, (num_clients,)), cohort_size)[1], reports
+
+
+def _round_keys(key: Key, number: Array | int) -> Array:
+    """Keys of the choice, of failures, of clients and of the server."""
+    return jax.random.split(jax.random.fold_in(key, number), 4)
 
 
 def _deal(drawn: Array, mine: Array, count: int, devices: int, turn: int) -> tuple[Array, Array]:
