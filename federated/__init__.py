@@ -14,6 +14,7 @@ from jaxfm.federated.algorithm import (
     mean,
     scaled,
 )
+from jaxfm.federated.compress import compressed, quantised, top_k
 from jaxfm.federated.ensemble import (
     Distil,
     Vote,
@@ -75,6 +76,7 @@ __all__ = [
     "assign",
     "client_costs",
     "client_metrics",
+    "compressed",
     "client_work",
     "coverage_vote",
     "draw",
@@ -109,6 +111,7 @@ __all__ = [
     "outside",
     "plan",
     "profiles",
+    "quantised",
     "rafl",
     "rafl_published",
     "round_costs",
@@ -117,6 +120,7 @@ __all__ = [
     "scaled",
     "simulated",
     "three_metrics",
+    "top_k",
     "under",
     "worst_decile",
 ]

@@ -1,0 +1,215 @@
+"""Compressed uploads, around any algorithm: its clients send fewer or narrower numbers.
+
+    p = u + e_i;   sent = C(p);   e_i <- p - sent
+
+with u what the algorithm uploads and e_i the client's memory of what was left out (error feedback):
+what a client has sent plus e_i is always the sum of its uploads. C keeps the largest entries of a
+leaf (`top_k`), or rounds at random to few bits (`quantised`), unbiased and without a memory:
+
+    Q(x) = s floor(x / s + U[0, 1)),   s = max |x| / (2^(bits - 1) - 1),   E Q(x) = x
+
+The server restores each upload before it is added up. Downloads stay as they are.
+Sources: Stich et al. 2018 (Sparsified SGD with Memory), algorithm 1; Alistarh et al. 2017 (QSGD),
+section 3.1, with the largest entry in the place of the norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.cost import num_bytes
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
+from jaxfm.model import Array, Key, PyTree
+
+# Fields of uploads that hold weights (`Mean`, `Upload`): what is divided by is never rounded.
+WEIGHTS = ("den", "known")
+
+
+class Method(NamedTuple):
+    """How one leaf is compressed.
+
+    Attributes:
+      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> arrays that travel`.
+      unpack: `(those arrays, n) -> float[n]`.
+      feedback: whether clients keep what a round left out.
+    """
+
+    pack: Callable[[Array, Any, Key], PyTree]
+    unpack: Callable[[PyTree, int], Array]
+    feedback: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A compressed leaf: the payload travels; shape and dtype are known to both sides."""
+
+    payload: PyTree
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+class CompressMemory(NamedTuple):
+    """What a client keeps: the algorithm's memory, and e_i of each compressed leaf in order, in 32
+    bits or more; () without feedback."""
+
+    own: PyTree
+    residual: tuple[Array, ...]
+
+
+def compressed(algorithm: Algorithm, method: Method) -> Algorithm:
+    """The algorithm with compressed uploads; server, downloads and personal parts stay the same.
+
+    Floating leaves are compressed one by one, where that makes them smaller; scalars, integers and
+    weights (`WEIGHTS`) travel exactly. A client without data sends zeros and keeps its residual.
+    A "bytes_up" of the algorithm's own gives way to the size of the arrays that now travel.
+
+    Args:
+      algorithm: any; its clients draw the random numbers that they draw without compression. With
+        feedback it should upload movements, since what is left out comes later.
+      method: `top_k` or `quantised`.
+    """
+    buckets = tuple(_compressed(bucket, method) for bucket in algorithm.buckets)
+    return algorithm._replace(buckets=buckets)
+
+
+def top_k(fraction: float, bits: int | None = None) -> Method:
+    """The entries of largest magnitude of each leaf and their i32 places, with error feedback.
+
+    Args:
+      fraction: of the entries of a leaf, in (0, 1]; k = max(1, round(fraction * n)).
+      bits: 8 or 4, to round what is kept as `quantised` does, by one step a leaf; e_i takes that
+        error in. None: values in the dtype of the leaf.
+    Raises:
+      ValueError: fraction out of range; other bits.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}.")
+    inner = quantised(bits) if bits is not None else None
+    count = lambda n: max(1, round(fraction * n))
+
+    def pack(x: Array, dtype, key: Key) -> tuple[PyTree, Array]:
+        index = lax.top_k(jnp.abs(x), count(x.size))[1]
+        return inner.pack(x[index], dtype, key) if inner else x[index].astype(dtype), index
+
+    def unpack(payload: tuple[PyTree, Array], n: int) -> Array:
+        values, index = payload
+        values = inner.unpack(values, count(n)) if inner else values
+        return jnp.zeros(n, values.dtype).at[index].set(values, unique_indices=True)
+
+    return Method(pack, unpack, feedback=True)
+
+
+def quantised(bits: int, block: int | None = None) -> Method:
+    """Unbiased random rounding to whole multiples of an f32 step.
+
+    Args:
+      bits: 8 (codes -127..127, i8[n]) or 4 (codes -7..7, two a byte, u8[ceil(n / 2)]).
+      block: neighbouring entries that share a step, so that a large one does not coarsen a whole
+        leaf; None: one step a leaf.
+    Raises:
+      ValueError: other bits; block below 1.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 8 or 4, got {bits}.")
+    if block is not None and block < 1:
+        raise ValueError(f"block must be at least 1, or None for a whole leaf, got {block}.")
+    largest = 2 ** (bits - 1) - 1
+
+    def in_blocks(x: Array) -> Array:
+        size = block or x.size
+        return jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
+
+    def pack(x: Array, dtype, key: Key) -> tuple[Array, Array]:
+        rows = in_blocks(x)
+        step = (jnp.abs(rows).max(1) / largest).astype(jnp.float32)
+        levels = rows / jnp.where(step > 0, step, 1).astype(x.dtype)[:, None]
+        codes = jnp.floor(levels + jax.random.uniform(key, rows.shape, x.dtype))
+        # The sum of the largest level and a number just below 1 may have been rounded up.
+        codes = jnp.clip(codes, -largest, largest).astype(jnp.int8).reshape(-1)[: x.size]
+        return codes if bits == 8 else _two_a_byte(codes), step
+
+    def unpack(payload: tuple[Array, Array], n: int) -> Array:
+        codes, step = payload
+        codes = codes if bits == 8 else _one_a_byte(codes, n)
+        return (in_blocks(codes).astype(jnp.float32) * step[:, None]).reshape(-1)[:n]
+
+    return Method(pack, unpack, feedback=False)
+
+
+def _compressed(bucket: Bucket, method: Method) -> Bucket:
+    def init_client(download, data: ClientData, profile: Profile, key: Key) -> CompressMemory:
+        own = bucket.init_client(download, data, profile, key)
+        if not method.feedback:
+            return CompressMemory(own, ())
+        upload, _, _ = jax.eval_shape(bucket.client, download, own, data, profile, key)
+        leaves = jax.tree.leaves(upload)
+        zeros = lambda x: jnp.zeros(x.shape, _wide(x))
+        return CompressMemory(own, tuple(zeros(leaves[i]) for i in _chosen(method, upload)))
+
+    def client(download, memory: CompressMemory, data: ClientData, profile: Profile, key: Key):
+        upload, own, info = bucket.client(download, memory.own, data, profile, key)
+        leaves, tree = jax.tree.flatten(upload)
+        key = jax.random.fold_in(key, 2**32 - 1)  # no algorithm counts so far
+        residual = []
+        for number, i in enumerate(_chosen(method, upload)):
+            x = leaves[i]
+            whole = x.astype(_wide(x))
+            whole = whole + memory.residual[number] if method.feedback else whole
+            whole = jnp.where(data.count > 0, whole, 0)
+            payload = method.pack(whole.reshape(-1), x.dtype, jax.random.fold_in(key, i))
+            leaves[i] = Packed(payload, x.shape, x.dtype)
+            if method.feedback:
+                error = whole - _restored(method, leaves[i]).astype(whole.dtype)
+                residual.append(jnp.where(data.count > 0, error, memory.residual[number]))
+        info = {name: value for name, value in info.items() if name != "bytes_up"}
+        return jax.tree.unflatten(tree, leaves), CompressMemory(own, tuple(residual)), info
+
+    def receive(server, public, upload):
+        is_packed = lambda x: isinstance(x, Packed)
+        restored = lambda x: _restored(method, x) if is_packed(x) else x
+        return bucket.receive(server, public, jax.tree.map(restored, upload, is_leaf=is_packed))
+
+    personal = lambda server, memory: bucket.personal(server, memory.own)
+    return Bucket(bucket.model, bucket.send, client, init_client, receive, bucket.lift, personal)
+
+
+def _chosen(method: Method, upload: PyTree) -> list[int]:
+    """Which leaves of an upload, arrays or shapes, are compressed."""
+
+    def is_chosen(path, x) -> bool:
+        weight = any(getattr(step, "name", None) in WEIGHTS for step in path)
+        if weight or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or x.size == 0:
+            return False
+        pack = lambda flat, key: method.pack(flat, x.dtype, key)
+        flat = jax.ShapeDtypeStruct((x.size,), _wide(x))
+        return num_bytes(jax.eval_shape(pack, flat, jax.random.key(0))) < num_bytes(x)
+
+    leaves = jax.tree_util.tree_leaves_with_path(upload)
+    return [i for i, leaf in enumerate(leaves) if is_chosen(*leaf)]
+
+
+def _restored(method: Method, packed: Packed) -> Array:
+    flat = method.unpack(packed.payload, math.prod(packed.shape))
+    return flat.astype(packed.dtype).reshape(packed.shape)
+
+
+def _wide(x: Any) -> Any:
+    return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+
+
+def _two_a_byte(codes: Array) -> Array:
+    """u8[ceil(n / 2)] of i8[n] codes -8..7: each plus 8, the first of two in the low half."""
+    low, high = jnp.pad(codes + 8, (0, codes.size % 2)).astype(jnp.uint8).reshape(-1, 2).T
+    return low | (high << 4)
+
+
+def _one_a_byte(packed: Array, n: int) -> Array:
+    return jnp.stack([packed & 15, packed >> 4], 1).reshape(-1)[:n].astype(jnp.int8) - 8
