@@ -1,7 +1,7 @@
 """ADP: every client trains the part of the network that its own data use, within a budget.
 
     s_u = mean over the client's examples of |activation of u| / mean of its layer        (gates)
-    k_g = project(logit((Σ s)² / (|g| Σ s²)))  s.t.  MACs(k) <= target · MACs             (widths)
+    k_g = |g| · sigmoid((Σ s)² / (|g| Σ s²) + τ),  the largest τ with MACs(k) <= target   (widths)
     k_g(t) = |g| - (|g| - k_g) (1 - (1 - t/T)³)                                           (schedule)
     x <- x + Σ_i n_i m_i (y_i - x) / Σ_i n_i m_i                                          (server)
 
@@ -12,12 +12,10 @@ Sources: Yu et al. 2021 (Adaptive dynamic pruning for non-IID federated learning
 the client's data; Gao et al. 2019 (Feature boosting and suppression) for gates by mean |x|; Zhu and
 Gupta 2017, equation 1, for the schedule.
 
-What the papers do otherwise: there, gates are ReLU(W s + b) of each example, the largest r |g| of
-them multiply the output, and a ratio r gives about r² of the operations; here gates hold for a
-client, so that a really smaller network runs. The successor FedDP zeroes single weights after each
-local epoch, W <- W · [|W| > τ] with τ = 1e-3, and averages densely; how many weights that spares is
-not known beforehand (about one in a hundred), and none of it is faster. Here the target is met by
-construction.
+In the papers gates are ReLU(W s + b) of each example, the largest r |g| multiply the output, and r
+leaves about r² of the operations; here they hold for a client, so that a really smaller network
+runs. The successor FedDP zeroes single weights, W <- W · [|W| > τ], after each local epoch and
+averages densely: what that spares is not known beforehand, and nothing runs faster.
 """
 
 from __future__ import annotations
@@ -59,18 +57,6 @@ class AdpState(NamedTuple):
     round: Array
 
 
-class Gated(NamedTuple):
-    """Stands in for `Variables.live` in the gated model.
-
-    Attributes:
-      live: of the dense model.
-      kept: a group's bool[size] or bool[layers, size].
-    """
-
-    live: PyTree
-    kept: tuple[Array, ...]
-
-
 class Adp(NamedTuple):
     """Adaptive dynamic pruning.
 
@@ -90,16 +76,9 @@ class Adp(NamedTuple):
 
 
 def adp(
-    network: Network,
-    model: Model,
-    task: Task,
-    local: Local,
-    *,
-    target: float = 0.5,
-    rounds: int = 20,
-    gates: str = "personal",
-    multiple: int = 1,
-) -> Adp:
+    network: Network, model: Model, task: Task, local: Local, *,
+    target: float = 0.5, rounds: int = 20, gates: str = "personal", multiple: int = 1,
+) -> Adp:  # fmt: skip
     """Structured pruning by each client's data, down to a share of the multiply-adds.
 
     A target of 1 is federated averaging. Partition: parameters and statistics are shared, as far as
@@ -116,8 +95,7 @@ def adp(
         the server, so that all clients keep the same units.
       multiple: of channels that a group keeps at the target, or the whole group.
     Raises:
-      ValueError: a value outside of these, a target that no width meets, a network without the
-        training function.
+      ValueError: a value outside of these, a target too low, a network of one function.
     """
     _check(network, target, rounds, gates)
     federated = gates == "federated"
@@ -129,10 +107,9 @@ def adp(
     dense, units = float(macs(network.sizes.astype(np.int64))), sum(m.size for m in full(network))
 
     def init(variables: Variables) -> AdpState:
-        scores = _silence(network) if federated else ()
-        return AdpState(variables, scores, jnp.zeros((), jnp.int32))
+        return AdpState(variables, _silence(network) if federated else (), jnp.zeros((), jnp.int32))
 
-    def init_client(download: AdpState, data: ClientData, profile, key) -> Scores:
+    def init_client(download: AdpState, data: ClientData, profile: Profile, key: Key) -> Scores:
         return () if federated else measure(download.variables, data)
 
     def client(download: AdpState, memory: Scores, data: ClientData, profile: Profile, key: Key):
@@ -141,9 +118,8 @@ def adp(
         counts = widths(chosen, download.round)
         kept = masks(ranks(chosen), counts)
         trained, info = fit(_gate(download.variables, kept), data, profile.max_steps, key)
-        examples, cover = info["examples"], covered(network, kept)
+        examples, there = info["examples"], covered(network, kept)[:2]  # no live channels
         step = scaled(examples, difference(trained, download.variables))
-        there = (cover.params, cover.stats)
         num = jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), there, step)
         den = jax.tree.map(lambda m: jnp.where(m, examples, 0), there)
         sent = jax.tree.map(lambda m, d: m.sum(dtype=jnp.float32) * d.dtype.itemsize, there, step)
@@ -152,8 +128,7 @@ def adp(
         info["bytes_up"] = sum(jax.tree.leaves(sent)) + 4 + units * (4 if federated else 1 / 8)
         if not federated:
             return Mean((num, ()), (den, ())), scores, info
-        weights = jax.tree.map(lambda _: examples, scores)
-        return Mean((num, scaled(examples, scores)), (den, weights)), (), info
+        return Mean((num, scaled(examples, scores)), (den, (examples,) * len(scores))), (), info
 
     def server(state: AdpState, totals: Mean, public, key: Key):
         anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
@@ -176,23 +151,19 @@ def adp(
     def extracted(server: AdpState, scores: Scores = ()) -> Pruned:
         return pruned(network, server.variables, jax.device_get(kept(server, scores)))
 
-    def personal(server: AdpState, memory: Scores) -> Variables:
-        return _gate(server.variables, kept(server, memory))
-
-    bucket = Bucket(own, lambda server, public: server, client, init_client, personal=personal)
+    send = lambda server, public: server
+    personal = lambda server, memory: _gate(server.variables, kept(server, memory))
+    bucket = Bucket(own, send, client, init_client, personal=personal)
     return Adp(Algorithm(init, (bucket,), server, model), calibrated, kept, extracted)
 
 
 def gated(network: Network, model: Model) -> Model:
-    """The model of the units in `Variables.live.kept` (see Gated), at dense shapes."""
-    evaluate, train_ = masked(network, 0), masked(network, 1)
+    """The model of the kept units, at dense shapes; its `Variables.live` is (live, masks)."""
 
     def apply(variables: Variables, inputs: PyTree, *, train: bool = False, key: Any = None):
         live, kept = variables.live
-        plain = variables._replace(live=live)
-        if train:
-            return train_(plain, kept, inputs)
-        return evaluate(plain, kept, inputs), variables.stats
+        out = masked(network, int(train))(variables._replace(live=live), kept, inputs)
+        return out if train else (out, variables.stats)
 
     return model._replace(apply=apply)
 
@@ -200,20 +171,20 @@ def gated(network: Network, model: Model) -> Model:
 def schedule(network: Network, target: float, rounds: int, multiple: int = 1) -> Callable:
     """Returns `widths(scores, round i32[]) -> counts i32[G]`, dense at 0, on target from `rounds`.
 
-    A group's wish is the share of its units that are in use, (Σ s)² / (size Σ s²).
+    A group's logit is the share of its units in use, (Σ s)² / (size Σ s²): none is starved.
     """
     project = projection(network.sizes, budgets(network, macs=float(target)), multiple=multiple)
 
     def wish(scores: Array) -> Array:
         s = scores + 1e-6  # a group that is silent everywhere wishes all of itself
-        share = jnp.square(s.sum(-1)) / (s.shape[-1] * jnp.square(s).sum(-1))
-        return jax.scipy.special.logit(jnp.clip(share.mean(), 0.02, 0.98))
+        return (jnp.square(s.sum(-1)) / (s.shape[-1] * jnp.square(s).sum(-1))).mean()
 
     def widths(scores: Scores, round: Array) -> Array:
         final = project(jnp.stack([wish(s) for s in scores]))
         left = jnp.clip(1 - round.astype(jnp.float32) / rounds, 0, 1) ** 3
-        spare = (jnp.asarray(network.sizes) - final).astype(jnp.float32)
-        return final + jnp.round(left * spare).astype(jnp.int32)
+        return final + jnp.round(left * (network.sizes - final).astype(jnp.float32)).astype(
+            jnp.int32
+        )
 
     return widths
 
@@ -224,16 +195,13 @@ def activity(network: Network, task: Task, batch_size: int) -> Callable:
     In evaluation mode, of the dense network, where activations are added up; 0 without examples.
     """
 
-    def of_example(variables: Variables, row: PyTree) -> Scores:
-        return _activity(network, variables, jax.tree.map(lambda x: x[None], row))
-
     def measure(variables: Variables, data: ClientData) -> Scores:
         def add(i: Array, total: Scores) -> Scores:
             place = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             rows = jnp.take(data.index, place, mode="clip")
             batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
             inputs = task.prepare(batch, None)[0]
-            found = jax.vmap(of_example, (None, 0))(variables, inputs)
+            found = jax.vmap(lambda row: _activity(network, variables, row))(inputs)
             real = (place < data.count).astype(jnp.float32)
             return jax.tree.map(lambda t, s: t + jnp.tensordot(real, s, 1), total, found)
 
@@ -259,8 +227,9 @@ def covered(network: Network, kept: tuple[Array, ...]) -> PyTree:
     return jax.tree.unflatten(network.treedef, found)
 
 
-def _activity(network: Network, variables: Variables, inputs: PyTree) -> Scores:
-    """Mean |activation| of each unit of one example, the mean of every layer it enters 1."""
+def _activity(network: Network, variables: Variables, row: PyTree) -> Scores:
+    """|Activation| of each unit in one example, as a share of the mean of each layer it enters."""
+    inputs = jax.tree.map(lambda x: x[None], row)
     plan = network.plan(0, inputs)
 
     def tap(op: Op, operands: list[Array]) -> dict[int, Array]:
@@ -292,7 +261,7 @@ def _silence(network: Network) -> Scores:
 
 
 def _gate(variables: Variables, kept: tuple[Array, ...]) -> Variables:
-    return variables._replace(live=Gated(variables.live, kept))
+    return variables._replace(live=(variables.live, kept))
 
 
 def _of(group: Group, axis: Axis) -> np.ndarray:
