@@ -39,6 +39,7 @@ from jaxfm.federated.ledger import ClientCost, Work, client_costs, client_work, 
 from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.partition import head, norms, outside, under
+from jaxfm.federated.raffm import prioritised, raffm, raffm_published
 from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
 from jaxfm.federated.resources import (
     DEVICES,
@@ -76,8 +77,8 @@ __all__ = [
     "assign",
     "client_costs",
     "client_metrics",
-    "compressed",
     "client_work",
+    "compressed",
     "coverage_vote",
     "draw",
     "entropy_vote",
@@ -110,7 +111,10 @@ __all__ = [
     "objective",
     "outside",
     "plan",
+    "prioritised",
     "profiles",
+    "raffm",
+    "raffm_published",
     "quantised",
     "rafl",
     "rafl_published",

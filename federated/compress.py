@@ -36,8 +36,8 @@ class Method(NamedTuple):
     """How one leaf is compressed.
 
     Attributes:
-      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> arrays that travel`.
-      unpack: `(those arrays, n) -> float[n]`.
+      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> payload that travels`.
+      unpack: `(payload, n) -> float[n]`.
       feedback: whether clients keep what a round left out.
     """
 
@@ -73,11 +73,10 @@ def compressed(algorithm: Algorithm, method: Method) -> Algorithm:
 
     Args:
       algorithm: any; its clients draw the random numbers that they draw without compression. With
-        feedback it should upload movements, since what is left out comes later.
+        feedback its uploads should be movements: what is left out comes later.
       method: `top_k` or `quantised`.
     """
-    buckets = tuple(_compressed(bucket, method) for bucket in algorithm.buckets)
-    return algorithm._replace(buckets=buckets)
+    return algorithm._replace(buckets=tuple(_compressed(b, method) for b in algorithm.buckets))
 
 
 def top_k(fraction: float, bits: int | None = None) -> Method:
@@ -111,7 +110,7 @@ def quantised(bits: int, block: int | None = None) -> Method:
     """Unbiased random rounding to whole multiples of an f32 step.
 
     Args:
-      bits: 8 (codes -127..127, i8[n]) or 4 (codes -7..7, two a byte, u8[ceil(n / 2)]).
+      bits: 8 (codes -127..127, i8[n]) or 4 (codes -7..7 plus 8, u8[ceil(n / 2)], low half first).
       block: neighbouring entries that share a step, so that a large one does not coarsen a whole
         leaf; None: one step a leaf.
     Raises:
@@ -134,11 +133,15 @@ def quantised(bits: int, block: int | None = None) -> Method:
         codes = jnp.floor(levels + jax.random.uniform(key, rows.shape, x.dtype))
         # The sum of the largest level and a number just below 1 may have been rounded up.
         codes = jnp.clip(codes, -largest, largest).astype(jnp.int8).reshape(-1)[: x.size]
-        return codes if bits == 8 else _two_a_byte(codes), step
+        if bits == 4:
+            low, high = jnp.pad(codes + 8, (0, x.size % 2)).astype(jnp.uint8).reshape(-1, 2).T
+            codes = low | (high << 4)
+        return codes, step
 
     def unpack(payload: tuple[Array, Array], n: int) -> Array:
         codes, step = payload
-        codes = codes if bits == 8 else _one_a_byte(codes, n)
+        if bits == 4:
+            codes = jnp.stack([codes & 15, codes >> 4], 1).reshape(-1)[:n].astype(jnp.int8) - 8
         return (in_blocks(codes).astype(jnp.float32) * step[:, None]).reshape(-1)[:n]
 
     return Method(pack, unpack, feedback=False)
@@ -147,28 +150,24 @@ def quantised(bits: int, block: int | None = None) -> Method:
 def _compressed(bucket: Bucket, method: Method) -> Bucket:
     def init_client(download, data: ClientData, profile: Profile, key: Key) -> CompressMemory:
         own = bucket.init_client(download, data, profile, key)
-        if not method.feedback:
-            return CompressMemory(own, ())
         upload, _, _ = jax.eval_shape(bucket.client, download, own, data, profile, key)
         leaves = jax.tree.leaves(upload)
-        zeros = lambda x: jnp.zeros(x.shape, _wide(x))
-        return CompressMemory(own, tuple(zeros(leaves[i]) for i in _chosen(method, upload)))
+        chosen = [leaves[i] for i in _chosen(method, upload)] if method.feedback else []
+        return CompressMemory(own, tuple(jnp.zeros(x.shape, _wide(x)) for x in chosen))
 
     def client(download, memory: CompressMemory, data: ClientData, profile: Profile, key: Key):
         upload, own, info = bucket.client(download, memory.own, data, profile, key)
-        leaves, tree = jax.tree.flatten(upload)
+        (leaves, tree), residual = jax.tree.flatten(upload), []
         key = jax.random.fold_in(key, 2**32 - 1)  # no algorithm counts so far
-        residual = []
         for number, i in enumerate(_chosen(method, upload)):
             x = leaves[i]
-            whole = x.astype(_wide(x))
-            whole = whole + memory.residual[number] if method.feedback else whole
-            whole = jnp.where(data.count > 0, whole, 0)
+            left = memory.residual[number] if method.feedback else jnp.zeros((), _wide(x))
+            whole = jnp.where(data.count > 0, x.astype(_wide(x)) + left, 0)
             payload = method.pack(whole.reshape(-1), x.dtype, jax.random.fold_in(key, i))
             leaves[i] = Packed(payload, x.shape, x.dtype)
             if method.feedback:
                 error = whole - _restored(method, leaves[i]).astype(whole.dtype)
-                residual.append(jnp.where(data.count > 0, error, memory.residual[number]))
+                residual.append(jnp.where(data.count > 0, error, left))
         info = {name: value for name, value in info.items() if name != "bytes_up"}
         return jax.tree.unflatten(tree, leaves), CompressMemory(own, tuple(residual)), info
 
@@ -196,20 +195,10 @@ def _chosen(method: Method, upload: PyTree) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if is_chosen(*leaf)]
 
 
-def _restored(method: Method, packed: Packed) -> Array:
-    flat = method.unpack(packed.payload, math.prod(packed.shape))
-    return flat.astype(packed.dtype).reshape(packed.shape)
-
-
 def _wide(x: Any) -> Any:
     return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
-def _two_a_byte(codes: Array) -> Array:
-    """u8[ceil(n / 2)] of i8[n] codes -8..7: each plus 8, the first of two in the low half."""
-    low, high = jnp.pad(codes + 8, (0, codes.size % 2)).astype(jnp.uint8).reshape(-1, 2).T
-    return low | (high << 4)
-
-
-def _one_a_byte(packed: Array, n: int) -> Array:
-    return jnp.stack([packed & 15, packed >> 4], 1).reshape(-1)[:n].astype(jnp.int8) - 8
+def _restored(method: Method, packed: Packed) -> Array:
+    flat = method.unpack(packed.payload, math.prod(packed.shape))
+    return flat.astype(packed.dtype).reshape(packed.shape)
