@@ -73,10 +73,9 @@ def raffm(
     is personal. One full tier, without distillation, is federated averaging.
 
     Args:
-      model: of full width; its `apply` runs the slices too. Channels of norms and convolutions
-        with groups have no free order: leave theirs out of `axes`.
+      model: of full width; its `apply` runs the slices too.
       tiers: what the clients of each bucket hold, `jaxfm.subnet.width(sizes, {axis: share})`.
-      axes: to be ranked; None: what tiers cut, of `free_axes`; (): none.
+      axes: to be ranked; None: those of `jaxfm.search.salience.free_axes` that tiers cut; (): none.
       importance: of the units of an axis; None: `salience`.
       reorder_every: rounds after which the model is put in order again; 0: only at the start.
       distil: d, for tiers that hold more than the student; it needs a task of logits.
@@ -87,8 +86,8 @@ def raffm(
         a setting out of range; with distil > 0 a tier that cannot hold the student.
     """
     check_tiers(model, tiers, "raffm")
-    for who, slices in [*enumerate(tiers), *([("of the student", student)] if student else [])]:
-        _check_leading(who, slices)
+    for slices in [*tiers, *([student] if student else [])]:
+        _check_leading(slices)
     if reorder_every < 0 or not distil >= 0 or not temperature > 0:
         raise ValueError(
             "reorder_every and distil must not be negative and temperature must be above 0; got "
@@ -215,13 +214,13 @@ def _tier(model: Model, fit: Callable, subnet: Subnet) -> Bucket:
     return Bucket(model, send, client, lift=lift, personal=personal)
 
 
-def _check_leading(who: int | str, slices: Subnet) -> None:
+def _check_leading(slices: Subnet) -> None:
     for name, index in slices.keep.items():
         for row in map(np.asarray, index if isinstance(index, list | tuple) else [index]):
             if row.ndim != 1 or not np.array_equal(row, np.arange(len(row))):
                 raise ValueError(
-                    f"Tier {who} keeps {row.tolist()} of {name!r}; slices are the first indices of "
-                    "an axis, where the important units are: give np.arange(count)."
+                    f"keep[{name!r}]={row.tolist()} is no leading slice; important units are put "
+                    "first, so give np.arange(count)."
                 )
 
 
@@ -234,19 +233,18 @@ def _smallest(model: Model, tiers: Sequence[Subnet]) -> Subnet:
 def _larger(model: Model, tiers: Sequence[Subnet], student: Subnet) -> list[bool]:
     """Which tiers hold more than the student; raises where one does not hold it, or none more."""
     full = axis_sizes(jax.eval_shape(model.init, jax.random.key(0)), model.axes)
-    larger = []
+    width = lambda name, x: len(x.keep.get(name, range(full[name])))
     for number, tier in enumerate(tiers):
         for name in [*tier.keep, *student.keep]:
-            held, needed = (x.keep.get(name, np.arange(full[name])) for x in (tier, student))
-            if isinstance(held, list | tuple) or isinstance(needed, list | tuple):
+            if any(isinstance(x.keep.get(name), list | tuple) for x in (tier, student)):
                 raise ValueError(f"distil > 0 needs one width for all layers; not so {name!r}.")
-            if len(needed) > len(held):
+            held, needed = width(name, tier), width(name, student)
+            if needed > held:
                 raise ValueError(
-                    f"Tier {number} holds {len(held)} of {name!r}, the student {len(needed)}: with "
+                    f"Tier {number} holds {held} of {name!r}, the student {needed}: with "
                     "distil > 0 every tier holds the student; give one that fits in all."
                 )
-        width = lambda name, x: len(x.keep.get(name, range(full[name])))
-        larger.append(any(width(name, student) < width(name, tier) for name in student.keep))
+    larger = [any(width(n, student) < width(n, tier) for n in student.keep) for tier in tiers]
     if not any(larger):
         raise ValueError("With distil > 0 some tier must hold more than the student does.")
     return larger

@@ -21,7 +21,11 @@ def free_axes(model: Model) -> tuple[str, ...]:
     """Axes between two linear maps or more, whose order is ours to choose; in order of name.
 
     Axes of inputs and outputs belong to one map, and rotary pairs have frequencies of their own.
+    Nor has a model with group norms any: what a channel is normalised with depends on its place. A
+    model that is not of our families must not have group norms or grouped convolutions over them.
     """
+    if getattr(model.config, "norm", None) == "group":
+        return ()
     counts: dict[str, int] = {}
     for names, _ in _kernels(model.axes.params, model.axes.params):
         for name in set(names) - {None, "layer", *FIXED}:
@@ -34,7 +38,7 @@ def salience(params: PyTree, axes: PyTree, name: str) -> Array:
 
     |w_in| |w_out| of an MLP, |q| |k| inside a head, |q| |k| |v| |o| of heads; of the residual
     stream "embed" the mean, since no map that ignores a channel silences it. f32[size], a row for
-    each layer, and for each of its key/value heads, that all maps have; relative.
+    each layer, and for each of its key/value heads, where units belong to one; relative.
     """
     relative = jnp.stack([x / (x.mean() + 1e-30) for x in _per_unit(params, axes, name)])
     return relative.mean(0) if name == "embed" else relative.prod(0)
@@ -55,10 +59,10 @@ def _kernels(axes: PyTree, tree: PyTree) -> list[tuple[tuple, Any]]:
 
 def _per_unit(params: PyTree, axes: PyTree, name: str) -> list[Array]:
     """f32[..., size] for each map: the sum of absolute weights of each unit, a row for each layer,
-    or each head of each layer, where all maps have those axes."""
+    or each head of each layer, where all maps have those axes and units are not the stream's."""
     found = [(names, leaf) for names, leaf in _kernels(axes, params) if name in names]
-    shared = lambda own: own != name and all(own in names for names, _ in found)
-    lead = list(itertools.takewhile(shared, ("layer", "kv_heads")))
+    rows = lambda own: name not in (own, "embed") and all(own in names for names, _ in found)
+    lead = list(itertools.takewhile(rows, ("layer", "kv_heads")))
     out = []
     for names, leaf in found:
         at = [names.index(own) for own in lead]
