@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxfm.federated.algorithm import Profile
 from jaxfm.federated.ledger import ClientCost, Work
+from jaxfm.model import Array
 
 UNLIMITED_STEPS = 2**30
 
@@ -100,15 +101,22 @@ def assign(profiles: Profile, memory_needs: Sequence[float]) -> np.ndarray:
     Raises:
       ValueError: a client that no bucket fits.
     """
-    memory = np.asarray(profiles.memory_bytes, np.float64)
-    fits = memory[:, None] >= np.asarray(memory_needs, np.float64)[None, :]
+    needs = np.asarray(memory_needs, np.float64)[None, :]
+    return _fitting(profiles.memory_bytes, needs).argmax(axis=1).astype(np.int32)
+
+
+def _fitting(memory_bytes: Array, needs: np.ndarray) -> np.ndarray:
+    """bool[C, buckets], which models fit in the memory [C]; needs [C or 1, buckets]."""
+    memory = np.asarray(memory_bytes, np.float64)
+    fits = memory[:, None] >= needs
     lost = np.flatnonzero(~fits.any(axis=1))
     if lost.size:
+        least = np.broadcast_to(needs, fits.shape)[lost[0]].min()
         raise ValueError(
             f"Client {lost[0]} has {memory[lost[0]]:.3g} bytes of memory; the smallest model needs "
-            f"{min(memory_needs):.3g}. Give a smaller tier or leave the client out."
+            f"{least:.3g}. Give a smaller tier or leave the client out."
         )
-    return fits.argmax(axis=1).astype(np.int32)
+    return fits
 
 
 def fleet(mix: Sequence[str], num_clients: int) -> Device:
@@ -157,6 +165,7 @@ def plan(
     costs: Sequence[ClientCost],
     steps: np.ndarray,
     deadline_s: float | None = None,
+    bucket: np.ndarray | None = None,
 ) -> Plan:
     """The largest model that each client can hold and train in time, and else fewer steps.
 
@@ -165,14 +174,16 @@ def plan(
       steps: i32[C], that a client would like to take; 0 without data.
       deadline_s: of a round; None: what the slowest needs for the least costly of the models that
         fit it, so that nobody waits longer than that; inf: memory alone decides.
+      bucket: i32[C], where it is settled already which model each client trains.
     Raises:
       ValueError: a client whose memory or whose time suffices for no model.
     """
     steps = np.asarray(steps, np.int64)
-    memory = np.asarray(machines.memory_bytes)[:, None]
-    fits = memory >= np.array([cost.memory_bytes for cost in costs], np.float64)
-    assign(fleet_profiles(machines), [cost.memory_bytes for cost in costs])  # raises where none
     column = lambda name: np.array([getattr(cost, name) for cost in costs], np.float64)
+    needs = column("memory_bytes")[None, :]
+    if bucket is not None:
+        needs = np.where(np.asarray(bucket)[:, None] == np.arange(len(costs)), needs, np.inf)
+    fits = _fitting(machines.memory_bytes, needs)
     rate = jax.tree.map(lambda x: np.asarray(x, np.float64)[:, None], machines)
     wire = column("bytes_down") / rate.down_bytes_per_s + column("bytes_up") / rate.up_bytes_per_s
     step_s = column("flops_per_step") / rate.flops_per_s

@@ -112,7 +112,7 @@ def main(config: DemoConfig) -> None:
         "the same command goes on."
     )
     trained = federate.train(federation, setting)
-    save_results(run_dir, "federate", federate.results(setting, trained))
+    save_results(run_dir, "federate", federate.results(federation, setting, trained))
     _tell_training(setting, trained)
 
     tell("3. The quarter tier becomes a draft: cut out, then distilled from its parent.")

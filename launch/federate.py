@@ -3,8 +3,11 @@
     python -m jaxfm.launch.federate
     python -m jaxfm.launch.federate --algorithm=hetero_fl --tiers=1.0,0.5,0.25
     python -m jaxfm.launch.federate --data.source=mnist --data.folder=... --data.partition=dirichlet
+    python -m jaxfm.launch.federate --compare=fed_avg,scaffold,hetero_fl --seeds=3 \
+        --profile=pi,phone,laptop --local.name=sgd
 
-The first federates a byte-level language model over the largest packages of the standard library.
+The first federates a byte-level language model over the largest packages of the standard library;
+the last runs three algorithms side by side on the same data, clients and cohorts.
 A run folder holds the config, metrics (JSONL and TensorBoard), checkpoints and report.html. The
 same command goes on where a stopped run was; the validation split is watched, the test split is
 looked at once, at the end.
@@ -14,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,16 +27,32 @@ from jaxfm import config as configs
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
 from jaxfm.data.federation import summary
-from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.algorithm import Algorithm, Profile
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics
-from jaxfm.federated.fed_avg import fed_avg
-from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_yogi
-from jaxfm.federated.fed_prox import fed_prox
 from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.ledger import ClientCost, client_costs, round_costs
+from jaxfm.federated.ledger import ClientCost, client_costs, client_work, round_costs
 from jaxfm.federated.local import Local
-from jaxfm.federated.resources import assign, profiles
-from jaxfm.federated.rounds import Population, Rounds, RunState, rounds
+from jaxfm.federated.partition import IsPersonal, head, under
+from jaxfm.federated.resources import (
+    DEVICES,
+    UNLIMITED_STEPS,
+    Device,
+    assign,
+    fleet,
+    fleet_profiles,
+    plan,
+    profiles,
+    simulated,
+)
+from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
+from jaxfm.launch.algorithms import (
+    ALGORITHMS,
+    NEEDS_PUBLIC,
+    DistilConfig,
+    Parts,
+    make_algorithm,
+)
+from jaxfm.launch.compare import compare
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     WIDTH_AXES,
@@ -61,9 +80,9 @@ class FederateConfig:
     """A federated run."""
 
     run_dir: str = option("runs/federate", "folder of the run; an unfinished run there goes on")
-    algorithm: Literal["fed_avg", "fed_prox", "fed_avg_m", "fed_adam", "fed_yogi", "hetero_fl"] = (
-        option("fed_avg", "what clients and server do")
-    )
+    algorithm: str = option("fed_avg", f"what clients and server do: {', '.join(ALGORITHMS)}")
+    compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
+    seeds: int = option(1, "compare: runs of each, with seeds from --seed on")
     rounds: int = option(60, "rounds in all")
     cohort: int = option(8, "clients drawn a round")
     batch_size: int = option(8, "examples of a local step")
@@ -71,11 +90,22 @@ class FederateConfig:
     max_steps: int = option(8, "most local steps a round; 0: as many as the epochs take")
     drop_rate: float = option(0.0, "probability that a drawn client fails to report")
     tiers: tuple[float, ...] = option(
-        (1.0, 0.5, 0.25), "hetero_fl: share of each width that the clients of a tier hold"
+        (1.0, 0.5, 0.25),
+        "hetero_fl, fed_rolex, fed_md, fed_kemf, rafl: share of each width that the clients of a "
+        "tier hold",
+    )
+    profile: tuple[str, ...] = option(
+        (), f"clients' machines, dealt out in turn: {', '.join(DEVICES)}; time and energy are told"
+    )
+    deadline_s: float = option(
+        0.0,
+        "profile: simulated seconds of a round, to which models and steps are fitted; 0: as long "
+        "as the slowest needs for the smallest; inf: memory alone decides",
     )
     mu: float = option(0.01, "fed_prox: weight of the proximal term")
     server_learning_rate: float = option(0.01, "fed_adam, fed_yogi; fed_avg_m takes steps of 1")
     server_momentum: float = option(0.9, "fed_avg_m")
+    alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
@@ -84,12 +114,14 @@ class FederateConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     local: OptimizerConfig = OptimizerConfig()
+    distil: DistilConfig = DistilConfig()
 
     def __post_init__(self):
         check(self)
         for name, least in (("rounds", 1), ("cohort", 1), ("batch_size", 1), ("epochs", 1),
                             ("max_steps", 0), ("eval_every", 1), ("eval_examples", 0),
-                            ("test_examples", 0), ("clients_at_once", 0)):  # fmt: skip
+                            ("test_examples", 0), ("clients_at_once", 0), ("seeds", 1),
+                            ("deadline_s", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
         if self.cohort > self.data.num_clients:
@@ -98,10 +130,32 @@ class FederateConfig:
             )
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
             raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
+        for name in (self.algorithm, *self.compare):
+            if name not in ALGORITHMS:
+                raise ValueError(f"algorithm={name}: choose among {', '.join(ALGORITHMS)}.")
+        for name in self.compare or (self.algorithm,):
+            if name in NEEDS_PUBLIC and not self.data.public:
+                raise ValueError(
+                    f"algorithm={name} distils from public data: give --data.public, 0.1 say."
+                )
+        if self.profile:
+            fleet(self.profile, 1)  # raises for unknown names
+        elif self.deadline_s:
+            raise ValueError(f"deadline_s={self.deadline_s}: time is told of a --profile only.")
 
 
 class Setting(NamedTuple):
-    """A run before its first round."""
+    """A run before its first round.
+
+    Attributes:
+      variables: that it starts from.
+      tiers: of the model, the widest first.
+      costs: of one client, by bucket.
+      steps: i32[C], local steps of each client in a round.
+      machines: what time and energy are told of; None: neither is.
+      deadline_s: of a round on them.
+      personal: of `client_metrics`, compiled once.
+    """
 
     data: Data
     model: Model
@@ -110,6 +164,10 @@ class Setting(NamedTuple):
     algorithm: Algorithm
     population: Population
     costs: tuple[ClientCost, ...]
+    steps: np.ndarray
+    machines: Device | None
+    deadline_s: float
+    personal: Callable[..., dict[str, np.ndarray]]
 
 
 class Trained(NamedTuple):
@@ -117,15 +175,19 @@ class Trained(NamedTuple):
 
     Attributes:
       state: of the engine.
-      totals: "bytes_down", "bytes_up", "flops" of all clients, "selected" and "reported" clients.
+      totals: "bytes_down", "bytes_up", "flops" of all clients, "selected" and "reported" clients;
+        of a profile "seconds" and "joules", too.
       test: the three metrics on the test sets, by name.
-      tiers: per bucket, the metrics of its model on the global test set.
+      tiers: per bucket, the metrics of its model on the global test set; where its clients have
+        models of their own, the means of these on their own test sets.
+      clients: f64[C] by metric, of each client's model on its own test set.
     """
 
     state: RunState
     totals: dict[str, float]
     test: dict[str, float]
     tiers: list[dict[str, float]]
+    clients: dict[str, np.ndarray]
 
 
 def prepare(config: FederateConfig) -> Setting:
@@ -133,22 +195,81 @@ def prepare(config: FederateConfig) -> Setting:
     data = load_data(config.data, config.seed)
     model = make_model(config.model, data)
     variables = model.init(jax.random.key(config.seed))
-    optimizer = make_optimizer(config.local)
-    local = Local(optimizer, config.batch_size, config.epochs)
-    tiers = make_tiers(model, variables, family_of(config.model, data), config.tiers)
-    algorithm = make_algorithm(config, model, data, local, tiers)
-    num_clients = len(data.names)
-    steps = config.max_steps or 2**30
-    everybody = profiles(num_clients, max_steps=steps)
-    # Costs do not depend on who is in which bucket.
-    population = Population(data.train, everybody, np.zeros(num_clients, np.int32))
-    costs = client_costs(algorithm, population, variables)
-    # Machines in turn have the memory that a tier needs; each gets the largest that fits.
-    needs = [cost.memory_bytes for cost in costs]
-    memory = np.array([needs[i % len(needs)] for i in range(num_clients)], np.float64)
-    machines = profiles(num_clients, max_steps=steps, memory_bytes=1.01 * memory)
-    population = Population(data.train, machines, assign(machines, needs))
-    return Setting(data, model, variables, tiers, algorithm, population, costs)
+    local = Local(make_optimizer(config.local), config.batch_size, config.epochs)
+    family = family_of(config.model, data)
+    tiers = make_tiers(model, variables, family, config.tiers)
+    counts = np.asarray(data.train.count)
+    wanted = config.epochs * -(-counts // config.batch_size)
+    wanted = np.minimum(wanted, config.max_steps) if config.max_steps else wanted
+
+    def place(algorithm: Algorithm, start: Variables, bucket: np.ndarray | None = None):
+        # Costs do not depend on who is in which bucket.
+        num_clients = len(counts)
+        anyhow = Population(data.train, profiles(num_clients), np.zeros(num_clients, np.int32))
+        costs = client_costs(algorithm, anyhow, start, data.public)
+        return costs, assigned(config, costs, wanted, bucket)
+
+    def tier_of() -> np.ndarray:
+        return place(hetero_fl(model, data.task, local, tiers), variables)[1].bucket
+
+    is_last = last_layer(model)
+    parts = Parts(
+        model, variables, data.task, local, len(counts), is_last, tiers, WIDTH_AXES[family],
+        tier_of, data.public,
+    )  # fmt: skip
+    algorithm, start, bucket = make_algorithm(config, parts)
+    variables = variables if start is None else start
+    costs, placed = place(algorithm, variables, bucket)
+    population = Population(data.train, placed.profiles, placed.bucket)
+    personal = client_metrics(algorithm, placed.bucket, data.task, batch_size=_EVAL_BATCH)
+    return Setting(
+        data, model, variables, tiers, algorithm, population, costs,
+        np.minimum(wanted, np.asarray(placed.profiles.max_steps)), placed.machines,
+        placed.deadline_s, personal,
+    )  # fmt: skip
+
+
+class Placed(NamedTuple):
+    """Clients on their machines; bucket i32[C]."""
+
+    bucket: np.ndarray
+    profiles: Profile
+    machines: Device | None
+    deadline_s: float
+
+
+def assigned(
+    config: FederateConfig,
+    costs: tuple[ClientCost, ...],
+    steps: np.ndarray,
+    bucket: np.ndarray | None,
+) -> Placed:
+    """Who trains what: by the machines of the profile; without one, by memory made to measure.
+
+    Args:
+      costs: by bucket, the largest model first.
+      steps: i32[C], that clients would like to take in a round.
+      bucket: i32[C], where that is settled.
+    """
+    if config.profile:
+        machines = fleet(config.profile, len(steps))
+        chosen = plan(machines, costs, steps, config.deadline_s or None, bucket)
+        known = fleet_profiles(machines, chosen.max_steps)
+        return Placed(chosen.bucket, known, machines, chosen.deadline_s)
+    # Machines in turn have the memory that a bucket needs; each gets the largest that fits.
+    needs = np.array([cost.memory_bytes for cost in costs], np.float64)
+    turn = np.arange(len(steps)) % len(needs) if bucket is None else bucket
+    known = profiles(
+        len(steps), max_steps=config.max_steps or UNLIMITED_STEPS, memory_bytes=1.01 * needs[turn]
+    )
+    bucket = assign(known, needs.tolist()) if bucket is None else bucket
+    return Placed(bucket, known, None, float("inf"))
+
+
+def last_layer(model: Model) -> IsPersonal:
+    """The classifier; of a perceptron, its last layer."""
+    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params)
+    return head if {"head", "classifier"} & set(names) else under(names[-1])
 
 
 def make_tiers(
@@ -158,22 +279,6 @@ def make_tiers(
     sizes = axis_sizes(variables, model.axes)
     ordered = sorted(ratios, reverse=True)
     return tuple(width(sizes, dict.fromkeys(WIDTH_AXES[family], ratio)) for ratio in ordered)
-
-
-def make_algorithm(
-    config: FederateConfig, model: Model, data: Data, local: Local, tiers: tuple[Subnet, ...]
-) -> Algorithm:
-    """The algorithm that the config names."""
-    rate = config.server_learning_rate
-    make = {
-        "fed_avg": lambda *args: fed_avg(*args),
-        "fed_prox": lambda *args: fed_prox(*args, mu=config.mu),
-        "fed_avg_m": lambda *args: fed_avg_m(*args, momentum=config.server_momentum),
-        "fed_adam": lambda *args: fed_adam(*args, learning_rate=rate),
-        "fed_yogi": lambda *args: fed_yogi(*args, learning_rate=rate),
-        "hetero_fl": lambda model, task, local: hetero_fl(model, task, local, tiers),
-    }
-    return make[config.algorithm](model, data.task, local)
 
 
 def describe_clients(setting: Setting) -> str:
@@ -189,10 +294,13 @@ def describe_clients(setting: Setting) -> str:
             f"{cost.bytes_down / 1e6:.2f} MB down and {cost.bytes_up / 1e6:.2f} MB up a round, "
             f"{cost.flops_per_step / 1e9:.2f} GFLOP a step"
         )
+    if setting.machines is not None:
+        lines.append(f"a round is to end within {setting.deadline_s:.3g} simulated seconds")
     return "\n".join(lines)
 
 
 _TOTALS = ("bytes_down", "bytes_up", "flops", "selected", "reported")
+_SIMULATED = ("seconds", "joules")
 
 
 def train(config: FederateConfig, setting: Setting) -> Trained:
@@ -200,7 +308,8 @@ def train(config: FederateConfig, setting: Setting) -> Trained:
     engine = make_engine(config, setting)
     run_dir = pathlib.Path(config.run_dir)
     state = engine.init(setting.variables, jax.random.key(config.seed + 1))
-    totals = np.zeros(len(_TOTALS))
+    names = totals_of(setting)
+    totals = np.zeros(len(names))
     done = 0
     with Checkpointer(run_dir / "checkpoints", keep=2) as checkpoints:
         if checkpoints.latest_step() is not None:
@@ -211,14 +320,20 @@ def train(config: FederateConfig, setting: Setting) -> Trained:
                 log.write(0, validate(config, setting, state))
             for number in progress(range(done + 1, config.rounds + 1), "rounds"):
                 state, info = engine.run(state)
-                totals, line = account(setting.costs, totals, info)
+                totals, line = account(config, setting, number, totals, info)
                 if number % config.eval_every == 0 or number == config.rounds:
                     line |= validate(config, setting, state)
                 log.write(number, line)
                 if number % config.eval_every == 0 or number == config.rounds:
                     checkpoints.save(number, (state, totals))
-    test, tiers = measure(config, setting, state)
-    return Trained(state, dict(zip(_TOTALS, totals.tolist(), strict=True)), test, tiers)
+    return Trained(
+        state, dict(zip(names, totals.tolist(), strict=True)), *measure(config, setting, state)
+    )
+
+
+def totals_of(setting: Setting) -> tuple[str, ...]:
+    """What is summed up over rounds."""
+    return _TOTALS if setting.machines is None else _TOTALS + _SIMULATED
 
 
 def make_engine(config: FederateConfig, setting: Setting) -> Rounds:
@@ -228,6 +343,7 @@ def make_engine(config: FederateConfig, setting: Setting) -> Rounds:
         setting.population,
         cohort_size=config.cohort,
         drop_rate=config.drop_rate,
+        public=setting.data.public,
         mesh=make_mesh(clients=len(jax.devices())),
         width=config.clients_at_once or None,
     )
@@ -237,58 +353,100 @@ _EVAL_BATCH = 32
 
 
 def account(
-    costs: tuple[ClientCost, ...], totals: np.ndarray, info: Mapping
+    config: FederateConfig, setting: Setting, number: int, totals: np.ndarray, info: Mapping
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Adds a round's costs to the totals; returns them and the round's line of the log."""
+    costs, bucket = setting.costs, setting.population.bucket
     spent = round_costs(costs, info)
     sums = {name: float(np.sum(np.asarray(value))) for name, value in info.items()}
     spent |= {"selected": sums["selected"], "reported": sums["clients"]}
-    totals = totals + np.array([spent[name] for name in _TOTALS])
+    if setting.machines is not None:
+        key, size = jax.random.key(config.seed + 1), len(bucket)
+        drawn, reports = map(
+            np.asarray, draw(key, number - 1, size, config.cohort, config.drop_rate)
+        )
+        work = client_work(costs, bucket, setting.steps, drawn, reports, info)
+        spent |= simulated(setting.machines, work)
+    names = totals_of(setting)
+    totals = totals + np.array([spent[name] for name in names])
     line = {
         "train/loss": sums["loss_total"] / max(sums["loss_count"], 1.0),
         "clients/reported": sums["clients"],
         "clients/non_finite": sums["non_finite"],
         "clients/steps": sums["steps"],
     }
-    return totals, line | {f"total/{n}": v for n, v in zip(_TOTALS, totals.tolist(), strict=True)}
+    return totals, line | {f"total/{n}": v for n, v in zip(names, totals.tolist(), strict=True)}
 
 
 def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[str, float]:
-    """The metrics of each bucket's model on (part of) the validation split."""
-    some = spread(setting.data.validation, config.eval_examples)
+    """Metrics of the global model and of each bucket's on (part of) the validation split.
+
+    With local validation rows the mean of clients' own metrics on these, too.
+    """
+    data, algorithm = setting.data, setting.algorithm
+    some = spread(data.validation, config.eval_examples)
     line: dict[str, float] = {}
-    for b in alike(setting, state):
-        prefix = "validation" if b == 0 else f"validation/bucket{b}"
+    for b in watched(setting, state):
+        prefix = f"validation/bucket{b}" if b else "validation"
         metrics = global_metrics(
-            setting.algorithm, state, setting.data.task, some, batch_size=_EVAL_BATCH, bucket=b
+            algorithm, state, data.task, some, batch_size=_EVAL_BATCH, bucket=b
         )
         line |= {f"{prefix}/{name}": value for name, value in metrics.items()}
+    if data.local_validation is not None:
+        own = three_metrics(setting.personal(state, data.local_validation), {})
+        line |= {name: value for name, value in own.items() if name.startswith("personal/")}
     return line
+
+
+def watched(setting: Setting, state: RunState) -> list[int | None]:
+    """The models to validate: of buckets; the global one (None) where clients have their own."""
+    shared: list[int | None] = [*alike(setting, state)]
+    return shared or ([None] if setting.algorithm.model else [])
 
 
 def measure(
     config: FederateConfig, setting: Setting, state: RunState
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The three metrics on the test sets, and those of each bucket's model on the global one."""
-    data, algorithm = setting.data, setting.algorithm
+) -> tuple[dict[str, float], list[dict[str, float]], dict[str, np.ndarray]]:
+    """The three metrics on the test sets, those of each bucket, and those of each client."""
+    data, algorithm, bucket_of = setting.data, setting.algorithm, setting.population.bucket
     test = spread(data.test, config.test_examples)
     on_test = lambda bucket: global_metrics(
         algorithm, state, data.task, test, batch_size=_EVAL_BATCH, bucket=bucket
     )
-    tiers = [on_test(b) for b in alike(setting, state)]
-    own = client_metrics(algorithm, setting.population.bucket, data.task, batch_size=_EVAL_BATCH)
-    return three_metrics(own(state, data.local_test), on_test(None)), tiers
+    own = setting.personal(state, data.local_test)
+    shared = alike(setting, state)
+
+    def of_bucket(b: int) -> dict[str, float]:
+        if b in shared:
+            return on_test(b)
+        return {name: _mean(values[bucket_of == b]) for name, values in own.items()}
+
+    tiers = [of_bucket(b) for b in range(len(algorithm.buckets))]
+    overall = on_test(None) if algorithm.model else {}
+    return three_metrics(own, overall), tiers, own
+
+
+def _mean(values: np.ndarray) -> float:
+    some = values[~np.isnan(values)]
+    return float(some.mean()) if some.size else float("nan")
 
 
 def alike(setting: Setting, state: RunState) -> list[int]:
-    """The buckets whose clients all have the same model."""
-    buckets = range(len(setting.algorithm.buckets))
-    return [b for b in buckets if not jax.tree.leaves(state.memories[b])]
+    """The buckets whose clients all have the same model: all where no client keeps anything."""
+    return [] if jax.tree.leaves(state.memories) else list(range(len(setting.algorithm.buckets)))
 
 
 def main(config: FederateConfig) -> None:
-    """The whole run, with a report at the end."""
+    """The whole run, or all of a comparison, with a report at the end."""
     use_cores(config.cohort)
+    if config.compare:
+        print(f"report: {compare(config, run)}")
+    else:
+        print(f"report: {run(config)}")
+
+
+def run(config: FederateConfig) -> pathlib.Path:
+    """One algorithm with one seed; returns the path of its report."""
     run_dir = open_run(config, config.run_dir)
     setting = prepare(config)
     print(describe_clients(setting))
@@ -296,19 +454,23 @@ def main(config: FederateConfig) -> None:
         f"{count_parameters(setting.variables.params):,} parameters on {len(jax.devices())} devices"
     )
     trained = train(config, setting)
-    save_results(run_dir, "federate", results(setting, trained))
+    save_results(run_dir, "federate", results(config, setting, trained))
     for name, value in trained.test.items():
         print(f"test {name}: {value:.4f}")
-    print(f"report: {write_report(run_dir)}")
+    return write_report(run_dir)
 
 
-def results(setting: Setting, trained: Trained) -> dict:
+def results(config: FederateConfig, setting: Setting, trained: Trained) -> dict:
     """What the report tells, as JSON."""
-    full = setting.costs[0]
+    full, population = max(setting.costs, key=lambda cost: cost.parameters), setting.population
+    mix = config.profile or ("",)
     return {
+        "rounds": config.rounds,
         "test": trained.test,
         "tiers": [
-            {"clients": int((setting.population.bucket == b).sum())} | cost._asdict() | metrics
+            {"clients": int((population.bucket == b).sum())}
+            | cost._asdict()
+            | {metric: _number(value) for metric, value in metrics.items()}
             for b, (cost, metrics) in enumerate(zip(setting.costs, trained.tiers, strict=True))
         ],
         "totals": trained.totals,
@@ -317,12 +479,21 @@ def results(setting: Setting, trained: Trained) -> dict:
             "bytes_up": trained.totals["reported"] * full.bytes_up,
         },
         "clients": [
-            {"name": name, "examples": int(count), "bucket": int(bucket)}
-            for name, count, bucket in zip(
-                setting.data.names, setting.data.train.count, setting.population.bucket, strict=True
-            )
+            {
+                "name": name,
+                "examples": int(setting.data.train.count[i]),
+                "bucket": int(population.bucket[i]),
+                "machine": mix[i % len(mix)],
+                "test": {metric: _number(values[i]) for metric, values in trained.clients.items()},
+            }
+            for i, name in enumerate(setting.data.names)
         ],
     }
+
+
+def _number(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if np.isnan(value) else float(value)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
+from jaxfm.launch.compare_page import comparison
 from jaxfm.launch.setup import load_results
 from jaxfm.log import read_metrics
 from jaxfm.report import (
@@ -61,6 +62,8 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
         parts += _training(metrics, results)
     if "federate" in results:
         parts += _clients(results["federate"])
+    if "compare" in results:
+        parts += comparison(results["compare"])
     if "draft" in results:
         parts += _draft(results["draft"])
     if "decode" in results:
@@ -78,6 +81,8 @@ def _title(results: Mapping) -> str:
         return "Federate, cut, serve"
     if "search" in results:
         return "A model cut to a budget"
+    if "compare" in results:
+        return "Federated algorithms side by side"
     return "A federated run" if "federate" in results else "A training run"
 
 
@@ -95,12 +100,19 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
     if "federate" in results:
         part = results["federate"]
         metric = main_metric(list(part["test"]))
-        figures.append(Card(_name(metric), part["test"][f"global/{metric}"], "global test set"))
+        own, overall = (part["test"].get(f"{w}/{metric}") for w in ("personal", "global"))
+        if overall is None:
+            figures.append(Card(_name(metric), own, "clients' own models on their own test data"))
+        else:
+            figures.append(Card(_name(metric), overall, "global test set"))
         worst = part["test"][f"worst_decile/{metric}"]
         figures.append(Card("worst decile", worst, "of clients, on their own test data"))
         up, full = part["totals"]["bytes_up"], part["full_model"]["bytes_up"]
         note = f"{full / max(up, 1):.2f}x less than the full model" if full > up else "all clients"
         figures.append(Card("MB uploaded", up / 1e6, note))
+        if "seconds" in part["totals"]:
+            note = f"{part['totals']['joules']:,.0f} J of all clients, simulated"
+            figures.append(Card("hours", part["totals"]["seconds"] / 3600, note))
     elif metrics:
         last = {name: value for line in metrics for name, value in line.items()}
         shown = [name for name in last if name.startswith(("validation/", "test/"))]
@@ -125,7 +137,8 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
 
 
 def _training(metrics: list[dict], results: Mapping) -> list[Html]:
-    names = {name for line in metrics for name in line if name.startswith("validation")}
+    shown = ("validation", "personal/")
+    names = {name for line in metrics for name in line if name.startswith(shown)}
     steps = "round" if any("clients/reported" in line for line in metrics) else "step"
     curves_loss = {"training loss": _curve(metrics, "step", "train/loss")}
     parts = [heading("Training")]
@@ -144,12 +157,19 @@ def _training(metrics: list[dict], results: Mapping) -> list[Html]:
         plots.append(
             line_plot(by_bytes, x_label="MB uploaded", y_label=f"validation {_name(metric)}")
         )
+        if any("total/seconds" in line for line in metrics):
+            by_time = {label(n): _curve(metrics, "total/seconds", n, 1 / 3600) for n in chosen}
+            plots.append(
+                line_plot(by_time, x_label="simulated hours", y_label=f"validation {_name(metric)}")
+            )
     else:
         plots.append(line_plot(curves_loss, x_label=steps, y_label="training loss, nats"))
     return [*parts, row(*plots)]
 
 
 def _tier_name(name: str, metric: str, tiers: list[dict]) -> str:
+    if name.startswith("personal/"):
+        return "clients' own, on their own rows"
     middle = name.removeprefix("validation").removesuffix(metric).strip("/")
     if len(tiers) < 2:
         return "model"
@@ -169,14 +189,15 @@ def _clients(part: Mapping) -> list[Html]:
     three = table(
         ["whose model, on which test set", _name(metric)],
         [
-            ["the global model, on the global test set", test[f"global/{metric}"]],
+            ["the global model, on the global test set", test.get(f"global/{metric}")],
             ["each client's own, on its own (mean)", test[f"personal/{metric}"]],
             ["the worst tenth of clients", test[f"worst_decile/{metric}"]],
         ],
     )
+    largest = max(tier["parameters"] for tier in tiers)
     rows = [
         [
-            f"{100 * tier['parameters'] / tiers[0]['parameters']:.0f}%",
+            f"{100 * tier['parameters'] / largest:.0f}%",
             tier["clients"], tier["parameters"], tier["memory_bytes"] / 1e6,
             tier["bytes_up"] / 1e6, tier["flops_per_step"] / 1e9, tier[metric],
         ]

@@ -52,6 +52,12 @@ class DataConfig:
     shards_per_client: int = option(2, "of the shards partition")
     num_clients: int = option(24, "clients; of a natural partition the largest")
     local_test: float = option(0.1, "share of each client's rows held out as its local test set")
+    local_validation: float = option(
+        0.0, "share of the rest held out to watch clients' own models by; 0: only tested at the end"
+    )
+    public: float = option(
+        0.0, "share of the training rows that the server gets, unlabelled, for distillation"
+    )
 
     def __post_init__(self):
         check(self)
@@ -61,26 +67,34 @@ class DataConfig:
             raise ValueError(f"data.num_clients={self.num_clients}: give at least 1.")
         if not 0 < self.local_test < 1:
             raise ValueError(f"data.local_test={self.local_test}: give a share between 0 and 1.")
+        for name in ("local_validation", "public"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)}: give a share from 0 and below 1."
+                )
 
 
 class Data(NamedTuple):
     """Everything that a run reads.
 
     Attributes:
-      train, local_test: of the clients.
+      train, local_validation, local_test: of the clients; no local validation rows unless asked.
       validation, test: of the server; selection looks at validation only.
       names: of the clients.
       task: what is learned.
       tokenizer: of text; None for images.
+      public: rows that belong to no client, without labels; None unless asked for.
     """
 
     train: Federation
+    local_validation: Federation | None
     local_test: Federation
     validation: Mapping[str, np.ndarray]
     test: Mapping[str, np.ndarray]
     names: tuple[str, ...]
     task: tasks.Task
     tokenizer: Tokenizer | None
+    public: Mapping[str, np.ndarray] | None
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
@@ -95,13 +109,31 @@ def load_data(config: DataConfig, seed: int) -> Data:
     else:
         splits = _images(config, seed)
         task = tasks.classification(10)
-    train = splits["train"]
+    train, public = _publish(splits["train"], config.public, seed)
     parts, names = _deal(config, train, seed)
     parts, held_out = partition.holdout(parts, config.local_test, seed=seed)
+    watched = None
+    if config.local_validation:
+        parts, rows = partition.holdout(parts, config.local_validation, seed=seed + 1)
+        watched = federate(train.examples, rows)
     return Data(
-        federate(train.examples, parts), federate(train.examples, held_out),
-        splits["validation"].examples, splits["test"].examples, names, task, tokenizer,
+        federate(train.examples, parts), watched, federate(train.examples, held_out),
+        splits["validation"].examples, splits["test"].examples, names, task, tokenizer, public,
     )  # fmt: skip
+
+
+def _publish(
+    train: Source, share: float, seed: int
+) -> tuple[Source, Mapping[str, np.ndarray] | None]:
+    """The rows that clients keep, and those that the server gets, without their labels."""
+    if not share:
+        return train, None
+    size = leading_size(train.examples)
+    cut = max(1, round(share * size))
+    order = np.random.default_rng((seed, 1)).permutation(size)
+    public = _rows(train, np.sort(order[:cut])).examples
+    public = {name: leaf for name, leaf in public.items() if name != "label"}
+    return _rows(train, np.sort(order[cut:])), public
 
 
 def _text(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Source]:
@@ -290,7 +322,7 @@ def open_run(config, run_dir: str | os.PathLike[str]) -> pathlib.Path:
         new = json.loads(json.dumps(configs.to_dict(config)))
         names = sorted(old.keys() | new.keys())
         changed = [name for name in names if old.get(name) != new.get(name)]
-        if set(changed) - {"rounds", "steps"}:  # a longer run goes on
+        if set(changed) - {"rounds", "steps", "seeds", "compare"}:  # a longer run goes on
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ); give "
                 "another --run_dir, or remove it."

@@ -54,6 +54,12 @@ def test_without_a_deadline_nobody_waits_longer_than_the_slowest_needs_at_least(
     assert plan(TWO, [LARGE, SMALL], steps, np.inf).bucket.tolist() == [0, 0]
 
 
+def test_a_model_that_is_settled_stays_and_steps_give_way():
+    settled = plan(TWO, [LARGE, SMALL], np.array([3, 3]), 7.0, bucket=np.array([0, 1]))
+    assert settled.bucket.tolist() == [0, 1]
+    assert settled.max_steps.tolist() == [1, 3]
+
+
 def test_memory_comes_before_time():
     narrow = TWO._replace(memory_bytes=np.array([1e3, 50.0]))
     chosen = plan(narrow, [LARGE, SMALL], np.array([3, 3]), np.inf)

@@ -156,14 +156,6 @@ def test_families_fit_their_data():
         federate.make_model(ModelConfig(family="decoder"), data)
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["fed_avg", "fed_prox", "fed_avg_m", "fed_adam", "fed_yogi", "hetero_fl"]
-)
-def test_every_algorithm_has_its_name(tmp_path, algorithm):
-    setting = federate.prepare(small_run(tmp_path, algorithm=algorithm))
-    assert len(setting.algorithm.buckets) == (2 if algorithm == "hetero_fl" else 1)
-
-
 def test_tiers_go_to_those_who_can_carry_them(tmp_path):
     setting = federate.prepare(small_run(tmp_path))
     needs = np.array([cost.memory_bytes for cost in setting.costs])

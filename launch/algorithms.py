@@ -1,0 +1,178 @@
+"""Every federated algorithm by its name, made from the parts of a run: a line each.
+
+A new one is a line in `ALGORITHMS`; --algorithm and --compare know it from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxfm import tasks
+from jaxfm.config import check, option
+from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.ensemble import Distil, predict, public_inputs
+from jaxfm.federated.fed_avg import fed_avg
+from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_dyn import fed_dyn
+from jaxfm.federated.fed_kemf import fed_kemf
+from jaxfm.federated.fed_md import fed_md
+from jaxfm.federated.fed_nova import fed_nova
+from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_yogi
+from jaxfm.federated.fed_per import fed_per
+from jaxfm.federated.fed_prox import fed_prox
+from jaxfm.federated.fed_rolex import fed_rolex
+from jaxfm.federated.hetero_fl import hetero_fl
+from jaxfm.federated.lg_fed_avg import lg_fed_avg
+from jaxfm.federated.local import Local
+from jaxfm.federated.partition import IsPersonal
+from jaxfm.federated.rafl import rafl
+from jaxfm.federated.scaffold import scaffold
+from jaxfm.model import Model, Variables, count_parameters
+from jaxfm.search.project import Budget
+from jaxfm.search.supernet import supernet
+from jaxfm.subnet import Subnet, extract
+
+if TYPE_CHECKING:
+    from jaxfm.launch.federate import FederateConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilConfig:
+    """How the server learns from its clients' predictions on public data (--data.public)."""
+
+    steps: int = option(20, "fed_df, fed_kemf, rafl: of the server's, in a round")
+    batch_size: int = option(32, "public rows of such a step")
+    learning_rate: float = option(1e-3, "of adam, anew in every round")
+    temperature: float = option(1.0, "of teacher and student")
+
+    def __post_init__(self):
+        check(self)
+        if (
+            min(self.steps, self.batch_size) < 1
+            or not min(self.learning_rate, self.temperature) > 0
+        ):
+            raise ValueError(
+                f"distil.steps={self.steps} and distil.batch_size={self.batch_size} must be at "
+                f"least 1, distil.learning_rate={self.learning_rate} and distil.temperature="
+                f"{self.temperature} above 0."
+            )
+
+
+class Parts(NamedTuple):
+    """What an algorithm is made of.
+
+    Attributes:
+      variables: of the full model, as the run starts from them.
+      is_last: of the path of a leaf, whether it belongs to the last layer.
+      tiers: of the model, the widest first.
+      axes: that tiers cut.
+      tier_of: `() -> i32[C]`, the tier that each client's machine carries.
+      public: unlabelled examples of the server's, or None.
+    """
+
+    model: Model
+    variables: Variables
+    task: tasks.Task
+    local: Local
+    num_clients: int
+    is_last: IsPersonal
+    tiers: tuple[Subnet, ...]
+    axes: tuple[str, ...]
+    tier_of: Callable[[], np.ndarray]
+    public: Mapping[str, np.ndarray] | None
+
+
+class Made(NamedTuple):
+    """An algorithm, and what it wants otherwise than by default.
+
+    Attributes:
+      start: variables that its run starts from; None: the full model's.
+      bucket: i32[C], where it has itself chosen what each client trains.
+    """
+
+    algorithm: Algorithm
+    start: Variables | None = None
+    bucket: np.ndarray | None = None
+
+
+def make_algorithm(config: FederateConfig, parts: Parts) -> Made:
+    """The algorithm that the config names."""
+    return ALGORITHMS[config.algorithm](config, parts)
+
+
+def _distil(config: FederateConfig) -> Distil:
+    how = config.distil
+    return Distil(optax.adam(how.learning_rate), how.steps, how.batch_size, how.temperature)
+
+
+def _networks(p: Parts) -> list[Model]:
+    """The tiers as architectures of their own, each drawn anew by its own key."""
+
+    def network(tier: Subnet) -> Model:
+        return p.model._replace(init=lambda key: extract(p.model.init(key), p.model.axes, tier))
+
+    return [network(tier) for tier in p.tiers]
+
+
+def _fed_md(config: FederateConfig, p: Parts) -> Made:
+    says = lambda variables: predict(p.model, variables, public_inputs(p.task, p.public)[0])
+    logits = jax.eval_shape(says, p.variables).shape
+    digest = p.local._replace(epochs=1)
+    return Made(fed_md(_networks(p), p.task, p.local, digest, logits))
+
+
+def _fed_kemf(config: FederateConfig, p: Parts) -> Made:
+    """The smallest tier travels; clients own the tiers."""
+    networks = _networks(p)
+    algorithm = fed_kemf(networks[-1], networks, p.task, p.local, _distil(config))
+    return Made(algorithm, extract(p.variables, p.model.axes, p.tiers[-1]))
+
+
+def _rafl(config: FederateConfig, p: Parts) -> Made:
+    """Members of as many parameters as the tier that a client carries."""
+    smallest = min(0.5, *config.tiers)
+    net = supernet(p.model, p.variables, p.axes, smallest=smallest)
+    least = float(net.parameters(np.asarray(net.smallest, np.float32)))
+    sizes = np.array(
+        [count_parameters(extract(p.variables, p.model.axes, tier).params) for tier in p.tiers]
+    )
+    limits = np.maximum(sizes[p.tier_of()], least)
+    made = rafl(
+        net, p.model, p.task, p.local, _distil(config),
+        [Budget("parameters", net.parameters, limits)], num_tiers=len(p.tiers),
+    )  # fmt: skip
+    return Made(made.algorithm, made.start, made.bucket)
+
+
+NEEDS_PUBLIC = ("fed_df", "fed_md")  # fed_kemf and rafl distil where there are public data
+
+ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
+    "fed_avg": lambda c, p: Made(fed_avg(p.model, p.task, p.local)),
+    "fed_prox": lambda c, p: Made(fed_prox(p.model, p.task, p.local, mu=c.mu)),
+    "fed_avg_m": lambda c, p: Made(fed_avg_m(p.model, p.task, p.local, momentum=c.server_momentum)),
+    "fed_adam": lambda c, p: Made(
+        fed_adam(p.model, p.task, p.local, learning_rate=c.server_learning_rate)
+    ),
+    "fed_yogi": lambda c, p: Made(
+        fed_yogi(p.model, p.task, p.local, learning_rate=c.server_learning_rate)
+    ),
+    "scaffold": lambda c, p: Made(scaffold(p.model, p.task, p.local, num_clients=p.num_clients)),
+    "fed_nova": lambda c, p: Made(fed_nova(p.model, p.task, p.local)),
+    "fed_dyn": lambda c, p: Made(
+        fed_dyn(p.model, p.task, p.local, num_clients=p.num_clients, alpha=c.alpha)
+    ),
+    "fed_per": lambda c, p: Made(fed_per(p.model, p.task, p.local, is_personal=p.is_last)),
+    "lg_fed_avg": lambda c, p: Made(lg_fed_avg(p.model, p.task, p.local, is_shared=p.is_last)),
+    "hetero_fl": lambda c, p: Made(hetero_fl(p.model, p.task, p.local, p.tiers)),
+    "fed_rolex": lambda c, p: Made(fed_rolex(p.model, p.task, p.local, p.tiers)),
+    "fed_df": lambda c, p: Made(fed_df(p.model, p.task, p.local, _distil(c))),
+    "fed_md": _fed_md,
+    "fed_kemf": _fed_kemf,
+    "rafl": _rafl,
+}

@@ -1,0 +1,189 @@
+"""Algorithms by name, on machines, and side by side."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxfm.federated.resources import DEVICES
+from jaxfm.launch import compare, federate
+from jaxfm.launch.algorithms import ALGORITHMS
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
+from jaxfm.log import read_metrics
+
+DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
+TIERED = {"hetero_fl", "fed_rolex", "fed_md", "fed_kemf", "rafl"}
+
+
+def small_run(folder, **changes) -> federate.FederateConfig:
+    base = federate.FederateConfig(
+        run_dir=str(folder), tiers=(1.0, 0.5), rounds=2, cohort=6, batch_size=16, max_steps=0,
+        eval_every=1, profile=("pi", "phone"), data=DIGITS, model=ModelConfig(family="mlp"),
+        local=OptimizerConfig(name="sgd", learning_rate=0.3),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    config = small_run(tmp_path_factory.mktemp("run"), compare=("fed_avg", "fed_md"), seeds=2)
+    federate.main(config)
+    return config
+
+
+def results_of(config, part):
+    path = federate.pathlib.Path(config.run_dir) / "results.json"
+    return json.loads(path.read_text())[part]
+
+
+def test_a_comparison_tells_of_every_algorithm_and_seed(compared):
+    algorithms = results_of(compared, "compare")["algorithms"]
+    assert list(algorithms) == ["fed_avg", "fed_md"]
+    for name, part in algorithms.items():
+        figures = {"global", "personal", "worst_decile", "megabytes", "hours", "joules"}
+        assert set(part["figures"]) == figures - ({"global"} if name == "fed_md" else set())
+        assert all(len(values) == 2 for values in part["figures"].values())
+        assert len(part["clients"]) == 2 * 6
+        assert part["clients"] == sorted(part["clients"])
+        for axis in ("rounds", "megabytes", "hours"):
+            xs = part["curves"]["personal"][axis]
+            assert len(xs) == 3 and xs[0] == 0 and (np.diff(xs) > 0).all()
+    assert algorithms["fed_md"]["curves"]["validation"]["values"] == []
+    assert len(algorithms["fed_avg"]["curves"]["validation"]["values"]) == 3
+    sent = {name: part["figures"]["megabytes"][0] for name, part in algorithms.items()}
+    assert sent["fed_md"] < sent["fed_avg"]
+    page = (federate.pathlib.Path(compared.run_dir) / "report.html").read_text()
+    for text in ("fed_md", " ± ", "simulated hours", "MB up and down", "share of clients"):
+        assert text in page
+
+
+def test_all_algorithms_see_the_same_clients(compared):
+    for seed in (0, 1):
+        one, other = (compare.one_of(compared, name, seed) for name in ("fed_avg", "fed_md"))
+        about = lambda config: [
+            (c["name"], c["examples"], c["machine"])
+            for c in results_of(config, "federate")["clients"]
+        ]
+        assert about(one) == about(other)
+
+
+def test_what_has_ended_is_not_run_again(compared):
+    def never(config):
+        raise AssertionError(config.run_dir)
+
+    before = results_of(compared, "compare")
+    compare.compare(compared, never)
+    assert results_of(compared, "compare") == before
+    with pytest.raises(AssertionError, match="fed_avg-2"):
+        compare.compare(dataclasses.replace(compared, seeds=3), never)
+
+
+def test_a_round_takes_as_long_as_its_slowest_client(compared):
+    """Every client is in every cohort: all rounds are alike, and the slow board sets the pace."""
+    config = compare.one_of(compared, "fed_avg", 0)
+    setting = federate.prepare(config)
+    (cost,) = setting.costs
+    seconds, joules = [], 0.0
+    for client, steps in enumerate(setting.steps.tolist()):
+        device = DEVICES[config.profile[client % 2]]
+        flops = steps * cost.flops_per_step
+        seconds.append(
+            cost.bytes_down / device.down_bytes_per_s
+            + flops / device.flops_per_s
+            + cost.bytes_up / device.up_bytes_per_s
+        )
+        joules += flops * device.joules_per_flop
+        joules += (cost.bytes_down + cost.bytes_up) * device.joules_per_byte
+    totals = results_of(config, "federate")["totals"]
+    assert totals["seconds"] == pytest.approx(2 * max(seconds))
+    assert totals["joules"] == pytest.approx(2 * joules)
+    last = read_metrics(config.run_dir)[-1]
+    assert last["total/seconds"] == totals["seconds"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_has_its_name(tmp_path, algorithm):
+    mix = ("pi", "server")
+    setting = federate.prepare(small_run(tmp_path, algorithm=algorithm, profile=mix))
+    assert len(setting.algorithm.buckets) == (2 if algorithm in TIERED else 1)
+    assert (setting.steps > 0).all()
+
+
+def test_slow_machines_get_the_smaller_model(tmp_path):
+    mix = ("pi", "server")
+    setting = federate.prepare(small_run(tmp_path, algorithm="hetero_fl", profile=mix))
+    assert setting.population.bucket.tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_where_all_train_one_model_slow_machines_do_less_of_it(tmp_path):
+    config = small_run(tmp_path, profile=("pi", "server"))
+    setting = federate.prepare(config)
+    (cost,), slow = setting.costs, DEVICES["pi"]
+    wire = cost.bytes_down / slow.down_bytes_per_s + cost.bytes_up / slow.up_bytes_per_s
+    deadline = wire + 2.5 * cost.flops_per_step / slow.flops_per_s
+    rushed = federate.prepare(dataclasses.replace(config, deadline_s=deadline))
+    assert rushed.steps.tolist() == [2, setting.steps[1]] * 3
+    assert np.asarray(rushed.population.profiles.max_steps).tolist() == rushed.steps.tolist()
+
+
+def test_curves_are_means_over_seeds():
+    def one(shift: float):
+        lines = [
+            {"step": n, "personal/accuracy": n + shift, "total/bytes_up": 1e6 * n * shift,
+             "total/bytes_down": 0.0, "total/seconds": 3600.0 * n}
+            for n in (0, 1, 2)
+        ]  # fmt: skip
+        results = {
+            "test": {"personal/accuracy": shift, "worst_decile/accuracy": 0.0},
+            "totals": {"bytes_up": 2e6, "bytes_down": 1e6, "seconds": 1800.0, "joules": 7.0},
+            "clients": [{"test": {"accuracy": shift}}, {"test": {"accuracy": None}}],
+        }
+        return results, [*lines, {"step": 3}]
+
+    part = compare.summary([one(1.0), one(3.0)])
+    assert part["figures"]["personal"] == [1.0, 3.0]
+    assert part["figures"]["megabytes"] == [3.0, 3.0]
+    assert part["figures"]["hours"] == [0.5, 0.5]
+    assert part["clients"] == [1.0, 3.0]
+    assert part["curves"]["personal"] == {
+        "rounds": [0, 1, 2], "megabytes": [0, 2, 4], "hours": [0, 1, 2], "values": [2, 3, 4],
+    }  # fmt: skip
+    assert compare.plus_minus([1.0, 3.0]) == "2 ± 1.4"
+    assert compare.plus_minus([1.0]) == "1"
+
+
+def test_public_and_held_rows_belong_to_nobody_else():
+    plain = load_data(dataclasses.replace(DIGITS, public=0.0), seed=0)
+    data = load_data(dataclasses.replace(DIGITS, public=0.2, local_validation=0.2), seed=0)
+    assert plain.public is None and plain.local_validation is None
+    assert set(data.public) == {"image"}
+    parts = (data.train, data.local_validation, data.local_test)
+    rows = [f.index[c, : f.count[c]] for f in parts for c in range(6)]
+    rows = np.concatenate(rows)
+    assert len(set(rows.tolist())) == len(rows) == len(data.train.examples["label"])
+    whole = len(plain.train.examples["label"])
+    assert len(data.public["image"]) == round(0.2 * whole) == whole - len(rows)
+    kept = {image.tobytes() for image in data.train.examples["image"]}
+    public = {image.tobytes() for image in data.public["image"]}
+    assert len(kept & public) <= 2  # the set has two pairs of equal images
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compare": ("fed_avg", "fed_sgd")}, "algorithm=fed_sgd: choose among fed_avg"),
+        ({"algorithm": "fed_md", "data": dataclasses.replace(DIGITS, public=0.0)}, "--data.public"),
+        ({"profile": ("toaster",)}, "must name some of pi"),
+        ({"profile": (), "deadline_s": 1.0}, "of a --profile only"),
+        ({"seeds": 0}, "seeds=0: give at least 1"),
+    ],
+)
+def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_run(tmp_path, **changes)
+
+
+def test_shares_of_the_data_are_shares():
+    with pytest.raises(ValueError, match=r"data\.public=1\.0: give a share"):
+        DataConfig(source="digits", public=1.0)
