@@ -4,6 +4,7 @@ An algorithm is a factory of pure functions (`Algorithm`, `Bucket`); `rounds` co
 of any of them over a device mesh; `client_costs` and `round_costs` count what they take.
 """
 
+from jaxfm.federated.adp import Adp, adp
 from jaxfm.federated.algorithm import (
     Algorithm,
     Bucket,
@@ -57,6 +58,7 @@ from jaxfm.federated.scaffold import scaffold
 
 __all__ = [
     "DEVICES",
+    "Adp",
     "Algorithm",
     "Bucket",
     "ClientCost",
@@ -74,6 +76,7 @@ __all__ = [
     "RunState",
     "Vote",
     "Work",
+    "adp",
     "assign",
     "client_costs",
     "client_metrics",
