@@ -2,9 +2,9 @@
 
     p = u + e_i;   sent = C(p);   e_i <- p - sent
 
-with u what the algorithm uploads and e_i the client's memory of what was left out (error feedback):
-what a client has sent plus e_i is always the sum of its uploads. C keeps the largest entries of a
-leaf (`top_k`), or rounds at random to few bits (`quantised`), unbiased and without a memory:
+with u what the algorithm uploads and e_i what the client remembers of the rest (error feedback):
+all that it has sent plus e_i is the sum of its uploads. C keeps the largest entries of a leaf
+(`top_k`), or rounds at random to few bits (`quantised`), unbiased and without a memory:
 
     Q(x) = s floor(x / s + U[0, 1)),   s = max |x| / (2^(bits - 1) - 1),   E Q(x) = x
 
@@ -57,8 +57,7 @@ class Packed:
 
 
 class CompressMemory(NamedTuple):
-    """What a client keeps: the algorithm's memory, and e_i of each compressed leaf in order, in 32
-    bits or more; () without feedback."""
+    """The algorithm's memory; e_i of compressed leaves in order, 32 bits or more, or ()."""
 
     own: PyTree
     residual: tuple[Array, ...]
@@ -72,8 +71,8 @@ def compressed(algorithm: Algorithm, method: Method) -> Algorithm:
     A "bytes_up" of the algorithm's own gives way to the size of the arrays that now travel.
 
     Args:
-      algorithm: any; its clients draw the random numbers that they draw without compression. With
-        feedback its uploads should be movements: what is left out comes later.
+      algorithm: any; clients draw the same random numbers as without compression. With feedback
+        its uploads should be movements: what is left out comes later.
       method: `top_k` or `quantised`.
     """
     return algorithm._replace(buckets=tuple(_compressed(b, method) for b in algorithm.buckets))
@@ -84,8 +83,7 @@ def top_k(fraction: float, bits: int | None = None) -> Method:
 
     Args:
       fraction: of the entries of a leaf, in (0, 1]; k = max(1, round(fraction * n)).
-      bits: 8 or 4, to round what is kept as `quantised` does, by one step a leaf; e_i takes that
-        error in. None: values in the dtype of the leaf.
+      bits: 8 or 4, to round what is sent as `quantised` does; e_i takes that error in. None: no.
     Raises:
       ValueError: fraction out of range; other bits.
     """
@@ -111,8 +109,7 @@ def quantised(bits: int, block: int | None = None) -> Method:
 
     Args:
       bits: 8 (codes -127..127, i8[n]) or 4 (codes -7..7 plus 8, u8[ceil(n / 2)], low half first).
-      block: neighbouring entries that share a step, so that a large one does not coarsen a whole
-        leaf; None: one step a leaf.
+      block: entries that share a step, so that one does not coarsen all; None: a whole leaf.
     Raises:
       ValueError: other bits; block below 1.
     """
@@ -185,14 +182,13 @@ def _chosen(method: Method, upload: PyTree) -> list[int]:
 
     def is_chosen(path, x) -> bool:
         weight = any(getattr(step, "name", None) in WEIGHTS for step in path)
-        if weight or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or x.size == 0:
+        if weight or not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim or not x.size:
             return False
-        pack = lambda flat, key: method.pack(flat, x.dtype, key)
-        flat = jax.ShapeDtypeStruct((x.size,), _wide(x))
-        return num_bytes(jax.eval_shape(pack, flat, jax.random.key(0))) < num_bytes(x)
+        packed = lambda: method.pack(jnp.zeros(x.size, _wide(x)), x.dtype, jax.random.key(0))
+        return num_bytes(jax.eval_shape(packed)) < num_bytes(x)
 
-    leaves = jax.tree_util.tree_leaves_with_path(upload)
-    return [i for i, leaf in enumerate(leaves) if is_chosen(*leaf)]
+    leaves = enumerate(jax.tree_util.tree_leaves_with_path(upload))
+    return [i for i, leaf in leaves if is_chosen(*leaf)]
 
 
 def _wide(x: Any) -> Any:
