@@ -242,7 +242,12 @@ def test_candidates_one_at_a_time_and_with_everything_kept(case):
 
 
 def test_gradients_of_what_is_kept_are_those_of_the_slice():
-    case = decoder(Shape(1, 2, fused=False, gated=False, remat=False), 6)
+    draw = Draw(6)
+    params = {"up": draw(2, 5, 8), "down": draw(2, 8, 5), "head": draw(5, 3)}
+    params = {name: draw.params[w] for name, w in params.items()}
+    layer = lambda x, w: (x + jax.nn.relu(normalised(x, -1) @ w["up"]) @ w["down"], None)
+    stack = lambda p, x: jax.lax.scan(layer, x, {k: p[k] for k in ("up", "down")})[0] @ p["head"]
+    case = Case(stack, params, draw.rng.normal(size=(4, 5)).astype(np.float32))
     net = network(case.function, case.params, case.x)
     kept = keep_some(net, 6)
     loss = lambda run: lambda params: jnp.square(run(params)).sum()
