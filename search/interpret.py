@@ -436,17 +436,17 @@ def _permute(how: _Sliced, op: Op, inputs: list[Any]) -> list[Any]:
 
 def _slice(how: _Sliced, op: Op, inputs: list[Any]) -> list[Any]:
     (value,), p = inputs, op.params
+    starts, limits = list(p["start_indices"]), list(p["limit_indices"])
+    strides = list(p["strides"] or [1] * value.ndim)
     for d, axis in enumerate(how._axes(op.inputs[0])):
-        start, stop = p["start_indices"][d], p["limit_indices"][d]
-        stride = p["strides"][d] if p["strides"] else 1
-        if stride == 1:
-            low = how._number(axis, 0, start)
-            value = lax.slice_in_dim(value, low, low + how._number(axis, start, stop), axis=d)
-        else:
-            there = how._alike(axis)
-            chosen = np.isin(there, np.arange(start, stop, stride))
+        if strides[d] > 1 and axis.shape[1]:
+            chosen = np.isin(how._alike(axis), np.arange(starts[d], limits[d], strides[d]))
             value = _take(value, d, np.flatnonzero(chosen))
-    return [value]
+            starts[d], limits[d], strides[d] = 0, value.shape[d], 1
+        elif axis.shape[1]:
+            low, kept = how._number(axis, 0, starts[d]), how._number(axis, starts[d], limits[d])
+            starts[d], limits[d] = low, low + kept
+    return [lax.slice(value, starts, limits, strides)]
 
 
 def _pad(how: _Sliced, op: Op, inputs: list[Any]) -> list[Any]:
