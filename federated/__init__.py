@@ -55,6 +55,8 @@ from jaxfm.federated.resources import (
 )
 from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
 from jaxfm.federated.scaffold import scaffold
+from jaxfm.federated.select import Select, agent, everything, saliency
+from jaxfm.federated.spatl import client_model, nothing, spatl, transferred
 
 __all__ = [
     "DEVICES",
@@ -74,17 +76,21 @@ __all__ = [
     "Rafl",
     "Rounds",
     "RunState",
+    "Select",
     "Vote",
     "Work",
     "adp",
+    "agent",
     "assign",
     "client_costs",
     "client_metrics",
+    "client_model",
     "client_work",
     "compressed",
     "coverage_vote",
     "draw",
     "entropy_vote",
+    "everything",
     "fed_adam",
     "fed_avg",
     "fed_avg_m",
@@ -111,6 +117,7 @@ __all__ = [
     "mean",
     "mean_vote",
     "norms",
+    "nothing",
     "objective",
     "outside",
     "plan",
@@ -123,11 +130,14 @@ __all__ = [
     "rafl_published",
     "round_costs",
     "rounds",
+    "saliency",
     "scaffold",
     "scaled",
     "simulated",
+    "spatl",
     "three_metrics",
     "top_k",
+    "transferred",
     "under",
     "worst_decile",
 ]

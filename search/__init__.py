@@ -7,15 +7,19 @@ program; `supernet` orders a model's channels by importance, trains its members 
 out the ones that fit.
 """
 
+from jaxfm.search.agmc import agmc
 from jaxfm.search.cma_es import cma_es
 from jaxfm.search.cost import Costs, budgets, costs, counts_of
 from jaxfm.search.evaluate import halving, split_rows, task_problem
+from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, transferred
 from jaxfm.search.groups import Group, Network, network
 from jaxfm.search.importance import importance, keep, masks, ranks
-from jaxfm.search.interpret import cut, full, masked, place, sliced
+from jaxfm.search.interpret import coverage, cut, full, masked, place, sliced
+from jaxfm.search.latency import Latency, fit_latency
 from jaxfm.search.loop import Result, run, search
 from jaxfm.search.magnitude import magnitude
 from jaxfm.search.nsga2 import nsga2
+from jaxfm.search.policy_graph import PolicyGraph, policy_graph
 from jaxfm.search.project import Budget, projection
 from jaxfm.search.prune import Pruned, load, prune, pruned, save
 from jaxfm.search.random_search import random_search
@@ -29,17 +33,24 @@ __all__ = [
     "Budget",
     "Costs",
     "Group",
+    "Latency",
     "Network",
+    "PolicyGraph",
     "Problem",
     "Pruned",
     "Result",
     "Strategy",
+    "agmc",
     "budgets",
     "cma_es",
     "costs",
     "counts_of",
+    "coverage",
     "cut",
+    "fit_latency",
     "full",
+    "gnn_rl",
+    "gnn_rl_paper",
     "halving",
     "importance",
     "keep",
@@ -51,6 +62,7 @@ __all__ = [
     "network",
     "nsga2",
     "place",
+    "policy_graph",
     "problem",
     "projection",
     "prune",
@@ -66,5 +78,6 @@ __all__ = [
     "supernet",
     "task_problem",
     "to_subnet",
+    "transferred",
     "uniform",
 ]

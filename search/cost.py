@@ -177,23 +177,24 @@ class AxisTable:
         most = max(map(len, place), default=0)
         index = np.array([row + [0] * (most - len(row)) for row in place], np.int32)
         terms = [[(1.0, ())], *(self.terms(axis) for _, axis in kinds.values())]
-        flat = [(n, c, own) for n, row in enumerate(terms) for c, own in row]
-        wide = max((len(own) for _, _, own in flat), default=0)
-        owner = np.array([n for n, _, _ in flat])
-        coefficient = np.array([c for _, c, _ in flat])
-        none = len(self.groups)
-        of = np.array([[*own, *[none] * (wide - len(own))] for _, _, own in flat], np.int32)
+        # Padded, so that an evaluation gathers, multiplies and sums: no scatter, no matrix product
+        # (whose default precision would round counts on some accelerators).
+        longest = max(map(len, terms))
+        wide = max(len(own) for row in terms for _, own in row)
+        coefficient = np.zeros((len(terms), longest))
+        of = np.full((len(terms), longest, wide), len(self.groups), np.int32)
+        for n, row in enumerate(terms):
+            for t, (factor, own) in enumerate(row):
+                coefficient[n, t] = factor
+                of[n, t, : len(own)] = own
 
         def evaluate(counts: Any) -> Any:
-            if isinstance(counts, np.ndarray):
-                known = np.append(counts.astype(np.float64), 1.0)
-                sizes = np.zeros(len(terms))
-                np.add.at(sizes, owner, coefficient * known[of].prod(-1))
-                return constant * sizes[index].prod(-1)
-            known_ = jnp.append(counts.astype(jnp.float32), jnp.float32(1))
-            each = jnp.asarray(coefficient, jnp.float32) * known_[of].prod(-1)
-            sizes_ = jax.ops.segment_sum(each, jnp.asarray(owner), len(terms))
-            return jnp.asarray(constant, jnp.float32) * sizes_[index].prod(-1)
+            on_host = isinstance(counts, np.ndarray)
+            xp: Any = np if on_host else jnp
+            dtype = np.float64 if on_host else jnp.float32
+            known = xp.append(xp.asarray(counts, dtype), xp.ones(1, dtype))
+            sizes = (xp.asarray(coefficient, dtype) * known[of].prod(-1)).sum(-1)
+            return xp.asarray(constant, dtype) * sizes[index].prod(-1)
 
         return evaluate
 

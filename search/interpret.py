@@ -86,6 +86,26 @@ def place(network: Network, small: PyTree, kept: Kept) -> PyTree:
     return out
 
 
+def coverage(network: Network, chosen: Sequence[Array]) -> PyTree:
+    """bool, like the parameters: which values have all their units; masks may be traced."""
+    covered = []
+    for leaf in network.leaves:
+        out = jnp.ones(leaf.shape, bool)
+        for d, axis in enumerate(leaf.axes):
+            if not axis.shape[1]:
+                continue
+            used = np.unique(axis)
+            own = [
+                g for g in network.groups if ((used >= g.first) & (used < g.first + g.size)).any()
+            ]
+            depth = next((g.layers for g in own if g.layers), None)
+            there = group_units(network.groups, chosen, depth)[..., axis].all(-1)
+            here = (0, d) if depth else (d,)
+            out &= lax.expand_dims(there, [i for i in range(out.ndim) if i not in here])
+        covered.append(out)
+    return jax.tree.unflatten(network.treedef, covered)
+
+
 def check(network: Network, kept: Kept) -> Kept:
     """`kept` as NumPy masks.
 

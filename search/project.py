@@ -96,21 +96,29 @@ def projection(
 
     def rounded(logits: Array, shift: Array) -> Array:
         steps = jnp.round(wish(logits, shift)).astype(jnp.int32)
-        return jnp.clip(steps, least, most)
+        # What is checked must be what is returned: computed twice, in two fusions, a sigmoid may
+        # round to two counts.
+        return lax.optimization_barrier(jnp.clip(steps, least, most))
 
     def bisect(logits: Array) -> tuple[Array, Array]:
         top = jnp.float32(_WIDEST if fill else 0.0)
 
-        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = ends
+        def halve(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            low, high, steps = carry
             middle = 0.5 * (low + high)
-            good = fits(rounded(logits, middle))
-            return jnp.where(good, middle, low), jnp.where(good, high, middle)
+            tried = rounded(logits, middle)
+            good = fits(tried)
+            return (
+                jnp.where(good, middle, low),
+                jnp.where(good, high, middle),
+                jnp.where(good, tried, steps),
+            )
 
-        low, high = lax.fori_loop(0, _HALVINGS, halve, (jnp.float32(-_WIDEST), top))
-        all_of_it = fits(rounded(logits, top))
-        shift = jnp.where(all_of_it, top, low)
-        return rounded(logits, shift), jnp.where(all_of_it, top, high)
+        start = (jnp.float32(-_WIDEST), top, jnp.asarray(least, jnp.int32))
+        _, high, steps = lax.fori_loop(0, _HALVINGS, halve, start)
+        whole = rounded(logits, top)
+        all_of_it = fits(whole)
+        return jnp.where(all_of_it, whole, steps), jnp.where(all_of_it, top, high)
 
     def grow(logits: Array, shift: Array, steps: Array) -> Array:
         target = wish(logits, shift)

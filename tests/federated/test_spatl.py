@@ -1,0 +1,248 @@
+"""SPATL: what is sent, what it costs, what stays at home, and which channels are salient."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxfm.cost import count_flops
+from jaxfm.data.federation import federate
+from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.ledger import client_costs, round_costs
+from jaxfm.federated.local import Local
+from jaxfm.federated.partition import under
+from jaxfm.federated.resources import profiles
+from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.scaffold import scaffold
+from jaxfm.federated.select import agent, everything, saliency, threshold_counts
+from jaxfm.federated.spatl import client_model, nothing, spatl, transferred
+from jaxfm.model import Variables
+from jaxfm.models.cnn import mlp
+from jaxfm.search import budgets, costs, gnn_rl, model_network, policy_graph
+from jaxfm.search.cost import counts_of
+from jaxfm.search.importance import importance
+from jaxfm.search.interpret import coverage, cut, place
+from jaxfm.tasks import classification
+from jaxfm.testing import random_variables, tiny_cnn, tiny_decoder
+
+MODEL = mlp((6, 12, 8, 3))
+TASK = classification(3, inputs="x")
+LOCAL = Local(optax.sgd(0.1), 4, 2)
+CLIENTS = 4
+START = MODEL.init(jax.random.key(7))
+NET = model_network(MODEL, START, jnp.zeros((4, 6)))
+HEAD = under("dense3")
+
+
+def rows(num: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, num).astype(np.int32)
+    return {"x": (rng.normal(size=(num, 6)) + label[:, None]).astype(np.float32), "label": label}
+
+
+def people(held: bool = False) -> Population:
+    parts = np.split(np.arange(32), [10, 14, 24])
+    data = federate(rows(48), list(parts))
+    back = federate(data.examples, np.split(np.arange(32, 48), 4)) if held else None
+    return Population(data, profiles(CLIENTS), np.zeros(CLIENTS, int), back)
+
+
+ENGINES: dict = {}  # one program an algorithm; its key keeps it alive
+
+
+def engine(algorithm, held: bool = False):
+    key = (id(algorithm), held)
+    if key not in ENGINES:
+        ENGINES[key] = (algorithm, rounds(algorithm, people(held), cohort_size=CLIENTS))
+    return ENGINES[key][1]
+
+
+def play(algorithm, num_rounds: int = 2, held: bool = False):
+    """(the last state, the last round's info)."""
+    run = engine(algorithm, held)
+    state = run.init(jax.tree.map(jnp.copy, START), jax.random.key(3))
+    for _ in range(num_rounds):
+        state, info = run.run(state)
+    return state, info
+
+
+def make(select, **settings):
+    settings = {"num_clients": CLIENTS, "is_personal": HEAD} | settings
+    return spatl(MODEL, TASK, LOCAL, select, **settings)
+
+
+def test_all_channels_without_transfer_are_scaffold():
+    ours, info = play(make(everything(NET), is_personal=nothing))
+    theirs, _ = play(scaffold(MODEL, TASK, LOCAL, num_clients=CLIENTS))
+    chex.assert_trees_all_close(tuple(ours.server), tuple(theirs.server), rtol=1e-5, atol=1e-6)
+    # A bit for each channel is what it costs more.
+    costs = client_costs(scaffold(MODEL, TASK, LOCAL, num_clients=CLIENTS), people(), START)
+    assert info["bytes_up"].sum() == CLIENTS * (costs[0].bytes_up + 3)
+
+
+@pytest.fixture(scope="module")
+def half():
+    select = saliency(NET, {"macs": 0.5})
+    return select, make(select), play(make(select), 3)
+
+
+def test_only_what_is_covered_moves(half):
+    state, _ = play(half[1], 1)
+    masks = jax.tree.map(np.asarray, state.memories[0].masks)
+    anybody = np.zeros(0)
+    for name in ("dense1", "dense2"):
+        for part in ("kernel", "bias"):
+            covered = np.zeros(START.params[name][part].shape, bool)
+            for client in range(CLIENTS):
+                own = coverage(NET, [mask[client] for mask in masks])
+                covered |= np.asarray(own.params[name][part])
+            moved = np.asarray(
+                state.server.variables.params[name][part] != START.params[name][part]
+            )
+            assert not (moved & ~covered).any()
+            assert not (np.asarray(state.server.variate[name][part] != 0) & ~covered).any()
+            anybody = np.concatenate([anybody, covered.ravel(), moved.ravel()])
+    assert 0.3 < anybody.mean() < 1
+    chex.assert_trees_all_equal(state.server.variables.params["dense3"], START.params["dense3"])
+
+
+def test_the_servers_variate_is_the_mean_of_the_clients_where_they_send(half):
+    state = half[2][0]
+    mean = jax.tree.map(lambda x: x.mean(0), state.memories[0].variate)
+    chex.assert_trees_all_close(state.server.variate, mean, rtol=1e-5, atol=1e-6)
+    paper, _ = play(make(half[0], paper=True), 3)
+    means = jax.tree.map(lambda x: x.mean(0), paper.memories[0].variate)
+    gap = jax.tree.map(lambda a, b: float(abs(a - b).max()), paper.server.variate, means)
+    assert max(jax.tree.leaves(gap)) > 1e-3
+
+
+def test_bytes_are_those_of_the_covered_values(half):
+    algorithm, (state, info) = half[1:]
+    up = 0
+    for client in range(CLIENTS):
+        own = coverage(NET, [m[client] for m in state.memories[0].masks])
+        sent = sum(int(m.sum()) for name in ("dense1", "dense2") for m in own.params[name].values())
+        up += 8 * sent + 3 + 4
+    assert info["bytes_up"].sum() == up
+    costs = client_costs(algorithm, people(), START)
+    full = client_costs(make(everything(NET)), people(), START)
+    assert round_costs(costs, info)["bytes_up"] == up < 0.8 * CLIENTS * full[0].bytes_up
+    # The predictor does not come down either, after the first time.
+    encoder = sum(x.size for n in ("dense1", "dense2") for x in START.params[n].values())
+    assert costs[0].bytes_down == 2 * 4 * encoder
+
+
+def test_the_predictor_stays_at_home(half):
+    state = half[2][0]
+    own = state.memories[0].predictor.params
+    assert set(own) == {"dense3"}
+    assert (np.asarray(own["dense3"]["kernel"]).std(0) > 0).any()
+
+
+def test_a_clients_model_is_within_the_budget_and_as_fast_as_it_says(half):
+    select, algorithm, (state, _) = half
+    memory = jax.tree.map(lambda x: x[1], state.memories[0])
+    variables = algorithm.buckets[0].personal(state.server, memory)
+    small = client_model(select, variables, memory)
+    dense, now = small.table()["macs"]
+    assert now <= 0.5 * dense
+    x = jnp.ones((4, 6))
+    assert count_flops(small.apply, small.params, x) == 2 * 4 * now
+    assert small.apply(small.params, x).shape == (4, 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_the_threshold_is_the_lowest_that_fits(share):
+    scores = importance(NET, START, "l2")
+    limits = budgets(NET, macs=share)
+    counts = np.asarray(jax.jit(lambda s: threshold_counts(s, NET.sizes, limits))(scores))
+    cost = costs(NET).macs
+    assert cost(counts) <= share * cost(NET.sizes) * (1 + 1e-6)
+    values = [np.asarray(s) / np.asarray(s).mean() for s in scores]
+    lower = max(np.sort(v)[::-1][k] if k < len(v) else -1 for v, k in zip(values, counts))
+    more = np.array([max((v >= lower).sum(), 1) for v in values])
+    assert (counts == NET.sizes).all() or cost(more) > share * cost(NET.sizes)
+
+
+def test_channels_may_be_chosen_once(half):
+    once = make(half[0], select_times=1)
+    first = [np.asarray(m) for m in play(once, 1)[0].memories[0].masks]
+    later, anew = play(once, 4)[0], play(half[1], 4)[0]
+    chex.assert_trees_all_equal(first, [np.asarray(m) for m in later.memories[0].masks])
+    assert any((a != np.asarray(b)).any() for a, b in zip(first, anew.memories[0].masks))
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    strategy = gnn_rl(policy_graph(NET, START), batch=4)
+    return agent(NET, {"macs": 0.5}, strategy, TASK, rows=16)
+
+
+def test_an_agent_stays_within_the_budget_and_learns_of_each_client(tuned):
+    state, _ = play(make(tuned), 2, held=True)
+    memory = state.memories[0]
+    cost = costs(NET).macs
+    for client in range(CLIENTS):
+        counts = counts_of(NET, tuple(np.asarray(m[client]) for m in memory.masks))
+        assert cost(counts) <= 0.5 * cost(NET.sizes)
+        assert (counts == np.asarray(memory.selector.counts[client])).all()
+    policies = jax.tree.leaves(memory.selector.strategy.policy)
+    assert max(float(np.asarray(x).std(0).max()) for x in policies) > 0
+
+
+def test_an_agent_needs_rows_that_are_held_back(tuned):
+    with pytest.raises(ValueError, match="held"):
+        play(make(tuned), 1)
+
+
+def test_who_comes_late_trains_a_predictor_alone(half):
+    state = half[2][0]
+    variables = state.server.variables
+    data = people().federation
+    client = ClientData(data.examples, data.index[0], data.count[0])
+    late = jax.jit(transferred(MODEL, TASK, LOCAL, is_personal=HEAD))(
+        variables, client, jax.random.key(0)
+    )
+    for name in ("dense1", "dense2"):
+        chex.assert_trees_all_equal(late.params[name], variables.params[name])
+    loss = lambda v: float(_loss(v, {k: x[:10] for k, x in rows(48).items()}))
+    assert loss(late) < loss(variables)
+
+
+def _loss(variables: Variables, batch) -> jax.Array:
+    inputs, targets, weight = TASK.prepare(batch, jax.random.key(0))
+    total, count = TASK.loss(MODEL.apply(variables, inputs)[0], targets, weight)
+    return total / count
+
+
+@pytest.mark.parametrize("family", [tiny_cnn, tiny_decoder])
+def test_coverage_is_what_slicing_keeps(family):
+    model = family()
+    variables = random_variables(model)
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    inputs = tokens if family is tiny_decoder else jnp.ones((2, 8, 8, 1))
+    net = model_network(model, variables, inputs)
+    rng = np.random.default_rng(0)
+    kept = []
+    for group in net.groups:
+        counts = max(1, group.size // 2)
+        draw = lambda size=group.size, k=counts: rng.permutation(size) < k
+        kept.append(np.stack([draw() for _ in range(group.layers)]) if group.layers else draw())
+    like = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cut(net, variables, tuple(kept)))
+    expected = jax.tree.map(lambda x: np.asarray(x) != 0, place(net, like, tuple(kept)))
+    found = jax.tree.map(np.asarray, coverage(net, kept))
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_wrong_settings_are_refused():
+    for call, message in (
+        (lambda: saliency(NET, {"macs": 0.5}, kind="taylor"), "taylor"),
+        (lambda: saliency(NET, {"macs": 1e-9}), "cannot be met"),
+        (lambda: make(everything(NET), num_clients=0), "num_clients"),
+        (lambda: make(everything(NET), select_times=0), "select_times"),
+        (lambda: make(everything(NET), is_personal=under("nowhere")), "dense1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
