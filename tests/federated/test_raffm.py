@@ -83,10 +83,11 @@ def test_what_has_no_free_order_is_left_alone():
 
 
 def test_heads_move_whole_and_units_stay_in_their_head():
-    """Every weight says whose it is: 100 times the head, plus the unit, in an order of no kind."""
+    """Weights say whose they are: 100 times the head, plus the unit; each head has its own order."""
     model = tiny_vit()
     variables = random_variables(model)
-    heads, units = np.array([2, 4, 1, 3]), np.array([5, 20, 10, 15])
+    heads = np.array([2, 4, 1, 3])
+    units = np.array([[5, 20, 10, 15], [20, 10, 5, 15], [5, 10, 15, 20], [15, 5, 20, 10]])
     tags = (100 * heads[:, None] + units).astype(np.float32)
     attention = dict(variables.params["layers"]["attention"])
     names = model.axes.params["layers"]["attention"]
@@ -97,7 +98,7 @@ def test_heads_move_whole_and_units_stay_in_their_head():
         attention[part] = attention[part] | {"kernel": jnp.broadcast_to(own, leaf.shape)}
     layers = variables.params["layers"] | {"attention": attention}
     tagged = variables._replace(params=variables.params | {"layers": layers})
-    expected = 100 * np.sort(heads)[::-1][:, None] + np.sort(units)[::-1]
+    expected = 100 * np.array([[4], [3], [2], [1]]) + np.array([20, 15, 10, 5])
     ordered = prioritised(model, tagged, ("kv_heads", "qk_dim", "v_dim"))
     for part in ("q", "k", "v", "o"):
         axes = names[part]["kernel"]
