@@ -151,14 +151,3 @@ def separable(num_groups: int = 6, *, target: np.ndarray | None = None, seed: in
         return -jnp.mean((ratios(counts, sizes) - aim) ** 2, axis=1)
 
     return problem(sizes, (Budget("cost", cost, limit),), evaluate, data)
-
-
-def argmax_counts(counts: Array, scores: Array) -> tuple[Array, Array]:
-    """(counts i32[G], score f32[]) of the best of counts i32[N, G], scores f32[N]; NaN loses."""
-    best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
-    return counts[best], scores[best]
-
-
-def num_groups(sizes: np.ndarray | jax.Array) -> int:
-    """G of sizes i32[G]."""
-    return int(np.shape(sizes)[0])
