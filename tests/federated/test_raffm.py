@@ -83,7 +83,7 @@ def test_what_has_no_free_order_is_left_alone():
 
 
 def test_heads_move_whole_and_units_stay_in_their_head():
-    """Weights say whose they are: 100 times the head, plus the unit; each head has its own order."""
+    """Weights are 100 times the head, plus the unit; heads have orders of their own."""
     model = tiny_vit()
     variables = random_variables(model)
     heads = np.array([2, 4, 1, 3])
