@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from jaxfm.data.federation import Federation, federate
+from jaxfm.federated.adp import adp
 from jaxfm.federated.ensemble import Distil
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
@@ -39,6 +40,7 @@ from jaxfm.model import Model, Variables, from_nnx
 from jaxfm.models.cnn import mlp
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.search.project import Budget
+from jaxfm.search.subnets import model_network
 from jaxfm.search.supernet import supernet
 from jaxfm.subnet import Subnet, embed
 from jaxfm.tasks import classification
@@ -80,6 +82,12 @@ def padded_member(model: Model, task, local: Local):
     return rafl(net, wide, task, local, DISTIL, budgets, search=search).algorithm
 
 
+def pruned_by_data(model: Model, task, local: Local):
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, 6), jax.tree.leaves(like.params)[0].dtype)
+    return adp(model_network(model, like, x), model, task, local, rounds=2).algorithm
+
+
 ALGORITHMS = {
     "fed_avg": fed_avg,
     "fed_prox": functools.partial(fed_prox, mu=0.1),
@@ -101,6 +109,7 @@ ALGORITHMS = {
     "fed_md": lambda model, task, local: fed_md([fixed(model)], task, local, local, (5, 3)),
     "fed_kemf": two_designs,
     "rafl": padded_member,
+    "adp": pruned_by_data,
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 # The server divides by all six clients, absent ones too (laws of their own: test_baselines.py).
