@@ -24,6 +24,7 @@ from test_contract import (
 from jaxfm.cost import num_bytes
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean
 from jaxfm.federated.compress import compressed, quantised, top_k
+from jaxfm.federated.ensemble import Upload
 from jaxfm.federated.ledger import client_costs, round_costs
 from jaxfm.model import Variables
 
@@ -257,10 +258,25 @@ def test_any_algorithm_can_be_wrapped(name):
         assert num_bytes(small_upload) < num_bytes(upload) / 2
 
 
-def test_bfloat16_stays():
-    ((upload, sums),) = shapes(compressed(adder(jnp.bfloat16), top_k(0.1)), VECTORS)
-    assert num_bytes(upload) == 6 * (2 + 4) + 1 * (2 + 4) + 4
+@pytest.mark.parametrize(
+    ("method", "expected"), [(top_k(0.1), 7 * (2 + 4)), (quantised(8), 63 + 5 + 2 * 4)]
+)
+def test_bfloat16_stays(method, expected):
+    ((upload, sums),) = shapes(compressed(adder(jnp.bfloat16), method), VECTORS)
+    assert num_bytes(upload) == expected + 4
     assert {x.dtype for x in jax.tree.leaves(sums.num)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@every_method
+def test_weights_and_integers_travel_exactly(method):
+    x = jax.random.normal(jax.random.key(0), (40,))
+    upload = (Mean(x, x), Upload(x, x[0], x), (10 * x).astype(jnp.int32))
+    client = lambda download, memory, *rest: (upload, memory, {})
+    (bucket,) = compressed(Algorithm(None, (Bucket(None, None, client),), None), method).buckets
+    sent, _, _ = bucket.client(None, bucket.init_client(None, *arguments()), *arguments())
+    weights = lambda tree: (tree[0].den, tree[1].examples, tree[1].known, tree[2])
+    chex.assert_trees_all_equal(weights(sent), weights(upload))
+    assert num_bytes((sent[0].num, sent[1].move)) < num_bytes((x, x))
 
 
 @pytest.mark.parametrize("name", ["scaffold", "hetero_fl_3", "fed_per"])
