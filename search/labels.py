@@ -89,6 +89,8 @@ class Labels:
         axis = axis.copy()
         for j in range(1, axis.shape[1]):  # an id that stands twice in a row counts once
             axis[:, j][(axis[:, :j] == axis[:, j : j + 1]).any(1)] = FROZEN
+        if axis.shape[1] > 1 and (np.count_nonzero(axis, 1) <= 1).all():
+            axis = axis.max(1, keepdims=True)  # one id a row is one column, wherever it stood
         return axis[:, axis.any(0)]
 
     def _expand(self, column: np.ndarray) -> Axis:

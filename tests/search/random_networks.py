@@ -108,13 +108,13 @@ def dense_connection(draw, c):
 
 
 def half_split(draw, c):
-    w = draw(3, 3, c // 2, 4)
+    w = draw(3, 3, c // 2, c // 2 + 2)
 
     def apply(p, x):
         left, right = jnp.split(x, 2, -1)
         return jnp.concatenate([left, jax.nn.relu(conv(right, p[w]))], -1)
 
-    return apply, c // 2 + 4
+    return apply, c + 2
 
 
 def gated(draw, c):

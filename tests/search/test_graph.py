@@ -12,6 +12,8 @@ from random_networks import (
     conv,
     convolutional,
     decoder,
+    group_norm,
+    half_split,
     keep_some,
     squared_relu,
 )
@@ -187,6 +189,15 @@ def test_a_fused_projection_has_the_groups_of_separate_ones(gated, tied):
             assert {g.layers for g in net.groups} == ({None, 2} if scanned else {None})
             sizes.append(sorted(g.size for g in net.groups))
     assert all(found == sizes[0] for found in sizes) and len(sizes[0]) == 6
+
+
+@pytest.mark.parametrize("blocks", [(group_norm, half_split), (half_split, group_norm)])
+def test_parts_of_groups_that_stay_are_read_alike_again(blocks):
+    # One half of a merged axis is always there: its units move to another column of the axis.
+    case = convolutional(blocks, True, 0)
+    net = network(case.function, case.params, case.x)
+    assert len(net.groups) == 2
+    assert net.plan(0, case.x).axes
 
 
 @pytest.mark.parametrize("blocks", EVERY_BLOCK)
