@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxfm import tasks
 from jaxfm.config import check, option
+from jaxfm.federated.adp import adp
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.ensemble import Distil, predict, public_inputs
 from jaxfm.federated.fed_avg import fed_avg
@@ -31,10 +33,15 @@ from jaxfm.federated.hetero_fl import hetero_fl
 from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import IsPersonal
+from jaxfm.federated.raffm import raffm
 from jaxfm.federated.rafl import rafl
 from jaxfm.federated.scaffold import scaffold
+from jaxfm.federated.select import saliency
+from jaxfm.federated.spatl import spatl
 from jaxfm.model import Model, Variables, count_parameters
+from jaxfm.search.groups import Network
 from jaxfm.search.project import Budget
+from jaxfm.search.subnets import model_network
 from jaxfm.search.supernet import supernet
 from jaxfm.subnet import Subnet, extract
 
@@ -74,6 +81,7 @@ class Parts(NamedTuple):
       axes: that tiers cut.
       tier_of: `() -> i32[C]`, the tier that each client's machine carries.
       public: unlabelled examples of the server's, or None.
+      some: a few examples, for the shapes of inputs.
     """
 
     model: Model
@@ -85,7 +93,8 @@ class Parts(NamedTuple):
     tiers: tuple[Subnet, ...]
     axes: tuple[str, ...]
     tier_of: Callable[[], np.ndarray]
-    public: Mapping[str, np.ndarray] | None
+    public: Mapping[str, Any] | None
+    some: Mapping[str, Any]
 
 
 class Made(NamedTuple):
@@ -138,7 +147,7 @@ def _rafl(config: FederateConfig, p: Parts) -> Made:
     """Members of as many parameters as the tier that a client carries."""
     smallest = min(0.5, *config.tiers)
     net = supernet(p.model, p.variables, p.axes, smallest=smallest)
-    least = float(net.parameters(np.asarray(net.smallest, np.float32)))
+    least = float(net.parameters(jnp.asarray(net.smallest, jnp.float32)))
     sizes = np.array(
         [count_parameters(extract(p.variables, p.model.axes, tier).params) for tier in p.tiers]
     )
@@ -148,6 +157,25 @@ def _rafl(config: FederateConfig, p: Parts) -> Made:
         [Budget("parameters", net.parameters, limits)], num_tiers=len(p.tiers),
     )  # fmt: skip
     return Made(made.algorithm, made.start, made.bucket)
+
+
+def _network(p: Parts) -> Network:
+    """The groups of channels that can be pruned."""
+    inputs, _, _ = p.task.prepare(dict(p.some), None)
+    return model_network(p.model, p.variables, inputs)
+
+
+def _spatl(config: FederateConfig, p: Parts) -> Made:
+    select = saliency(_network(p), {"macs": config.keep})
+    options = {"num_clients": p.num_clients, "is_personal": p.is_last}
+    return Made(spatl(p.model, p.task, p.local, select, **options))
+
+
+def _adp(config: FederateConfig, p: Parts) -> Made:
+    """The target is reached after half of the rounds."""
+    rounds = max(1, config.rounds // 2)
+    made = adp(_network(p), p.model, p.task, p.local, target=config.keep, rounds=rounds)
+    return Made(made.algorithm)
 
 
 NEEDS_PUBLIC = ("fed_df", "fed_md")  # fed_kemf and rafl distil where there are public data
@@ -171,6 +199,9 @@ ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
     "lg_fed_avg": lambda c, p: Made(lg_fed_avg(p.model, p.task, p.local, is_shared=p.is_last)),
     "hetero_fl": lambda c, p: Made(hetero_fl(p.model, p.task, p.local, p.tiers)),
     "fed_rolex": lambda c, p: Made(fed_rolex(p.model, p.task, p.local, p.tiers)),
+    "raffm": lambda c, p: Made(raffm(p.model, p.task, p.local, p.tiers)),
+    "spatl": _spatl,
+    "adp": _adp,
     "fed_df": lambda c, p: Made(fed_df(p.model, p.task, p.local, _distil(c))),
     "fed_md": _fed_md,
     "fed_kemf": _fed_kemf,

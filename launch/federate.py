@@ -91,8 +91,8 @@ class FederateConfig:
     drop_rate: float = option(0.0, "probability that a drawn client fails to report")
     tiers: tuple[float, ...] = option(
         (1.0, 0.5, 0.25),
-        "hetero_fl, fed_rolex, fed_md, fed_kemf, rafl: share of each width that the clients of a "
-        "tier hold",
+        "hetero_fl, fed_rolex, raffm, fed_md, fed_kemf, rafl: share of each width that the clients "
+        "of a tier hold",
     )
     profile: tuple[str, ...] = option(
         (), f"clients' machines, dealt out in turn: {', '.join(DEVICES)}; time and energy are told"
@@ -105,6 +105,7 @@ class FederateConfig:
     mu: float = option(0.01, "fed_prox: weight of the proximal term")
     server_learning_rate: float = option(0.01, "fed_adam, fed_yogi; fed_avg_m takes steps of 1")
     server_momentum: float = option(0.9, "fed_avg_m")
+    keep: float = option(0.5, "spatl, adp: share of the multiply-adds that is sent, or kept")
     alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
@@ -215,7 +216,7 @@ def prepare(config: FederateConfig) -> Setting:
     is_last = last_layer(model)
     parts = Parts(
         model, variables, data.task, local, len(counts), is_last, tiers, WIDTH_AXES[family],
-        tier_of, data.public,
+        tier_of, data.public, spread(data.validation, 2),
     )  # fmt: skip
     algorithm, start, bucket = make_algorithm(config, parts)
     variables = variables if start is None else start

@@ -13,7 +13,7 @@ from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_da
 from jaxfm.log import read_metrics
 
 DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
-TIERED = {"hetero_fl", "fed_rolex", "fed_md", "fed_kemf", "rafl"}
+TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"}
 
 
 def small_run(folder, **changes) -> federate.FederateConfig:
