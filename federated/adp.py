@@ -36,7 +36,7 @@ from jaxfm.search.cost import budgets, costs
 from jaxfm.search.graph import Op
 from jaxfm.search.groups import Group, Network
 from jaxfm.search.importance import Scores, masks, ranks
-from jaxfm.search.interpret import full, group_units, masked, record, summed_axes
+from jaxfm.search.interpret import coverage, full, masked, record, summed_axes
 from jaxfm.search.labels import Axis
 from jaxfm.search.project import projection
 from jaxfm.search.prune import Pruned, pruned
@@ -118,7 +118,7 @@ def adp(
         counts = widths(chosen, download.round)
         kept = masks(ranks(chosen), counts)
         trained, info = fit(_gate(download.variables, kept), data, profile.max_steps, key)
-        examples, there = info["examples"], covered(network, kept)[:2]  # no live channels
+        examples, there = info["examples"], coverage(network, kept)[:2]  # no live channels
         step = scaled(examples, difference(trained, download.variables))
         num = jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), there, step)
         den = jax.tree.map(lambda m: jnp.where(m, examples, 0), there)
@@ -209,22 +209,6 @@ def activity(network: Network, task: Task, batch_size: int) -> Callable:
         return jax.tree.map(lambda t: t / jnp.maximum(data.count, 1).astype(jnp.float32), total)
 
     return measure
-
-
-def covered(network: Network, kept: tuple[Array, ...]) -> PyTree:
-    """bool, like the parameters: which coordinates belong to kept units; masks may be traced."""
-    found = []
-    for leaf in network.leaves:
-        there = jnp.ones(leaf.shape, bool)
-        for d, axis in enumerate(leaf.axes):
-            if not axis.shape[1]:
-                continue
-            layered = any(g.layers and _of(g, axis).any() for g in network.groups)
-            units = group_units(network.groups, kept, leaf.shape[0] if layered else None)
-            others = [i for i in range(len(leaf.shape)) if i != d and not (layered and i == 0)]
-            there &= lax.expand_dims(units[..., axis].all(-1), others)
-        found.append(there)
-    return jax.tree.unflatten(network.treedef, found)
 
 
 def _activity(network: Network, variables: Variables, row: PyTree) -> Scores:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxfm.data.federation import federate
-from jaxfm.federated.adp import Adp, activity, adp, covered
+from jaxfm.federated.adp import Adp, activity, adp
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.evaluate import client_metrics
 from jaxfm.federated.fed_avg import fed_avg
@@ -20,7 +20,7 @@ from jaxfm.federated.rounds import Population, rounds
 from jaxfm.models.cnn import mlp
 from jaxfm.search.cost import costs, counts_of
 from jaxfm.search.groups import network
-from jaxfm.search.interpret import cut, full, place
+from jaxfm.search.interpret import coverage, cut, full, place
 from jaxfm.search.subnets import model_network
 from jaxfm.tasks import classification
 from jaxfm.testing import random_variables, tiny_cnn
@@ -184,21 +184,35 @@ def test_the_extracted_model_is_the_masked_one_and_costs_what_it_says():
     assert 6 * a + a * b + b * 3 == small.table()["macs"][1] <= 0.5 * DENSE
 
 
-def test_a_coordinate_that_nobody_keeps_does_not_move():
-    """Decay would move all of them. What some keep is the mean over those who keep it."""
+def test_a_coordinate_is_the_mean_of_those_who_keep_it_and_else_does_not_move():
+    """Decay would move all of them. Alone, each client shows what it adds to the mean."""
     decay = optax.chain(optax.add_decayed_weights(0.3), optax.sgd(0.1))
     plan = make(target=0.2, rounds=1, local=Local(decay, 4, 1))
-    engine = rounds(plan.algorithm, population(), cohort_size=5)
-    state = start(engine)
-    state = state._replace(server=state.server._replace(round=jnp.int32(1) + state.server.round))
-    server, memories = jax.device_get((state.server, state.memories[0]))
-    after = engine.run(state)[0].server.variables.params
-    own = [tuple(s[client] for s in memories) for client in range(5) if SIZES[client]]
-    there = [covered(NETWORK, plan.kept(server, scores)).params for scores in own]
-    anybody = jax.tree.map(lambda *m: np.logical_or.reduce(m), *there)
-    moved = jax.tree.map(lambda a, b: np.asarray(a != b), after, server.variables.params)
-    assert not all(m.all() for m in jax.tree.leaves(anybody))
-    chex.assert_trees_all_equal(moved, jax.tree.map(np.asarray, anybody))
+    engine, people = rounds(plan.algorithm, population(), cohort_size=5), population()
+
+    def movement(counts):
+        state = start(engine)
+        state = state._replace(server=state.server._replace(round=state.server.round + 1))
+        own = people.federation._replace(count=np.asarray(counts, np.int32))
+        after = engine.run(state, people._replace(federation=own))[0].server.variables.params
+        return jax.tree.map(lambda a, b: np.asarray(a - b), after, VARIABLES.params)
+
+    server, memories = jax.device_get(start(engine)[:2])
+    server = server._replace(round=np.int32(1))
+    num = den = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), VARIABLES.params)
+    for client, size in enumerate(SIZES):
+        kept = plan.kept(server, tuple(s[client] for s in memories[0]))
+        weight = jax.tree.map(lambda m, n=size: n * np.asarray(m), coverage(NETWORK, kept).params)
+        alone = movement(np.where(np.arange(5) == client, SIZES, 0))
+        num = jax.tree.map(lambda a, w, d: a + w * d, num, weight, alone)
+        den = jax.tree.map(np.add, den, weight)
+    expected = jax.tree.map(lambda a, b: a / np.maximum(b, 1), num, den)
+    together = movement(SIZES)
+    chex.assert_trees_all_close(together, expected, rtol=1e-4, atol=1e-6)
+    still = jax.tree.map(lambda d, m: (d == 0) == (m == 0), together, den)
+    assert all(x.all() for x in jax.tree.leaves(still))
+    shares = {float(n) for leaf in jax.tree.leaves(den) for n in leaf.flat}
+    assert 0 in shares and len(shares) > 2, "coverage does not differ"
 
 
 def test_an_empty_client_keeps_its_memory_and_can_be_evaluated():
@@ -243,7 +257,7 @@ def test_layers_of_a_loop_have_scores_and_coverage_of_their_own():
     rng = np.random.default_rng(0)
     kept = tuple(rng.permuted(np.indices(m.shape)[-1] % 2 == 0, axis=-1) for m in full(net))
     expected = place(net, cut(net, jax.tree.map(jnp.ones_like, params), kept), kept)
-    chex.assert_trees_all_equal(covered(net, kept), jax.tree.map(lambda x: x > 0, expected))
+    chex.assert_trees_all_equal(coverage(net, kept), jax.tree.map(lambda x: x > 0, expected))
 
 
 def test_coverage_is_what_a_cut_keeps():
@@ -252,7 +266,7 @@ def test_coverage_is_what_a_cut_keeps():
     net = model_network(tiny_cnn(), variables, jnp.ones((1, 8, 8, 1)))
     kept = tuple(np.indices(m.shape)[-1] % 3 > 0 for m in full(net))
     expected = place(net, cut(net, jax.tree.map(jnp.ones_like, variables), kept), kept)
-    chex.assert_trees_all_equal(covered(net, kept), jax.tree.map(lambda x: x > 0, expected))
+    chex.assert_trees_all_equal(coverage(net, kept), jax.tree.map(lambda x: x > 0, expected))
 
 
 @pytest.mark.parametrize(
