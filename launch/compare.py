@@ -32,14 +32,14 @@ def compare(config: FederateConfig, run: Callable[[FederateConfig], pathlib.Path
       run: of one algorithm with one seed, in a folder of its own.
     """
     folder = open_run(config, config.run_dir)
-    parts = {}
-    for name in config.compare:
-        runs = []
-        for seed in range(config.seed, config.seed + config.seeds):
+    runs: dict[str, list] = {name: [] for name in config.compare}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in config.compare:
             print(f"-- {name}, seed {seed}", flush=True)
-            runs.append(_finished(one_of(config, name, seed), run))
-        parts[name] = summary(runs)
-        save_results(folder, "compare", {"seeds": config.seeds, "algorithms": parts})
+            runs[name].append(_finished(one_of(config, name, seed), run))
+        parts = {name: summary(some) for name, some in runs.items()}
+        seeds = seed - config.seed + 1
+        save_results(folder, "compare", {"seeds": seeds, "algorithms": parts})
     print(text_table(parts))
     return write_report(folder)
 

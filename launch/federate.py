@@ -16,6 +16,7 @@ looked at once, at the end.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -191,9 +192,12 @@ class Trained(NamedTuple):
     clients: dict[str, np.ndarray]
 
 
+_load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
+
+
 def prepare(config: FederateConfig) -> Setting:
     """Loads the data and puts model, algorithm and clients together."""
-    data = load_data(config.data, config.seed)
+    data = _load(config.data, config.seed)
     model = make_model(config.model, data)
     variables = model.init(jax.random.key(config.seed))
     local = Local(make_optimizer(config.local), config.batch_size, config.epochs)
