@@ -217,7 +217,7 @@ def measure(
     return means | {"bytes_a_round": total}
 
 
-def main(config: Config) -> None:
+def measured(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     if config.quick:
         config = dataclasses.replace(config, num_rounds=min(config.num_rounds, 10), num_seeds=1)
@@ -232,7 +232,7 @@ def main(config: Config) -> None:
                 best[name] = figures
     saving = best["fedavg"]["bytes_a_round"] / best["fedkemf"]["bytes_a_round"]
     gain = 100 * (best["rafl"]["test"] - best["rafl_average"]["test"])
-    result = {
+    return {
         "name": "federated_kd",
         "data": "mnist" if config.data_dir else "digits",
         "fedkemf_bytes_saving": round(saving, 2),
@@ -241,7 +241,10 @@ def main(config: Config) -> None:
         "clients_accuracy": {n: f["clients"] for n, f in best.items() if "clients" in f},
         "bytes_a_round": {name: figures["bytes_a_round"] for name, figures in best.items()},
     }
-    print(json.dumps(result))
+
+
+def main(config: Config) -> None:
+    print(json.dumps(measured(config)))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def _activity(network: Network, variables: Variables, row: PyTree) -> Scores:
         side, dims = summed_axes(op, plan)
         if op.name == "reduce_sum" or not dims or not isinstance(op.inputs[side], int):
             return {}
-        axes, value = plan.axes[op.inputs[side]], jnp.abs(operands[side].astype(jnp.float32))
+        axes = plan.axes[op.inputs[side]]  # type: ignore[index]
+        value = jnp.abs(operands[side].astype(jnp.float32))
         others = lambda d: [i for i in range(len(axes)) if i != d]
         return {d: value.mean(others(d)) for d in dims if axes[d].shape[1]}
 

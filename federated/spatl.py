@@ -79,7 +79,19 @@ class SpatlDownload(NamedTuple):
 
 
 class SpatlUpload(NamedTuple):
-    """Sums of the encoder's covered movement over covered examples, and of what c_i gained."""
+    """What one client sends: n_i m_i (y - x), n_i, the channels of m_i, and m_i d_i.
+
+    Coordinates that are not covered are zeros here and nothing on the wire (`upload_bytes`).
+    """
+
+    num: PyTree
+    weight: Array
+    masks: tuple[Array, ...]
+    gain: PyTree
+
+
+class SpatlSums(NamedTuple):
+    """The encoder's covered movement over covered examples, and what the c_i gained."""
 
     movement: Mean
     gain: PyTree
@@ -145,7 +157,7 @@ def spatl(
     def init(variables: Variables) -> SpatlState:
         return SpatlState(variables, no_variates(split_tree(variables.params, is_personal)[0]))
 
-    def server(state: SpatlState, totals: SpatlUpload, public, key: Key):
+    def server(state: SpatlState, totals: SpatlSums, public, key: Key):
         encoder, first = split_variables(state.variables, is_personal)
         variables = join_variables(moved(encoder, mean(totals.movement)), first)
         return SpatlState(variables, common_variate(state.variate, totals.gain, num_clients)), {}
@@ -201,16 +213,21 @@ def _bucket(
         weight = jnp.sign(info["examples"]) if paper else info["examples"]
         there = (covered.params, covered.stats)
         move = _where(there, difference(encoder, download.encoder))
-        weights = jax.tree.map(lambda m: weight * m.astype(jnp.float32), there)
-        upload = SpatlUpload(Mean(scaled(weight, move), weights), gain)
+        upload = SpatlUpload(scaled(weight, move), weight, masks, gain)
         info = info | {"bytes_up": upload_bytes(there, gain, masks)}
         memory = SpatlMemory(predictor, kept, masks, selector, memory.choices + 1)
         return upload, memory, info
 
+    def receive(server: SpatlState, public, upload: SpatlUpload) -> SpatlSums:
+        covered = split_variables(coverage(network, upload.masks), is_personal)[0]
+        count = lambda m: upload.weight * m.astype(jnp.float32)
+        weights = jax.tree.map(count, (covered.params, covered.stats))
+        return SpatlSums(Mean(upload.num, weights), upload.gain)
+
     def personal(server: SpatlState, memory: SpatlMemory) -> Variables:
         return join_variables(split_variables(server.variables, is_personal)[0], memory.predictor)
 
-    return Bucket(model, send, client, init_client, personal=personal)
+    return Bucket(model, send, client, init_client, receive, personal=personal)
 
 
 def _everywhere(tree: PyTree, params: PyTree, is_personal: IsPersonal) -> PyTree:

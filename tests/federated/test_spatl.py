@@ -23,9 +23,8 @@ from jaxfm.models.cnn import mlp
 from jaxfm.search import budgets, costs, gnn_rl, model_network, policy_graph
 from jaxfm.search.cost import counts_of
 from jaxfm.search.importance import importance
-from jaxfm.search.interpret import coverage, cut, place
+from jaxfm.search.interpret import coverage
 from jaxfm.tasks import classification
-from jaxfm.testing import random_variables, tiny_cnn, tiny_decoder
 
 MODEL = mlp((6, 12, 8, 3))
 TASK = classification(3, inputs="x")
@@ -215,25 +214,6 @@ def _loss(variables: Variables, batch) -> jax.Array:
     inputs, targets, weight = TASK.prepare(batch, jax.random.key(0))
     total, count = TASK.loss(MODEL.apply(variables, inputs)[0], targets, weight)
     return total / count
-
-
-@pytest.mark.parametrize("family", [tiny_cnn, tiny_decoder])
-def test_coverage_is_what_slicing_keeps(family):
-    model = family()
-    variables = random_variables(model)
-    tokens = jnp.zeros((2, 5), jnp.int32)
-    inputs = tokens if family is tiny_decoder else jnp.ones((2, 8, 8, 1))
-    net = model_network(model, variables, inputs)
-    rng = np.random.default_rng(0)
-    kept = []
-    for group in net.groups:
-        counts = max(1, group.size // 2)
-        draw = lambda size=group.size, k=counts: rng.permutation(size) < k
-        kept.append(np.stack([draw() for _ in range(group.layers)]) if group.layers else draw())
-    like = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cut(net, variables, tuple(kept)))
-    expected = jax.tree.map(lambda x: np.asarray(x) != 0, place(net, like, tuple(kept)))
-    found = jax.tree.map(np.asarray, coverage(net, kept))
-    chex.assert_trees_all_equal(found, expected)
 
 
 def test_wrong_settings_are_refused():

@@ -1,0 +1,241 @@
+"""ResNet on CIFAR-10 at half of its true multiply-adds: every strategy, the same evaluations.
+
+    python benchmarks/search_cifar.py --data_dir=cifar10.npz --weights=resnet20.npz
+    python benchmarks/search_cifar.py --quick
+
+With weights trained elsewhere their training images are not known, so the test images are dealt
+out: one half serves the rewards, the other half the report, the same for every strategy; training
+images re-estimate batch norm and repair. Every strategy proposes as many candidates, all of them
+within the budget by construction; the best one by reward is sliced, its statistics are measured
+anew, it is repaired by least squares, and both are looked at once on the report images. Baselines
+that try one candidate (uniform, magnitude by each importance) are in the same table. Without data
+(`--quick`) a narrow network on scikit-learn's digits is trained first.
+
+The last line is one JSON object: "accuracy", "repaired", by strategy, mean over seeds, with
+half-widths of 95 % confidence intervals over seeds ("ci95") and of one accuracy by its number of
+report images ("binomial95").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm import hub_vision, search
+from jaxfm.config import check, option
+from jaxfm.data.arrays import digits
+from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.model import Model, Variables
+from jaxfm.models import resnet_config
+from jaxfm.search.agmc import agmc
+from jaxfm.search.evaluate import recalibrated
+from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.policy_graph import policy_graph
+from jaxfm.tasks import Task, classification
+from jaxfm.tasks.evaluate import evaluate
+from jaxfm.testing import tiny_resnet
+
+SEARCHED = ("random", "nsga2", "cma_es", "agmc", "gnn_rl", "gnn_rl_paper")
+IMPORTANCES = ("l1", "l2", "scale", "activation")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is searched."""
+
+    quick: bool = option(False, "a narrow network on digits, few evaluations, one seed")
+    data_dir: str = option("", "npz with train_images, train_labels, test_images, test_labels")
+    weights: str = option("", "PyTorch's state dict of a CIFAR ResNet")
+    macs: float = option(0.5, "share of the multiply-adds that remains")
+    evaluations: int = option(128, "candidates of every strategy")
+    num_seeds: int = option(3, "of each search")
+    reward: int = option(256, "images that candidates are scored on")
+    calibration: int = option(128, "training images that statistics are measured on")
+    report: int = option(5000, "images of the report")
+    repair: int = option(512, "training images of least squares")
+    order: str = option("l2", "importance that ranks units for the searches")
+    strategies: tuple[str, ...] = option(SEARCHED, "that search")
+
+    def __post_init__(self):
+        check(self)
+        if not self.quick and not (self.data_dir and self.weights):
+            raise ValueError("Give --data_dir and --weights, or --quick.")
+
+
+class Work(NamedTuple):
+    """A dense network, and rows by what they serve."""
+
+    model: Model
+    variables: Variables
+    task: Task
+    train: dict[str, np.ndarray]
+    reward: dict[str, np.ndarray]
+    report: dict[str, np.ndarray]
+
+
+def rows(data: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: leaf[index] for name, leaf in data.items()}
+
+
+def load(config: Config) -> Work:
+    rng = np.random.default_rng(0)
+    if config.quick:
+        parts = {k: dict(v.examples) for k, v in digits().items()}
+        for part in parts.values():
+            part["image"] = np.repeat(part["image"], 3, -1)
+        task, model = classification(10), tiny_resnet(num_classes=10, widths=(8, 16))
+        train = parts["train"]
+        fit = local_fit(objective(model, task), Local(optax.adam(3e-3), 32, 12))
+        index = jnp.arange(len(train["label"]), dtype=jnp.int32)
+        data = ClientData(jax.tree.map(jnp.asarray, train), index, jnp.int32(len(index)))
+        start = model.init(jax.random.key(0))
+        variables, _ = jax.jit(fit)(start, data, jnp.int32(2**30), jax.random.key(1))
+        return Work(model, variables, task, train, parts["validation"], parts["test"])
+    model, variables = hub_vision.load_torch(resnet_config(_depth(config.weights)), config.weights)
+    with np.load(config.data_dir) as file:
+        data = {
+            part: {
+                "image": file[f"{part}_images"],
+                "label": file[f"{part}_labels"].astype(np.int32),
+            }
+            for part in ("train", "test")
+        }
+    mean, std = (np.array(x, np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def scale(images, key):
+        wide = lambda x: jnp.broadcast_to(jnp.asarray(x), images.shape)
+        return (images.astype(jnp.float32) / 255 - wide(mean)) / wide(std)
+
+    order = rng.permutation(len(data["test"]["label"]))
+    half = len(order) // 2
+    train = rows(data["train"], rng.permutation(len(data["train"]["label"])))
+    return Work(
+        model, variables, classification(10, transform=scale), train,
+        rows(data["test"], order[:half][: config.reward]),
+        rows(data["test"], order[half:][: config.report]),
+    )  # fmt: skip
+
+
+def _depth(weights: str) -> int:
+    return int("".join(c for c in weights.rsplit("/", 1)[-1].split("-")[0] if c.isdigit()))
+
+
+class Bench:
+    """One network, its rows and the compiled functions that all strategies share."""
+
+    def __init__(self, work: Work, config: Config):
+        self.work, self.config = work, config
+        self.calibration = rows(work.train, np.arange(config.calibration))
+        self.inputs = work.task.prepare(rows(work.train, np.arange(config.repair)), None)[0]
+        self.net = search.model_network(work.model, work.variables, self.inputs[:64])
+        self.orders = {
+            kind: jax.jit(lambda v, x, k=kind: search.importance(
+                self.net, v, k, inputs=(x,) if k == "activation" else ()
+            ))(work.variables, self.inputs[:64])
+            for kind in IMPORTANCES
+        }  # fmt: skip
+        self.limits = search.budgets(self.net, macs=config.macs)
+
+    def problem(self, kind: str):
+        return search.task_problem(
+            self.net, self.work.variables, search.ranks(self.orders[kind]), self.limits,
+            self.work.task, self.work.reward, calibration=self.calibration, batch_size=128,
+        )  # fmt: skip
+
+    def strategy(self, name: str, problem):
+        graph = policy_graph(self.net, self.work.variables)
+        own, dense = search.costs(self.net), self.net.sizes.astype(np.int64)
+        groups = len(self.net.groups)
+        return {
+            "random": lambda: search.random_search(groups),
+            "nsga2": lambda: search.nsga2(problem.sizes),
+            "cma_es": lambda: search.cma_es(groups),
+            "agmc": lambda: agmc(graph),
+            "gnn_rl": lambda: gnn_rl(graph),
+            "gnn_rl_paper": lambda: gnn_rl_paper(
+                graph, lambda c: own.macs(c) / float(own.macs(dense)), self.config.macs
+            ),
+        }[name]()
+
+    def judged(self, kind: str, counts: np.ndarray) -> dict[str, float]:
+        """The sliced network on the report images, before and after repair."""
+        work, net = self.work, self.net
+        kept = search.keep(search.ranks(self.orders[kind]), counts)
+        small, train = search.sliced(net, kept), search.sliced(net, kept, 1)
+        batches = self.inputs[: len(self.inputs) // 64 * 64]
+        batches = batches.reshape(-1, 64, *batches.shape[1:])
+
+        def measured(params) -> float:
+            there = recalibrated(lambda v, x: train(v, x)[1], params, batches)
+            apply = lambda v, x, train=False: (small(v, x), v.stats)
+            return float(evaluate(apply, there, work.task, work.report, 250)["accuracy"])
+
+        mended = jax.jit(lambda v, x: search.repair(net, v, kept, x))(work.variables, self.inputs)
+        own, dense = search.costs(net), net.sizes.astype(np.int64)
+        return {
+            "accuracy": measured(search.cut(net, work.variables, kept)),
+            "repaired": measured(search.cut(net, mended, kept)),
+            "macs": float(own.macs(np.asarray(counts, np.int64)) / own.macs(dense)),
+        }
+
+
+def main(config: Config) -> None:
+    if config.quick:
+        config = dataclasses.replace(
+            config, evaluations=32, num_seeds=1, repair=256, strategies=("random", "gnn_rl")
+        )
+    began = time.perf_counter()
+    work = load(config)
+    bench = Bench(work, config)
+    dense = evaluate(work.model.apply, work.variables, work.task, work.report, 250)["accuracy"]
+    print(f"dense {dense:.4f}, {len(bench.net.groups)} groups", flush=True)
+    problem = bench.problem(config.order)
+    scored = jax.jit(problem.evaluate)
+    table: dict[str, list[dict[str, float]]] = {}
+
+    def note(name: str, kind: str, counts: np.ndarray, reward: float) -> None:
+        table.setdefault(name, []).append(bench.judged(kind, counts) | {"reward": reward})
+        print(f"{name}: {table[name][-1]} ({time.perf_counter() - began:.0f} s)", flush=True)
+
+    uniform = np.asarray(jax.jit(problem.project)(jnp.zeros(len(bench.net.groups))))
+    for kind in IMPORTANCES:
+        note(f"uniform_{kind}", kind, uniform, np.nan)
+        one = search.magnitude(problem, [np.asarray(s) for s in bench.orders[kind]])
+        actions, _ = one.ask(one.init(jax.random.key(0)), jax.random.key(0))
+        note(f"magnitude_{kind}", kind, np.asarray(problem.project(actions[0])), np.nan)
+    print(f"uniform reward {float(scored(problem.data, uniform[None])[0]):.4f}")
+    for name in config.strategies:
+        strategy = bench.strategy(name, problem)
+        evaluations = max(1, config.evaluations // strategy.batch) * strategy.batch
+        runner = search.search(problem, strategy, evaluations)
+        for seed in range(config.num_seeds):
+            state = runner.advance(runner.init(jax.random.key(seed)), runner.num_steps)
+            found = runner.result(state)
+            note(name, config.order, found.best_counts, float(found.best_score))
+    result: dict[str, Any] = {"name": "search_cifar", "dense": round(float(dense), 4)}
+    for field in ("accuracy", "repaired", "macs"):
+        values = {n: [row[field] for row in found] for n, found in table.items()}
+        result[field] = {n: round(float(np.mean(v)), 4) for n, v in values.items()}
+        if field != "macs":
+            result[f"{field}_ci95"] = {
+                n: round(float(T95[len(v)] * np.std(v, ddof=1) / len(v) ** 0.5), 4)
+                for n, v in values.items() if len(v) > 1
+            }  # fmt: skip
+    count = len(work.report["label"])
+    result["binomial95"] = round(1.96 * (dense * (1 - dense) / count) ** 0.5, 4)
+    result["evaluations"] = config.evaluations
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    configs.run(main, Config)
