@@ -10,8 +10,8 @@ on. With a draft that answers within a tick and is right with probability a, a t
 
 One program runs on all devices (`jax.shard_map`). Its control state is replicated: each device
 makes the same decisions from the same answers, so nothing but one stage's hidden states
-(`ppermute`) and a few integers (`psum`) is sent in a tick, and no collective stands inside a
-branch.
+(`ppermute`) and a few integers (`psum`) is sent between stages in a tick, and no collective between
+stages stands inside a branch.
 
 Beside the published algorithm: the newest right token is launched on its own only where no packet
 holds it already; cancelling is by token, not by packet; trees stay alive across a correction that
@@ -38,7 +38,16 @@ from jaxfm.parallel.decode import Decoder, Program, vocab_size
 from jaxfm.parallel.draft import Functions, Source
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipe_state import Arrays, Counters, Sent, Shape, State
-from jaxfm.parallel.pipeline import STAGE, Cut, assemble, cut, even_split, flat_rows, skipping
+from jaxfm.parallel.pipeline import (
+    STAGE,
+    TENSOR,
+    Cut,
+    assemble,
+    cut,
+    even_split,
+    flat_rows,
+    skipping,
+)
 from jaxfm.parallel.scheduler import Ask, Limits, Packet
 from jaxfm.parallel.stage import NO_DRAFT, prefill
 from jaxfm.parallel.tick import one_tick
@@ -63,8 +72,8 @@ def pipeinfer(
     Args:
       model, variables: the target; its layers must be of equal shape.
       source: where proposals come from (`jaxfm.parallel.draft`); None: plain pipelined decoding.
-      mesh: its axis "stage" has one slot a stage (and one more with `own_slot`); None: all on one
-        device.
+      mesh: its axis "stage" has one slot a stage (and one more with `own_slot`), and the devices
+        of its axis "tensor" share a stage's heads, MLP units and cache; None: all on one device.
       split: layers of each stage; None: as even as they come.
       width: candidates kept alive at each depth; 1 is a chain, more a tree.
       levels: tokens of a path drafted a tick; more than 1 pays where a packet of several tokens
@@ -75,8 +84,8 @@ def pipeinfer(
         fills the pipe.
       record: ticks whose timeline is kept (`Counters.timeline`).
     Raises:
-      ValueError: a setting out of range, a split that fits neither model nor mesh, or a draft with
-        another number of tokens.
+      ValueError: a setting out of range, a split that fits neither model nor mesh, heads or MLP
+        units that do not divide over "tensor", or a draft with another number of tokens.
     """
     for name, value in (("width", width), ("levels", levels)):
         if value < 1:
@@ -108,7 +117,8 @@ def pipeinfer(
     program = _program(network(model), functions, mesh, shape)
     everywhere = NamedSharding(mesh, PartitionSpec())
     drafts, limits = jax.device_put((source.variables if source else None, limits), everywhere)
-    arrays = Arrays(cut(variables, (0,) * shape.own_slot + split, mesh), drafts, limits)
+    dealt = cut(variables, model.axes, (0,) * shape.own_slot + split, mesh)
+    arrays = Arrays(dealt, drafts, limits)
     learned = getattr(model.config, "positions", None) == "learned"
     return Decoder(program, arrays, 1, tokens, model.config.max_len if learned else None, mesh)
 
@@ -129,21 +139,35 @@ def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Pr
     arrays_spec = Arrays(Cut(spec(), spec(STAGE)), spec(), spec())
     state_spec = State(*[spec()] * len(State._fields))
     state_spec = state_spec._replace(rows=spec(STAGE), draft=spec(STAGE), hidden=spec(STAGE))
-    sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    # Over "tensor" XLA splits the bodies, as the weights lie. Its sums stand inside the branches,
+    # but only devices of one stage take part in one, and these all take the same branch.
+    manual = set(mesh.axis_names) - ({TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set())
+    sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, axis_names=manual)
+
+    def settled(tree, specs):
+        """As a tick leaves them, whatever XLA would choose: the next one finds what it expects."""
+        if TENSOR in manual:
+            return tree
+        place = lambda spec, part: lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
+        return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    kept_spec = state_spec._replace(rows=spec(STAGE, None, TENSOR))
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
         body = lambda arrays, tokens, length: _start(
             net, source, shape, arrays, tokens, length, cells, chunk
         )
         specs = (arrays_spec, everywhere, everywhere)
-        return sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
+        state = sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
+        return settled(state, kept_spec)
 
     def tick(arrays: Arrays, state: State, text: Text, rules: Rules) -> tuple[State, Text]:
         body = functools.partial(one_tick, net, source, shape)
         specs = (arrays_spec, state_spec, everywhere, everywhere)
-        return sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
+        out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
             arrays, state, text, rules
         )
+        return settled(out, (kept_spec, everywhere))
 
     return Program(start, tick, lambda state: state.counters)
 

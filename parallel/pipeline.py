@@ -4,6 +4,9 @@ Each device of the axis holds some of the layers and the keys and values of thes
 head are everywhere. Where stages hold different numbers of layers, all are padded to the longest,
 and what is padding is skipped when it is run. A slot in front of the first stage may hold no
 layers: it drafts.
+
+Within a stage, the mesh axis "tensor" splits key/value heads (with their rows of the cache) and the
+units of the MLP; what goes by no layer is whole on every device.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from jaxfm.model import (
     PyTree,
     Stages,
     Variables,
+    is_axes,
+    is_stacked,
     layer_at,
     layers_of,
     num_layers,
@@ -29,9 +34,12 @@ from jaxfm.model import (
     with_layers,
 )
 from jaxfm.parallel.cache import Block, Cache, Network, through
+from jaxfm.parallel.mesh import TENSOR_RULES
 from jaxfm.parallel.scheduler import Cells
 
-STAGE = "stage"
+STAGE, TENSOR = "stage", "tensor"
+# The vocabulary stays whole: embedding and head are every stage's.
+_RULES = {name: axis for name, axis in TENSOR_RULES.items() if name != "vocab"}
 
 
 class Cut(NamedTuple):
@@ -40,7 +48,7 @@ class Cut(NamedTuple):
     Attributes:
       shared: embedding and head, the same on all devices; no layers.
       layers: like the layers of one stage, every leaf with a leading axis of slots, which is split
-        over the mesh axis "stage".
+        over the mesh axis "stage"; heads and MLP units are split over "tensor".
     """
 
     shared: Variables
@@ -62,15 +70,17 @@ def even_split(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(each + (i < more) for i in range(stages))
 
 
-def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
+def cut(variables: Variables, axes: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
     """Deals the layers out to the slots of the mesh axis "stage", in order.
 
     Args:
       variables: of a causal language model whose layers have equal shapes.
+      axes: its logical axis names (`Model.axes`).
       split: layers of each slot; may be 0.
       mesh: of `make_mesh`.
     Raises:
-      ValueError: the split does not fit the model or the mesh, or layers of unequal shape.
+      ValueError: the split does not fit the model or the mesh, layers of unequal shape, or heads or
+        MLP units that the mesh axis "tensor" does not divide.
     """
     layers = unstack(layers_of(variables))
     total = num_layers(layers)
@@ -89,6 +99,7 @@ def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
             "The layers have unequal shapes, so they cannot be cut over stages; such a model can "
             "draft."
         )
+    specs = _tensor_specs(layers_of(axes), each[0], mesh.shape.get(TENSOR, 1))
     nothing = jax.tree.map(jnp.zeros_like, each[0])
     firsts = [sum(split[:i]) for i in range(len(split))]
     uneven = len(set(split) - {0}) > 1
@@ -102,16 +113,47 @@ def cut(variables: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
         return stacked._replace(live={**stacked.live, _PRESENT: present})
 
     columns = [column(j) for j in range(max(split))]
+    if uneven:
+        specs = specs._replace(live={**specs.live, _PRESENT: PartitionSpec()})
     if jax.default_backend() == "cpu":  # slices of a stack are copied there (decoding_layout)
-        parts = zip(*columns)
-        held = Variables(
-            *({str(j): p for j, p in enumerate(part)} if part[0] else {} for part in parts)
+        apart = lambda parts: Variables(
+            *({str(j): p for j, p in enumerate(part)} if part[0] else {} for part in zip(*parts))
         )
+        held, specs = apart(columns), apart([specs] * len(columns))
+        lead: tuple = (STAGE,)
     else:
-        held = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *columns)
-    put = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+        held, lead = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *columns), (STAGE, None)
+    place = lambda spec: NamedSharding(mesh, PartitionSpec(*lead, *spec))
     shared = Variables(*({k: v for k, v in p.items() if k != "layers"} for p in variables))
-    return Cut(put(shared), put(held, STAGE))
+    return Cut(
+        jax.device_put(shared, NamedSharding(mesh, PartitionSpec())),
+        jax.device_put(held, jax.tree.map(place, specs, is_leaf=_is_spec)),
+    )
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _tensor_specs(axes: Variables, layer: Variables, size: int) -> Variables:
+    """The spec of each leaf of one layer; `axes` are of the layers, stacked or not."""
+    if size == 1:
+        return jax.tree.map(lambda _: PartitionSpec(), layer)
+    if is_stacked(axes):
+        axes = jax.tree.map(lambda names: names[1:], axes, is_leaf=is_axes)
+    else:
+        axes = layer_at(axes, 0)
+
+    def spec(names: tuple, leaf: Array) -> PartitionSpec:
+        for name, units in zip(names, leaf.shape, strict=True):
+            if name in _RULES and units % size:
+                raise ValueError(
+                    f"Axis {name!r} of size {units} does not divide over the tensor={size} devices "
+                    f"of a stage; choose a mesh whose `tensor` divides it."
+                )
+        return PartitionSpec(*(_RULES.get(name) for name in names))
+
+    return jax.tree.map(spec, axes, layer, is_leaf=is_axes)
 
 
 _PRESENT = "present"  # whether a slot's place holds a layer or padding

@@ -1,7 +1,7 @@
 """What one device of the pipe computes in a tick: its layers, the head, the draft.
 
-Collectives stand outside of all branches: what is this device's alone is chosen by `lax.switch`,
-and passing by comes first, since XLA copies what the first branch writes.
+Collectives between stages stand outside of all branches: what is this stage's alone is chosen by
+`lax.switch`, and passing by comes first, since XLA copies what the first branch writes.
 """
 
 from __future__ import annotations
