@@ -167,8 +167,10 @@ def _network(p: Parts) -> Network:
 
 def _spatl(config: FederateConfig, p: Parts) -> Made:
     select = saliency(_network(p), {"macs": config.keep})
-    options = {"num_clients": p.num_clients, "is_personal": p.is_last}
-    return Made(spatl(p.model, p.task, p.local, select, **options))
+    algorithm = spatl(
+        p.model, p.task, p.local, select, num_clients=p.num_clients, is_personal=p.is_last
+    )
+    return Made(algorithm)
 
 
 def _adp(config: FederateConfig, p: Parts) -> Made:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfm.report import Html, heading, line_plot, row, table
+from jaxfm.report import Card, Html, heading, line_plot, row, table
 
 COLUMNS = {
     "global": "global model",
@@ -26,6 +26,22 @@ def plus_minus(values: Sequence[float]) -> str:
         return "–"
     mean = f"{np.mean(values):.4g}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+
+
+def best_cards(part: Mapping[str, Any], lower_is_better: bool) -> list[Card]:
+    """Who comes first by each column that ranks algorithms."""
+    cards = []
+    for key in ("global", "personal", "worst_decile", "megabytes", "hours"):
+        means = {
+            name: float(np.mean(one["figures"][key]))
+            for name, one in part["algorithms"].items()
+            if one["figures"].get(key)
+        }
+        if means:
+            lowest = lower_is_better or key in ("megabytes", "hours")
+            first = (min if lowest else max)(means, key=lambda name: means[name])
+            cards.append(Card(f"best by {COLUMNS[key]}", first, f"{means[first]:.4g}"))
+    return cards
 
 
 def comparison(part: Mapping[str, Any]) -> list[Html]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
-from jaxfm.launch.compare_page import comparison
+from jaxfm.launch.compare_page import best_cards, comparison
 from jaxfm.launch.setup import load_results
 from jaxfm.log import read_metrics
 from jaxfm.report import (
@@ -130,6 +130,10 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
         figures.append(Card("multiply-adds", f"{after / before:.1%}", "of the dense model's"))
         before, after = part["latency_s"]["batch 32"]
         figures.append(Card("speed-up", f"{before / after:.2f}x", "a batch of 32, measured"))
+    if "compare" in results:
+        part = results["compare"]
+        metric = next(iter(part["algorithms"].values()))["metric"]
+        figures += best_cards(part, metric in LOWER_IS_BETTER)
     if "decode" in results:
         best = max(results["decode"]["decoders"], key=lambda d: d["speed_up"])
         figures.append(Card("speed-up", f"{best['speed_up']:.2f}x", f"{best['name']} decoding"))

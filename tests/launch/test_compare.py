@@ -9,6 +9,7 @@ import pytest
 from jaxfm.federated.resources import DEVICES
 from jaxfm.launch import compare, federate
 from jaxfm.launch.algorithms import ALGORITHMS
+from jaxfm.launch.compare_page import best_cards
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
 from jaxfm.log import read_metrics
 
@@ -152,6 +153,14 @@ def test_curves_are_means_over_seeds():
     }  # fmt: skip
     assert compare.plus_minus([1.0, 3.0]) == "2 ± 1.4"
     assert compare.plus_minus([1.0]) == "1"
+
+
+def test_cards_name_who_comes_first():
+    figures = lambda score, sent: {"figures": {"personal": [score], "megabytes": [sent]}}
+    part = {"algorithms": {"large": figures(0.9, 5.0), "small": figures(0.8, 1.0)}}
+    first = lambda lower: [(card.value, card.note) for card in best_cards(part, lower)]
+    assert first(False) == [("large", "0.9"), ("small", "1")]
+    assert first(True) == [("small", "0.8"), ("small", "1")]
 
 
 def test_public_and_held_rows_belong_to_nobody_else():
