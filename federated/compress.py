@@ -8,7 +8,8 @@ all that it has sent plus e_i is the sum of its uploads. C keeps the largest ent
 
     Q(x) = s floor(x / s + U[0, 1)),   s = max |x| / (2^(bits - 1) - 1),   E Q(x) = x
 
-The server restores each upload before it is added up. Downloads stay as they are.
+The server restores each upload before it is added up. Downloads travel as they are, or rounded to
+the nearest of few levels (`down`): a client starts, and measures its movement, from what it got.
 Sources: Stich et al. 2018 (Sparsified SGD with Memory), algorithm 1; Alistarh et al. 2017 (QSGD),
 section 3.1, with the largest entry in the place of the norm.
 """
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.cost import num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, Profile
 from jaxfm.model import Array, Key, PyTree
 
 # Fields of uploads that hold weights (`Mean`, `Upload`): what is divided by is never rounded.
@@ -36,12 +37,13 @@ class Method(NamedTuple):
     """How one leaf is compressed.
 
     Attributes:
-      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> payload that travels`.
+      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> payload that travels`;
+        rounding without a key is to the nearest.
       unpack: `(payload, n) -> float[n]`.
       feedback: whether clients keep what a round left out.
     """
 
-    pack: Callable[[Array, Any, Key], PyTree]
+    pack: Callable[[Array, Any, Key | None], PyTree]
     unpack: Callable[[PyTree, int], Array]
     feedback: bool
 
@@ -63,8 +65,10 @@ class CompressMemory(NamedTuple):
     residual: tuple[Array, ...]
 
 
-def compressed(algorithm: Algorithm, method: Method) -> Algorithm:
-    """The algorithm with compressed uploads; server, downloads and personal parts stay the same.
+def compressed(
+    algorithm: Algorithm, method: Method, *, down: int | None = None, block: int = 256
+) -> Algorithm:
+    """The algorithm with compressed uploads; server and personal parts stay the same.
 
     Floating leaves are compressed one by one, where that makes them smaller; scalars, integers and
     weights (`WEIGHTS`) travel exactly. A client without data sends zeros and keeps its residual.
@@ -74,8 +78,16 @@ def compressed(algorithm: Algorithm, method: Method) -> Algorithm:
       algorithm: any; clients draw the same random numbers as without compression. With feedback
         its uploads should be movements: what is left out comes later.
       method: `top_k` or `quantised`.
+      down: 8 or 4, bits of downloaded values; what clients know already, and which channels are
+        live, is left alone. None: downloads stay the same.
+      block: values of a download that share a step.
+    Raises:
+      ValueError: other bits; block below 1.
     """
-    return algorithm._replace(buckets=tuple(_compressed(b, method) for b in algorithm.buckets))
+    buckets = tuple(_compressed(b, method) for b in algorithm.buckets)
+    if down is not None:
+        buckets = tuple(_narrow(b, quantised(down, block)) for b in buckets)
+    return algorithm._replace(buckets=buckets)
 
 
 def top_k(fraction: float, bits: int | None = None) -> Method:
@@ -123,11 +135,12 @@ def quantised(bits: int, block: int | None = None) -> Method:
         size = block or x.size
         return jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
 
-    def pack(x: Array, dtype, key: Key) -> tuple[Array, Array]:
+    def pack(x: Array, dtype, key: Key | None) -> tuple[Array, Array]:
         rows = in_blocks(x)
         step = (jnp.abs(rows).max(1) / largest).astype(jnp.float32)
         levels = rows / jnp.where(step > 0, step, 1).astype(x.dtype)[:, None]
-        codes = jnp.floor(levels + jax.random.uniform(key, rows.shape, x.dtype))
+        shift = 0.5 if key is None else jax.random.uniform(key, rows.shape, x.dtype)
+        codes = jnp.floor(levels + shift)
         # The sum of the largest level and a number just below 1 may have been rounded up.
         codes = jnp.clip(codes, -largest, largest).astype(jnp.int8).reshape(-1)[: x.size]
         if bits == 4:
@@ -175,6 +188,31 @@ def _compressed(bucket: Bucket, method: Method) -> Bucket:
 
     personal = lambda server, memory: bucket.personal(server, memory.own)
     return Bucket(bucket.model, bucket.send, client, init_client, receive, bucket.lift, personal)
+
+
+def _narrow(bucket: Bucket, method: Method) -> Bucket:
+    """The bucket with rounded downloads; `Known` parts do not travel."""
+
+    def narrow(x: Any) -> Any:
+        if isinstance(x, Known) or not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+            return x
+        payload = method.pack(x.astype(_wide(x)).reshape(-1), x.dtype, None)
+        return Packed(payload, x.shape, x.dtype) if num_bytes(payload) < num_bytes(x) else x
+
+    def wide(download: PyTree) -> PyTree:
+        is_packed = lambda x: isinstance(x, Packed)
+        restored = lambda x: _restored(method, x) if is_packed(x) else x
+        return jax.tree.map(restored, download, is_leaf=is_packed)
+
+    def send(server, public):
+        is_known = lambda x: isinstance(x, Known)
+        return jax.tree.map(narrow, bucket.send(server, public), is_leaf=is_known)
+
+    return bucket._replace(
+        send=send,
+        client=lambda download, *rest: bucket.client(wide(download), *rest),
+        init_client=lambda download, *rest: bucket.init_client(wide(download), *rest),
+    )
 
 
 def _chosen(method: Method, upload: PyTree) -> list[int]:

@@ -309,3 +309,31 @@ def test_eight_bits_go_where_full_floats_go(name):
 def test_bad_settings_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "fed_per", "hetero_fl_3", "spatl"])
+def test_downloads_may_be_rounded(name):
+    """Clients start from what they got, so nothing drifts; the ledger counts what travels."""
+    people = slow_and_fast(name)
+    plain = make(name)
+    narrow = compressed(plain, quantised(8), down=8, block=8)
+    price = [
+        sum(cost.bytes_down for cost in client_costs(algorithm, people, start()))
+        for algorithm in (plain, narrow)
+    ]
+    assert price[1] < 0.5 * price[0]
+    state, info = run_new(narrow, people, calls=2)
+    exact, _ = run_new(plain, people, calls=2)
+    assert info["non_finite"].sum() == 0
+    change = lambda s: jax.tree.map(jnp.subtract, s.server.variables.params, start().params)
+    far = lambda a, b: float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
+    assert far(change(state), change(exact)) < 0.1 * float(optax.tree.norm(change(exact)))
+
+
+def test_what_a_client_knows_is_not_rounded():
+    server = make("fed_per").init(start())
+    bucket = compressed(make("fed_per"), quantised(4), down=4).buckets[0]
+    download = bucket.send(server, None)
+    chex.assert_trees_all_equal(
+        download.first.value.params["dense2"], server.variables.params["dense2"]
+    )

@@ -36,6 +36,8 @@ from jaxfm.federated.rafl import rafl
 from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.federated.scaffold import scaffold
+from jaxfm.federated.select import saliency
+from jaxfm.federated.spatl import spatl
 from jaxfm.model import Model, Variables, from_nnx
 from jaxfm.models.cnn import mlp
 from jaxfm.parallel.mesh import make_mesh
@@ -88,6 +90,13 @@ def pruned_by_data(model: Model, task, local: Local):
     return adp(model_network(model, like, x), model, task, local, rounds=2).algorithm
 
 
+def salient(model: Model, task, local: Local):
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, 6), jax.tree.leaves(like.params)[0].dtype)
+    select = saliency(model_network(model, like, x), {"macs": 0.6})
+    return spatl(model, task, local, select, num_clients=6, is_personal=under("dense2"))
+
+
 ALGORITHMS = {
     "fed_avg": fed_avg,
     "fed_prox": functools.partial(fed_prox, mu=0.1),
@@ -110,12 +119,13 @@ ALGORITHMS = {
     "fed_kemf": two_designs,
     "rafl": padded_member,
     "adp": pruned_by_data,
+    "spatl": salient,
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 # The server divides by all six clients, absent ones too (laws of their own: test_baselines.py).
-COUNT_EVERYBODY = ("scaffold", "fed_dyn")
+COUNT_EVERYBODY = ("scaffold", "fed_dyn", "spatl")
 # What stays with the clients.
-PERSONAL = {"fed_per": "dense2", "lg_fed_avg": "dense1"}
+PERSONAL = {"fed_per": "dense2", "lg_fed_avg": "dense1", "spatl": "dense2"}
 
 
 def make(name: str, batch_size: int = 4, epochs: int = 2, model: Model = MODEL, task=TASK):
@@ -275,7 +285,7 @@ def server_step(name: str, x, d):
 
 
 # Distillation adds a term, and the model is in an order of its own (test_raffm.py).
-ONE_STEP = [name for name in ALGORITHMS if name not in ("fed_md", "raffm_3")]
+ONE_STEP = [name for name in ALGORITHMS if name not in ("fed_md", "raffm_3", "spatl")]
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
