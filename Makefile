@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Files of tests side by side; compiling, which is most of their time, takes one core each.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile
 SETUP = command -v $(PYTHON) > /dev/null || { \
 	echo "jaxfm: there is no $(PYTHON) here: install Python 3.11 or newer, or name yours, as in \`make PYTHON=python3.12 ...\`." >&2; exit 1; }; \
 	$(PYTHON) tools/bootstrap.py --venv $(VENV)
@@ -20,13 +23,13 @@ demo: venv  ## federate a model, cut a draft out of it, decode with both, write 
 venv:  ## the environment alone
 	@$(SETUP)
 
-test:  ## all but the slow tests (ARGS="-k name" picks)
+test:  ## all but the slow tests (ARGS="-k name" picks, WORKERS=1 takes less memory)
 	@$(SETUP) --parity
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all:  ## all tests
 	@$(SETUP) --parity
-	$(BIN)/pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 smoke: venv  ## one small test of each part
 	$(BIN)/pytest -m smoke $(ARGS)

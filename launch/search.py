@@ -303,7 +303,10 @@ def _importance(config: SearchConfig, setting: Setting, network: search.Network,
 
 
 def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, Any]:
-    """Cuts, calibrates, repairs, fine-tunes, measures; returns what the report shows."""
+    """Cuts, calibrates, repairs, fine-tunes, measures; returns what the report shows.
+
+    Repair and fine-tuning are kept where the reward rows say that they help.
+    """
     network, kept, task = found.network, found.kept, setting.task
     variables = setting.variables
     calibration = spread(setting.train, config.calibration_examples)
@@ -312,6 +315,14 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     train = search.sliced(network, kept, 1)
     apply = lambda v, x, train=False: (small.apply(v, x), v.stats)
     report = lambda v: evaluate(apply, v, task, setting.report, config.batch_size)
+    metric = "accuracy" if "label" in setting.reward else "loss"
+    sign = 1 if metric == "accuracy" else -1
+
+    def better(new: Variables, old: Variables) -> Variables:
+        """The one with the higher score on the reward rows, which is not where it is reported."""
+        score = lambda v: sign * evaluate(apply, v, task, setting.reward, config.batch_size)[metric]
+        return new if score(new) >= score(old) else old
+
     batches = jax.tree.map(lambda x: x[: len(x) // 64 * 64].reshape(-1, 64, *x.shape[1:]), prepared)
     calibrated = jax.jit(lambda v: recalibrated(lambda v, x: train(v, x)[1], v, batches))
     stages = {"before calibration": report(small.params)}
@@ -319,14 +330,17 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     stages["after calibration"] = report(params)
     if config.repair:
         mended = jax.jit(lambda v, x: search.repair(network, v, kept, x))(variables, prepared)
-        params = calibrated(search.cut(network, mended, kept))
-        stages["after repair"] = report(params)
+        mended = calibrated(search.cut(network, mended, kept))
+        stages["after repair"] = report(mended)
+        params = better(mended, params)
     if config.finetune_epochs:
         fit = trainer(lambda v, x, key: train(v, x), task, config)
         rows = len(next(iter(setting.train.values())))
         steps = max(1, config.finetune_epochs * rows // config.batch_size)
-        params = fit(params, setting.train, steps, jax.random.key(config.seed + 3))
-        stages["after fine-tuning"] = report(params)
+        tuned = fit(params, setting.train, steps, jax.random.key(config.seed + 3))
+        stages["after fine-tuning"] = report(tuned)
+        params = better(tuned, params)
+    stages["kept"] = report(params)
     dense = evaluate(setting.model.apply, variables, task, setting.report, config.batch_size)
     folder = pathlib.Path(config.run_dir) / "pruned"
     search.save(folder, small._replace(params=params))

@@ -1,0 +1,85 @@
+"""`jaxfm.launch.search`, end to end on a small case: what it writes, that it goes on, its page."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfm.data.federation import merge
+from jaxfm.launch import search as script
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.search import load, model_network
+from jaxfm.search.cost import counts_of
+
+
+def config(folder, **changes) -> script.SearchConfig:
+    base = script.SearchConfig(
+        run_dir=str(folder), train_steps=120, strategy="random", evaluations=32, macs=0.5,
+        reward_examples=128, calibration_examples=128, finetune_epochs=2,
+        data=DataConfig(source="digits", partition="iid", num_clients=2),
+        network=ModelConfig(family="mlp"),
+        finetune=OptimizerConfig(name="adam", learning_rate=2e-3),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    script.main(config(folder))
+    return folder
+
+
+def test_the_cut_model_meets_its_budget_and_says_what_it_lost(finished):
+    results = json.loads((finished / "results.json").read_text())["search"]
+    dense, now = results["costs"]["macs"]
+    assert 0.45 * dense < now <= 0.5 * dense
+    stages = results["stages"]
+    assert list(stages) == [
+        "before calibration", "after calibration", "after repair", "after fine-tuning", "kept",
+    ]  # fmt: skip
+    assert results["dense"]["accuracy"] > 0.8
+    assert stages["kept"]["accuracy"] > 0.7
+    assert set(results["latency_s"]) == {"batch 1", "batch 32"}
+    assert len(results["scores"]) == 32 and np.all(np.diff(results["curve"]) >= 0)
+
+
+def test_the_folder_holds_a_model_that_goes_on(finished):
+    setting = script.prepare(config(finished))
+    inputs = setting.task.prepare(
+        {name: leaf[:8] for name, leaf in merge(setting.data.train).items()}, None
+    )[0]
+    network = model_network(setting.model, setting.variables, inputs)
+    model = load(finished / "pruned", network, setting.variables)
+    assert (counts_of(network, model.kept) <= network.sizes).all()
+    logits = jax.jit(model.apply)(model.params, inputs)
+    assert logits.shape == (8, 10) and np.isfinite(np.asarray(logits)).all()
+
+
+def test_the_report_shows_the_search(finished):
+    page = (finished / "report.html").read_text()
+    for word in ("after fine-tuning", "multiply-adds", "dense1", "<svg"):
+        assert re.search(word, page), word
+
+
+def test_a_finished_search_is_not_searched_again(finished, capsys):
+    before = json.loads((finished / "results.json").read_text())["search"]
+    script.main(config(finished))
+    after = json.loads((finished / "results.json").read_text())["search"]
+    assert after["scores"] == before["scores"] and after["stages"] == before["stages"]
+
+
+def test_wrong_settings_are_refused(tmp_path):
+    for changes, message in (
+        ({"macs": 0.0}, "--macs=0.5"),
+        ({"macs": 1.5}, "share from 0 to 1"),
+        ({"strategy": "gnn_rl_paper", "macs": 0.0, "parameters": 0.5}, "gnn_rl_paper"),
+        ({"evaluations": 0}, "evaluations=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **changes)
+    with pytest.raises(ValueError, match="resnet20"):
+        script.prepare(config(tmp_path, model="resnext"))
