@@ -104,7 +104,7 @@ def top_k(fraction: float, bits: int | None = None) -> Method:
     inner = quantised(bits) if bits is not None else None
     count = lambda n: max(1, round(fraction * n))
 
-    def pack(x: Array, dtype, key: Key) -> tuple[PyTree, Array]:
+    def pack(x: Array, dtype, key: Key | None) -> tuple[PyTree, Array]:
         index = lax.top_k(jnp.abs(x), count(x.size))[1]
         return inner.pack(x[index], dtype, key) if inner else x[index].astype(dtype), index
 

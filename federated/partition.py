@@ -93,9 +93,7 @@ def split_variables(variables: Variables, is_personal: IsPersonal) -> tuple[Vari
     """(shared, personal) of parameters and statistics; `live`, structure, stays with shared."""
     params = split_tree(variables.params, is_personal)
     stats = split_tree(variables.stats, is_personal)
-    lives = (variables.live, {})
-    shared, personal = map(Variables, params, stats, lives)
-    return shared, personal
+    return Variables(params[0], stats[0], variables.live), Variables(params[1], stats[1], {})
 
 
 def join_variables(shared: Variables, personal: Variables) -> Variables:

@@ -147,7 +147,7 @@ def agent(
         return Tuned(strategy.init(key), jnp.zeros(len(network.groups), jnp.int32))
 
     def choose(state: Tuned, variables: Variables, data: ClientData, key: Key):
-        if data.held_index is None:
+        if data.held_index is None or data.held_count is None:
             raise ValueError(
                 "An agent judges by rows held back from training: give Population(held=...)."
             )

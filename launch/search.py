@@ -195,7 +195,7 @@ def trainer(forward: Forward, task: Task, config: SearchConfig) -> Callable[...,
     `forward(variables, inputs, key) -> (outputs, stats)` runs in training mode.
     """
     apply = lambda variables, inputs, train=True, key=None: forward(variables, inputs, key)
-    loss = objective(Model(lambda key: None, apply, None), task)  # type: ignore[arg-type]
+    loss = objective(Model(lambda key: None, apply, None), task)  # type: ignore
     optimizer = make_optimizer(config.finetune)
     size = config.batch_size
 

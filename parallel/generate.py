@@ -251,7 +251,7 @@ def _write(
     pieces = []
     for writer, tokens, last in zip(writers, new, done, strict=True):
         shown = tokens[:-1] if last and len(tokens) and int(tokens[-1]) in stops else tokens
-        pieces.append(writer.add(shown, last=bool(last)) if len(tokens) else "")
+        pieces.append(writer.add(shown.tolist(), last=bool(last)) if len(tokens) else "")
     return pieces
 
 

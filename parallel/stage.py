@@ -7,6 +7,7 @@ Collectives between stages stand outside of all branches: what is this stage's a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rul
     by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes[1:]))
     # Passing by comes first: XLA copies what the first branch writes. A token alone is read alone,
     # so that a wide packet costs only those who use it.
-    ways = [by, one, whole] if shape.packet > 1 else [by, whole]
+    ways: list[Callable] = [by, one, whole] if shape.packet > 1 else [by, whole]
     way = meant.any().astype(jnp.int32) + meant[1:].any().astype(jnp.int32)
     x, new, answers, logprobs, ran = lax.switch(way, ways, state.hidden, state.rows)
     written = meant[None] & jnp.isfinite(x).all(-1)

@@ -164,7 +164,8 @@ class AxisTable:
 
     def products(self, items: Sequence[tuple[Axis, ...]], scales: Sequence[float]) -> Expression:
         """`(counts [G]) -> [N]`: of each item the scaled product of its axes' sizes."""
-        constant, kinds, place = np.array(scales, np.float64), {}, []
+        constant, place = np.array(scales, np.float64), []
+        kinds: dict[Any, tuple[int, Axis]] = {}
         for n, axes in enumerate(items):
             row = []
             for axis in axes:
@@ -176,6 +177,7 @@ class AxisTable:
             place.append(row)
         most = max(map(len, place), default=0)
         index = np.array([row + [0] * (most - len(row)) for row in place], np.int32)
+        terms: list[list[tuple[float, tuple[int, ...]]]]
         terms = [[(1.0, ())], *(self.terms(axis) for _, axis in kinds.values())]
         # Padded, so that an evaluation gathers, multiplies and sums: no scatter, no matrix product
         # (whose default precision would round counts on some accelerators).
@@ -183,8 +185,8 @@ class AxisTable:
         wide = max(len(own) for row in terms for _, own in row)
         coefficient = np.zeros((len(terms), longest))
         of = np.full((len(terms), longest, wide), len(self.groups), np.int32)
-        for n, row in enumerate(terms):
-            for t, (factor, own) in enumerate(row):
+        for n, sums in enumerate(terms):
+            for t, (factor, own) in enumerate(sums):
                 coefficient[n, t] = factor
                 of[n, t, : len(own)] = own
 

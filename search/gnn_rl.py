@@ -10,8 +10,8 @@ above its batch: L = E[min(ρ A, clip(ρ, 1 ± ε) A)] + entropy.
 
 Feasibility is by construction here, so an episode is one step and nothing bootstraps: no value
 network is needed, the batch mean is the baseline. Since the mean of a group is a function of its
-place in the graph, one policy serves any network: `policy` and `start` transfer it. A bias a group,
-of this network alone, gives the search the freedom of a direct one.
+place in the graph, one policy serves any network: what `transferred` returns is the `policy` of the
+next search. A bias a group, of this network alone, gives the search the freedom of a direct one.
 
 Source: Yu et al. 2022, GNN-RL (arXiv 2102.03214), sections 3.1 to 3.3; Schulman et al. 2017 (PPO),
 equation 7. `gnn_rl_paper` keeps the published form.
@@ -99,7 +99,7 @@ def gnn_rl(
       graph: of `policy_graph`.
       batch: candidates an update.
       policy: parameters to start from, as `transferred` returns them: of a search on any network.
-      learning_rate: of Adam, for the graph network and the biases.
+      learning_rate: of Adam for biases and standard deviation; the graph network has a tenth of it.
       std: of the logits at the start.
       epochs: full-batch gradient steps an update.
       clip: ε of PPO.
@@ -110,7 +110,11 @@ def gnn_rl(
     """
     if batch < 4:
         raise ValueError(f"batch={batch}: advantages are relative to the batch, give at least 4.")
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+    # At the biases' rate the tanh units saturate within some updates; all groups then look alike,
+    # the biases alone learn and nothing is left to transfer.
+    rates = {True: optax.adam(learning_rate), False: optax.adam(learning_rate / 10)}
+    fast = lambda weights: ({name: name == "log_std" for name in weights[0]}, True)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, fast))
     num_groups = len(graph.sizes)
 
     def init(key: Key) -> GnnRlState:

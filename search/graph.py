@@ -211,7 +211,9 @@ def _permutations(ops: list[Op], outputs: Sequence[Atom], values: Values) -> lis
 
     def source(op: Op, name: str) -> Op | None:
         (atom,) = op.inputs[:1]
-        made = maker.get(atom) if isinstance(atom, int) else None
+        if not isinstance(atom, int):
+            return None
+        made = maker.get(atom)
         return made if made is not None and made.name == name and uses[atom] == 1 else None
 
     out = []

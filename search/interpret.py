@@ -197,11 +197,11 @@ def _loop(op: Op, inputs: list[Any], layered: Any, run: Callable) -> tuple[list[
         out, more = run([*consts, *carry, *xs], units)
         return tuple(out[: p["num_carry"]]), (tuple(out[p["num_carry"] :]), more)
 
-    carry, (ys, more) = lax.scan(
+    last, (ys, more) = lax.scan(
         step, tuple(carry), (tuple(xs), layered),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
-    return [*carry, *ys], more
+    return [*last, *ys], more
 
 
 class _Dense(NamedTuple):
@@ -328,7 +328,7 @@ def summed_axes(op: Op, plan: Plan) -> tuple[int, tuple[int, ...]]:
     if op.name == "dot_general":
         contract, _ = op.params["dimension_numbers"]
         sizes = [
-            (atom not in plan.data, np.prod(plan.values.shapes[atom]))
+            (atom not in plan.data, float(np.prod(plan.values.shapes[atom])))
             if isinstance(atom, int)
             else (True, np.inf)
             for atom in op.inputs
@@ -410,8 +410,8 @@ def positions(axis: Axis, groups: tuple[Group, ...], kept: Kept) -> np.ndarray:
     for g in own:
         first, size = groups[g].first, groups[g].size
         units[:, first : first + size] = kept[g]
-    there = units[:, axis].all(2)
-    rows = [np.flatnonzero(row) for row in there]
+    there = np.asarray(units[:, axis].all(2))
+    rows = list(map(np.flatnonzero, there))
     return np.stack(rows) if depth else rows[0]
 
 

@@ -7,6 +7,7 @@ are alike, so a motif of 2c + 2 nodes is kept as its quotient of four, with mult
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ def policy_graph(network: Network, params: PyTree) -> PolicyGraph:
         logs = [np.log10(macs[o] + 1) / 8, np.log10(np.prod(shape) + 1) / 6, share * len(found)]
         position = o / max(len(found) - 1, 1)
         ops.append([*map(float, kind), *logs, np.log2(spatial) / 4, np.log2(stride), position, 1.0])
-        channels.append(float(max(1, np.prod([len(a) for a in summed]))))
+        channels.append(float(max(1, math.prod(len(a) for a in summed))))
         for axes, role in ((summed, 1.0), (out, 0.0)):
             hit = {g for axis in axes for g in _groups_in(network, axis)}
             member += [(o, g, role) for g in sorted(hit)]

@@ -124,7 +124,9 @@ def prune(
         counts = result.best_counts
     kept = keep(order, counts)
     if repaired:
-        params = jax.jit(lambda p, *x: repair(own, p, kept, *x))(params, *inputs)
+        params = jax.jit(lambda p, *x: repair(own, p, list(map(jnp.asarray, kept)), *x))(
+            params, *inputs
+        )
     return pruned(own, params, kept, result)
 
 

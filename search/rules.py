@@ -139,10 +139,11 @@ def _elementwise(c: _Context, op: Op) -> list[list[Axis]]:
         for d, axis in enumerate(axes):
             if len(axis) != shape[d]:
                 continue  # one index against many
-            if out[d] is None:
+            known = out[d]
+            if known is None:
                 out[d] = axis
             else:
-                c.unify(out[d], axis, op)
+                c.unify(known, axis, op)
     return [[plain(n) if axis is None else axis for axis, n in zip(out, shape, strict=True)]]
 
 
