@@ -5,19 +5,27 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.search import (
+    agmc,
     counts_of,
     cut,
     full,
+    gnn_rl,
     network,
     policy_graph,
     sliced,
+    transferred,
 )
+from jaxfm.search.gnn_rl import embed
+from jaxfm.search.loop import run
 from jaxfm.search.policy_graph import at_groups, chain, kept_channels, motif, spread
+from jaxfm.search.strategy import separable
 
+KEY = jax.random.key(0)
 jitted_motif = jax.jit(motif)
 
 
@@ -101,3 +109,71 @@ def test_channels_at_any_counts_are_those_of_the_slice():
     found = kept_channels(graph, jnp.asarray(counts, jnp.float32))
     np.testing.assert_allclose(found, again.channels, rtol=1e-6)
     np.testing.assert_array_equal(again.sizes, counts)
+
+
+def test_the_first_policy_is_uniform_pruning():
+    made, there = gnn_rl(chain(5), std=1e-6, std_range=(1e-6, 1.0)), separable(4)
+    actions, _ = jax.jit(made.ask)(jax.jit(made.init)(KEY), KEY)
+    np.testing.assert_allclose(actions, np.zeros((16, 4)), atol=1e-4)
+    counts = jax.jit(there.project)(actions[0])  # but for the order in which rests are given out
+    assert np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize("clip", [1e-4, 100.0])
+def test_the_ratio_is_one_before_an_update(clip):
+    """So the first step is that of the plain policy gradient, whatever the clipping: of the bias
+    of group g, the advantage times the standardised action, but for a common shift."""
+    rate = 0.01
+    made = gnn_rl(chain(5), epochs=1, clip=clip, learning_rate=rate)
+    rng = np.random.default_rng(0)
+    actions, scores = rng.normal(size=(16, 4)), rng.normal(size=16)
+    before = jax.jit(made.init)(KEY)
+    # A policy that is not the first one: its means differ.
+    before = before._replace(bias=jnp.array([0.5, -0.2, 0.3, -0.6]))
+    after = jax.jit(made.tell)(
+        before, actions.astype(np.float32), np.zeros((16, 4), np.int32), scores.astype(np.float32)
+    )
+    gradient = (scores - scores.mean()) @ (actions - np.asarray(before.bias))
+    expected = rate * np.sign(gradient - gradient.mean())  # Adam's first step
+    np.testing.assert_allclose(after.bias - before.bias, expected, rtol=1e-3)
+
+
+def by_share(num_groups):
+    """Groups that hold more of the cost should keep more: what a policy can read off a graph."""
+    return separable(num_groups, target=np.linspace(0.15, 0.85, num_groups))
+
+
+def test_a_policy_serves_a_network_of_another_size():
+    """What it learned on a chain of 7 is worth more than uniform pruning on a chain of 12, before
+    anything is evaluated there."""
+    learned = transferred(run(by_share(6), gnn_rl(chain(7)), 480, KEY).state.strategy)
+    graph, there = chain(12), by_share(11)
+    start = gnn_rl(graph, policy=learned).init(KEY)
+    jax.tree.map(
+        np.testing.assert_array_equal, transferred(start) | {"log_std": 0}, learned | {"log_std": 0}
+    )
+
+    @jax.jit
+    def score(logits):
+        return there.evaluate(there.data, there.project(logits)[None])[0]
+
+    mean = (embed(start.policy, graph, graph.sizes) @ start.policy["head"])[:, 0]
+    assert score(mean) > 0.25 * score(jnp.zeros(11))
+
+
+def test_gradients_reach_encoder_decoder_and_policy():
+    """No weight of the actor stays where it was (in the released code all but the policy's did)."""
+    made = agmc(chain(5), batch=16, warm_up=16, updates=8)
+    before = jax.jit(made.init)(KEY)
+    counts = jax.random.randint(KEY, (16, 4), 1, 33)
+    scores = -jnp.square(counts.astype(jnp.float32) / 32 - 0.3).mean(1)
+    after = jax.jit(made.tell)(before, jnp.zeros((16, 4)), counts, scores)
+    for name, old in before.actor.items():
+        assert jnp.abs(after.actor[name] - old).max() > 1e-5, name
+
+
+def test_a_policy_refuses_what_it_cannot_learn_from():
+    with pytest.raises(ValueError, match="batch=3"):
+        gnn_rl(chain(3), batch=3)
+    with pytest.raises(ValueError, match="memory=8"):
+        agmc(chain(3), memory=8, sample=32)
