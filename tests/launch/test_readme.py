@@ -10,6 +10,7 @@ import pytest
 from jaxfm import hub
 from jaxfm.config import define_flags
 from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
+from jaxfm.launch import search as search_script
 from jaxfm.testing import tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,6 +23,7 @@ CONFIGS = {
     "generate": generate.GenerateConfig,
     "pretrain": pretrain.PretrainConfig,
     "report": report.ReportConfig,
+    "search": search_script.SearchConfig,
     "simulate": simulate.SimulateConfig,
 }
 

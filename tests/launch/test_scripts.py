@@ -16,6 +16,7 @@ from jaxfm import hub
 from jaxfm.config import describe
 from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report
+from jaxfm.launch import search as search_script
 from jaxfm.launch.setup import (
     DataConfig,
     ModelConfig,
@@ -34,6 +35,7 @@ CONFIGS = [
     pretrain.PretrainConfig,
     generate.GenerateConfig,
     demo.DemoConfig,
+    search_script.SearchConfig,
     report.ReportConfig,
 ]
 
