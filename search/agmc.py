@@ -2,12 +2,17 @@
 
     g = relu(U mean_i h_i),  h = GCN(graph)                  encoder
     s_0 = g,  s_{t+1} = relu(V [LSTM(s_t); a_t])             decoder: the environment's transition
-    a_t = sigmoid(μ(s_t)),  y_t = r - b + γ Q'(s_{t+1}, μ'(s_{t+1}))
+    a_t = sigmoid(μ(s_t) + b_t),   Σ_t Q_t(s_t, a_t) = r     actor, and what the critic learns
 
-The final reward is written to every transition. States are functions of the actions and of the
-encoder-decoder, so the replay keeps actions and rewards, states are made again at every update, and
-gradients reach encoder and decoder (in the released code they never did). The decoder also reads
-what a group is; the published one knew only its number.
+States are functions of the actions and of the encoder-decoder, so the replay keeps actions and
+rewards, states are made again at every update, and gradients reach encoder and decoder (in the
+released code they never did). The decoder also reads what a group is; the published one knew only
+its number.
+
+The paper writes the final reward to every transition: each Q_t then takes what all other groups did
+for noise, and at a few hundred episodes nothing is learned. Here the values of an episode add up to
+its reward (as in Sunehag et al. 2018, arXiv 1706.05296, over agents); every step has its own share,
+so nothing bootstraps and there are no target networks. Both networks have a few terms a group.
 
 Source: Yu et al. 2021, AGMC (arXiv 2011.12641), section 3; Lillicrap et al. 2016 (DDPG).
 """
@@ -29,11 +34,10 @@ _HIDDEN, _STATE, _WIDE = 50, 30, 300  # the paper's widths
 
 
 class AgmcState(NamedTuple):
-    """The agent, its targets, and what it remembers."""
+    """The agent and what it remembers."""
 
     actor: PyTree  # encoder, decoder and policy
     critic: PyTree
-    targets: PyTree  # (actor, critic), slowly following
     opt_states: PyTree
     memory_actions: Array  # f32[R, G], kept ratios as the projection made them
     memory_rewards: Array  # f32[R]
@@ -49,46 +53,47 @@ def agmc(
     memory: int = 256,
     updates: int = 24,
     sample: int = 32,
-    noise: float = 0.5,
+    noise: float = 0.3,
     decay: float = 0.97,
-    discount: float = 0.0,
     learning_rates: tuple[float, float] = (1e-3, 3e-3),
-    mix: float = 0.05,
 ) -> Strategy:
     """DDPG over the groups of a network.
 
     Args:
       graph: of `policy_graph`.
       batch: episodes an `ask`.
-      warm_up: episodes of uniform actions first (25 in the paper).
+      warm_up: episodes of random logits first (25 of uniform ratios in the paper).
       memory: episodes remembered.
       updates, sample: gradient steps a `tell`, and episodes in each.
-      noise, decay: sd of the truncated normal around the actor, and its factor an episode (0.95).
-      discount: γ; 0, since every transition carries the final reward already. The paper's 1 adds
-        that reward up again for every step to come.
-      learning_rates: of actor and critic (1e-4 and 1e-3 in the paper, for 800 episodes).
-      mix: of the targets (0.01 in the paper).
+      noise, decay: sd of the truncated normal around the actor, and its factor an episode (0.5 and
+        0.95 in the paper).
+      learning_rates: of actor and critic (1e-4 and 1e-3 in the paper, for 800 episodes); the terms
+        of single groups have ten times as much.
     Raises:
       ValueError: a memory smaller than a sample.
     """
     if memory < sample:
         raise ValueError(f"memory={memory} must hold a sample of {sample} episodes.")
     num_groups = len(graph.sizes)
-    optimizers = tuple(map(optax.adam, learning_rates))
+    own = lambda weights: {name: name == "own" for name in weights}
+    optimizers = tuple(
+        optax.multi_transform({True: optax.adam(10 * rate), False: optax.adam(rate)}, own)
+        for rate in learning_rates
+    )
 
     def init(key: Key) -> AgmcState:
         actor_key, critic_key = jax.random.split(key)
-        actor, critic = _init_actor(actor_key), _init_critic(critic_key)
+        actor, critic = _init_actor(actor_key, num_groups), _init_critic(critic_key, num_groups)
         opt_states = (optimizers[0].init(actor), optimizers[1].init(critic))
         return AgmcState(
-            actor, critic, (actor, critic), opt_states, jnp.zeros((memory, num_groups)),
-            jnp.zeros(memory), jnp.int32(0), jnp.zeros(()),
+            actor, critic, opt_states, jnp.zeros((memory, num_groups)), jnp.zeros(memory),
+            jnp.int32(0), jnp.zeros(()),
         )  # fmt: skip
 
     def ask(state: AgmcState, key: Key) -> tuple[Array, AgmcState]:
-        uniform_key, noise_key = jax.random.split(key)
+        warm_key, noise_key = jax.random.split(key)
         numbers = state.stored + jnp.arange(batch)
-        random = jax.random.uniform(uniform_key, (batch, num_groups), minval=0.02, maxval=0.98)
+        random = jax.nn.sigmoid(jax.random.normal(warm_key, (batch, num_groups)))
         after = jnp.maximum(numbers - warm_up, 0).astype(jnp.float32)
         sds = noise * decay**after
         keys = jax.random.split(noise_key, batch)
@@ -125,15 +130,12 @@ def agmc(
 
         def critic_loss(critic: PyTree) -> Array:
             states = jax.vmap(lambda a: states_of(state.actor, graph, a))(taken)
-            slow = jax.vmap(lambda a: states_of(state.targets[0], graph, a))(taken)
-            wish = policy(state.targets[0], slow)
-            after = jnp.pad(value(state.targets[1], slow, wish)[:, 1:], ((0, 0), (0, 1)))
-            target = lax.stop_gradient(reward[:, None] + discount * after)
-            return jnp.square(value(critic, states, taken) - target).mean()
+            return jnp.square(value(critic, states, taken).sum(1) - reward).mean()
 
         def actor_loss(actor: PyTree) -> Array:
             states = jax.vmap(lambda a: states_of(actor, graph, a))(taken)
-            return -value(state.critic, states, policy(actor, states)).mean()
+            chosen = policy(actor, states, actor["own"][None])
+            return -value(state.critic, states, chosen).sum(1).mean()
 
         grads = (jax.grad(actor_loss)(state.actor), jax.grad(critic_loss)(state.critic))
         weights, opt_states = [], []
@@ -144,12 +146,7 @@ def agmc(
                 change, opt_state = rule.update(grad, opt_state, own)
                 weights.append(optax.apply_updates(own, change))
                 opt_states.append(opt_state)
-        targets = jax.tree.map(
-            lambda slow, new: (1 - mix) * slow + mix * new, state.targets, tuple(weights)
-        )
-        return state._replace(
-            actor=weights[0], critic=weights[1], targets=targets, opt_states=tuple(opt_states)
-        )
+        return state._replace(actor=weights[0], critic=weights[1], opt_states=tuple(opt_states))
 
     return Strategy(init, ask, tell, batch)
 
@@ -158,7 +155,7 @@ def _dense(key: Key, a: int, b: int) -> Array:
     return jax.random.normal(key, (a, b)) / a**0.5
 
 
-def _init_actor(key: Key) -> PyTree:
+def _init_actor(key: Key, num_groups: int) -> PyTree:
     shapes: dict[str, tuple[int, int]] = {
         "gcn1": (OP_FEATURES, _HIDDEN), "gcn2": (_HIDDEN, _STATE), "pool": (_STATE, _STATE),
         "gates": (_STATE + GROUP_FEATURES, 4 * _STATE), "next": (_STATE + 1, _STATE),
@@ -166,16 +163,17 @@ def _init_actor(key: Key) -> PyTree:
     }  # fmt: skip
     keys = jax.random.split(key, len(shapes))
     weights = {name: _dense(k, *s) for k, (name, s) in zip(keys, shapes.items(), strict=True)}
-    return weights | {"mu3": jnp.zeros((_WIDE, 1))}
+    return weights | {"mu3": jnp.zeros((_WIDE, 1)), "own": jnp.zeros(num_groups)}
 
 
-def _init_critic(key: Key) -> PyTree:
+def _init_critic(key: Key, num_groups: int) -> PyTree:
     keys = jax.random.split(key, 3)
     return {
         "state": _dense(keys[0], _STATE, _WIDE),
         "action": _dense(keys[1], 1, _WIDE),
         "hidden": _dense(keys[2], _WIDE, _WIDE),
         "out": jnp.zeros((_WIDE, 1)),
+        "own": jnp.zeros((num_groups, 2)),
     }
 
 
@@ -219,7 +217,7 @@ def act(actor: PyTree, graph: PolicyGraph, key: Key, sd: Array) -> Array:
     noise = jax.random.uniform(key, (len(graph.sizes),), minval=1e-4, maxval=1 - 1e-4)
 
     def choose(t: Array, state: Array) -> Array:
-        mean = policy(actor, state)
+        mean = policy(actor, state, actor["own"][t])
         low, high = (jax.scipy.stats.norm.cdf((edge - mean) / sd) for edge in (0.02, 0.98))
         inverse = jax.scipy.stats.norm.ppf(jnp.clip(low + noise[t] * (high - low), 1e-6, 1 - 1e-6))
         return jnp.clip(mean + sd * inverse, 0.02, 0.98)
@@ -227,13 +225,18 @@ def act(actor: PyTree, graph: PolicyGraph, key: Key, sd: Array) -> Array:
     return _decode(actor, graph, choose)[1]
 
 
-def policy(actor: PyTree, states: Array) -> Array:
-    """Kept ratios f32[...] of states f32[..., S]."""
+def policy(actor: PyTree, states: Array, own: Array) -> Array:
+    """Kept ratios f32[...] of states f32[..., S] and the groups' own logits `own`."""
     h = jax.nn.relu(states @ actor["mu1"])
-    return jax.nn.sigmoid((jax.nn.relu(h @ actor["mu2"]) @ actor["mu3"])[..., 0])
+    return jax.nn.sigmoid((jax.nn.relu(h @ actor["mu2"]) @ actor["mu3"])[..., 0] + own)
 
 
 def value(critic: PyTree, states: Array, actions: Array) -> Array:
-    """Q(s, a), f32[...]."""
-    h = jax.nn.relu(states @ critic["state"] + actions[..., None] @ critic["action"])
-    return (jax.nn.relu(h @ critic["hidden"]) @ critic["out"])[..., 0]
+    """Q_t(s_t, a_t), f32[n, G] of states f32[n, G, S] and actions f32[n, G].
+
+    A network that all groups share, and a parabola of each group's own.
+    """
+    a = 2 * actions[..., None] - 1
+    h = jax.nn.relu(states @ critic["state"] + a @ critic["action"])
+    own = (jnp.concatenate([a, a * a], axis=-1) * critic["own"][None]).sum(-1)
+    return own + (jax.nn.relu(h @ critic["hidden"]) @ critic["out"])[..., 0]
