@@ -36,15 +36,15 @@ from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Model, Variables
 from jaxfm.models import resnet_config
-from jaxfm.search.agmc import agmc
+from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
-from jaxfm.tasks.evaluate import evaluate
+from jaxfm.tasks.evaluate import evaluate, metric_totals
 from jaxfm.testing import tiny_resnet
 
-SEARCHED = ("random", "nsga2", "cma_es", "agmc", "gnn_rl", "gnn_rl_paper")
+SEARCHED = ("random", "nsga2", "cma_es", "agmc", "agmc_paper", "gnn_rl", "gnn_rl_paper")
 IMPORTANCES = ("l1", "l2", "scale", "activation")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
 
@@ -61,7 +61,7 @@ class Config:
     num_seeds: int = option(3, "of each search")
     reward: int = option(256, "images that candidates are scored on")
     calibration: int = option(128, "training images that statistics are measured on")
-    report: int = option(5000, "images of the report")
+    report: int = option(3000, "images of the report")
     repair: int = option(512, "training images of least squares")
     order: str = option("l2", "importance that ranks units for the searches")
     strategies: tuple[str, ...] = option(SEARCHED, "that search")
@@ -145,6 +145,7 @@ class Bench:
             for kind in IMPORTANCES
         }  # fmt: skip
         self.limits = search.budgets(self.net, macs=config.macs)
+        self.judge = jax.jit(self._judge)
 
     def problem(self, kind: str):
         return search.task_problem(
@@ -161,6 +162,7 @@ class Bench:
             "nsga2": lambda: search.nsga2(problem.sizes),
             "cma_es": lambda: search.cma_es(groups),
             "agmc": lambda: agmc(graph),
+            "agmc_paper": lambda: agmc_paper(graph),
             "gnn_rl": lambda: gnn_rl(graph),
             "gnn_rl_paper": lambda: gnn_rl_paper(
                 graph, lambda c: own.macs(c) / float(own.macs(dense)), self.config.macs
@@ -168,25 +170,41 @@ class Bench:
         }[name]()
 
     def judged(self, kind: str, counts: np.ndarray) -> dict[str, float]:
-        """The sliced network on the report images, before and after repair."""
-        work, net = self.work, self.net
-        kept = search.keep(search.ranks(self.orders[kind]), counts)
-        small, train = search.sliced(net, kept), search.sliced(net, kept, 1)
-        batches = self.inputs[: len(self.inputs) // 64 * 64]
+        """The candidate on the report images, before and after repair; masked, so that all share
+        one program (`check_slice` holds one of them against its slice)."""
+        order = search.ranks(self.orders[kind])
+        before, after = self.judge(
+            self.work.variables, search.masks(order, jnp.asarray(counts)), self.inputs,
+            jax.tree.map(jnp.asarray, self.work.report),
+        )  # fmt: skip
+        own, dense = search.costs(self.net), self.net.sizes.astype(np.int64)
+        share = float(own.macs(np.asarray(counts, np.int64)) / own.macs(dense))
+        return {"accuracy": float(before), "repaired": float(after), "macs": share}
+
+    def _judge(self, variables, masks, inputs, report):
+        task, run, train = self.work.task, search.masked(self.net), search.masked(self.net, 1)
+        batches = inputs[: len(inputs) // 64 * 64]
         batches = batches.reshape(-1, 64, *batches.shape[1:])
 
-        def measured(params) -> float:
-            there = recalibrated(lambda v, x: train(v, x)[1], params, batches)
-            apply = lambda v, x, train=False: (small(v, x), v.stats)
-            return float(evaluate(apply, there, work.task, work.report, 250)["accuracy"])
+        def measured(params):
+            there = recalibrated(lambda v, x: train(v, masks, x)[1], params, batches)
+            apply = lambda v, x, train=False: (run(v, masks, x), v.stats)
+            totals = metric_totals(apply, there, task, report, batch_size=250)
+            total, count = (part.sum() for part in totals["accuracy"])
+            return total / count
 
-        mended = jax.jit(lambda v, x: search.repair(net, v, kept, x))(work.variables, self.inputs)
-        own, dense = search.costs(net), net.sizes.astype(np.int64)
-        return {
-            "accuracy": measured(search.cut(net, work.variables, kept)),
-            "repaired": measured(search.cut(net, mended, kept)),
-            "macs": float(own.macs(np.asarray(counts, np.int64)) / own.macs(dense)),
-        }
+        return measured(variables), measured(search.repair(self.net, variables, masks, inputs))
+
+    def check_slice(self, kind: str, counts: np.ndarray) -> float:
+        """The slice's accuracy before repair, on the report images."""
+        kept = search.keep(search.ranks(self.orders[kind]), counts)
+        small, train = search.sliced(self.net, kept), search.sliced(self.net, kept, 1)
+        batches = self.inputs[: len(self.inputs) // 64 * 64]
+        batches = batches.reshape(-1, 64, *batches.shape[1:])
+        params = search.cut(self.net, self.work.variables, kept)
+        there = jax.jit(lambda p: recalibrated(lambda v, x: train(v, x)[1], p, batches))(params)
+        apply = lambda v, x, train=False: (small(v, x), v.stats)
+        return float(evaluate(apply, there, self.work.task, self.work.report, 250)["accuracy"])
 
 
 def main(config: Config) -> None:
@@ -213,6 +231,7 @@ def main(config: Config) -> None:
         one = search.magnitude(problem, [np.asarray(s) for s in bench.orders[kind]])
         actions, _ = one.ask(one.init(jax.random.key(0)), jax.random.key(0))
         note(f"magnitude_{kind}", kind, np.asarray(problem.project(actions[0])), np.nan)
+    check = abs(bench.check_slice("l2", uniform) - table["uniform_l2"][0]["accuracy"])
     print(f"uniform reward {float(scored(problem.data, uniform[None])[0]):.4f}")
     for name in config.strategies:
         strategy = bench.strategy(name, problem)
@@ -234,6 +253,7 @@ def main(config: Config) -> None:
     count = len(work.report["label"])
     result["binomial95"] = round(1.96 * (dense * (1 - dense) / count) ** 0.5, 4)
     result["evaluations"] = config.evaluations
+    result["masked_minus_sliced"] = round(check, 4)
     print(json.dumps(result))
 
 

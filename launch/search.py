@@ -48,7 +48,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
-from jaxfm.search.agmc import agmc
+from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.importance import gradient
@@ -57,7 +57,8 @@ from jaxfm.search.policy_graph import policy_graph
 from jaxfm.tasks import Task, evaluate
 
 STRATEGIES = (
-    "gnn_rl", "gnn_rl_paper", "agmc", "nsga2", "cma_es", "random", "uniform", "magnitude",
+    "gnn_rl", "gnn_rl_paper", "agmc", "agmc_paper", "nsga2", "cma_es", "random", "uniform",
+    "magnitude",
 )  # fmt: skip
 # The published networks by name: (number, image size, classes) to a config.
 _NAMED: dict[str, Callable[[int, int, int], Any]] = {
@@ -230,12 +231,12 @@ def make_strategy(
 ) -> search.Strategy:  # fmt: skip
     """The strategy of a name, on a problem."""
     size = len(problem.sizes)
-    if name in ("gnn_rl", "gnn_rl_paper", "agmc"):
+    if name in ("gnn_rl", "gnn_rl_paper", "agmc", "agmc_paper"):
         graph = policy_graph(network, variables)
         if name == "gnn_rl_paper":
             own, dense = search.costs(network), network.sizes.astype(np.int64)
             return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
-        return gnn_rl(graph) if name == "gnn_rl" else agmc(graph)
+        return {"gnn_rl": gnn_rl, "agmc": agmc, "agmc_paper": agmc_paper}[name](graph)
     if name == "magnitude":
         flat = [np.asarray(s).mean(0) if s.ndim > 1 else s for s in scores]
         return search.magnitude(problem, flat)

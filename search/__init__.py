@@ -7,7 +7,7 @@ program; `supernet` orders a model's channels by importance, trains its members 
 out the ones that fit.
 """
 
-from jaxfm.search.agmc import agmc
+from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.cma_es import cma_es
 from jaxfm.search.cost import Costs, budgets, costs, counts_of
 from jaxfm.search.evaluate import halving, split_rows, task_problem
@@ -41,6 +41,7 @@ __all__ = [
     "Result",
     "Strategy",
     "agmc",
+    "agmc_paper",
     "budgets",
     "cma_es",
     "costs",

@@ -13,6 +13,7 @@ The paper writes the final reward to every transition: each Q_t then takes what 
 for noise, and at a few hundred episodes nothing is learned. Here the values of an episode add up to
 its reward (as in Sunehag et al. 2018, arXiv 1706.05296, over agents); every step has its own share,
 so nothing bootstraps and there are no target networks. Both networks have a few terms a group.
+`agmc_paper` keeps the published form,  Q_t -> r - b + γ Q'_{t+1}(s_{t+1}, μ'(s_{t+1})).
 
 Source: Yu et al. 2021, AGMC (arXiv 2011.12641), section 3; Lillicrap et al. 2016 (DDPG).
 """
@@ -38,6 +39,7 @@ class AgmcState(NamedTuple):
 
     actor: PyTree  # encoder, decoder and policy
     critic: PyTree
+    targets: PyTree  # (actor, critic), slowly following, in the published form
     opt_states: PyTree
     memory_actions: Array  # f32[R, G], kept ratios as the projection made them
     memory_rewards: Array  # f32[R]
@@ -72,12 +74,53 @@ def agmc(
     Raises:
       ValueError: a memory smaller than a sample.
     """
+    return _ddpg(
+        graph, batch, warm_up, memory, updates, sample, noise, decay, learning_rates, published=None
+    )
+
+
+class Published(NamedTuple):
+    """What the published form has and ours does not: γ, and how fast the targets follow."""
+
+    discount: float
+    mix: float
+
+
+def agmc_paper(
+    graph: PolicyGraph,
+    *,
+    batch: int = 16,
+    warm_up: int = 25,
+    memory: int = 256,
+    updates: int = 24,
+    sample: int = 32,
+    noise: float = 0.5,
+    decay: float = 0.95,
+    learning_rates: tuple[float, float] = (1e-4, 1e-3),
+    discount: float = 1.0,
+    mix: float = 0.01,
+) -> Strategy:
+    """AGMC with the paper's targets and constants: the final reward at every step, and γ = 1.
+
+    Budgets are met by the projection, not by the paper's correction; states know what a group is.
+    The arguments are those of `agmc`; `discount` is γ and `mix` the share of the new weights that
+    the target networks take over after an update.
+    """
+    how = Published(discount, mix)
+    return _ddpg(graph, batch, warm_up, memory, updates, sample, noise, decay, learning_rates, how)
+
+
+def _ddpg(
+    graph: PolicyGraph, batch: int, warm_up: int, memory: int, updates: int, sample: int,
+    noise: float, decay: float, learning_rates: tuple[float, float], published: Published | None,
+) -> Strategy:  # fmt: skip
     if memory < sample:
         raise ValueError(f"memory={memory} must hold a sample of {sample} episodes.")
     num_groups = len(graph.sizes)
+    own_rate = 0.0 if published else 10.0  # the published networks have no terms of single groups
     own = lambda weights: {name: name == "own" for name in weights}
     optimizers = tuple(
-        optax.multi_transform({True: optax.adam(10 * rate), False: optax.adam(rate)}, own)
+        optax.multi_transform({True: optax.adam(own_rate * rate), False: optax.adam(rate)}, own)
         for rate in learning_rates
     )
 
@@ -86,14 +129,19 @@ def agmc(
         actor, critic = _init_actor(actor_key, num_groups), _init_critic(critic_key, num_groups)
         opt_states = (optimizers[0].init(actor), optimizers[1].init(critic))
         return AgmcState(
-            actor, critic, opt_states, jnp.zeros((memory, num_groups)), jnp.zeros(memory),
-            jnp.int32(0), jnp.zeros(()),
+            actor, critic, (actor, critic) if published else (), opt_states,
+            jnp.zeros((memory, num_groups)), jnp.zeros(memory), jnp.int32(0), jnp.zeros(()),
         )  # fmt: skip
 
     def ask(state: AgmcState, key: Key) -> tuple[Array, AgmcState]:
         warm_key, noise_key = jax.random.split(key)
         numbers = state.stored + jnp.arange(batch)
-        random = jax.nn.sigmoid(jax.random.normal(warm_key, (batch, num_groups)))
+        shape = (batch, num_groups)
+        random = (
+            jax.random.uniform(warm_key, shape, minval=0.02, maxval=0.98)
+            if published
+            else jax.nn.sigmoid(jax.random.normal(warm_key, shape))
+        )
         after = jnp.maximum(numbers - warm_up, 0).astype(jnp.float32)
         sds = noise * decay**after
         keys = jax.random.split(noise_key, batch)
@@ -130,7 +178,15 @@ def agmc(
 
         def critic_loss(critic: PyTree) -> Array:
             states = jax.vmap(lambda a: states_of(state.actor, graph, a))(taken)
-            return jnp.square(value(critic, states, taken).sum(1) - reward).mean()
+            each = value(critic, states, taken)
+            if published is None:
+                return jnp.square(each.sum(1) - reward).mean()
+            actor, slow_critic = state.targets
+            slow = jax.vmap(lambda a: states_of(actor, graph, a))(taken)
+            next_value = value(slow_critic, slow, policy(actor, slow, actor["own"][None]))[:, 1:]
+            after = jnp.pad(next_value, ((0, 0), (0, 1)))
+            target = lax.stop_gradient(reward[:, None] + published.discount * after)
+            return jnp.square(each - target).mean()
 
         def actor_loss(actor: PyTree) -> Array:
             states = jax.vmap(lambda a: states_of(actor, graph, a))(taken)
@@ -146,7 +202,13 @@ def agmc(
                 change, opt_state = rule.update(grad, opt_state, own)
                 weights.append(optax.apply_updates(own, change))
                 opt_states.append(opt_state)
-        return state._replace(actor=weights[0], critic=weights[1], opt_states=tuple(opt_states))
+        targets = state.targets
+        if published:
+            follow = lambda slow, new: (1 - published.mix) * slow + published.mix * new
+            targets = jax.tree.map(follow, targets, tuple(weights))
+        return state._replace(
+            actor=weights[0], critic=weights[1], targets=targets, opt_states=tuple(opt_states)
+        )
 
     return Strategy(init, ask, tell, batch)
 

@@ -41,10 +41,17 @@ class Latency(NamedTuple):
     error: float
     dense_s: float
 
-    def budget(self, limit: float) -> Budget:
-        """At most `limit` seconds, or a share of the dense network's where it is at most 1."""
-        dense = self.dense_s if isinstance(limit, float) and limit <= 1 else 1.0
-        return Budget("latency", self.seconds, limit * dense)
+    def budget(self, share: float) -> Budget:
+        """At most a share of the dense network's seconds.
+
+        For a limit in seconds: `Budget("latency", table.seconds, limit)`.
+
+        Raises:
+          ValueError: a share that is not in (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: give a share of the dense network's, in (0, 1].")
+        return Budget("latency", self.seconds, share * self.dense_s)
 
 
 def features(network: Network) -> Callable[[Any], Any]:

@@ -85,10 +85,11 @@ def test_every_candidate_is_within_a_budget_of_seconds(logits):
         assert not within((budget,), jnp.asarray(more))
 
 
-def test_a_limit_is_a_share_or_seconds():
+def test_a_limit_is_a_share():
     _, found, _, _ = table_of_small()
     assert found.budget(0.5).limit == pytest.approx(0.5 * found.dense_s)
-    assert found.budget(1.5).limit == 1.5 and found.budget(2).limit == 2
+    with pytest.raises(ValueError, match="share=1.5"):
+        found.budget(1.5)
 
 
 def test_what_cannot_be_fitted_or_met_is_refused():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.checkpoint import Checkpointer
-from jaxfm.search.agmc import agmc
+from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.cma_es import cma_es
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.loop import run, search
@@ -32,6 +32,7 @@ LEARNING = {
     "gnn_rl": gnn_rl(GRAPH, batch=8),
     "gnn_rl_paper": gnn_rl_paper(GRAPH, lambda counts: PROBLEM.costs(counts)[0], 1.0, batch=8),
     "agmc": agmc(GRAPH, batch=8, warm_up=16, updates=4, memory=64, sample=16),
+    "agmc_paper": agmc_paper(GRAPH, batch=8, warm_up=16, updates=4, memory=64, sample=16),
 }
 compiled = functools.cache(lambda name: search(PROBLEM, LEARNING[name], 160))
 start = lambda name: compiled(name).init(jax.random.key(0))
