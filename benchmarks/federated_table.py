@@ -14,8 +14,9 @@ compression and slices do to a model's size and to its measured step; and distil
 
 - spatl_bytes_saving: FedAvg's bytes to the target over SPATL's, both with all of the network
   shared and the global model looked at; the target is the accuracy of FedAvg's best round.
-  spatl_accuracy_gain: points of test accuracy at the end. `compressed_` the same with top-k and
-  8 bits; `personal_` with a personal predictor, on the clients' own test rows;
+  spatl_accuracy_gain: points of test accuracy at the end. `compressed_` the same with uploads of
+  top-k and 8 bits, `narrow_` with 8 bits both ways; `personal_` with a personal predictor, on the
+  clients' own test rows; `scaffold_` for SCAFFOLD in its place;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
 - raffm_subnet_gap: points that a slice of 60 % of the parameters lies below the full network;
   raffm_step_speedup: a training step of the full network over one of the smallest tier;
@@ -102,6 +103,8 @@ class Config:
     num_rounds: int = option(30, "rounds of each algorithm")
     num_seeds: int = option(3, "partitions and initial weights")
     beta: float = option(0.1, "of the Dirichlet distribution of labels")
+    rates: tuple[float, ...] = option((0.01, 0.03), "learning rates that each algorithm tries")
+    distilled: bool = option(True, "run federated_kd.py, too")
     only: tuple[str, ...] = option((), "algorithms to run beside fed_avg; all if empty")
 
     def __post_init__(self):
@@ -195,6 +198,8 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "adp": pruning,
         "spatl": lambda *a: shared(*a),
         "spatl_topk8": lambda *a: compressed(shared(*a), top_k(0.1, bits=8)),
+        "spatl_narrow": lambda *a: compressed(shared(*a), quantised(8, block=256), down=8),
+        "fed_avg_narrow": lambda *a: compressed(fed_avg(*a), quantised(8, block=256), down=8),
         "spatl_personal": lambda *a: spatl(
             *a, salient, num_clients=CLIENTS, is_personal=work.head
         ),
@@ -269,7 +274,8 @@ def savings(runs: Mapping[str, Run]) -> dict[str, float]:
     """SPATL against FedAvg, bytes to the accuracy of FedAvg's best round."""
     out, base = {}, runs["fed_avg"]
     for prefix, name, column in (
-        ("", "spatl", 1), ("compressed_", "spatl_topk8", 1), ("personal_", "spatl_personal", 2),
+        ("", "spatl", 1), ("compressed_", "spatl_topk8", 1), ("narrow_", "spatl_narrow", 1),
+        ("scaffold_", "scaffold", 1), ("personal_", "spatl_personal", 2),
     ):  # fmt: skip
         if name not in runs:
             continue
@@ -439,7 +445,7 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, num_rounds=6, num_seeds=1)
     began, work, runs = time.perf_counter(), load(config), {}
     for name, make in algorithms(work, config).items():
-        for rate in (0.1,) if config.quick else (0.03, 0.1):
+        for rate in config.rates[-1:] if config.quick else config.rates:
             run = play(make, name, rate, work, config)
             if name not in runs or score(run, name) > score(runs[name], name):
                 runs[name] = run
@@ -455,6 +461,9 @@ def main(config: Config) -> None:
         for name, run in runs.items()
     }
     result["bytes_a_round"] = {name: round(run.bytes) for name, run in runs.items()}
+    if not config.distilled:
+        print(json.dumps(result))
+        return
     kd = federated_kd.measured(federated_kd.Config(quick=config.quick, data_dir=config.data_dir))
     result |= {k: kd[k] for k in ("fedkemf_bytes_saving", "rafl_distillation_gain")}
     print(json.dumps(result))

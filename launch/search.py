@@ -236,7 +236,9 @@ def make_strategy(
         if name == "gnn_rl_paper":
             own, dense = search.costs(network), network.sizes.astype(np.int64)
             return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
-        return {"gnn_rl": gnn_rl, "agmc": agmc, "agmc_paper": agmc_paper}[name](graph)
+        by_graph: dict[str, Callable[..., search.Strategy]]
+        by_graph = {"gnn_rl": gnn_rl, "agmc": agmc, "agmc_paper": agmc_paper}
+        return by_graph[name](graph)
     if name == "magnitude":
         flat = [np.asarray(s).mean(0) if s.ndim > 1 else s for s in scores]
         return search.magnitude(problem, flat)
