@@ -53,6 +53,7 @@ class Config:
 
     quick: bool = option(False, "narrow networks of the same families")
     seed: int = option(0, "of weights and cuts")
+    only: tuple[str, ...] = option((), "names of networks; all if empty")
 
     def __post_init__(self):
         check(self)
@@ -126,7 +127,7 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
             "shufflenet_v1": (tiny_shufflenet(1), image(8)),
             "shufflenet_v2": (tiny_shufflenet(2), image(8)), "vit": (tiny_vit(), image(8)),
             "decoder_gqa": (tiny_decoder(), tokens(64, 8)),
-            "encoder": (tiny_encoder(), tokens(64, 8)),
+            "encoder": (tiny_encoder(), {"tokens": tokens(64, 8)}),
         }  # fmt: skip
     else:
         small = {"num_classes": 10}
@@ -148,7 +149,8 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                 tokens(512, 32),
             ),
             "encoder": (
-                build(EncoderConfig(vocab_size=512, max_len=64, **sizes)), tokens(512, 32),
+                build(EncoderConfig(vocab_size=512, max_len=64, **sizes)),
+                {"tokens": tokens(512, 32)},
             ),
         }  # fmt: skip
     for name, (model, inputs) in models.items():
@@ -192,6 +194,8 @@ def look(name: str, function: Callable, params: Any, inputs: Any, seed: int) -> 
 def main(config: Config) -> None:
     table = {}
     for name, function, params, inputs in cases(config.quick, config.seed):
+        if config.only and name not in config.only:
+            continue
         table[name] = look(name, function, params, inputs, config.seed)
         print(f"{name}: {table[name]}", flush=True)
     result = {
