@@ -6,7 +6,8 @@
 Both sides rank by the L2 norms of coupled channels and cut all groups alike, then globally, down to
 half of the multiply-adds, measured on the network that is left; batch norm is measured anew on the
 same training images on both sides, and accuracy is that of the same test images. "groups" are
-what each library finds, "seconds" from the loaded network to the pruned one. The last line is one
+what each library finds, "seconds" from the loaded network to the pruned one. Where the other
+library cannot prune the network, its error stands in the place of figures. The last line is one
 JSON object.
 """
 
@@ -191,7 +192,10 @@ def main(config: Config) -> None:
     result = {"name": "search_torch", "network": f"resnet{depth}"}
     result["ours"] = ours(config.weights, depth, config, calibration, images, labels)
     print(result["ours"], flush=True)
-    result["torch_pruning"] = theirs(tensors, depth, config, calibration, images, labels)
+    try:
+        result["torch_pruning"] = theirs(tensors, depth, config, calibration, images, labels)
+    except (IndexError, RuntimeError, ValueError) as error:  # what it cannot read is a result, too
+        result["torch_pruning"] = f"{type(error).__name__}: {error}"
     print(json.dumps(result))
 
 
