@@ -13,7 +13,7 @@ section 3.3). A stacked parameter scores each layer by itself.
 >>> from jaxfm.search.groups import network
 >>> params = {"up": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "down": jnp.ones((2, 1))}
 >>> net = network(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((1, 2)))
->>> [x.round(2).tolist() for x in importance(net, params, "l1")]
+>>> [[round(float(v), 2) for v in x] for x in importance(net, params, "l1")]
 [[0.9, 1.1]]
 """
 
