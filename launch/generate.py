@@ -26,6 +26,7 @@ from jaxfm import hub
 from jaxfm.config import check, option
 from jaxfm.launch.setup import use_cores
 from jaxfm.model import Model, Variables
+from jaxfm.parallel.adapt import adapt
 from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.draft import Source, composite, early_exit, lookup_source, model_source
 from jaxfm.parallel.generate import Generated, stream
@@ -65,7 +66,11 @@ class GenerateConfig:
     min_p: float | None = option(None, "draw among tokens of this share of the largest probability")
     stop: tuple[str, ...] = option((), "strings that end the text")
     draft_length: int = option(4, "tokens drafted a pass")
-    stages: int = option(1, "pipeinfer: devices that the model is cut over")
+    stages: int = option(1, "pipeinfer: stages that the model is cut over")
+    tensor: int = option(1, "pipeinfer: devices of each stage")
+    adapt: bool = option(
+        False, "pipeinfer: drafts, branches and window follow what is measured, up to the flags"
+    )
     split: tuple[int, ...] = option((), "pipeinfer: layers of each stage; default: evenly")
     own_slot: bool = option(False, "pipeinfer: one device more, for the draft alone")
     width: int = option(1, "pipeinfer: candidates alive at each depth")
@@ -89,8 +94,11 @@ class GenerateConfig:
             raise ValueError(f"--draft is of no use to --decoder={self.decoder}.")
         if self.report and self.decoder != "pipeinfer":
             raise ValueError("--report shows a pipe: it goes with --decoder=pipeinfer.")
-        if self.stages < 1:
-            raise ValueError(f"stages={self.stages}: give at least 1.")
+        for name in ("stages", "tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.adapt and (self.decoder != "pipeinfer" or self.draft in ("", "none")):
+            raise ValueError("--adapt sets a pipe's drafts: give --decoder=pipeinfer and --draft.")
 
 
 _RECORDED = 512  # ticks that a report shows
@@ -118,12 +126,14 @@ def make_pipe(config: GenerateConfig, model: Model, variables: Variables) -> Dec
         window=config.window or 1 << 30, accept=config.accept, split=config.split_cutoff,
         recovery=config.recovery, decay=config.decay,
     )  # fmt: skip
-    return pipeinfer(
+    stages = config.stages + config.own_slot
+    decoder = pipeinfer(
         model, variables, make_source(config.draft, model, variables),
-        mesh=make_mesh(stage=config.stages + config.own_slot), split=config.split or None,
+        mesh=make_mesh(stage=stages, tensor=config.tensor), split=config.split or None,
         width=config.width, levels=config.levels, own_slot=config.own_slot, limits=settings,
         record=_RECORDED if config.report else 0,
     )  # fmt: skip
+    return adapt(decoder) if config.adapt else decoder
 
 
 def make_source(name: str, model: Model, variables: Variables) -> Source | None:

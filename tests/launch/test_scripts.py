@@ -248,13 +248,21 @@ def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, 
     page = tmp_path / "pipe.html"
     generate.main(
         dataclasses.replace(
-            base, decoder="pipeinfer", draft="lookup", stages=2, width=2, report=str(page)
+            base,
+            decoder="pipeinfer",
+            draft="lookup",
+            stages=2,
+            width=2,
+            adapt=True,
+            report=str(page),
         )
     )
     assert capsys.readouterr().out == expected
     assert "stage 1: computes" in page.read_text()
     with pytest.raises(ValueError, match="exit:two"):
         generate.make_source("exit:two", None, None)
+    with pytest.raises(ValueError, match="--adapt sets a pipe's drafts"):
+        generate.GenerateConfig(prompt="x", decoder="pipeinfer", adapt=True)
     with pytest.raises(ValueError, match="no use to --decoder=plain"):
         generate.GenerateConfig(prompt="x", draft="folder")
 
