@@ -35,6 +35,7 @@ METHODS = {
     "4 bits in blocks": quantised(4, block=8),
 }
 FEEDBACK = ("top 10%", "top 25% in 4 bits")
+MORE = ("scaffold", "fed_per", "hetero_fl_3")
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -311,7 +312,9 @@ def test_bad_settings_raise(call, message):
         call()
 
 
-@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "fed_per", "hetero_fl_3", "spatl"])
+@pytest.mark.parametrize(
+    "name", ["fed_avg", "spatl", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)]
+)
 def test_downloads_may_be_rounded(name):
     """Clients start from what they got, so nothing drifts; the ledger counts what travels."""
     people = slow_and_fast(name)

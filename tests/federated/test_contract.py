@@ -122,6 +122,25 @@ ALGORITHMS = {
     "spatl": salient,
 }
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+# Laws that compile a program of their own: the others are built of the same parts, and slow.
+CORE = (
+    "fed_avg",
+    "fed_adam",
+    "scaffold",
+    "fed_per",
+    "hetero_fl_3",
+    "fed_kemf",
+    "rafl",
+    "adp",
+    "spatl",
+)
+
+
+def mostly(names):
+    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+    return pytest.mark.parametrize("name", [n if n in CORE else slow(n) for n in names])
+
+
 # The server divides by all six clients, absent ones too (laws of their own: test_baselines.py).
 COUNT_EVERYBODY = ("scaffold", "fed_dyn", "spatl")
 # What stays with the clients.
@@ -330,7 +349,7 @@ def test_new_cohorts_counts_and_steps_do_not_compile(name):
     assert len(traces) == traced and compiled == []
 
 
-@every_algorithm
+@mostly(ALGORITHMS)
 def test_dtypes_stay(name):
     half = jnp.bfloat16
     task = classification(3, inputs="x", transform=lambda x, key: x.astype(half))
@@ -406,7 +425,7 @@ def test_the_state_is_donated_and_the_callers_variables_are_not(name):
     chex.assert_trees_all_equal(after.server, again.server)
 
 
-@every_algorithm
+@mostly(ALGORITHMS)
 @pytest.mark.parametrize(
     "options",
     [{"width": 100, "num_rounds": 2}, {"mesh": 1, "width": 2}],
@@ -455,7 +474,7 @@ OTHERS = ("hetero_fl_3", "fed_rolex_3", "raffm_3", "fed_md", "rafl", *PERSONAL)
 SHARE_ALL = [name for name in ALGORITHMS if name not in OTHERS]
 
 
-@pytest.mark.parametrize("name", SHARE_ALL)
+@mostly(SHARE_ALL)
 def test_batch_norm_statistics_are_averaged(name):
     variables, expected = batch_norm_step()
     algorithm = make(name, epochs=1, model=BATCH_NORM)
