@@ -30,7 +30,7 @@ def cases(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(cases(), st.integers(0, 2**16))
 def test_whatever_is_drafted_the_tokens_are_those_of_plain_decoding(case, seed):
     model, kind, stages, shape = case
