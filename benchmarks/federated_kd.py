@@ -228,7 +228,11 @@ def measured(config: Config) -> dict[str, Any]:
     work = load(config)
     federations = clients_of(work, config)
     best: dict[str, dict[str, Any]] = {}
-    rates = [(0.02, 5e-4)] if config.quick else [(0.02, 5e-4), (0.02, 2e-3), (0.05, 5e-4)]
+    rates = (
+        [(0.02, 5e-4)]
+        if config.quick
+        else [(rate, own) for rate in (0.02, 0.1) for own in (5e-4, 2e-3)]
+    )
     tried = set()
     for rate, distil_rate in rates:
         for name, make in contenders(work, rate, distil_rate, config.quick).items():
