@@ -5,7 +5,8 @@
 
 over those who report, with N all clients (`jaxfm.federated.variates`). Movements are weighted as
 in federated averaging, so that without variates it is federated averaging; variates are the
-paper's plain mean. Both directions carry twice the bytes of federated averaging.
+paper's plain mean. A client downloads x and c, twice the bytes of federated averaging, and uploads
+the change of c_i alone: the server reads y_i off it.
 Source: Karimireddy et al. 2020, algorithm 1, option II.
 """
 
@@ -17,17 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.fed_avg import moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.sgd import sgd_of
 from jaxfm.federated.variates import (
     check_num_clients,
     common_variate,
     corrected,
+    movement,
     next_variate,
     no_variates,
+    run_length,
 )
-from jaxfm.model import Key, Model, PyTree, Variables
+from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
 
@@ -39,7 +42,23 @@ class ScaffoldState(NamedTuple):
 
 
 class ScaffoldUpload(NamedTuple):
-    """Sums: the weighted movement, and the changes of c_i, which count alike."""
+    """What one client sends.
+
+    Attributes:
+      gain: the change of c_i, like the parameters.
+      length: f32[], K r / (1 - m), by which the gain says where the client ended.
+      stats: n_i times the movement of the statistics.
+      examples: f32[], n_i.
+    """
+
+    gain: PyTree
+    length: Array
+    stats: PyTree
+    examples: Array
+
+
+class ScaffoldSums(NamedTuple):
+    """The weighted movement, and the changes of c_i, which count alike."""
 
     movement: Mean
     gain: PyTree
@@ -76,11 +95,16 @@ def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Alg
         fit = local_fit(loss, local, corrected(own, common))
         trained, info = fit(start, data, profile.max_steps, key)
         new = next_variate(own, common, start.params, trained.params, info["steps"], sgd)
-        movement = Mean(scaled(info["examples"], difference(trained, start)), info["examples"])
-        return ScaffoldUpload(movement, jax.tree.map(jnp.subtract, new, own)), new, info
+        gain, stats = jax.tree.map(jnp.subtract, (new, trained.stats), (own, start.stats))
+        length, examples = run_length(info["steps"], sgd), info["examples"]
+        return ScaffoldUpload(gain, length, scaled(examples, stats), examples), new, info
 
-    def server(state: ScaffoldState, totals: ScaffoldUpload, public, key: Key):
+    def receive(server: ScaffoldState, public, upload: ScaffoldUpload) -> ScaffoldSums:
+        move = scaled(upload.examples, movement(upload.gain, server.variate, upload.length))
+        return ScaffoldSums(Mean((move, upload.stats), upload.examples), upload.gain)
+
+    def server(state: ScaffoldState, totals: ScaffoldSums, public, key: Key):
         variate = common_variate(state.variate, totals.gain, num_clients)
         return ScaffoldState(moved(state.variables, mean(totals.movement)), variate), {}
 
-    return Algorithm(init, (Bucket(model, send, client, init_client),), server, model)
+    return Algorithm(init, (Bucket(model, send, client, init_client, receive),), server, model)

@@ -3,7 +3,7 @@
     client   (y, p_i) <- (x, p_i): local steps along g - c_i + c on the encoder, along g on p_i
              m_i <- salient coordinates of the trained encoder
              d_i = change of c_i as in SCAFFOLD, c_i <- c_i + m_i d_i
-    up       m_i (y - x), m_i d_i, and which channels these are
+    up       m_i d_i and which channels these are; m_i (y_i - x) follows from it (`variates`)
     server   x[k] <- x[k] + sum_i n_i m_i[k] (y_i - x)[k] / sum_i n_i m_i[k]
              c[k] <- c[k] + sum_i m_i[k] d_i[k] / N
 
@@ -35,7 +35,7 @@ from jaxfm.federated.algorithm import (
     mean,
     scaled,
 )
-from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.fed_avg import moved
 from jaxfm.federated.local import Local, Objective, local_fit, objective
 from jaxfm.federated.partition import (
     IsPersonal,
@@ -52,8 +52,10 @@ from jaxfm.federated.variates import (
     check_num_clients,
     common_variate,
     corrected,
+    movement,
     next_variate,
     no_variates,
+    run_length,
 )
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.search.interpret import coverage
@@ -79,15 +81,23 @@ class SpatlDownload(NamedTuple):
 
 
 class SpatlUpload(NamedTuple):
-    """What one client sends: n_i m_i (y - x), n_i, the channels of m_i, and m_i d_i.
+    """What one client sends.
 
     Coordinates that are not covered are zeros here and nothing on the wire (`upload_bytes`).
+
+    Attributes:
+      gain: m_i d_i, like the encoder's parameters.
+      length: f32[], by which the gain says where the client ended.
+      stats: n_i m_i times the movement of the encoder's statistics.
+      weight: f32[], n_i.
+      masks: the channels of m_i.
     """
 
-    num: PyTree
+    gain: PyTree
+    length: Array
+    stats: PyTree
     weight: Array
     masks: tuple[Array, ...]
-    gain: PyTree
 
 
 class SpatlSums(NamedTuple):
@@ -211,10 +221,10 @@ def _bucket(
         kept = new if paper else jax.tree.map(jnp.add, memory.variate, gain)
         # An empty client weighs nothing, and clients that count alike weigh one.
         weight = jnp.sign(info["examples"]) if paper else info["examples"]
-        there = (covered.params, covered.stats)
-        move = _where(there, difference(encoder, download.encoder))
-        upload = SpatlUpload(scaled(weight, move), weight, masks, gain)
-        info = info | {"bytes_up": upload_bytes(there, gain, masks)}
+        stats = jax.tree.map(jnp.subtract, encoder.stats, download.encoder.stats)
+        stats = scaled(weight, _where(covered.stats, stats))
+        upload = SpatlUpload(gain, run_length(info["steps"], sgd), stats, weight, masks)
+        info = info | {"bytes_up": upload_bytes((covered.params, covered.stats), gain, masks)}
         memory = SpatlMemory(predictor, kept, masks, selector, memory.choices + 1)
         return upload, memory, info
 
@@ -222,7 +232,8 @@ def _bucket(
         covered = split_variables(coverage(network, upload.masks), is_personal)[0]
         count = lambda m: upload.weight * m.astype(jnp.float32)
         weights = jax.tree.map(count, (covered.params, covered.stats))
-        return SpatlSums(Mean(upload.num, weights), upload.gain)
+        move = _where(covered.params, movement(upload.gain, server.variate, upload.length))
+        return SpatlSums(Mean((scaled(upload.weight, move), upload.stats), weights), upload.gain)
 
     def personal(server: SpatlState, memory: SpatlMemory) -> Variables:
         return join_variables(split_variables(server.variables, is_personal)[0], memory.predictor)
@@ -240,7 +251,7 @@ def _where(covered: PyTree, tree: PyTree) -> PyTree:
 
 
 def upload_bytes(covered: PyTree, gain: PyTree, masks: tuple[Array, ...]) -> Array:
-    """f32[]: bytes of one upload: the covered movements and gains, a bit a channel, the weight.
+    """f32[]: bytes of one upload: covered gains and statistics, a bit a channel, two numbers.
 
     Args:
       covered: bool, of (parameters, statistics).
@@ -253,7 +264,7 @@ def upload_bytes(covered: PyTree, gain: PyTree, masks: tuple[Array, ...]) -> Arr
     (size,) = width
     channels = sum(m.size for m in masks)
     params, stats = covered
-    return jnp.float32(size) * (2 * sent(params) + sent(stats)) + math.ceil(channels / 8) + 4
+    return jnp.float32(size) * (sent(params) + sent(stats)) + math.ceil(channels / 8) + 8
 
 
 def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPersonal = head) -> Any:

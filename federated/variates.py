@@ -8,7 +8,13 @@ place of the gradient g, and after K steps from x to y
 with rate r and momentum m: the gradient is corrected before the optimizer, so K steps move up to
 K r / (1 - m) times as far. The server adds  sum_i (c_i+ - c_i) / N  over those who report, with N
 all clients there are: c stays the mean of all c_i. Parameters only; statistics have no drift.
-Source: Karimireddy et al. 2020 (SCAFFOLD), algorithm 1, option II.
+
+One tree goes up, not two: with d_i = c_i+ - c_i and the length K r / (1 - m), a number, the server
+has the movement as well,  y - x = -(d_i + c) K r / (1 - m).  What is left out of a compressed d_i
+then means "as all others", not "did not move". (Where `compressed` rounds c on its way down, the
+server takes its own: off by that rounding.)
+Sources: Karimireddy et al. 2020 (SCAFFOLD), algorithm 1, option II; Huang et al. 2023 (Stochastic
+controlled averaging with communication compression), section 4, for the single upload.
 """
 
 from __future__ import annotations
@@ -35,14 +41,26 @@ def next_variate(
     own: PyTree, common: PyTree, start: PyTree, trained: PyTree, steps: Array, sgd: Sgd
 ) -> PyTree:
     """c_i+ of a client that went from `start` to `trained` in `steps` f32[] steps; c_i for none."""
-    length = steps * sgd.learning_rate / (1 - sgd.momentum)
+    length = jnp.where(steps > 0, run_length(steps, sgd), 1)
 
     def one(c_i, c, x, y):
-        slope = (x - y).astype(jnp.float32) / jnp.where(steps > 0, length, 1)
+        slope = (x - y).astype(jnp.float32) / length
         new = c_i - c + slope.astype(c_i.dtype)
         return jnp.where(steps > 0, new, c_i)
 
     return jax.tree.map(one, own, common, start, trained)
+
+
+def run_length(steps: Array, sgd: Sgd) -> Array:
+    """K r / (1 - m) f32[], how far K steps along one gradient go at most; 0 for none."""
+    return steps * sgd.learning_rate / (1 - sgd.momentum)
+
+
+def movement(gain: PyTree, common: PyTree, length: Array) -> PyTree:
+    """y - x of a client whose variate gained `gain`; trees like the parameters."""
+    return jax.tree.map(
+        lambda d, c: (-length).astype(d.dtype) * (d + c.astype(d.dtype)), gain, common
+    )
 
 
 def common_variate(common: PyTree, gains: PyTree, num_clients: int) -> PyTree:

@@ -123,7 +123,7 @@ def test_bytes_are_those_of_the_covered_values(half):
     for client in range(CLIENTS):
         own = coverage(NET, [m[client] for m in state.memories[0].masks])
         sent = sum(int(m.sum()) for name in ("dense1", "dense2") for m in own.params[name].values())
-        up += 8 * sent + 3 + 4
+        up += 4 * sent + 3 + 8
     assert info["bytes_up"].sum() == up
     costs = client_costs(algorithm, people(), START)
     full = client_costs(make(everything(NET)), people(), START)
