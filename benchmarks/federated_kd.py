@@ -9,7 +9,7 @@ validation images; figures
 are of test images, means over the last three rounds and over seeds of partition and weights. Half
 of the clients take part in a round. Compared are:
 
-- fedavg, feddf: the large network travels; fedavg_small: the knowledge network alone, FedAvg;
+- fedavg, feddf: the large network travels; fedavg_small, feddf_small: the knowledge network alone;
 - fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_average: it
   without public data;
 - fedmd: the same large networks, logits travel; its accuracy is that of a knowledge network which
@@ -66,7 +66,7 @@ from jaxfm.tasks.evaluate import evaluate
 
 TASK = classification(10)
 VOTE = coverage_vote(10)
-DISTILLED = ("feddf", "fedkemf", "rafl")  # whose server learns at a rate of its own
+DISTILLED = ("feddf", "feddf_small", "fedkemf", "rafl")  # whose server learns at a rate of its own
 LAST = 3  # rounds whose mean counts
 
 
@@ -151,6 +151,9 @@ def contenders(
         "fedavg_small": lambda: Contender(fed_avg(small, TASK, local), small, one, None),
         "feddf": lambda: Contender(
             fed_df(large, TASK, local, distil, vote=VOTE), large, one, public
+        ),
+        "feddf_small": lambda: Contender(
+            fed_df(small, TASK, local, distil, vote=VOTE), small, one, public
         ),
         "fedmd": lambda: Contender(by_logits(), small, two, public, True),
         "fedkemf": lambda: kemf(public),

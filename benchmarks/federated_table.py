@@ -1,12 +1,18 @@
 """Every federated algorithm on the same work, tuned alike: accuracy, bytes, size, speed.
 
-    python benchmarks/federated_table.py [--quick] [--data_dir=FOLDER]
+    python benchmarks/federated_table.py [--quick] [--work=NAME --data_dir=FOLDER]
 
-Images of digits (scikit-learn's, or MNIST from its idx files in the folder) by Dirichlet(0.1) on
-labels over ten clients, half of them a round; a fifth of each client's rows is its own test. Every
-algorithm runs with each of the same learning rates and keeps the one that is best on validation
-rows (of the global model where there is one, else of the clients' own); figures are of test rows
-and means over the last three rounds and over seeds of partition and weights.
+By name of the work:
+
+- digits: scikit-learn's, by Dirichlet(0.1) on labels over ten clients, half of them a round;
+- mnist: the same with MNIST's idx files in the folder;
+- mnist_writers: fifty people's digits, ten people a round; the folder also holds QMNIST's labels;
+- cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round.
+
+A fifth of each client's rows is its own test. Every algorithm climbs the same ladder of learning
+rates, from its middle as far as validation rows of the first seed get better (of the global model
+where there is one, else the clients' own test rows), and runs the other seeds at the best; figures
+are of test rows and means over the last three rounds and over seeds of partition and weights.
 
 Then, without training, the bytes of a round of the published networks from their shapes; what
 compression and slices do to a model's size and to its measured step; and distillation, as
@@ -42,9 +48,10 @@ import optax
 from jaxfm import config as configs
 from jaxfm.config import check, option
 from jaxfm.data.arrays import digits
+from jaxfm.data.cifar import cifar10
 from jaxfm.data.federation import Federation, federate
 from jaxfm.data.idx import mnist
-from jaxfm.data.partition import dirichlet
+from jaxfm.data.partition import dirichlet, natural
 from jaxfm.federated import (
     Algorithm,
     Local,
@@ -79,7 +86,7 @@ from jaxfm.federated.partition import IsPersonal, split_tree, split_variables
 from jaxfm.federated.spatl import upload_bytes
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.resnet import resnet, resnet_config
+from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
 from jaxfm.models.vgg import vgg, vgg_config
 from jaxfm.search import costs, coverage, model_network
 from jaxfm.search.cost import counts_of
@@ -89,7 +96,33 @@ from jaxfm.tasks import classification
 from jaxfm.tasks.evaluate import evaluate
 
 TASK = classification(10)
-CLIENTS, COHORT, LAST = 10, 5, 3
+LAST = 3  # rounds whose mean counts
+
+
+class Size(NamedTuple):
+    """How much of a work's data is used, and how clients train.
+
+    Attributes:
+      held: rows for validation.
+      private: rows of all clients.
+      clients, cohort: all, and those of a round.
+      epochs, batch: of local training.
+    """
+
+    held: int
+    private: int
+    clients: int
+    cohort: int
+    epochs: int
+    batch: int
+
+
+WORKS = {
+    "digits": Size(200, 1097, 10, 5, 3, 20),
+    "mnist": Size(1000, 4000, 10, 5, 2, 20),
+    "mnist_writers": Size(1000, 6000, 50, 10, 3, 20),
+    "cifar10": Size(1000, 2500, 10, 10, 2, 32),
+}
 KEEP = 0.5  # the share of multiply-adds that SPATL's and ADP's clients keep
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM
 
@@ -99,18 +132,25 @@ class Config:
     """What is measured."""
 
     quick: bool = option(False, "few rounds, one seed, one learning rate, fewer algorithms")
-    data_dir: str = option("", "folder with MNIST's idx files; scikit-learn's digits if empty")
-    num_rounds: int = option(30, "rounds of each algorithm")
+    work: str = option("digits", f"of {', '.join(WORKS)}")
+    data_dir: str = option("", "folder with the data, or CIFAR-10's .npz file; digits need none")
+    num_rounds: int = option(20, "rounds of each algorithm")
     num_seeds: int = option(3, "partitions and initial weights")
     beta: float = option(0.1, "of the Dirichlet distribution of labels")
-    rates: tuple[float, ...] = option((0.01, 0.03), "learning rates that each algorithm tries")
-    distilled: bool = option(True, "run federated_kd.py, too")
+    rates: tuple[float, ...] = option(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), "the ladder of learning rates, from low to high"
+    )
+    distilled: bool = option(False, "run federated_kd.py, too")
     only: tuple[str, ...] = option((), "algorithms to run beside fed_avg; all if empty")
 
     def __post_init__(self):
         check(self)
         if self.num_rounds < LAST or self.num_seeds < 1:
             raise ValueError(f"Give at least {LAST} rounds and one seed, not {self}.")
+        if self.work not in WORKS:
+            raise ValueError(f"work={self.work!r} is unknown; choose one of {', '.join(WORKS)}.")
+        if self.work != "digits" and not self.data_dir:
+            raise ValueError(f"work={self.work!r} needs --data_dir, where its files are.")
 
 
 class Work(NamedTuple):
@@ -120,6 +160,7 @@ class Work(NamedTuple):
       train, own: a federation a seed, of training rows and of the clients' own test rows.
     """
 
+    size: Size
     validation: Mapping[str, np.ndarray]
     test: Mapping[str, np.ndarray]
     train: list[Federation]
@@ -131,31 +172,47 @@ class Work(NamedTuple):
 
 
 def load(config: Config) -> Work:
-    data = mnist(config.data_dir) if config.data_dir else digits()
-    rng = np.random.default_rng(0)
-    rows = data["train"].examples
-    order = rng.permutation(len(rows["label"]))
-    held, some = (1000, 6000) if config.data_dir else (200, 1097)
-    validation, private = ({k: v[part] for k, v in rows.items()}
-                           for part in (order[:held], order[held : held + some]))  # fmt: skip
+    size, folder = WORKS[config.work], config.data_dir
+    data = {
+        "digits": digits,
+        "mnist": lambda: mnist(folder),
+        "mnist_writers": lambda: mnist(folder, writers=folder),
+        "cifar10": lambda: cifar10(folder),
+    }[config.work]()
+    rng, source = np.random.default_rng(0), data["train"]
+    order = rng.permutation(len(source.examples["label"]))
+    rows = {name: leaf[order] for name, leaf in source.examples.items()}
+    validation = {name: leaf[: size.held] for name, leaf in rows.items()}
+    private = {name: leaf[size.held :] for name, leaf in rows.items()}
     train, own = [], []
     for seed in range(config.num_seeds):
-        parts = dirichlet(private["label"], CLIENTS, beta=config.beta, seed=seed, min_examples=10)
+        if config.work == "mnist_writers":
+            writers = np.random.default_rng(seed).permutation(source.client.max() + 1)
+            people = natural(source.client[order][size.held :])
+            parts = [people[writer] for writer in writers[: size.clients]]
+        else:
+            label = private["label"][: size.private]
+            parts = dirichlet(label, size.clients, beta=config.beta, seed=seed, min_examples=10)
         mixed = [rng.permutation(np.asarray(part)) for part in parts]
         train.append(federate(private, [p[: -(len(p) // 5)] for p in mixed]))
         own.append(federate(private, [p[-(len(p) // 5) :] for p in mixed]))
-    side = private["image"].shape[1]
-    model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
+    side, _, channels = private["image"].shape[1:]
+    if config.work == "cifar10":
+        model = resnet(ResNetConfig(depths=(1, 1, 1), shortcut="projection"))
+    else:
+        model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
     variables = model.init(jax.random.key(0))
-    network = model_network(model, variables, jnp.zeros((1, side, side, 1)))
-    sizes = axis_sizes(variables, model.axes)
-    tiers = [width(sizes, dict.fromkeys(WIDTHS, r)) for r in RATIOS]
-    test = {name: leaf[:4000] for name, leaf in data["test"].examples.items()}
-    last = _last(variables)
-    return Work(validation, test, _alike(train), _alike(own), model, network, tiers, under(last))
+    network = model_network(model, variables, jnp.zeros((1, side, side, channels)))
+    tiers = [width(axis_sizes(variables, model.axes), widths(model, r)) for r in RATIOS]
+    test = {name: leaf[:2000] for name, leaf in data["test"].examples.items()}
+    last = under(_last(variables))
+    return Work(size, validation, test, _alike(train), _alike(own), model, network, tiers, last)
 
 
-WIDTHS = ("conv1", "conv2", "dense")
+def widths(model: Model, ratio: float) -> dict[str, float]:
+    """One ratio for all named axes but those of the images and of the classes."""
+    sizes = axis_sizes(jax.eval_shape(model.init, jax.random.key(0)), model.axes)
+    return dict.fromkeys(sorted(set(sizes) - {"channel", "class"}), ratio)
 
 
 def _last(variables: Variables) -> str:
@@ -177,10 +234,10 @@ Make = Callable[[Model, Any, Local], Algorithm]
 def algorithms(work: Work, config: Config) -> dict[str, Make]:
     """By name; names in `PERSONAL` have no global model."""
     salient = saliency(work.network, {"macs": KEEP})
-    shared = functools.partial(spatl, select=salient, num_clients=CLIENTS, is_personal=nothing)
-    pruning = lambda *a: (
-        adp(work.network, *a, target=KEEP, rounds=max(1, config.num_rounds // 2)).algorithm
-    )
+    clients = work.size.clients
+    shared = functools.partial(spatl, select=salient, num_clients=clients, is_personal=nothing)
+    half = max(1, config.num_rounds // 2)
+    pruning = lambda *a, **kw: adp(work.network, *a, target=KEEP, rounds=half, **kw).algorithm
     everything: dict[str, Make] = {
         "fed_avg": fed_avg,
         "fed_avg_topk8": lambda *a: compressed(fed_avg(*a), top_k(0.1, bits=8)),
@@ -188,20 +245,21 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "fed_prox": lambda *a: fed_prox(*a, mu=0.01),
         "fed_adam": lambda *a: fed_adam(*a, learning_rate=0.01),
         "fed_nova": fed_nova,
-        "fed_dyn": lambda *a: fed_dyn(*a, num_clients=CLIENTS, alpha=0.1),
-        "scaffold": lambda *a: scaffold(*a, num_clients=CLIENTS),
+        "fed_dyn": lambda *a: fed_dyn(*a, num_clients=clients, alpha=0.1),
+        "scaffold": lambda *a: scaffold(*a, num_clients=clients),
         "fed_per": lambda *a: fed_per(*a, is_personal=work.head),
         "lg_fed_avg": lambda *a: lg_fed_avg(*a, is_shared=work.head),
         "hetero_fl": lambda *a: hetero_fl(*a, work.tiers),
         "fed_rolex": lambda *a: fed_rolex(*a, work.tiers),
         "raffm": lambda *a: raffm(*a, work.tiers, distil=0.5),
         "adp": pruning,
+        "adp_federated": lambda *a: pruning(*a, gates="federated"),
         "spatl": lambda *a: shared(*a),
         "spatl_topk8": lambda *a: compressed(shared(*a), top_k(0.1, bits=8)),
         "spatl_narrow": lambda *a: compressed(shared(*a), quantised(8, block=256), down=8),
         "fed_avg_narrow": lambda *a: compressed(fed_avg(*a), quantised(8, block=256), down=8),
         "spatl_personal": lambda *a: spatl(
-            *a, salient, num_clients=CLIENTS, is_personal=work.head
+            *a, salient, num_clients=clients, is_personal=work.head
         ),
     }  # fmt: skip
     quick = ("fed_avg", "scaffold", "raffm", "adp", "spatl", "spatl_topk8")
@@ -216,7 +274,8 @@ class Run(NamedTuple):
     """One algorithm at one learning rate.
 
     Attributes:
-      curve: f64[seeds, rounds, 3], validation, test and the clients' own test rows.
+      curve: f64[seeds, rounds, 3], validation, test and the clients' own test rows; NaN where
+        nobody asks: validation counts in the last rounds alone.
       bytes: a round, both ways, mean.
       ends: the last server state and memories of each seed.
     """
@@ -228,31 +287,60 @@ class Run(NamedTuple):
     algorithm: Algorithm
 
 
-def play(make: Make, name: str, rate: float, work: Work, config: Config) -> Run:
-    local = Local(optax.sgd(rate, momentum=0.9), 20, 3)
+def play(make: Make, name: str, rate: float, work: Work, config: Config, seeds: range) -> Run:
+    clients, cohort, epochs, batch = work.size[2:]
+    local = Local(optax.sgd(rate, momentum=0.9), batch, epochs)
     algorithm = make(work.model, TASK, local)
-    bucket = np.arange(CLIENTS) % len(algorithm.buckets)
-    people = [Population(f, profiles(CLIENTS), bucket) for f in work.train]
-    engine = rounds(algorithm, people[0], cohort_size=COHORT)
+    bucket = np.arange(clients) % len(algorithm.buckets)
+    people = [Population(f, profiles(clients), bucket) for f in work.train]
+    engine = rounds(algorithm, people[0], cohort_size=cohort)
     own = client_metrics(algorithm, bucket, TASK, batch_size=64)
     curves, ends, wire = [], [], []
-    for seed, population in enumerate(people):
+    for seed in seeds:
         start = work.model.init(jax.random.key(seed))
-        priced = client_costs(algorithm, population, start)
+        priced = client_costs(algorithm, people[seed], start)
         state = engine.init(start, jax.random.key(100 + seed))
         points = []
-        for _ in range(config.num_rounds):
-            state, info = engine.run(state, population)
+        for done in range(1, config.num_rounds + 1):
+            state, info = engine.run(state, people[seed])
             spent = round_costs(priced, info)
             wire.append(spent["bytes_up"] + spent["bytes_down"])
-            overall = (np.nan, np.nan) if name in PERSONAL else tuple(
-                accuracy(work.model, state.server.variables, rows)
-                for rows in (work.validation, work.test)
-            )  # fmt: skip
-            points.append((*overall, float(np.nanmean(own(state, work.own[seed])["accuracy"]))))
+            late, variables = config.num_rounds - done < LAST, state.server.variables
+            look = lambda rows, wanted, v=variables: (
+                accuracy(work.model, v, rows) if wanted and name not in PERSONAL else np.nan
+            )
+            whole = (look(work.validation, late), look(work.test, True))
+            at_home = late or name in ("fed_avg", *PERSONAL)
+            mean = np.nanmean(own(state, work.own[seed])["accuracy"]) if at_home else np.nan
+            points.append((*whole, float(mean)))
         curves.append(points)
         ends.append(jax.device_get(state))
     return Run(rate, np.array(curves), float(np.mean(wire)), ends, algorithm)
+
+
+def tuned(make: Make, name: str, work: Work, config: Config) -> Run:
+    """The first seed at the best rate of the ladder, and the other seeds at that rate."""
+    runs: dict[int, Run] = {}
+
+    def at(i: int) -> float:
+        if i not in runs:
+            runs[i] = play(make, name, config.rates[i], work, config, range(1))
+        return score(runs[i], name)
+
+    best = len(config.rates) // 2
+    at(best)
+    for step in (-1, 1):
+        while 0 <= best + step < len(config.rates) and at(best + step) > at(best):
+            best += step
+    first = runs[best]
+    if config.num_seeds == 1:
+        return first
+    rest = play(make, name, first.rate, work, config, range(1, config.num_seeds))
+    return first._replace(
+        curve=np.concatenate([first.curve, rest.curve]),
+        bytes=(first.bytes + rest.bytes * (config.num_seeds - 1)) / config.num_seeds,
+        ends=first.ends + rest.ends,
+    )
 
 
 def accuracy(model: Model, variables: Variables, examples: Mapping) -> float:
@@ -299,8 +387,9 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
             whole = accuracy(work.model, state.server.variables, work.test)
             gaps.append(100 * (whole - accuracy(work.model, small, work.test)))
         start = work.model.init(jax.random.key(0))
-        price = client_costs(run.algorithm, Population(work.train[0], profiles(CLIENTS),
-                             np.arange(CLIENTS) % len(RATIOS)), start)  # fmt: skip
+        clients = work.size.clients
+        people = Population(work.train[0], profiles(clients), np.arange(clients) % len(RATIOS))
+        price = client_costs(run.algorithm, people, start)
         mean = np.mean([cost.parameters for cost in price])
         out |= {
             "raffm_subnet_gap": round(float(np.mean(gaps)), 2),
@@ -313,7 +402,7 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
         own = costs(work.network)
         shares = []
         for state in run.ends:
-            for client in range(CLIENTS):
+            for client in range(work.size.clients):
                 scores = jax.tree.map(lambda x, i=client: x[i], state.memories[0])
                 late = state.server._replace(round=np.int32(10**6))
                 kept = jax.device_get(made.kept(late, scores))
@@ -322,6 +411,9 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
                 )
         out["adp_flops"] = round(float(np.mean(shares)), 4)
         out["adp_accuracy_drop"] = round(100 * float(end(base) - end(run)), 2)
+    if "adp_federated" in runs:
+        run, end = runs["adp_federated"], lambda r: r.curve[:, -LAST:, 2].mean()
+        out["adp_federated_drop"] = round(100 * float(end(runs["fed_avg"]) - end(run)), 2)
     return out
 
 
@@ -332,12 +424,12 @@ def slice_of(work: Work, share: float) -> Subnet:
     whole = count_parameters(variables.params)
 
     def gap(ratio: float) -> float:
-        tier = width(sizes, dict.fromkeys(WIDTHS, ratio))
+        tier = width(sizes, widths(work.model, ratio))
         cut = jax.eval_shape(lambda v: extract(v, work.model.axes, tier), variables)
         return abs(count_parameters(cut.params) / whole - share)
 
     best = min(np.linspace(0.3, 1, 57), key=gap)
-    return width(sizes, dict.fromkeys(WIDTHS, float(best)))
+    return width(sizes, widths(work.model, float(best)))
 
 
 def seconds(function: Callable, *args, repeats: int = 7) -> float:
@@ -367,7 +459,7 @@ def speeds() -> dict[str, float]:
 
         return jax.grad(loss)(variables.params)
 
-    smallest = extract(variables, model.axes, width(sizes, dict.fromkeys(WIDTHS, RATIOS[-1])))
+    smallest = extract(variables, model.axes, width(sizes, widths(model, RATIOS[-1])))
     network = model_network(model, variables, images)
     made = adp(network, model, TASK, Local(optax.sgd(0.1), 20), target=KEEP, rounds=1)
     server = made.algorithm.init(variables)._replace(round=jnp.int32(1))
@@ -436,35 +528,34 @@ def table(runs: Mapping[str, Run]) -> str:
     for name, run in runs.items():
         tail = run.curve[:, -LAST:].mean(1)
         show = lambda c, t=tail: f"{100 * t[:, c].mean():5.1f}±{100 * t[:, c].std():3.1f}"
-        lines.append(f"{name:16} {run.rate:5.2f} {show(1)} {show(2)} {run.bytes / 1e6:8.3f}")
+        lines.append(f"{name:16} {run.rate:5.3f} {show(1)} {show(2)} {run.bytes / 1e6:8.3f}")
     return "\n".join(lines)
 
 
 def main(config: Config) -> None:
     if config.quick:
-        config = dataclasses.replace(config, num_rounds=6, num_seeds=1)
+        config = dataclasses.replace(config, num_rounds=6, num_seeds=1, rates=(0.03,))
     began, work, runs = time.perf_counter(), load(config), {}
     for name, make in algorithms(work, config).items():
-        for rate in config.rates[-1:] if config.quick else config.rates:
-            run = play(make, name, rate, work, config)
-            if name not in runs or score(run, name) > score(runs[name], name):
-                runs[name] = run
+        runs[name] = tuned(make, name, work, config)
         print(f"{name}: {score(runs[name], name):.3f} ({time.perf_counter() - began:.0f} s)",
               flush=True)  # fmt: skip
     print(table(runs))
     result: dict[str, Any] = {"name": "federated_table"}
-    result["data"] = "mnist" if config.data_dir else "digits"
-    result |= savings(runs) | slices(runs, work) | speeds()
-    result["published_megabytes"] = published_bytes()
+    result["work"] = config.work
+    result |= savings(runs) | slices(runs, work)
+    if config.work == "digits":
+        result |= speeds() | {"published_megabytes": published_bytes()}
     result["accuracy"] = {
         name: [round(float(x), 4) for x in run.curve[:, -LAST:].mean((0, 1))[1:]]
         for name, run in runs.items()
     }
+    result["rates"] = {name: run.rate for name, run in runs.items()}
     result["bytes_a_round"] = {name: round(run.bytes) for name, run in runs.items()}
     if not config.distilled:
         print(json.dumps(result))
         return
-    kd = federated_kd.measured(federated_kd.Config(quick=config.quick, data_dir=config.data_dir))
+    kd = federated_kd.measured(federated_kd.Config(quick=config.quick))
     result |= {k: kd[k] for k in ("fedkemf_bytes_saving", "rafl_distillation_gain")}
     print(json.dumps(result))
 
