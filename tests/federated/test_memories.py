@@ -170,6 +170,7 @@ def mutual(models) -> Algorithm:
     return Algorithm(Knowledge, tuple(map(bucket, models)), server)
 
 
+@pytest.mark.slow
 def test_clients_of_other_architectures_share_what_they_know():
     rng = np.random.default_rng(1)
     label = rng.integers(0, 3, 20).astype(np.int32)

@@ -4,6 +4,7 @@ import random
 import time
 
 import numpy as np
+import pytest
 from federated_worker import finish, launch
 
 
@@ -30,6 +31,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(tmp_path, uninterrupted):
         np.testing.assert_array_equal(ended[name], uninterrupted[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_two_devices_saved_one_device_goes_on_with(tmp_path, uninterrupted):
     out, folder = tmp_path / "out.npz", tmp_path / "checkpoints"
     finish(launch(out, "--folder", folder, "--calls", 2, "--devices", 2))

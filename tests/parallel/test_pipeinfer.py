@@ -75,8 +75,11 @@ SETTINGS = {
     "copied": (lambda m, v: draft.composite(draft.lookup_source(), draft.model_source(m, v)),
                {"levels": 2}),
 }  # fmt: skip
-CASES = [("llama", name, "greedy") for name in SETTINGS] + [("llama", "tree", "sampled")]
-MORE = [("gpt2", "exit", "greedy"), ("window", "tree", "greedy"), ("llama", "copied", "sampled")]
+CASES = [("llama", "plain", "greedy"), ("llama", "exit", "greedy"), ("llama", "tree", "sampled")]
+MORE = [
+    *(("gpt2", "exit", "greedy"), ("window", "tree", "greedy"), ("llama", "tree", "greedy")),
+    *(("llama", "copied", "greedy"), ("llama", "copied", "sampled")),
+]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ def whole(name):
     return compiled(name).result(compiled(name).advance(start(name), 20))
 
 
-everyone = pytest.mark.parametrize("name", list(LEARNING))
+published = ("agmc_paper", "gnn_rl_paper")  # the same programs but for some terms
+everyone = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in published else n for n in LEARNING]
+)
 
 SIZES = np.array([8, 30, 64, 5], np.int32)
 WEIGHTS = np.array([3.0, 1.0, 0.5, 4.0], np.float32)
