@@ -121,7 +121,7 @@ WORKS = {
     "digits": Size(200, 1097, 10, 5, 3, 20),
     "mnist": Size(1000, 4000, 10, 5, 2, 20),
     "mnist_writers": Size(1000, 6000, 50, 10, 3, 20),
-    "cifar10": Size(1000, 2500, 10, 10, 2, 32),
+    "cifar10": Size(500, 2000, 10, 10, 2, 32),
 }
 KEEP = 0.5  # the share of multiply-adds that SPATL's and ADP's clients keep
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM

@@ -37,7 +37,7 @@ from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Model, Variables
 from jaxfm.models import resnet_config
-from jaxfm.search.agmc import agmc, agmc_paper
+from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.policy_graph import policy_graph
@@ -160,13 +160,13 @@ class Bench:
     def strategy(self, name: str, problem):
         graph = policy_graph(self.net, self.work.variables)
         own, dense = search.costs(self.net), self.net.sizes.astype(np.int64)
-        groups = len(self.net.groups)
+        groups, warm_up = len(self.net.groups), warm_up_of(self.config.evaluations)
         return {
             "random": lambda: search.random_search(groups),
             "nsga2": lambda: search.nsga2(problem.sizes),
             "cma_es": lambda: search.cma_es(groups),
-            "agmc": lambda: agmc(graph),
-            "agmc_paper": lambda: agmc_paper(graph),
+            "agmc": lambda: agmc(graph, warm_up=warm_up),
+            "agmc_paper": lambda: agmc_paper(graph, warm_up=warm_up),
             "gnn_rl": lambda: gnn_rl(graph),
             "gnn_rl_paper": lambda: gnn_rl_paper(
                 graph, lambda c: own.macs(c) / float(own.macs(dense)), self.config.macs

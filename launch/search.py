@@ -48,7 +48,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
-from jaxfm.search.agmc import agmc, agmc_paper
+from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.importance import gradient
@@ -227,7 +227,7 @@ def trainer(forward: Forward, task: Task, config: SearchConfig) -> Callable[...,
 
 def make_strategy(
     name: str, network: search.Network, variables: Variables, problem: search.Problem,
-    scores: Any, macs: float,
+    scores: Any, macs: float, evaluations: int,
 ) -> search.Strategy:  # fmt: skip
     """The strategy of a name, on a problem."""
     size = len(problem.sizes)
@@ -236,9 +236,10 @@ def make_strategy(
         if name == "gnn_rl_paper":
             own, dense = search.costs(network), network.sizes.astype(np.int64)
             return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
-        by_graph: dict[str, Callable[..., search.Strategy]]
-        by_graph = {"gnn_rl": gnn_rl, "agmc": agmc, "agmc_paper": agmc_paper}
-        return by_graph[name](graph)
+        if name == "gnn_rl":
+            return gnn_rl(graph)
+        agent = agmc if name == "agmc" else agmc_paper
+        return agent(graph, warm_up=warm_up_of(evaluations))
     if name == "magnitude":
         flat = [np.asarray(s).mean(0) if s.ndim > 1 else s for s in scores]
         return search.magnitude(problem, flat)
@@ -279,7 +280,9 @@ def find(config: SearchConfig, setting: Setting) -> Found:
         network, variables, order, limits, task, setting.reward, calibration=calibration,
         metric=metric, batch_size=config.batch_size, multiple=config.channel_multiple,
     )  # fmt: skip
-    strategy = make_strategy(config.strategy, network, variables, problem, scores, config.macs)
+    strategy = make_strategy(
+        config.strategy, network, variables, problem, scores, config.macs, config.evaluations
+    )
     evaluations = max(1, config.evaluations // strategy.batch) * strategy.batch
     evaluations = strategy.batch if config.strategy in ("uniform", "magnitude") else evaluations
     print(f"{len(network.groups)} groups; {config.strategy} tries {evaluations} candidates.")

@@ -64,7 +64,8 @@ def agmc(
     Args:
       graph: of `policy_graph`.
       batch: episodes an `ask`.
-      warm_up: episodes of random logits first (25 of uniform ratios in the paper).
+      warm_up: episodes of random logits first (25 of uniform ratios in the paper); the fewer there
+        are in all, the fewer of these (`warm_up_of`).
       memory: episodes remembered.
       updates, sample: gradient steps a `tell`, and episodes in each.
       noise, decay: sd of the truncated normal around the actor, and its factor an episode (0.5 and
@@ -77,6 +78,11 @@ def agmc(
     return _ddpg(
         graph, batch, warm_up, memory, updates, sample, noise, decay, learning_rates, published=None
     )
+
+
+def warm_up_of(evaluations: int) -> int:
+    """How many of all episodes to begin with at random: a sixth, but 16 to learn from at least."""
+    return max(16, evaluations // 6)
 
 
 class Published(NamedTuple):
