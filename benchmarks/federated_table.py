@@ -22,7 +22,8 @@ compression and slices do to a model's size and to its measured step; and distil
   shared and the global model looked at; the target is the accuracy of FedAvg's best round.
   spatl_accuracy_gain: points of test accuracy at the end. `compressed_` the same with uploads of
   top-k and 8 bits, `narrow_` with 8 bits both ways; `personal_` with a personal predictor, on the
-  clients' own test rows; `scaffold_` for SCAFFOLD in its place;
+  clients' own test rows; `scaffold_` for SCAFFOLD in its place. spatl_slice_drop: points on these
+  rows by which a client's salient channels alone are worse;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
 - raffm_subnet_gap: points that a slice of 60 % of the parameters lies below the full network;
   raffm_step_speedup: a training step of the full network over one of the smallest tier;
@@ -40,6 +41,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import federated_kd
+import federated_sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,6 @@ from jaxfm.federated import (
     fed_per,
     fed_prox,
     fed_rolex,
-    head,
     hetero_fl,
     lg_fed_avg,
     nothing,
@@ -82,13 +83,12 @@ from jaxfm.federated import (
     top_k,
     under,
 )
-from jaxfm.federated.partition import IsPersonal, split_tree, split_variables
-from jaxfm.federated.spatl import upload_bytes
+from jaxfm.federated.adp import gated
+from jaxfm.federated.partition import IsPersonal
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
-from jaxfm.models.vgg import vgg, vgg_config
-from jaxfm.search import costs, coverage, model_network
+from jaxfm.models.resnet import ResNetConfig, resnet
+from jaxfm.search import costs, model_network
 from jaxfm.search.cost import counts_of
 from jaxfm.search.groups import Network
 from jaxfm.subnet import Subnet, axis_sizes, extract, width
@@ -395,6 +395,8 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
             "raffm_subnet_gap": round(float(np.mean(gaps)), 2),
             "raffm_full_over_mean_parameters": round(price[0].parameters / mean, 2),
         }
+    if "spatl_personal" in runs:
+        out["spatl_slice_drop"] = round(100 * _lost_by_slicing(runs["spatl_personal"], work), 2)
     if "adp" in runs:
         run, base = runs["adp"], runs["fed_avg"]
         end = lambda r: r.curve[:, -LAST:, 2].mean()
@@ -417,6 +419,20 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
     return out
 
 
+def _lost_by_slicing(run: Run, work: Work) -> float:
+    """Accuracy of the clients' networks less that of their salient channels alone, on own rows."""
+    small, lost = gated(work.network, work.model), []
+    for seed, state in enumerate(run.ends):
+        for client in range(work.size.clients):
+            memory = jax.tree.map(lambda x, i=client: x[i], state.memories[0])
+            whole = run.algorithm.buckets[0].personal(state.server, memory)
+            cut = whole._replace(live=(whole.live, memory.masks))
+            index = work.own[seed].index[client, : work.own[seed].count[client]]
+            rows = {name: leaf[index] for name, leaf in work.own[seed].examples.items()}
+            lost.append(accuracy(work.model, whole, rows) - accuracy(small, cut, rows))
+    return float(np.mean(lost))
+
+
 def slice_of(work: Work, share: float) -> Subnet:
     """The leading slice, all widths alike, with the nearest share of the parameters."""
     variables = jax.eval_shape(work.model.init, jax.random.key(0))
@@ -430,97 +446,6 @@ def slice_of(work: Work, share: float) -> Subnet:
 
     best = min(np.linspace(0.3, 1, 57), key=gap)
     return width(sizes, widths(work.model, float(best)))
-
-
-def seconds(function: Callable, *args, repeats: int = 7) -> float:
-    """The best of several calls of a compiled function, without its compilation."""
-    compiled = jax.jit(function)
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def speeds() -> dict[str, float]:
-    """A training step of tiers, and the latency of a slice, on a network of practical width."""
-    model = cnn(CnnConfig())
-    variables = model.init(jax.random.key(0))
-    sizes = axis_sizes(variables, model.axes)
-    images = jax.random.normal(jax.random.key(1), (32, 28, 28, 1))
-    labels = jnp.arange(32) % 10
-
-    def step(variables: Variables) -> Any:
-        def loss(params):
-            logits = model.apply(variables._replace(params=params), images)[0]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        return jax.grad(loss)(variables.params)
-
-    smallest = extract(variables, model.axes, width(sizes, widths(model, RATIOS[-1])))
-    network = model_network(model, variables, images)
-    made = adp(network, model, TASK, Local(optax.sgd(0.1), 20), target=KEEP, rounds=1)
-    server = made.algorithm.init(variables)._replace(round=jnp.int32(1))
-    scores = made.calibrated(server, {"image": images, "label": labels})
-    small = made.extracted(server, scores)
-    dense = lambda v, x: model.apply(v, x)[0]
-    return {
-        "raffm_step_speedup": round(seconds(step, variables) / seconds(step, smallest), 2),
-        "adp_latency_speedup": round(
-            seconds(dense, variables, images) / seconds(small.apply, small.params, images), 2
-        ),
-    }
-
-
-def published_bytes() -> dict[str, Any]:
-    """Megabytes a client and round of the papers' networks, both ways, from shapes alone.
-
-    SPATL's are those of freshly drawn weights; FedKEMF's knowledge network is ResNet-20.
-    """
-    out: dict[str, Any] = {}
-    local = Local(optax.sgd(0.01, momentum=0.9), 64)
-    rows = {"image": np.zeros((8, 32, 32, 3), np.float32), "label": np.zeros(8, np.int32)}
-    people = Population(federate(rows, [np.arange(8)]), profiles(1), np.zeros(1, int))
-    models = {
-        "resnet20": resnet(resnet_config(20)), "resnet32": resnet(resnet_config(32)),
-        "vgg11": vgg(vgg_config(11, cifar=True)),
-    }  # fmt: skip
-    up: dict[tuple[str, str], int] = {}
-    for name, model in models.items():
-        variables = model.init(jax.random.key(0))
-        select = saliency(model_network(model, variables, jnp.zeros((1, 32, 32, 3))), {"macs": 0.6})
-        made = {
-            "fed_avg": fed_avg(model, TASK, local),
-            "fed_avg_4bit": compressed(fed_avg(model, TASK, local), quantised(4, block=256)),
-            "fed_nova": fed_nova(model, TASK, local),
-            "scaffold": scaffold(model, TASK, local, num_clients=10),
-            "spatl": spatl(model, TASK, local, select, num_clients=10, is_personal=head),
-        }
-        made["spatl_topk8"] = compressed(made["spatl"], top_k(0.05, bits=8))
-        row = {}
-        for other, algorithm in made.items():
-            (cost,) = client_costs(algorithm, people, variables)
-            up[name, other] = cost.bytes_up
-            if other == "spatl":
-                up[name, other] = int(_salient_bytes(select, variables))
-            row[other] = round((up[name, other] + cost.bytes_down) / 1e6, 3)
-        out[name] = row
-    for client in ("vgg11", "resnet32"):
-        plain, small = up[client, "fed_avg"], up["resnet20", "fed_avg"]
-        out[f"fedkemf_over_{client}"] = round(plain / small, 1)
-        out[f"fedkemf_4bit_uploads_over_{client}"] = round(
-            plain / up["resnet20", "fed_avg_4bit"], 1
-        )
-    return out
-
-
-def _salient_bytes(select: Any, variables: Variables) -> Any:
-    masks, _ = jax.jit(lambda v: select.choose((), v, None, None))(variables)
-    covered = split_variables(coverage(select.network, masks), head)[0]
-    encoder = split_tree(variables.params, head)[0]
-    return upload_bytes((covered.params, covered.stats), encoder, masks)
 
 
 def table(runs: Mapping[str, Run]) -> str:
@@ -545,7 +470,7 @@ def main(config: Config) -> None:
     result["work"] = config.work
     result |= savings(runs) | slices(runs, work)
     if config.work == "digits":
-        result |= speeds() | {"published_megabytes": published_bytes()}
+        result |= federated_sizes.measured()
     result["accuracy"] = {
         name: [round(float(x), 4) for x in run.curve[:, -LAST:].mean((0, 1))[1:]]
         for name, run in runs.items()

@@ -36,6 +36,9 @@ from jaxfm.model import PyTree, Variables, is_axes
 _LEADING = ("layer", "kv_heads")
 # Axes whose indices carry meaning of their own, so that cutting them changes the function.
 FIXED = {"rotary_dim": "its pairs turn at frequencies of their own; cut kv_heads or q_per_kv"}
+# The height and the width of a convolution's kernel share a name with this prefix. Taps are places
+# and no channels: what stays is the centre, and no ratio of widths applies to them.
+_TAPS = "kernel_"
 
 
 class Subnet(NamedTuple):
@@ -48,6 +51,7 @@ class Subnet(NamedTuple):
         i32[layer, kv_heads, kept]: per layer and head ("qk_dim", "v_dim");
         a list of one i32[kept_l] a layer: layers of unequal width, which `extract` returns as a
         dict of layers.
+        Of a convolution's kernel ("kernel_conv1", height and width at once) the `centre` stays.
         Indices within one axis are distinct. For `mask` and `cover`, indices equal to the size
         of the axis are padding, so that candidates of different widths share one shape.
     """
@@ -56,11 +60,43 @@ class Subnet(NamedTuple):
 
 
 def axis_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
-    """The size of every named axis of `tree`.
+    """The size of every named axis of `tree`; those of kernels' taps are in `kernel_sizes`.
 
     Raises:
       ValueError: an axis has two sizes, or the trees differ.
     """
+    return {name: size for name, size in _sizes(tree, axes).items() if not is_taps(name)}
+
+
+def kernel_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
+    """Height and width, which are equal, of every named kernel: {"kernel_conv1": 5}.
+
+    Raises:
+      ValueError: as `axis_sizes`.
+    """
+    return {name: size for name, size in _sizes(tree, axes).items() if is_taps(name)}
+
+
+def is_taps(name: str | None) -> bool:
+    """Whether an axis is the height and width of a kernel."""
+    return name is not None and name.startswith(_TAPS)
+
+
+def centre(size: int, kept: int) -> np.ndarray:
+    """i32[kept], the middle of `size` taps; a kernel's crop sees the same pixels at its centre.
+
+    Raises:
+      ValueError: not as many taps can be left out on both sides.
+    """
+    if not 1 <= kept <= size or (size - kept) % 2:
+        raise ValueError(
+            f"{kept} of {size} taps have no centre: as many are left out on either side; give one "
+            f"of {list(range(2 - size % 2, size + 1, 2))}."
+        )
+    return np.arange(kept, dtype=np.int32) + (size - kept) // 2
+
+
+def _sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
     sizes: dict[str, int] = {}
 
     def note(names: tuple, leaf) -> None:
@@ -277,7 +313,7 @@ def _checked(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -
     Raises:
       ValueError: the subnet does not fit the tree.
     """
-    sizes = axis_sizes(tree, axes)
+    sizes = _sizes(tree, axes)
     keep = {}
     for name, index in subnet.keep.items():
         if name in FIXED:
@@ -326,3 +362,10 @@ def _check_row(name: str, row, size: int, padded: bool) -> None:
     ordered = np.sort(row, axis=-1)
     if ((np.diff(ordered, axis=-1) == 0) & (ordered[..., 1:] < size)).any():
         raise ValueError(f"keep[{name!r}] names an index twice: {row.tolist()}.")
+    if is_taps(name):
+        inside = row[row < size]
+        if row.ndim > 1 or not np.array_equal(inside, centre(size, inside.size)):
+            raise ValueError(
+                f"keep[{name!r}]={row.tolist()} is not the centre of a kernel of {size} taps: its "
+                "window would move; see `jaxfm.subnet.centre`."
+            )

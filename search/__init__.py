@@ -18,6 +18,7 @@ from jaxfm.search.interpret import coverage, cut, full, masked, place, sliced
 from jaxfm.search.latency import Latency, fit_latency
 from jaxfm.search.loop import Result, run, search
 from jaxfm.search.magnitude import magnitude
+from jaxfm.search.member_cost import member_macs
 from jaxfm.search.nsga2 import nsga2
 from jaxfm.search.policy_graph import PolicyGraph, policy_graph
 from jaxfm.search.project import Budget, projection
@@ -59,6 +60,7 @@ __all__ = [
     "magnitude",
     "masked",
     "masks",
+    "member_macs",
     "model_network",
     "network",
     "nsga2",

@@ -4,7 +4,8 @@ The channels of each group are put in order of importance, which changes no outp
 "keep the first k" is a slice. Training runs the largest, the smallest and some random members a
 step, the others learning what the largest says, so that members are good as they are cut. An
 architecture is its counts, i32[G]: channels, heads or layers kept of each group, most important
-first. Groups are the logical axes of a model (`Model.axes`), per layer where layers differ.
+first. Groups are the logical axes of a model (`Model.axes`), per layer where layers differ. The
+kernels of convolutions may be elastic, too: a group each, of which the centre is kept.
 
 >>> import jax, numpy as np
 >>> from jaxfm.testing import random_variables, tiny_cnn
@@ -16,9 +17,14 @@ first. Groups are the logical axes of a model (`Model.axes`), per layer where la
 >>> half = Budget("parameters", net.parameters, 0.5 * float(net.parameters(net.largest * 1.0)))
 >>> net.members([half])[0].tolist()
 [2, 4]
+>>> kernels = supernet(model, random_variables(model), ("conv1",), kernels=(5, 3))
+>>> kernels.smallest.tolist()
+[1, 3, 3]
 
 Source: Yu and Huang 2019 (universally slimmable networks), sections 3.2 and 3.3; Cai et al. 2020
 (Once-for-All), section 3.3, where budgets are met by drawing until one fits; here by projection.
+There a learned matrix turns the centre of a kernel into the smaller kernel; here it is that kernel,
+so that members stay slices of one set of weights, as clients that average them need.
 """
 
 from __future__ import annotations
@@ -35,20 +41,21 @@ from jax import lax
 from jaxfm.distill import kl_divergence
 from jaxfm.model import Array, Key, Model, PyTree, Variables, is_axes
 from jaxfm.search.project import Budget, projection
-from jaxfm.subnet import Subnet, axis_sizes, extract, mask
+from jaxfm.subnet import Subnet, axis_sizes, centre, extract, is_taps, kernel_sizes, mask
 from jaxfm.tasks import Task
 
 
 class Group(NamedTuple):
-    """Channels that are kept or cut together.
+    """Channels, or the taps of a kernel, that are kept or cut together.
 
     Attributes:
       axis: logical name; "layer" is depth: a layer left out is the identity, where layers add to a
-        residual stream and norms come first.
+        residual stream and norms come first. "kernel_..." is the height and width of a kernel.
       layer: which layer's, or None where all layers share the axis or there are none.
-      size: channels.
+      size: channels; of a kernel, taps in a row.
       multiple: counts are multiples of it, or the whole group.
       least: the fewest that members keep.
+      kernels: the counts that a kernel may have, ascending; () of channels.
     """
 
     axis: str
@@ -56,6 +63,7 @@ class Group(NamedTuple):
     size: int
     multiple: int
     least: int
+    kernels: tuple[int, ...] = ()
 
 
 class Supernet(NamedTuple):
@@ -98,6 +106,7 @@ def supernet(
     shared: Sequence[str] = ("embed",),
     multiple: int | Mapping[str, int] = 1,
     smallest: float = 0.25,
+    kernels: Sequence[int] | Mapping[str, Sequence[int]] = (),
     importance: Callable[[PyTree, PyTree, str], Array] | None = None,
 ) -> Supernet:
     """Orders a model's channels and makes a supernet of it.
@@ -105,32 +114,34 @@ def supernet(
     Args:
       model: of one of our families, or any with logical axes.
       variables: trained, and of equal layers.
-      axes: which logical axes are elastic; "layer" for depth.
+      axes: which logical axes are elastic; "layer" for depth. May be () where kernels are.
       shared: those that all layers share; the others have a group a layer, where there are layers.
       multiple: of counts, for all axes or by axis; depth and heads usually have 1.
-      smallest: share of each group that every member keeps, in [0, 1); at least one step.
+      smallest: share of each group that every member keeps, in [0, 1); at least one step. Kernels
+        are as small as `kernels` says.
+      kernels: sizes, (5, 3) or (3, 1), of every kernel whose own size is the largest of some of
+        them: with (5, 3), those of size 5 may be 3. Or by the name of the kernel
+        (`jaxfm.subnet.kernel_sizes`), its own size among them.
       importance: `(params, axes, name) -> f32[size]` or f32[layer, size]; `magnitude` if None.
     Raises:
       ValueError: an axis that the model does not have, or a setting out of range.
     """
-    sizes = axis_sizes(variables, model.axes)
-    groups = _groups(model, sizes, axes, shared, multiple, smallest)
+    if not 0 <= smallest < 1:
+        raise ValueError(f"smallest={smallest} must be in [0, 1).")
+    groups = _groups(model, axis_sizes(variables, model.axes), axes, shared, multiple, smallest)
+    groups += _kernel_groups(kernel_sizes(variables, model.axes), kernels)
+    if not groups:
+        raise ValueError("Nothing is elastic; give `axes`, `kernels` or both.")
     variables = reorder(
         model, variables, [name for name in axes if name != "layer"], shared, importance
     )
     largest = np.array([g.size for g in groups], np.int32)
     fewest = np.array([g.least for g in groups], np.int32)
-    steps_of = np.array([g.multiple for g in groups], np.int32)
-    most = -(-largest // steps_of)
-
-    def to_counts(steps: Array) -> Array:
-        along = lambda x: jnp.broadcast_to(jnp.asarray(x, steps.dtype), steps.shape)
-        return jnp.minimum(steps * along(steps_of), along(largest))
+    low, most, to_counts = _steps(groups, smallest)
 
     def sample(key: Key, n: int) -> Array:
-        low = jnp.broadcast_to(-(-fewest // steps_of), (n, len(groups)))
-        high = jnp.broadcast_to(most + 1, (n, len(groups)))
-        return to_counts(jax.random.randint(key, (n, len(groups)), low, high))
+        ends = (jnp.broadcast_to(end, (n, len(groups))) for end in (low, most + 1))
+        return to_counts(jax.random.randint(key, (n, len(groups)), *ends))
 
     def fit(budgets: Sequence[Budget]) -> Callable[[Array], Array]:
         of_steps = lambda cost: lambda steps: cost(to_counts(steps))
@@ -281,10 +292,7 @@ def recalibrate(model: Model, variables: Variables, batches: PyTree) -> Variable
 
 
 def _groups(model, sizes, axes, shared, multiple, smallest) -> tuple[Group, ...]:
-    if not 0 <= smallest < 1:
-        raise ValueError(f"smallest={smallest} must be in [0, 1).")
-    unknown = sorted(set(axes) - set(sizes))
-    if unknown or not axes:
+    if not set(axes) <= set(sizes):
         raise ValueError(f"axes={tuple(axes)} must be some of the model's axes, {sorted(sizes)}.")
     of_layers = {
         name
@@ -311,6 +319,63 @@ def _groups(model, sizes, axes, shared, multiple, smallest) -> tuple[Group, ...]
     return tuple(groups)
 
 
+def _kernel_groups(
+    sizes: dict[str, int], kernels: Sequence[int] | Mapping[str, Sequence[int]]
+) -> tuple[Group, ...]:
+    if isinstance(kernels, Mapping):
+        chosen = dict(kernels)
+    else:
+        smaller = {name: [k for k in kernels if k <= size] for name, size in sizes.items()}
+        chosen = {name: own for name, own in smaller.items() if sizes[name] in own and len(own) > 1}
+    groups = []
+    for name, own in chosen.items():
+        if name not in sizes or sizes[name] not in own or max(own) > sizes[name]:
+            raise ValueError(
+                f"kernels of {name!r} are {tuple(own)}; give some up to the whole size of one of "
+                f"the model's kernels, that size among them: {sizes}."
+            )
+        choices = tuple(sorted({len(centre(sizes[name], k)) for k in own}))
+        groups.append(Group(name, None, sizes[name], 1, choices[0], choices))
+    if kernels and not groups:
+        raise ValueError(f"kernels={kernels} leave no choice; the model's kernels are {sizes}.")
+    return tuple(groups)
+
+
+def _steps(
+    groups: tuple[Group, ...], smallest: float
+) -> tuple[np.ndarray, np.ndarray, Callable[[Array], Array]]:
+    """The first and last step of each group, i32[G], and `(steps [..., G]) -> counts [..., G]`."""
+    largest = np.array([g.size for g in groups], np.int32)
+    multiple = np.array([g.multiple for g in groups], np.int32)
+    low = -(-np.array([g.least for g in groups], np.int32) // multiple)
+    most = -(-largest // multiple)
+    at = np.array([i for i, g in enumerate(groups) if g.kernels], np.int32)
+    for i in at:
+        # The projection keeps the share `smallest` of the steps: so many that all choices remain.
+        choices = len(groups[i].kernels)
+        most[i] = choices
+        while most[i] - max(1, int(np.ceil(smallest * most[i]))) + 1 < choices:
+            most[i] += 1
+        low[i] = most[i] - choices + 1
+    width = max((len(groups[i].kernels) for i in at), default=0)
+    table = np.array(
+        [groups[i].kernels + (0,) * (width - len(groups[i].kernels)) for i in at], np.int32
+    )
+
+    def to_counts(steps: Array) -> Array:
+        along = lambda x: jnp.broadcast_to(jnp.asarray(x, steps.dtype), steps.shape)
+        counts = jnp.minimum(steps * along(multiple), along(largest))
+        if not len(at):
+            return counts
+        own = steps[..., at].astype(jnp.int32)
+        place = jnp.clip(own - jnp.broadcast_to(low[at], own.shape), 0)
+        return counts.at[..., at].set(
+            jnp.asarray(table)[np.arange(len(at)), place].astype(steps.dtype)
+        )
+
+    return low, most, to_counts
+
+
 def _rows(groups: tuple[Group, ...]) -> dict[str, list[int]]:
     """Which groups belong to each axis, in the order of layers."""
     rows: dict[str, list[int]] = {}
@@ -320,12 +385,14 @@ def _rows(groups: tuple[Group, ...]) -> dict[str, list[int]]:
 
 
 def _padded_keep(groups: tuple[Group, ...], counts: Array) -> dict[str, Array]:
-    """Index arrays of one shape for all members: the first k, then padding."""
+    """Index arrays of one shape for all members: the first k, or the centre, then padding."""
     keep = {}
     for name, at in _rows(groups).items():
         size = groups[at[0]].size
         index = jnp.arange(size)[None]
-        index = jnp.where(index < jnp.asarray(counts)[np.array(at)][:, None], index, size)
+        # An index is kept where fewer others come before it than are kept.
+        before = jnp.abs(2 * index - (size - 1)) if is_taps(name) else index
+        index = jnp.where(before < jnp.asarray(counts)[np.array(at)][:, None], index, size)
         keep[name] = index[0] if groups[at[0]].layer is None else index
     return keep
 
@@ -333,7 +400,8 @@ def _padded_keep(groups: tuple[Group, ...], counts: Array) -> dict[str, Array]:
 def _keep(groups: tuple[Group, ...], counts: np.ndarray) -> dict[str, Any]:
     keep: dict[str, Any] = {}
     for name, at in _rows(groups).items():
-        own = [np.arange(k, dtype=np.int32) for k in counts[at]]
+        size, of = groups[at[0]].size, is_taps(name)
+        own = [centre(size, k) if of else np.arange(k, dtype=np.int32) for k in counts[at]]
         equal = len(set(counts[at].tolist())) == 1
         keep[name] = own[0] if equal else own
     return keep
@@ -346,8 +414,9 @@ def _checked(groups: tuple[Group, ...], counts: Any) -> np.ndarray:
             f"counts have shape {counts.shape}; this supernet has {len(groups)} groups."
         )
     for group, count in zip(groups, counts.tolist(), strict=True):
-        if not 1 <= count <= group.size:
-            raise ValueError(f"{count} of {group} cannot be kept; give 1 to {group.size}.")
+        if not 1 <= count <= group.size or (group.kernels and count not in group.kernels):
+            allowed = group.kernels or f"1 to {group.size}"
+            raise ValueError(f"{count} of {group} cannot be kept; give {allowed}.")
     return counts
 
 

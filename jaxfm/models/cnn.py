@@ -53,11 +53,11 @@ class CnnConfig:
 class Conv(nnx.Module):
     """A convolution with a bias that keeps height and width; kernel [size, size, in, out]."""
 
-    def __init__(self, inputs: Axis, outputs: Axis, size: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, inputs: Axis, outputs: Axis, size: int, taps: str, *, dtype, rngs: nnx.Rngs):
         shape = (size, size, inputs[1], outputs[1])
         stddev = _RELU_GAIN / math.sqrt(math.prod(shape[:3]))
         kernel = (jax.random.normal(rngs.params(), shape) * stddev).astype(dtype)
-        self.kernel = param(kernel, (None, None, inputs[0], outputs[0]))
+        self.kernel = param(kernel, (taps, taps, inputs[0], outputs[0]))
         self.bias = param(jnp.zeros((outputs[1],), dtype), (outputs[0],))
 
     def __call__(self, x: Array) -> Array:
@@ -73,8 +73,8 @@ class Cnn(nnx.Module):
         dense, classes = ("dense", config.dense_dim), ("class", config.num_classes)
         height, width = (size // 2 // 2 for size in config.image_size)
         kw = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        self.conv1 = Conv(("channel", config.num_channels), first, 5, **kw)
-        self.conv2 = Conv(first, second, 5, **kw)
+        self.conv1 = Conv(("channel", config.num_channels), first, 5, "kernel_conv1", **kw)
+        self.conv2 = Conv(first, second, 5, "kernel_conv2", **kw)
         # The kernel keeps the axes of the image, so that channels of conv2 can be cut.
         self.dense = Linear(
             ((None, height), (None, width), second), (dense,), bias=True, scale=_RELU_GAIN, **kw

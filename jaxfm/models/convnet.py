@@ -30,17 +30,21 @@ _RELU_GAIN = 2**0.5  # He et al. 2015, equation 10: keeps the variance through a
 
 
 class Conv(nnx.Module):
-    """A convolution, padded by size // 2 on all sides; kernel [size, size, in // groups, out]."""
+    """A convolution, padded by size // 2 on all sides; kernel [size, size, in // groups, out].
+
+    The centre of the kernel is a kernel of its own: what is cut off leaves as much padding, on all
+    sides alike, so the window stays where it was whatever the stride. `taps` names both axes.
+    """
 
     def __init__(
         self, inputs: Axis, outputs: Axis, size: int, *, stride: int = 1, groups: int = 1,
-        bias: bool = False, dtype=jnp.float32, rngs: nnx.Rngs,
+        taps: str | None = None, bias: bool = False, dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         shape = (size, size, inputs[1] // groups, outputs[1])
         stddev = _RELU_GAIN / math.sqrt(math.prod(shape[:3]))
         kernel = (jax.random.normal(rngs.params(), shape) * stddev).astype(dtype)
         reads = inputs[0] if groups == 1 else None
-        self.kernel = param(kernel, (None, None, reads, outputs[0]))
+        self.kernel = param(kernel, (taps, taps, reads, outputs[0]))
         if bias:
             self.bias = param(jnp.zeros((outputs[1],), dtype), (outputs[0],))
         self.stride, self.has_bias = stride, bias
@@ -66,12 +70,12 @@ class ConvNorm(nnx.Module):
 
     def __init__(
         self, inputs: Axis, outputs: Axis, size: int, *, stride: int = 1, groups: int = 1,
-        bias: bool = False, norm: str = "batch", num_groups: int = 8,
+        taps: str | None = None, bias: bool = False, norm: str = "batch", num_groups: int = 8,
         activation: str | None = "relu", dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.conv = Conv(
-            inputs, outputs, size,
-            stride=stride, groups=groups, bias=bias or norm == "none", dtype=dtype, rngs=rngs,
+            inputs, outputs, size, stride=stride, groups=groups, taps=taps,
+            bias=bias or norm == "none", dtype=dtype, rngs=rngs,
         )  # fmt: skip
         if norm == "batch":
             self.norm = BatchNorm(outputs, dtype=dtype)

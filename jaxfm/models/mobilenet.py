@@ -76,8 +76,8 @@ def mobilenet_config(version: int, **changes: Any) -> MobileNetConfig:
 class Separable(nnx.Module):
     """A depthwise 3x3 and a 1x1 convolution, each with norm and ReLU (v1)."""
 
-    def __init__(self, inputs: Axis, outputs: Axis, stride: int, **kw: Any):
-        self.depth = depthwise(inputs, stride=stride, **kw)
+    def __init__(self, inputs: Axis, outputs: Axis, stride: int, taps: str, **kw: Any):
+        self.depth = depthwise(inputs, stride=stride, taps=taps, **kw)
         self.point = ConvNorm(inputs, outputs, 1, **kw)
 
     def __call__(self, x: Array) -> Array:
@@ -87,11 +87,11 @@ class Separable(nnx.Module):
 class Inverted(nnx.Module):
     """Expand by 1x1, filter by depthwise 3x3, project by 1x1 without activation (v2)."""
 
-    def __init__(self, inputs: Axis, outputs: Axis, inner: Axis, stride: int, **kw: Any):
+    def __init__(self, inputs: Axis, outputs: Axis, inner: Axis, stride: int, taps: str, **kw: Any):
         self.expands = inner != inputs
         if self.expands:
             self.expand = ConvNorm(inputs, inner, 1, activation="relu6", **kw)
-        self.depth = depthwise(inner, stride=stride, activation="relu6", **kw)
+        self.depth = depthwise(inner, stride=stride, taps=taps, activation="relu6", **kw)
         self.project = ConvNorm(inner, outputs, 1, activation=None, **kw)
         self.adds = inputs == outputs and stride == 1
 
@@ -109,23 +109,24 @@ class MobileNet(nnx.Module):
         stream: Axis = ("stem", config.stem_channels)
         self.stem = ConvNorm(
             ("channel", config.num_channels), stream, 3,
-            stride=config.stem_stride, activation=activation, **kw,
+            stride=config.stem_stride, taps="kernel_stem", activation=activation, **kw,
         )  # fmt: skip
         for i, (expansion, channels, depth, stride) in enumerate(config.rows, 1):
             blocks: list[nnx.Module] = []
             outputs: Axis
             for j in range(depth):
                 step = stride if j == 0 else 1
+                taps = f"kernel_stage{i}_{j}"
                 if config.version == 1:
                     outputs = (f"stage{i}_{j}", channels)
-                    blocks.append(Separable(stream, outputs, step, **kw))
+                    blocks.append(Separable(stream, outputs, step, taps, **kw))
                 else:
                     # A block that adds to its input shares its channels, even across stages.
                     adds = step == 1 and channels == stream[1]
                     outputs = stream if adds else (f"stage{i}", channels)
                     wide = (f"stage{i}_{j}", expansion * stream[1])
                     inner = stream if expansion == 1 else wide
-                    blocks.append(Inverted(stream, outputs, inner, step, **kw))
+                    blocks.append(Inverted(stream, outputs, inner, step, taps, **kw))
                 stream = outputs
             setattr(self, f"stage{i}", Sequence(blocks))
         self.has_last = config.version == 2

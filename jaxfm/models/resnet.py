@@ -38,6 +38,8 @@ class ResNetConfig:
         one stage to those of the next at an offset, so its streams have no axis name; with
         projections they are called "stage1", "stage2", ... The inner channels of block j of stage
         i are "stage{i}_{j}" (and "stage{i}_{j}b" in a bottleneck) either way.
+        The taps of the kernels above 1x1 are "kernel_stem", and "kernel_stage{i}_{j}" and
+        "kernel_stage{i}_{j}b" of the first and the second convolution of a block.
       stem: "cifar", one 3x3 convolution, or "imagenet", 7x7 with stride 2 and pooling.
       norm: "batch" or "group".
       num_groups: of "group"; a subnet has to keep equally many channels of each.
@@ -115,13 +117,14 @@ class Block(nnx.Module):
             "norm": config.norm, "num_groups": config.num_groups,
             "dtype": jnp.dtype(config.dtype), "rngs": rngs,
         }  # fmt: skip
+        taps = f"kernel_{inner[0]}"
         if config.block == "basic":
-            self.conv1 = ConvNorm(inputs, inner, 3, stride=stride, **kw)
-            self.conv2 = ConvNorm(inner, outputs, 3, activation=None, **kw)
+            self.conv1 = ConvNorm(inputs, inner, 3, stride=stride, taps=taps, **kw)
+            self.conv2 = ConvNorm(inner, outputs, 3, taps=f"{taps}b", activation=None, **kw)
         else:
             second = (f"{inner[0]}b", inner[1])
             self.conv1 = ConvNorm(inputs, inner, 1, **kw)
-            self.conv2 = ConvNorm(inner, second, 3, stride=stride, **kw)
+            self.conv2 = ConvNorm(inner, second, 3, stride=stride, taps=f"{taps}b", **kw)
             self.conv3 = ConvNorm(second, outputs, 1, activation=None, **kw)
         self.num_convs = 2 if config.block == "basic" else 3
         self.projects = config.shortcut == "projection" and (stride > 1 or inputs != outputs)
@@ -154,7 +157,9 @@ class ResNet(nnx.Module):
         first = "stage1" if wider == 1 else "stem"
         stream: Axis = (first if named else None, config.widths[0])
         image = ("channel", config.num_channels)
-        self.stem = ConvNorm(image, stream, size, stride=stride, dtype=dtype, rngs=rngs, **kw)
+        self.stem = ConvNorm(
+            image, stream, size, stride=stride, taps="kernel_stem", dtype=dtype, rngs=rngs, **kw
+        )
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True), 1):
             outputs: Axis = (f"stage{i}" if named else None, width * wider)
             blocks: list[nnx.Module] = []

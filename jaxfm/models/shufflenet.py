@@ -97,13 +97,14 @@ class Grouped(nnx.Module):
     """v1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added, or beside the pooled input."""
 
     def __init__(
-        self, inputs: int, outputs: int, groups: int, stride: int, first_groups: int, **kw: Any
-    ):
+        self, inputs: int, outputs: int, groups: int, stride: int, first_groups: int, taps: str,
+        **kw: Any,
+    ):  # fmt: skip
         inner = outputs // 4
         self.halves, self.groups = stride == 2, groups
         added = outputs - inputs if self.halves else outputs
         self.reduce = ConvNorm((None, inputs), (None, inner), 1, groups=first_groups, **kw)
-        self.depth = depthwise((None, inner), stride=stride, activation=None, **kw)
+        self.depth = depthwise((None, inner), stride=stride, taps=taps, activation=None, **kw)
         self.expand = ConvNorm(
             (None, inner), (None, added), 1, groups=groups, activation=None, **kw
         )
@@ -123,10 +124,12 @@ class Split(nnx.Module):
         self.halves = stride == 2
         read: Axis = (None, inputs if self.halves else half)
         if self.halves:
-            self.left_depth = depthwise(read, stride=2, activation=None, **kw)
+            self.left_depth = depthwise(
+                read, stride=2, taps=f"kernel_{name}b", activation=None, **kw
+            )
             self.left_point = ConvNorm(read, (None, half), 1, **kw)
         self.expand = ConvNorm(read, inner, 1, **kw)
-        self.depth = depthwise(inner, stride=stride, activation=None, **kw)
+        self.depth = depthwise(inner, stride=stride, taps=f"kernel_{name}", activation=None, **kw)
         self.project = ConvNorm(inner, (None, half), 1, **kw)
 
     def __call__(self, x: Array) -> Array:
@@ -146,7 +149,9 @@ class ShuffleNet(nnx.Module):
         self.pools = config.stem == "imagenet"
         channels = config.stem_channels
         image = ("channel", config.num_channels)
-        self.stem = ConvNorm(image, (None, channels), 3, stride=2 if self.pools else 1, **kw)
+        self.stem = ConvNorm(
+            image, (None, channels), 3, stride=2 if self.pools else 1, taps="kernel_stem", **kw
+        )
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True), 1):
             blocks: list[nnx.Module] = []
             for j in range(depth):
@@ -154,7 +159,10 @@ class ShuffleNet(nnx.Module):
                 if config.version == 1:
                     # The stem's few channels are not divided.
                     first = 1 if i == 1 and j == 0 else config.groups
-                    blocks.append(Grouped(channels, width, config.groups, stride, first, **kw))
+                    taps = f"kernel_stage{i}_{j}"
+                    blocks.append(
+                        Grouped(channels, width, config.groups, stride, first, taps, **kw)
+                    )
                 else:
                     blocks.append(Split(channels, width, stride, f"stage{i}_{j}", **kw))
                 channels = width

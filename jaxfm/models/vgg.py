@@ -82,7 +82,8 @@ class Vgg(nnx.Module):
             convs: list[nnx.Module] = []
             for j, count in enumerate(counts):
                 outputs = (f"conv{i}_{j}", count)
-                convs.append(ConvNorm(inputs, outputs, 3, bias=True, norm=norm, **kw))
+                taps = f"kernel_conv{i}_{j}"
+                convs.append(ConvNorm(inputs, outputs, 3, taps=taps, bias=True, norm=norm, **kw))
                 inputs = outputs
             setattr(self, f"stage{i}", Sequence(convs))
         left = config.image_size // 2 ** len(config.stages)

@@ -22,7 +22,7 @@ from jaxfm.models import (
     shufflenet_config,
     vgg_config,
 )
-from jaxfm.subnet import Subnet, axis_sizes, extract, mask
+from jaxfm.subnet import Subnet, axis_sizes, centre, extract, kernel_sizes, mask
 from jaxfm.testing import (
     random_variables,
     tiny_mobilenet,
@@ -62,11 +62,23 @@ def test_a_masked_network_computes_what_the_extracted_one_does(family):
         for name, size in sizes.items()
         if name not in ("channel", "class")
     }
+    taps = kernel_sizes(variables, model.axes)
+    keep |= {name: centre(size, size - 2) for name, size in list(taps.items())[::2]}
     masked, _ = APPLY[family](mask(variables, model.axes, Subnet(keep)), IMAGES)
     small, _ = APPLY[family](extract(variables, model.axes, Subnet(keep)), IMAGES)
     whole, _ = APPLY[family](variables, IMAGES)
     np.testing.assert_allclose(masked, small, **CLOSE)
     assert not np.allclose(masked, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_above_one_has_a_name_of_its_own(family):
+    model = FAMILIES[family]
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    kernels = [leaf.shape for leaf in jax.tree.leaves(shapes.params) if leaf.ndim == 4]
+    dense = family.startswith("vgg")  # its first dense layer reads a 2x2 image
+    sizes = sorted(shape[0] for shape in kernels if shape[0] > 1)[dense:]
+    assert sorted(kernel_sizes(shapes, model.axes).values()) == sizes
 
 
 def test_blocks_may_be_cut_unequally():

@@ -1,0 +1,188 @@
+"""Bytes and speed of the federated family by shapes, without any training.
+
+    python benchmarks/federated_sizes.py
+
+The last line is one JSON object:
+
+- raffm_step_speedup: a training step of the two-layer CNN over one of its half-width tier;
+- adp_latency_speedup: its latency over that of a slice of half of the multiply-adds, batch 32;
+- spatl_vgg11_latency_speedup: the same of VGG-11 and its 60.3 %;
+- published_megabytes: a client's round, both ways, of the papers' networks by algorithm, and
+  what FedKEMF's knowledge network spares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfm import config as configs
+from jaxfm.config import check, option
+from jaxfm.data.federation import federate
+from jaxfm.federated import (
+    Local,
+    Population,
+    adp,
+    client_costs,
+    compressed,
+    fed_avg,
+    fed_nova,
+    head,
+    profiles,
+    quantised,
+    saliency,
+    scaffold,
+    spatl,
+    top_k,
+)
+from jaxfm.federated.partition import split_tree, split_variables
+from jaxfm.federated.spatl import upload_bytes
+from jaxfm.model import Variables
+from jaxfm.models.cnn import CnnConfig, cnn
+from jaxfm.models.resnet import resnet, resnet_config
+from jaxfm.models.vgg import vgg, vgg_config
+from jaxfm.search import coverage, model_network, pruned
+from jaxfm.subnet import axis_sizes, extract, width
+from jaxfm.tasks import classification
+
+TASK = classification(10)
+HALF = 0.5  # width of RaFFM's smallest tier; share of multiply-adds that ADP keeps
+VGG_KEEP = 0.603  # share of multiply-adds that SPATL is said to leave of VGG-11
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    quick: bool = option(False, "the same: it takes a minute")
+
+    def __post_init__(self):
+        check(self)
+
+
+def seconds(function: Callable, *args, repeats: int = 7) -> float:
+    """The best of several calls of a compiled function, without its compilation."""
+    compiled = jax.jit(function)
+    jax.block_until_ready(compiled(*args))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def speeds() -> dict[str, float]:
+    """A training step of tiers, and the latency of a slice, on a network of practical width."""
+    model = cnn(CnnConfig())
+    variables = model.init(jax.random.key(0))
+    sizes = axis_sizes(variables, model.axes)
+    images = jax.random.normal(jax.random.key(1), (32, 28, 28, 1))
+    labels = jnp.arange(32) % 10
+
+    def step(variables: Variables) -> Any:
+        def loss(params):
+            logits = model.apply(variables._replace(params=params), images)[0]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return jax.grad(loss)(variables.params)
+
+    smallest = extract(
+        variables, model.axes, width(sizes, dict.fromkeys(("conv1", "conv2", "dense"), HALF))
+    )
+    network = model_network(model, variables, images)
+    made = adp(network, model, TASK, Local(optax.sgd(0.1), 20), target=HALF, rounds=1)
+    server = made.algorithm.init(variables)._replace(round=jnp.int32(1))
+    scores = made.calibrated(server, {"image": images, "label": labels})
+    small = made.extracted(server, scores)
+    dense = lambda v, x: model.apply(v, x)[0]
+    return {
+        "raffm_step_speedup": round(seconds(step, variables) / seconds(step, smallest), 2),
+        "adp_latency_speedup": round(
+            seconds(dense, variables, images) / seconds(small.apply, small.params, images), 2
+        ),
+    }
+
+
+def vgg_speed() -> float:
+    """Latency of VGG-11 over that of the channels that SPATL would choose of it, batch 32."""
+    model = vgg(vgg_config(11, cifar=True))
+    variables = model.init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
+    network = model_network(model, variables, images)
+    select = saliency(network, {"macs": VGG_KEEP})
+    masks, _ = jax.jit(lambda v: select.choose((), v, None, None))(variables)
+    small = pruned(network, variables, jax.device_get(masks))
+    whole = seconds(lambda v, x: model.apply(v, x)[0], variables, images)
+    return round(whole / seconds(small.apply, small.params, images), 2)
+
+
+def published_bytes() -> dict[str, Any]:
+    """Megabytes a client and round of the papers' networks, both ways, from shapes alone.
+
+    SPATL's are those of freshly drawn weights; FedKEMF's knowledge network is ResNet-20.
+    """
+    out: dict[str, Any] = {}
+    local = Local(optax.sgd(0.01, momentum=0.9), 64)
+    rows = {"image": np.zeros((8, 32, 32, 3), np.float32), "label": np.zeros(8, np.int32)}
+    people = Population(federate(rows, [np.arange(8)]), profiles(1), np.zeros(1, int))
+    models = {
+        "resnet20": resnet(resnet_config(20)), "resnet32": resnet(resnet_config(32)),
+        "vgg11": vgg(vgg_config(11, cifar=True)),
+    }  # fmt: skip
+    up: dict[tuple[str, str], int] = {}
+    for name, model in models.items():
+        variables = model.init(jax.random.key(0))
+        select = saliency(model_network(model, variables, jnp.zeros((1, 32, 32, 3))), {"macs": 0.6})
+        made = {
+            "fed_avg": fed_avg(model, TASK, local),
+            "fed_avg_4bit": compressed(fed_avg(model, TASK, local), quantised(4, block=256)),
+            "fed_nova": fed_nova(model, TASK, local),
+            "scaffold": scaffold(model, TASK, local, num_clients=10),
+            "spatl": spatl(model, TASK, local, select, num_clients=10, is_personal=head),
+        }
+        made["spatl_topk8"] = compressed(made["spatl"], top_k(0.05, bits=8))
+        made["spatl_narrow"] = compressed(made["spatl"], quantised(8, block=256), down=8)
+        row = {}
+        for other, algorithm in made.items():
+            (cost,) = client_costs(algorithm, people, variables)
+            up[name, other] = cost.bytes_up
+            if other == "spatl":
+                up[name, other] = int(_salient_bytes(select, variables))
+            row[other] = round((up[name, other] + cost.bytes_down) / 1e6, 3)
+        out[name] = row
+    for client in ("vgg11", "resnet32"):
+        plain, small = up[client, "fed_avg"], up["resnet20", "fed_avg"]
+        out[f"fedkemf_over_{client}"] = round(plain / small, 1)
+        out[f"fedkemf_4bit_uploads_over_{client}"] = round(
+            plain / up["resnet20", "fed_avg_4bit"], 1
+        )
+    return out
+
+
+def _salient_bytes(select: Any, variables: Variables) -> Any:
+    masks, _ = jax.jit(lambda v: select.choose((), v, None, None))(variables)
+    covered = split_variables(coverage(select.network, masks), head)[0]
+    encoder = split_tree(variables.params, head)[0]
+    return upload_bytes((covered.params, covered.stats), encoder, masks)
+
+
+def measured() -> dict[str, Any]:
+    latency = {"spatl_vgg11_latency_speedup": vgg_speed()}
+    return speeds() | latency | {"published_megabytes": published_bytes()}
+
+
+def main(config: Config) -> None:
+    print(json.dumps({"name": "federated_sizes"} | measured()))
+
+
+if __name__ == "__main__":
+    configs.run(main, Config)
