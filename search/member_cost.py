@@ -81,7 +81,8 @@ def _rows_of_kernels(network: Network, names: dict, rows: dict) -> np.ndarray:
     leaf = dict(zip(plan.program.inputs, network.leaves, strict=False))
     at = []
     for item in contractions(plan):
-        kernel = leaf.get(item.op.inputs[1]) if item.op.name == "conv_general_dilated" else None
+        read = item.op.inputs[1] if item.op.name == "conv_general_dilated" else None
+        kernel = leaf.get(read) if isinstance(read, int) else None
         at.append(-1 if kernel is None else rows.get((names[kernel.path][0], None), -1))
     return np.array(at, np.int32)
 
