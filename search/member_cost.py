@@ -23,7 +23,9 @@ from jaxfm.search.supernet import Supernet
 
 
 def member_macs(net: Supernet, model: Model, *inputs: PyTree) -> Callable[[Any], Any]:
-    """Returns `(counts [G]) -> []`, multiply-adds of one example: exact, in JAX or in NumPy.
+    """Returns `(counts [G]) -> []`, multiply-adds of one example.
+
+    Exact in NumPy (float64); in JAX, as a `Budget`'s cost, to the rounding of float32.
 
     Args:
       net: a supernet of `model`, of width and kernels.

@@ -19,7 +19,18 @@ from jaxfm.model import Variables, layers_of, num_layers, unstack, with_layers
 from jaxfm.models import build
 from jaxfm.models.cnn import cnn
 from jaxfm.models.decoder import resized
-from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
+from jaxfm.subnet import (
+    Subnet,
+    axis_sizes,
+    centre,
+    cover,
+    embed,
+    extract,
+    is_taps,
+    kernel_sizes,
+    mask,
+    width,
+)
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,
@@ -70,8 +81,12 @@ def sample(rng: np.random.Generator, sizes: dict[str, int], layers: int | None) 
 
 
 def subnet_of(family: str, seed: int) -> Subnet:
-    sizes = axis_sizes(drawn(family), FAMILIES[family][0].axes)
-    return sample(np.random.default_rng(seed), sizes, sizes.get("layer"))
+    axes, rng = FAMILIES[family][0].axes, np.random.default_rng(seed)
+    sizes = axis_sizes(drawn(family), axes)
+    keep = dict(sample(rng, sizes, sizes.get("layer")).keep)
+    for name, size in kernel_sizes(drawn(family), axes).items():
+        keep[name] = centre(size, int(rng.choice([1, 3, 5])))
+    return Subnet(keep)
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -269,6 +284,15 @@ def test_a_subnet_that_does_not_fit_is_refused(keep, message):
         if cut is extract or "24;" not in message:  # cover takes one past the end as padding
             with pytest.raises(ValueError, match=message):
                 cut(drawn("decoder"), model.axes, subnet)
+
+
+@pytest.mark.parametrize("taps", [[0, 1, 2], [2, 3], [3, 2, 1], [0, 2, 4]])
+def test_of_a_kernel_only_the_centre_is_a_kernel(taps):
+    model, _ = FAMILIES["cnn"]
+    assert kernel_sizes(drawn("cnn"), model.axes) == {"kernel_conv1": 5, "kernel_conv2": 5}
+    assert not any(map(is_taps, axis_sizes(drawn("cnn"), model.axes)))  # no ratio cuts them
+    with pytest.raises(ValueError, match=r"is not the centre|have no centre"):
+        extract(drawn("cnn"), model.axes, Subnet({"kernel_conv1": np.array(taps)}))
 
 
 def test_a_list_must_hold_one_array_a_layer():
