@@ -421,15 +421,23 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
 
 def _lost_by_slicing(run: Run, work: Work) -> float:
     """Accuracy of the clients' networks less that of their salient channels alone, on own rows."""
-    small, lost = gated(work.network, work.model), []
+    (bucket,), lost = run.algorithm.buckets, []
+
+    def salient(server, memory) -> Variables:
+        whole = bucket.personal(server, memory)
+        return whole._replace(live=(whole.live, memory.masks))
+
+    small = bucket._replace(model=gated(work.network, work.model), personal=salient)
+    measures = [
+        client_metrics(
+            run.algorithm._replace(buckets=(b,)), np.zeros(work.size.clients, int), TASK,
+            batch_size=64,
+        )
+        for b in (bucket, small)
+    ]  # fmt: skip
     for seed, state in enumerate(run.ends):
-        for client in range(work.size.clients):
-            memory = jax.tree.map(lambda x, i=client: x[i], state.memories[0])
-            whole = run.algorithm.buckets[0].personal(state.server, memory)
-            cut = whole._replace(live=(whole.live, memory.masks))
-            index = work.own[seed].index[client, : work.own[seed].count[client]]
-            rows = {name: leaf[index] for name, leaf in work.own[seed].examples.items()}
-            lost.append(accuracy(work.model, whole, rows) - accuracy(small, cut, rows))
+        whole, cut = (np.nanmean(m(state, work.own[seed])["accuracy"]) for m in measures)
+        lost.append(whole - cut)
     return float(np.mean(lost))
 
 
