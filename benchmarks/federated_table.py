@@ -480,7 +480,10 @@ def main(config: Config) -> None:
     if config.work == "digits":
         result |= federated_sizes.measured()
     result["accuracy"] = {
-        name: [round(float(x), 4) for x in run.curve[:, -LAST:].mean((0, 1))[1:]]
+        name: [
+            None if np.isnan(x) else round(float(x), 4)
+            for x in run.curve[:, -LAST:].mean((0, 1))[1:]
+        ]
         for name, run in runs.items()
     }
     result["rates"] = {name: run.rate for name, run in runs.items()}
