@@ -14,7 +14,7 @@ has the movement as well,  y - x = -(d_i + c) K r / (1 - m).  What is left out o
 then means "as all others", not "did not move". (Where `compressed` rounds c on its way down, the
 server takes its own: off by that rounding.)
 Sources: Karimireddy et al. 2020 (SCAFFOLD), algorithm 1, option II; Huang et al. 2023 (Stochastic
-controlled averaging with communication compression), section 4, for the single upload.
+controlled averaging with communication compression) for the single upload.
 """
 
 from __future__ import annotations
