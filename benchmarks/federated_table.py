@@ -9,10 +9,12 @@ By name of the work:
 - mnist_writers: fifty people's digits, ten people a round; the folder also holds QMNIST's labels;
 - cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round.
 
-A fifth of each client's rows is its own test. Every algorithm climbs the same ladder of learning
-rates, from its middle as far as validation rows of the first seed get better (of the global model
-where there is one, else the clients' own test rows), and runs the other seeds at the best; figures
-are of test rows and means over the last three rounds and over seeds of partition and weights.
+A sixth of each client's rows is its own validation, another its own test. Every algorithm climbs
+the same ladder of learning rates, from its middle as far as validation rows of the first seed get
+better (the clients' own where there is no global model), and runs the other seeds at the best;
+figures are of test rows and means over the last three rounds and over seeds of partition and
+weights. Each algorithm's row is printed when it is done, so that a run cut off has said what it
+found.
 
 Then, without training, the bytes of a round of the published networks from their shapes; what
 compression and slices do to a model's size and to its measured step; and distillation, as
@@ -157,13 +159,15 @@ class Work(NamedTuple):
     """The same for all: rows, the network, and its tiers.
 
     Attributes:
-      train, own: a federation a seed, of training rows and of the clients' own test rows.
+      train, choice, own: a federation a seed, of training rows, and of the clients' own validation
+        and test rows.
     """
 
     size: Size
     validation: Mapping[str, np.ndarray]
     test: Mapping[str, np.ndarray]
     train: list[Federation]
+    choice: list[Federation]
     own: list[Federation]
     model: Model
     network: Network
@@ -184,7 +188,7 @@ def load(config: Config) -> Work:
     rows = {name: leaf[order] for name, leaf in source.examples.items()}
     validation = {name: leaf[: size.held] for name, leaf in rows.items()}
     private = {name: leaf[size.held :] for name, leaf in rows.items()}
-    train, own = [], []
+    train, choice, own = [], [], []
     for seed in range(config.num_seeds):
         if config.work == "mnist_writers":
             writers = np.random.default_rng(seed).permutation(source.client.max() + 1)
@@ -193,9 +197,10 @@ def load(config: Config) -> Work:
         else:
             label = private["label"][: size.private]
             parts = dirichlet(label, size.clients, beta=config.beta, seed=seed, min_examples=10)
-        mixed = [rng.permutation(np.asarray(part)) for part in parts]
-        train.append(federate(private, [p[: -(len(p) // 5)] for p in mixed]))
-        own.append(federate(private, [p[-(len(p) // 5) :] for p in mixed]))
+        dealt = [np.array_split(rng.permutation(np.asarray(part)), 6) for part in parts]
+        train.append(federate(private, [np.concatenate(sixths[2:]) for sixths in dealt]))
+        choice.append(federate(private, [sixths[0] for sixths in dealt]))
+        own.append(federate(private, [sixths[1] for sixths in dealt]))
     side, _, channels = private["image"].shape[1:]
     if config.work == "cifar10":
         model = resnet(ResNetConfig(depths=(1, 1, 1), shortcut="projection"))
@@ -206,7 +211,8 @@ def load(config: Config) -> Work:
     tiers = [width(axis_sizes(variables, model.axes), widths(model, r)) for r in RATIOS]
     test = {name: leaf[:2000] for name, leaf in data["test"].examples.items()}
     last = under(_last(variables))
-    return Work(size, validation, test, _alike(train), _alike(own), model, network, tiers, last)
+    people = map(_alike, (train, choice, own))
+    return Work(size, validation, test, *people, model, network, tiers, last)
 
 
 def widths(model: Model, ratio: float) -> dict[str, float]:
@@ -275,7 +281,8 @@ class Run(NamedTuple):
 
     Attributes:
       curve: f64[seeds, rounds, 3], validation, test and the clients' own test rows; NaN where
-        nobody asks: validation counts in the last rounds alone.
+        nobody asks: validation, the clients' own without a global model, counts in the last rounds
+        alone.
       bytes: a round, both ways, mean.
       ends: the last server state and memories of each seed.
     """
@@ -295,7 +302,17 @@ def play(make: Make, name: str, rate: float, work: Work, config: Config, seeds: 
     people = [Population(f, profiles(clients), bucket) for f in work.train]
     engine = rounds(algorithm, people[0], cohort_size=cohort)
     own = client_metrics(algorithm, bucket, TASK, batch_size=64)
-    curves, ends, wire = [], [], []
+    personal, curves, ends, wire = name in PERSONAL, [], [], []
+
+    def look(state, seed: int, late: bool) -> tuple[float, float, float]:
+        whole = lambda rows: accuracy(work.model, state.server.variables, rows)
+        each = lambda rows: float(np.nanmean(own(state, rows[seed])["accuracy"]))
+        choice = np.nan
+        if late:
+            choice = each(work.choice) if personal else whole(work.validation)
+        often = late or personal or name == "fed_avg"
+        return choice, np.nan if personal else whole(work.test), each(work.own) if often else np.nan
+
     for seed in seeds:
         start = work.model.init(jax.random.key(seed))
         priced = client_costs(algorithm, people[seed], start)
@@ -305,14 +322,8 @@ def play(make: Make, name: str, rate: float, work: Work, config: Config, seeds: 
             state, info = engine.run(state, people[seed])
             spent = round_costs(priced, info)
             wire.append(spent["bytes_up"] + spent["bytes_down"])
-            late, variables = config.num_rounds - done < LAST, state.server.variables
-            look = lambda rows, wanted, v=variables: (
-                accuracy(work.model, v, rows) if wanted and name not in PERSONAL else np.nan
-            )
-            whole = (look(work.validation, late), look(work.test, True))
-            at_home = late or name in ("fed_avg", *PERSONAL)
-            mean = np.nanmean(own(state, work.own[seed])["accuracy"]) if at_home else np.nan
-            points.append((*whole, float(mean)))
+            late = config.num_rounds - done < LAST
+            points.append(look(state, seed, late))
         curves.append(points)
         ends.append(jax.device_get(state))
     return Run(rate, np.array(curves), float(np.mean(wire)), ends, algorithm)
@@ -325,7 +336,7 @@ def tuned(make: Make, name: str, work: Work, config: Config) -> Run:
     def at(i: int) -> float:
         if i not in runs:
             runs[i] = play(make, name, config.rates[i], work, config, range(1))
-        return score(runs[i], name)
+        return score(runs[i])
 
     best = len(config.rates) // 2
     at(best)
@@ -347,9 +358,9 @@ def accuracy(model: Model, variables: Variables, examples: Mapping) -> float:
     return float(evaluate(model.apply, variables, TASK, examples, 250)["accuracy"])
 
 
-def score(run: Run, name: str) -> float:
-    """What learning rates are chosen by; clients without a global model have but their own rows."""
-    return float(run.curve[:, -LAST:, 2 if name in PERSONAL else 0].mean())
+def score(run: Run) -> float:
+    """What learning rates are chosen by."""
+    return float(run.curve[:, -LAST:, 0].mean())
 
 
 def bytes_to(run: Run, column: int, target: float) -> float:
@@ -456,24 +467,23 @@ def slice_of(work: Work, share: float) -> Subnet:
     return width(sizes, widths(work.model, float(best)))
 
 
-def table(runs: Mapping[str, Run]) -> str:
-    lines = ["algorithm        rate  global  own    MB a round"]
-    for name, run in runs.items():
-        tail = run.curve[:, -LAST:].mean(1)
-        show = lambda c, t=tail: f"{100 * t[:, c].mean():5.1f}±{100 * t[:, c].std():3.1f}"
-        lines.append(f"{name:16} {run.rate:5.3f} {show(1)} {show(2)} {run.bytes / 1e6:8.3f}")
-    return "\n".join(lines)
+def row(name: str, run: Run) -> str:
+    """Rate, test accuracies, globally and on the clients' own rows (±: over seeds), and MB."""
+    tail = 100 * run.curve[:, -LAST:].mean(1)
+    whole, own = (f"{tail[:, c].mean():5.1f}±{tail[:, c].std():3.1f}" for c in (1, 2))
+    return f"{name:16} {run.rate:5.3f} {whole} {own} {run.bytes / 1e6:8.3f}"
 
 
 def main(config: Config) -> None:
     if config.quick:
         config = dataclasses.replace(config, num_rounds=6, num_seeds=1, rates=(0.03,))
     began, work, runs = time.perf_counter(), load(config), {}
+    print("algorithm        rate  global    own         MB a round  (validation, seconds so far)")
     for name, make in algorithms(work, config).items():
         runs[name] = tuned(make, name, work, config)
-        print(f"{name}: {score(runs[name], name):.3f} ({time.perf_counter() - began:.0f} s)",
+        seconds = time.perf_counter() - began
+        print(row(name, runs[name]), f"({100 * score(runs[name]):.1f}, {seconds:.0f} s)",
               flush=True)  # fmt: skip
-    print(table(runs))
     result: dict[str, Any] = {"name": "federated_table"}
     result["work"] = config.work
     result |= savings(runs) | slices(runs, work)

@@ -263,11 +263,13 @@ def main(config: Config) -> None:
         note(f"magnitude_{kind}", kind, np.asarray(problem.project(actions[0])), np.nan)
     check = abs(bench.check_slice("l2", uniform) - table["uniform_l2"][0]["accuracy"])
     print(f"uniform reward {float(scored(problem.data, uniform[None])[0]):.4f}")
+    runners = {}
     for name in config.strategies:
         strategy = bench.strategy(name, problem)
         evaluations = max(1, config.evaluations // strategy.batch) * strategy.batch
-        runner = search.search(problem, strategy, evaluations)
-        for seed in range(config.num_seeds):
+        runners[name] = search.search(problem, strategy, evaluations)
+    for seed in range(config.num_seeds):  # outermost: a run cut off has whole seeds
+        for name, runner in runners.items():
             state = runner.advance(runner.init(jax.random.key(seed)), runner.num_steps)
             found = runner.result(state)
             note(name, config.order, found.best_counts, float(found.best_score))
