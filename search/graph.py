@@ -1,8 +1,8 @@
 """A function as a flat list of primitive operations, read from its jaxpr.
 
 Calls (`jit`, `custom_jvp`, `custom_vjp`, `remat`, ...) are inlined, `scan` keeps its body, what no
-output needs is dropped and scalars that are known are folded. No list of layer types and no code
-for one model: whatever JAX can trace can be read.
+output needs is dropped, and scalars and indices that are known are folded. No list of layer types
+and no code for one model: whatever JAX can trace can be read.
 
 >>> import jax, jax.numpy as jnp
 >>> program, values = flatten(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), jnp.ones((3, 4)))
@@ -54,8 +54,9 @@ class Op(NamedTuple):
     """One primitive operation.
 
     Attributes:
-      name: of the primitive, or "permute": a reshape, transposition and reshape that only permute
-        one axis (channel shuffle), with params "axis" and "index".
+      name: of the primitive, or "permute": entries of one axis in an order that is known, of a
+        gather or of a reshape, transposition and reshape (channel shuffle), with params "axis"
+        and "index".
       primitive: JAX's own; None for "permute".
       inputs, outputs: values.
       params: of the primitive.
@@ -158,12 +159,16 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
             _inline(body, own, values, ops, held)
             env.update((v, _read(own, a)) for v, a in zip(eqn.outvars, body.outvars, strict=True))
             continue
-        folded = _fold(eqn, inputs)
+        folded = _fold(eqn, inputs, held)
         if folded is not None:
-            env.update(zip(eqn.outvars, folded, strict=True))
+            for var, value in zip(eqn.outvars, folded, strict=True):
+                env[var] = _constant(value, var.aval, values, held)
             continue
         outputs = tuple(values.new(var.aval) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))
+        if name == "gather" and (found := _picked(eqn, inputs, outputs, held)) is not None:
+            ops.append(found)
+            continue
         body_program = None
         if name == "scan":
             closed = eqn.params["jaxpr"]
@@ -171,14 +176,34 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
         ops.append(Op(name, eqn.primitive, inputs, outputs, dict(eqn.params), body_program))
 
 
-def _fold(eqn: Any, inputs: tuple[Atom, ...]) -> list[Known] | None:
-    """The values of a scalar operation on known scalars; None where it is another one."""
-    scalar = all(var.aval.shape == () for var in eqn.outvars)
-    if not inputs or not scalar or not all(isinstance(atom, Known) for atom in inputs):
+def _fold(eqn: Any, inputs: tuple[Atom, ...], held: dict[int, Any]) -> list[np.ndarray] | None:
+    """The values of scalars and of indices made from known ones; None where it is another op."""
+    exact = lambda aval: aval.shape == () or not np.issubdtype(aval.dtype, np.inexact)
+    if not inputs or not all(exact(var.aval) for var in eqn.outvars):
         return None
+    if not all(isinstance(atom, Known) or atom in held for atom in inputs):
+        return None
+    known = [atom.value if isinstance(atom, Known) else held[atom] for atom in inputs]
     with jax.ensure_compile_time_eval():
-        out = bind(eqn.primitive, [atom.value for atom in inputs], eqn.params)  # type: ignore[union-attr]
-    return [Known(np.asarray(x)) for x in out]
+        return [np.asarray(x) for x in bind(eqn.primitive, known, eqn.params)]
+
+
+def _picked(eqn: Any, inputs: tuple[Atom, ...], outputs: tuple[int, ...], held) -> Op | None:
+    """A gather that only picks known entries of one axis; None if it is another one."""
+    where, p = eqn.params["dimension_numbers"], eqn.params
+    index = held.get(inputs[1]) if isinstance(inputs[1], int) else None
+    shape = eqn.invars[0].aval.shape
+    if index is None or len(where.collapsed_slice_dims) != 1 or where.operand_batching_dims:
+        return None
+    (axis,) = where.collapsed_slice_dims
+    others = tuple(d for d in range(len(shape)) if d != axis)
+    whole = all(p["slice_sizes"][d] == shape[d] for d in others)
+    plain = where.start_index_map == (axis,) and where.offset_dims == others and whole
+    index = np.asarray(index)
+    if not plain or index.ndim != 2 or not ((index >= 0) & (index < shape[axis])).all():
+        return None
+    params = {"axis": axis, "index": index[:, 0]}
+    return Op("permute", None, inputs[:1], outputs, params)
 
 
 def bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -225,6 +225,7 @@ def _groups(notes: Reading, leaf_axes, paths) -> tuple[dict[int, int], tuple[Gro
     labels = notes.labels
     axes = [axis for kept in notes.axes.values() for axis in kept]
     while True:
+        _balance(notes)
         resolved = _distinct([labels.resolve(a) for a in axes])
         leaves = [[labels.resolve(a) for a in own] for own in leaf_axes]
         order = _units_in_order(leaves)
@@ -247,6 +248,13 @@ def _groups(notes: Reading, leaf_axes, paths) -> tuple[dict[int, int], tuple[Gro
         groups.append(Group(name, len(ids), layers, len(units) + 1, members))
         units.update((i, len(units) + 1) for i in ids)
     return units, tuple(groups)
+
+
+def _balance(notes: Reading) -> None:
+    """Equal blocks stay equal; what is joined for one axis can be uneven in another one."""
+    why = "a group of a convolution would keep fewer channels than others"
+    while any(notes.labels.balance(axis, blocks, why) for axis, blocks in notes.blocks):
+        pass
 
 
 def _distinct(axes: list[Axis]) -> list[Axis]:

@@ -93,6 +93,37 @@ class Labels:
             axis = axis.max(1, keepdims=True)  # one id a row is one column, wherever it stood
         return axis[:, axis.any(0)]
 
+    def balance(self, axis: Axis, blocks: int, why: str) -> bool:
+        """Joins ids until each one stands equally often in all of an axis's equal blocks.
+
+        Ids that do already stay single. The others are joined by how they are spread: of each kind
+        one, or as many as make all of them up in equal shares, are even together, since all are.
+        True if anything was joined or frozen.
+        """
+        axis = self.resolve(axis)
+        if axis.shape[1] > 1:
+            first, *rest = np.split(axis, blocks)
+            for block in rest:
+                self.unify(first, block, why)
+        if axis.shape[1] != 1:
+            return not np.array_equal(axis, self.resolve(axis))
+        ids, place = np.unique(axis[:, 0], return_inverse=True)
+        times = np.zeros((len(ids), blocks), np.int64)
+        np.add.at(times, (place, np.arange(len(axis)) * blocks // len(axis)), 1)
+        uneven = (times != times[:, :1]).any(1)
+        if FROZEN in ids[uneven]:
+            self.freeze(ids[uneven], why)
+            return (ids[uneven] != FROZEN).any()
+        _, kind, counts = np.unique(times[uneven], axis=0, return_inverse=True, return_counts=True)
+        number = np.gcd.reduce(counts)
+        first_of: dict[int, int] = {}
+        for k in range(len(counts)):
+            own = ids[uneven][kind.reshape(-1) == k]
+            for i, into in zip(own.tolist(), np.arange(len(own)) * number // len(own), strict=True):
+                first = first_of.setdefault(int(into), i)
+                self.union(np.array([first]), np.array([i]), why)
+        return bool(uneven.any())
+
     def _expand(self, column: np.ndarray) -> Axis:
         unique, inverse = np.unique(column, return_inverse=True)
         rows = [self._bound.get(i, (i,)) for i in unique.tolist()]

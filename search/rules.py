@@ -40,6 +40,7 @@ class Reading(NamedTuple):
       divisors: by output value of an operation.
       unknown: primitives without a rule, and how often.
       homes: by id, the loops that it is read layer by layer in; -1 for anywhere else.
+      blocks: axes, and into how many equal blocks they must stay divided.
     """
 
     labels: Labels
@@ -48,11 +49,12 @@ class Reading(NamedTuple):
     divisors: dict[int, Divisor]
     unknown: Counter
     homes: dict[int, set[int]]
+    blocks: list[tuple[Axis, int]]
 
 
 def reading() -> Reading:
     """An empty one."""
-    return Reading(Labels(), {}, {}, {}, Counter(), {})
+    return Reading(Labels(), {}, {}, {}, Counter(), {}, [])
 
 
 def read(program: Program, values: Values, to: Reading, depth: int = 0) -> None:
@@ -286,10 +288,14 @@ def _top_k(c: _Context, op: Op) -> list[list[Axis]]:
     return [[*axes[:-1], last] for _ in op.outputs]
 
 
-@_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "cumred_reduce_window")
+@_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "cumred_reduce_window",
+       "reduce_window")  # fmt: skip
 def _window(c: _Context, op: Op) -> list[list[Axis]]:
     p, out = op.params, []
     shape = c.values.shapes[op.outputs[0]]
+    if len(op.outputs) > 1:  # several arrays reduced as one
+        _freeze_all(c, op)
+        return [c.to.axes[number] for number in op.outputs]
     for d, axis in enumerate(c.axes(op.inputs[0])):
         still = p["window_dimensions"][d] == 1 and p["window_strides"][d] == 1
         still = still and tuple(p["padding"][d]) == (0, 0) and p["base_dilation"][d] == 1
@@ -329,11 +335,10 @@ def _conv(c: _Context, op: Op) -> list[list[Axis]]:
         c.unify(channels, inputs, op)
     elif len(inputs) == 1:  # depthwise: a channel and its own outputs live and die together
         c.unify(np.repeat(channels, len(outputs) // groups, 0), outputs, op)
-    else:  # all groups cut alike, so that they stay equal
-        for axis, kernel_axis in ((channels, inputs), (outputs, None)):
-            blocks = np.split(axis, groups)
-            for block in blocks if kernel_axis is not None else blocks[1:]:
-                c.unify(blocks[0] if kernel_axis is None else kernel_axis, block, op)
+    else:  # groups share the kernel's inputs; of their outputs they only keep equally many
+        for block in np.split(channels, groups):
+            c.unify(inputs, block, op)
+        c.to.blocks.append((outputs, groups))
     shape = c.values.shapes[op.outputs[0]]
     out = [plain(n) for n in shape]
     out[out_spec[0]], out[out_spec[1]] = x[lhs[0]], outputs

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -95,7 +96,7 @@ def depthwise(axis: Axis, size: int = 3, **options: Any) -> ConvNorm:
 
 def max_pool_3x3(x: Array) -> Array:
     """Largest of each 3x3 window, stride 2, padded by 1: the pooling after ImageNet stems."""
-    lowest = jnp.asarray(-jnp.inf, x.dtype)
+    lowest = np.asarray(-np.inf, x.dtype)  # of NumPy: a value that JAX sees, and a gradient
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
@@ -103,7 +104,7 @@ def max_pool_3x3(x: Array) -> Array:
 def average_pool_3x3(x: Array) -> Array:
     """Mean of each 3x3 window, stride 2, padded by 1 with zeros that count."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
-    zero = jnp.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)  # of NumPy: a value that JAX sees and so differentiates the sum
     return lax.reduce_window(x, zero, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), pads) / 9
 
 

@@ -22,6 +22,7 @@ from jaxfm.models import (
     shufflenet_config,
     vgg_config,
 )
+from jaxfm.models.convnet import average_pool_3x3, max_pool_3x3
 from jaxfm.subnet import Subnet, axis_sizes, centre, extract, kernel_sizes, mask
 from jaxfm.testing import (
     random_variables,
@@ -47,9 +48,7 @@ FAMILIES = {
     "shufflenet v2": tiny_shufflenet(2),
 }
 OF_TORCH = [name for name in FAMILIES if not name.endswith("v1")]
-CUT = [
-    name for name in FAMILIES if name != "shufflenet v1"
-]  # all axes of which are tied by shuffles
+CUT = [name for name in FAMILIES if name != "shufflenet v1"]  # whose axes shuffles leave no names
 APPLY = {name: jax.jit(model.apply) for name, model in FAMILIES.items()}
 
 
@@ -79,6 +78,16 @@ def test_every_kernel_above_one_has_a_name_of_its_own(family):
     dense = family.startswith("vgg")  # its first dense layer reads a 2x2 image
     sizes = sorted(shape[0] for shape in kernels if shape[0] > 1)[dense:]
     assert sorted(kernel_sizes(shapes, model.axes).values()) == sizes
+
+
+@pytest.mark.parametrize("pool", [max_pool_3x3, average_pool_3x3])
+def test_pools_have_gradients_under_jit(pool):
+    x = jnp.arange(32.0).reshape(1, 4, 4, 2)
+    gradient = jax.jit(jax.grad(lambda x: pool(x).sum()))(x)
+    # Windows of stride 2 around rows and columns 0 and 2.
+    times = np.array([1, 2, 1, 1]) if pool is average_pool_3x3 else np.array([0, 1, 0, 1])
+    whole = np.outer(times, times)[None, ..., None] / (9 if pool is average_pool_3x3 else 1)
+    np.testing.assert_allclose(gradient, np.broadcast_to(whole, x.shape), rtol=1e-6)
 
 
 def test_blocks_may_be_cut_unequally():

@@ -147,6 +147,12 @@ def shuffle(draw, c):
     return apply, c
 
 
+def shuffled_groups(draw, c):
+    w, v = draw(1, 1, c // 2, 12), draw(3, 3, 6, 8)
+    mixed, _ = shuffle(draw, 12)
+    return lambda p, x: conv(mixed(p, jnp.tanh(conv(x, p[w], groups=2))), p[v], groups=2), 8
+
+
 def excited(draw, c):
     w, v = draw(c, 3), draw(3, c)
 
@@ -159,7 +165,8 @@ def excited(draw, c):
 
 BLOCKS = (
     strided, grouped, depthwise, identity_shortcut, padded_shortcut, projected_shortcut,
-    dense_connection, half_split, gated, channel_norm, group_norm, shuffle, excited,
+    dense_connection, half_split, gated, channel_norm, group_norm, shuffle, shuffled_groups,
+    excited,
 )  # fmt: skip
 
 

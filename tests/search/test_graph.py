@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax import lax
 from random_networks import (
     EVERY_BLOCK,
@@ -74,6 +76,21 @@ def test_a_channel_shuffle_is_one_permutation():
     assert [op.name for op in program.ops] == ["reshape", "transpose", "reshape"]
 
 
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_known_entries_of_an_axis_are_picked(mode):
+    index = np.array([2, -1, 0, 2]) if mode == "fill" else np.array([2, 4, 0, 2])
+    function = lambda x: jnp.take(x, index, axis=1, mode=mode)
+    (op,) = flatten(function, shape(3, 5, 4))[0].ops
+    np.testing.assert_array_equal(op.params["index"], index % 5)
+    assert (op.name, op.params["axis"]) == ("permute", 1)
+    (op,) = flatten(lambda x: x[..., index], shape(3, 4, 5))[0].ops
+    assert (op.name, op.params["axis"]) == ("permute", 2)
+    several = lambda x: x[jnp.array([0, 1]), :, jnp.array([2, 3])]
+    assert flatten(several, shape(3, 5, 4))[0].ops[-1].name == "gather"
+    outside = lambda x: jnp.take(x, jnp.array([7]), axis=1, mode="fill")
+    assert flatten(outside, shape(3, 5, 4))[0].ops[-1].name == "gather"
+
+
 def test_axes_of_a_reshape_pair_up_as_finely_as_they_can():
     assert segments((4, 6), (4, 6)) == [([0], [0]), ([1], [1])]
     assert segments((2, 3, 4), (6, 4)) == [([0, 1], [0]), ([2], [1])]
@@ -107,6 +124,28 @@ def test_a_split_axis_is_the_merge_of_its_parts():
         np.testing.assert_array_equal(labels.resolve(part), labels.resolve(other))
     labels.split(whole, [2, 6], "a reshape mixes it")
     assert labels.reason(whole) == "a reshape mixes it"
+
+
+@given(st.data())
+def test_ids_are_joined_until_blocks_stay_equal(data):
+    blocks, size = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 6))
+    labels = Labels()
+    places = st.lists(st.integers(0, 7), min_size=blocks * size, max_size=blocks * size)
+    axis = labels.fresh(8)[np.array(data.draw(places))]
+    while labels.balance(axis, blocks, "uneven"):
+        pass
+    found = labels.resolve(axis)
+    assert found.shape[1]  # nothing that could stay was frozen
+    for i in np.unique(found):
+        assert len({np.count_nonzero(part == i) for part in np.split(found, blocks)}) == 1
+
+
+def test_what_evens_out_a_frozen_channel_is_frozen():
+    labels = Labels()
+    axis = labels.fresh(6)
+    labels.freeze(axis[:1], "an output")
+    labels.balance(axis, 2, "uneven")
+    assert not labels.resolve(axis).size and labels.reason(axis[5:]) == "uneven"
 
 
 # Groups
@@ -161,6 +200,21 @@ def test_convolutions_cut_what_belongs_together():
         (4, frozenset({"a:3", "g:2"})),
         (3, frozenset({"g:3", "b:2"})),
     }
+
+
+def test_a_shuffle_between_grouped_convolutions_leaves_channels_to_choose():
+    def unit(p, x):
+        x = conv(x, p["a"], groups=3)
+        x = x.reshape(*x.shape[:-1], 3, -1).swapaxes(-1, -2).reshape(x.shape)
+        return conv(conv(x, p["b"], groups=3), p["c"])
+
+    params = {"a": shape(1, 1, 2, 60), "b": shape(1, 1, 20, 6), "c": shape(1, 1, 6, 2)}
+    found = groups_of(unit, params, shape(2, 4, 4, 6))
+    # 20 channels a group: those with one place in b come from three different groups of a.
+    assert (20, frozenset({"a:3", "b:2"})) in found and (2, frozenset({"b:3", "c:2"})) in found
+    params = {"a": shape(1, 1, 2, 18), "b": shape(1, 1, 6, 6), "c": shape(1, 1, 6, 2)}
+    # 6 a group: they come from one, so three of them stay or go together.
+    assert (2, frozenset({"a:3", "b:2"})) in groups_of(unit, params, shape(2, 4, 4, 6))
 
 
 def test_heads_are_shared_by_their_queries():
