@@ -70,6 +70,8 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
         parts += _decoding(results["decode"])
     if "search" in results:
         parts += _search(results["search"])
+    if "supernet" in results:
+        parts += _supernet(results["supernet"])
     parts += [heading("How to get this again"), json_panel("config.json", config)]
     report = Report(_title(results), f"run {run_dir.name}", tuple(parts))
     write(report, run_dir / "report.html")
@@ -81,6 +83,8 @@ def _title(results: Mapping) -> str:
         return "Federate, cut, serve"
     if "search" in results:
         return "A model cut to a budget"
+    if "supernet" in results:
+        return "A network for every device"
     if "compare" in results:
         return "Federated algorithms side by side"
     return "A federated run" if "federate" in results else "A training run"
@@ -130,6 +134,15 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
         figures.append(Card("multiply-adds", f"{after / before:.1%}", "of the dense model's"))
         before, after = part["latency_s"]["batch 32"]
         figures.append(Card("speed-up", f"{before / after:.2f}x", "a batch of 32, measured"))
+    if "supernet" in results:
+        part = results["supernet"]
+        metric = main_metric(list(part["dense"]))
+        dense = f"dense {part['dense'][metric]:.4f}"
+        figures += [
+            Card(_name(metric), m["test"][m["chosen"]][metric],
+                 f"at {m['kept']:.0%} of the {part['cost']}; {dense}")
+            for m in part["members"]
+        ]  # fmt: skip
     if "compare" in results:
         part = results["compare"]
         metric = next(iter(part["algorithms"].values()))["metric"]
@@ -298,6 +311,42 @@ def _search(part: Mapping) -> list[Html]:
                       y_label="reward", title="Search curve"),
             line_plot({"front": _front(scored)}, x_label="multiply-adds, share of dense",
                       y_label="reward", title="Pareto front of all candidates"),
+        ),
+    ]  # fmt: skip
+
+
+def _supernet(part: Mapping) -> list[Html]:
+    """The members of all budgets, and the scores that the predictor learned from."""
+    metric, cost = main_metric(list(part["dense"])), part["cost"]
+    members = part["members"]
+    columns = [f"{cost}, at most", "kept", "evolved", "same share of everything", "chosen"]
+    rows = [
+        [f"{m['share']:.0%}", f"{m['kept']:.1%}", m["test"]["evolved"][metric],
+         m["test"]["uniform"][metric], m["chosen"]]
+        for m in members
+    ]  # fmt: skip
+    ends = [[name, part[name][metric]] for name in ("dense", "largest", "smallest")]
+    by_cost = {
+        name: ([m["kept"] for m in members], [m["test"][name][metric] for m in members])
+        for name in ("evolved", "uniform")
+    }
+    note = (
+        f"Test rows; members were chosen by validation rows. Ranks of {len(part['cloud'])} scored "
+        f"members are predicted with a correlation of {part['rank_correlation']:.2f}."
+    )
+    return [
+        heading("One training, many networks", note),
+        row(
+            table(columns, rows),
+            table(["whose", _name(metric)], ends, title="before members trained together; after"),
+        ),
+        row(
+            line_plot(by_cost, x_label=f"{cost}, share of dense", y_label=f"test {_name(metric)}"),
+            line_plot(
+                {"best so far, from small to large": _front([tuple(p) for p in part["cloud"]])},
+                x_label=f"{cost}, share of dense", y_label="validation score",
+                title="Members that were scored",
+            ),
         ),
     ]  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.config import define_flags
-from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
+from jaxfm.launch import demo, federate, generate, pretrain, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.testing import tiny_decoder
 
@@ -25,6 +25,7 @@ CONFIGS = {
     "report": report.ReportConfig,
     "search": search_script.SearchConfig,
     "simulate": simulate.SimulateConfig,
+    "supernet": supernet.SupernetConfig,
 }
 
 
