@@ -76,6 +76,7 @@ def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(finished, capsys
     assert results_of(finished)["members"] != before["members"]
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_equal_layers_of_a_decoder_are_a_hugging_face_model(tmp_path):
     for i in range(40):  # enough documents for all splits
         folder = tmp_path / "text" / f"owner{i % 2}"
