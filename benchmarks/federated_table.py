@@ -261,6 +261,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "adp": pruning,
         "adp_federated": lambda *a: pruning(*a, gates="federated"),
         "spatl": lambda *a: shared(*a),
+        "spatl_once": lambda *a: shared(*a, select_times=1),
         "spatl_topk8": lambda *a: compressed(shared(*a), top_k(0.1, bits=8)),
         "spatl_narrow": lambda *a: compressed(shared(*a), quantised(8, block=256), down=8),
         "fed_avg_narrow": lambda *a: compressed(fed_avg(*a), quantised(8, block=256), down=8),

@@ -120,8 +120,8 @@ class Labels:
         for k in range(len(counts)):
             own = ids[uneven][kind.reshape(-1) == k]
             for i, into in zip(own.tolist(), np.arange(len(own)) * number // len(own), strict=True):
-                first = first_of.setdefault(int(into), i)
-                self.union(np.array([first]), np.array([i]), why)
+                one = first_of.setdefault(int(into), i)
+                self.union(np.array([one]), np.array([i]), why)
         return bool(uneven.any())
 
     def _expand(self, column: np.ndarray) -> Axis:
