@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--process", type=int)
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    flags = os.environ.get("XLA_FLAGS", "")  # the last of a flag counts
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
 
     import jax
 

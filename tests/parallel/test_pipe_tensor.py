@@ -47,7 +47,8 @@ print(json.dumps({
 
 def test_two_stages_of_two_devices_each():
     """Two sums a layer within a stage, one message and one sum between stages, nothing else."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    env = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", SPLIT], env=env, capture_output=True, text=True, timeout=600
     )

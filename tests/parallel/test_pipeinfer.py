@@ -264,7 +264,8 @@ print(json.dumps(out))
 
 @pytest.mark.slow
 def test_four_devices_and_a_slot_of_the_draft():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    env = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", MANY], env=env, capture_output=True, text=True, timeout=300
     )
