@@ -178,14 +178,22 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
 
 def _fold(eqn: Any, inputs: tuple[Atom, ...], held: dict[int, Any]) -> list[np.ndarray] | None:
     """The values of scalars and of indices made from known ones; None where it is another op."""
-    exact = lambda aval: aval.shape == () or not np.issubdtype(aval.dtype, np.inexact)
-    if not inputs or not all(exact(var.aval) for var in eqn.outvars):
+    if not inputs or not all(_is_small(var.aval) for var in eqn.outvars):
         return None
     if not all(isinstance(atom, Known) or atom in held for atom in inputs):
         return None
     known = [atom.value if isinstance(atom, Known) else held[atom] for atom in inputs]
+    if any(isinstance(value, jax.core.Tracer) for value in known):  # an outer trace's
+        return None
     with jax.ensure_compile_time_eval():
         return [np.asarray(x) for x in bind(eqn.primitive, known, eqn.params)]
+
+
+def _is_small(aval: Any) -> bool:
+    """A scalar or indices, and no random key."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return False
+    return aval.shape == () or not jax.dtypes.issubdtype(aval.dtype, np.inexact)
 
 
 def _picked(eqn: Any, inputs: tuple[Atom, ...], outputs: tuple[int, ...], held) -> Op | None:
@@ -193,7 +201,9 @@ def _picked(eqn: Any, inputs: tuple[Atom, ...], outputs: tuple[int, ...], held) 
     where, p = eqn.params["dimension_numbers"], eqn.params
     index = held.get(inputs[1]) if isinstance(inputs[1], int) else None
     shape = eqn.invars[0].aval.shape
-    if index is None or len(where.collapsed_slice_dims) != 1 or where.operand_batching_dims:
+    if index is None or isinstance(index, jax.core.Tracer):
+        return None
+    if len(where.collapsed_slice_dims) != 1 or where.operand_batching_dims:
         return None
     (axis,) = where.collapsed_slice_dims
     others = tuple(d for d in range(len(shape)) if d != axis)

@@ -91,6 +91,21 @@ def test_known_entries_of_an_axis_are_picked(mode):
     assert flatten(outside, shape(3, 5, 4))[0].ops[-1].name == "gather"
 
 
+def test_keys_and_values_of_an_outer_trace_are_not_folded():
+    raw, keys = np.array([1, 2], np.uint32), jax.random.split(jax.random.key(0), 2)
+    for key in (lambda: jax.random.key(0), lambda: jax.random.wrap_key_data(raw), lambda: keys[0]):
+        noisy = lambda x, key=key: x + jax.random.normal(key(), (3,))
+        assert flatten(noisy, shape(3))[0].ops[-1].name == "add"
+
+    @jax.jit
+    def outer(index, x):
+        picks = lambda x: jnp.take(x, index + 1, axis=0, mode="clip")
+        assert flatten(picks, x)[0].ops[-1].name == "gather"
+        return x
+
+    outer(jnp.array([0, 1]), jnp.zeros(3))
+
+
 def test_axes_of_a_reshape_pair_up_as_finely_as_they_can():
     assert segments((4, 6), (4, 6)) == [([0], [0]), ([1], [1])]
     assert segments((2, 3, 4), (6, 4)) == [([0, 1], [0]), ([2], [1])]
