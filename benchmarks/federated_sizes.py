@@ -43,13 +43,13 @@ from jaxfm.federated import (
     spatl,
     top_k,
 )
-from jaxfm.federated.partition import split_tree, split_variables
-from jaxfm.federated.spatl import upload_bytes
+from jaxfm.federated.algorithm import wire_bytes
+from jaxfm.federated.ledger import client_shapes
 from jaxfm.model import Variables
 from jaxfm.models.cnn import CnnConfig, cnn
 from jaxfm.models.resnet import resnet, resnet_config
 from jaxfm.models.vgg import vgg, vgg_config
-from jaxfm.search import coverage, model_network, pruned
+from jaxfm.search import model_network, pruned
 from jaxfm.subnet import axis_sizes, extract, width
 from jaxfm.tasks import classification
 
@@ -155,8 +155,8 @@ def published_bytes() -> dict[str, Any]:
         for other, algorithm in made.items():
             (cost,) = client_costs(algorithm, people, variables)
             up[name, other] = cost.bytes_up
-            if other == "spatl":
-                up[name, other] = int(_salient_bytes(select, variables))
+            if algorithm.buckets[0].travels is not None:
+                up[name, other] = int(_salient_bytes(algorithm, select, people, variables))
             row[other] = round((up[name, other] + cost.bytes_down) / 1e6, 3)
         out[name] = row
     for client in ("vgg11", "resnet32"):
@@ -168,11 +168,19 @@ def published_bytes() -> dict[str, Any]:
     return out
 
 
-def _salient_bytes(select: Any, variables: Variables) -> Any:
-    masks, _ = jax.jit(lambda v: select.choose((), v, None, None))(variables)
-    covered = split_variables(coverage(select.network, masks), head)[0]
-    encoder = split_tree(variables.params, head)[0]
-    return upload_bytes((covered.params, covered.stats), encoder, masks)
+def _salient_bytes(algorithm: Any, select: Any, people: Population, variables: Variables) -> int:
+    """Of one upload of a form of SPATL with the channels that the selector takes of `variables`."""
+    (bucket,), server = algorithm.buckets, jax.eval_shape(algorithm.init, variables)
+    shapes, _, _ = jax.eval_shape(bucket.client, *client_shapes(bucket, people, server))
+
+    @jax.jit
+    def measure(variables):
+        masks, _ = select.choose((), variables, None, None)
+        upload = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        upload = upload._replace(masks=masks)
+        return wire_bytes(upload, bucket.travels(upload))
+
+    return round(float(measure(variables)))
 
 
 def measured() -> dict[str, Any]:

@@ -180,7 +180,7 @@ def ours(weights: str, depth: int, config: Config, calibration, images, labels) 
     for name in ("uniform", "global"):
         began = time.perf_counter()
         net = search.model_network(model, variables, calibration[:64])
-        scores = search.importance(net, variables, "l2")
+        scores = jax.jit(lambda v, net=net: search.importance(net, v, "l2"))(variables)
         order = search.ranks(scores)
         limits = search.budgets(net, macs=config.macs)
         problem = search.problem(net.sizes, limits, lambda data, counts: counts[:, 0] * 0.0)

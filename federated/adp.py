@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.fed_avg import Movement, difference, moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.search.cost import budgets, costs
@@ -118,7 +118,7 @@ def adp(
         counts = widths(chosen, download.round)
         kept = masks(ranks(chosen), counts)
         trained, info = fit(_gate(download.variables, kept), data, profile.max_steps, key)
-        examples, there = info["examples"], coverage(network, kept)[:2]  # no live channels
+        examples, there = info["examples"], Movement(*coverage(network, kept)[:2])
         step = scaled(examples, difference(trained, download.variables))
         num = jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), there, step)
         den = jax.tree.map(lambda m: jnp.where(m, examples, 0), there)

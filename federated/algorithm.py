@@ -137,6 +137,8 @@ class Bucket(NamedTuple):
         the upload, its length in bytes by shape.
       lift: `(server_state, sum of what was received) -> sum in the coordinates of all buckets`.
       personal: `(server_state, memory) -> Variables` with which such a client predicts.
+      travels: `(upload) -> tree like it of f32[]`: the share of each leaf's bytes that a wire
+        needs, where a mask in the upload leaves some out; None: all of it.
     """
 
     model: Model | None
@@ -146,6 +148,13 @@ class Bucket(NamedTuple):
     receive: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda server, public, upload: upload
     lift: Callable[[PyTree, PyTree], PyTree] = lambda server, sums: sums
     personal: Callable[[PyTree, PyTree], Variables] = lambda server, memory: server.variables
+    travels: Callable[[PyTree], PyTree] | None = None
+
+
+def wire_bytes(upload: PyTree, shares: PyTree) -> Array:
+    """f32[]: bytes of an upload (arrays or shapes), each leaf by its share of `Bucket.travels`."""
+    bits = jax.tree.map(lambda x, share: share * (x.size * x.dtype.itemsize), upload, shares)
+    return jnp.asarray(sum(jax.tree.leaves(bits)), jnp.float32)
 
 
 class Algorithm(NamedTuple):

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.cost import num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, Profile
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, Profile, wire_bytes
 from jaxfm.model import Array, Key, PyTree
 
-# Fields of uploads that hold weights (`Mean`, `Upload`): what is divided by is never rounded.
-WEIGHTS = ("den", "known")
+# Fields that travel as they are: weights (`Mean`, `Upload`), which are divided by, and the few
+# statistics of norms, where a variance that comes late or rounded may fall to zero or below.
+EXACT = ("den", "known", "stats")
 
 
 class Method(NamedTuple):
@@ -71,8 +72,10 @@ def compressed(
     """The algorithm with compressed uploads; server and personal parts stay the same.
 
     Floating leaves are compressed one by one, where that makes them smaller; scalars, integers and
-    weights (`WEIGHTS`) travel exactly. A client without data sends zeros and keeps its residual.
-    A "bytes_up" of the algorithm's own gives way to the size of the arrays that now travel.
+    weights and statistics (`EXACT`) travel exactly. A client without data sends zeros and keeps its
+    residual. "bytes_up" is of what now travels: with feedback all that was packed, whichever
+    entries it holds; else, of a leaf that the algorithm sends in part (`Bucket.travels`), that
+    part.
 
     Args:
       algorithm: any; clients draw the same random numbers as without compression. With feedback
@@ -179,34 +182,43 @@ def _compressed(bucket: Bucket, method: Method) -> Bucket:
                 error = whole - _restored(method, leaves[i]).astype(whole.dtype)
                 residual.append(jnp.where(data.count > 0, error, left))
         info = {name: value for name, value in info.items() if name != "bytes_up"}
-        return jax.tree.unflatten(tree, leaves), CompressMemory(own, tuple(residual)), info
+        packed = jax.tree.unflatten(tree, leaves)
+        if travels is not None:
+            info["bytes_up"] = wire_bytes(packed, travels(packed))
+        return packed, CompressMemory(own, tuple(residual)), info
 
     def receive(server, public, upload):
-        is_packed = lambda x: isinstance(x, Packed)
-        restored = lambda x: _restored(method, x) if is_packed(x) else x
-        return bucket.receive(server, public, jax.tree.map(restored, upload, is_leaf=is_packed))
+        return bucket.receive(server, public, _whole(method, upload))
 
-    personal = lambda server, memory: bucket.personal(server, memory.own)
-    return Bucket(bucket.model, bucket.send, client, init_client, receive, bucket.lift, personal)
+    def shares(upload: PyTree) -> PyTree:
+        assert bucket.travels is not None
+        alike = lambda x, share: jax.tree.map(lambda _: 1.0 if method.feedback else share, x)
+        split = lambda x, share: alike(x, share) if _is_packed(x) else share
+        own = bucket.travels(_whole(method, upload))
+        return jax.tree.map(split, upload, own, is_leaf=_is_packed)
+
+    travels = None if bucket.travels is None else shares
+    return bucket._replace(
+        client=client, init_client=init_client, receive=receive, travels=travels,
+        personal=lambda server, memory: bucket.personal(server, memory.own),
+    )  # fmt: skip
 
 
 def _narrow(bucket: Bucket, method: Method) -> Bucket:
     """The bucket with rounded downloads; `Known` parts do not travel."""
 
-    def narrow(x: Any) -> Any:
-        if isinstance(x, Known) or not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+    def narrow(path, x: Any) -> Any:
+        if isinstance(x, Known) or _is_exact(path, x) or not x.size:
             return x
         payload = method.pack(x.astype(_wide(x)).reshape(-1), x.dtype, None)
         return Packed(payload, x.shape, x.dtype) if num_bytes(payload) < num_bytes(x) else x
 
-    def wide(download: PyTree) -> PyTree:
-        is_packed = lambda x: isinstance(x, Packed)
-        restored = lambda x: _restored(method, x) if is_packed(x) else x
-        return jax.tree.map(restored, download, is_leaf=is_packed)
+    wide = lambda download: _whole(method, download)
 
     def send(server, public):
         is_known = lambda x: isinstance(x, Known)
-        return jax.tree.map(narrow, bucket.send(server, public), is_leaf=is_known)
+        download = bucket.send(server, public)
+        return jax.tree_util.tree_map_with_path(narrow, download, is_leaf=is_known)
 
     return bucket._replace(
         send=send,
@@ -219,14 +231,28 @@ def _chosen(method: Method, upload: PyTree) -> list[int]:
     """Which leaves of an upload, arrays or shapes, are compressed."""
 
     def is_chosen(path, x) -> bool:
-        weight = any(getattr(step, "name", None) in WEIGHTS for step in path)
-        if weight or not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim or not x.size:
+        if _is_exact(path, x) or not x.ndim or not x.size:
             return False
         packed = lambda: method.pack(jnp.zeros(x.size, _wide(x)), x.dtype, jax.random.key(0))
         return num_bytes(jax.eval_shape(packed)) < num_bytes(x)
 
     leaves = enumerate(jax.tree_util.tree_leaves_with_path(upload))
     return [i for i, leaf in leaves if is_chosen(*leaf)]
+
+
+def _is_exact(path, x: Any) -> bool:
+    named = any(getattr(step, "name", None) in EXACT for step in path)
+    return named or not jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def _whole(method: Method, tree: PyTree) -> PyTree:
+    """The tree with packed leaves restored."""
+    restored = lambda x: _restored(method, x) if _is_packed(x) else x
+    return jax.tree.map(restored, tree, is_leaf=_is_packed)
 
 
 def _wide(x: Any) -> Any:

@@ -63,13 +63,27 @@ def averaging_bucket(model: Model, task: Task, local: Local, grad_hook_at=None) 
     return Bucket(model, send, client)
 
 
-def difference(trained: Variables, start: Variables) -> PyTree:
-    """What moved: (params, stats) of `trained` minus those of `start`."""
-    return jax.tree.map(jnp.subtract, (trained.params, trained.stats), (start.params, start.stats))
+class Movement(NamedTuple):
+    """Of the trainable part and of the statistics, each a tree like the variables' own.
+
+    Compression leaves what is called `stats` alone (`compress.EXACT`).
+    """
+
+    params: PyTree
+    stats: PyTree
 
 
-def moved(variables: Variables, step: PyTree, rate: Array | float = 1.0) -> Variables:
-    """`variables` plus rate * step, with `step` as `difference` gives it, in any float dtype."""
+def difference(trained: Variables, start: Variables) -> Movement:
+    """What moved: `trained` minus `start`."""
+    less = lambda a, b: jax.tree.map(jnp.subtract, a, b)
+    return Movement(less(trained.params, start.params), less(trained.stats, start.stats))
+
+
+def moved(variables: Variables, step: tuple, rate: Array | float = 1.0) -> Variables:
+    """`variables` plus rate * step, with `step` (params, stats) in any float dtype."""
     add = lambda x, d: (x.astype(d.dtype) + jnp.asarray(rate, d.dtype) * d).astype(x.dtype)
-    params, stats = jax.tree.map(add, (variables.params, variables.stats), step)
-    return variables._replace(params=params, stats=stats)
+    params, stats = step
+    return variables._replace(
+        params=jax.tree.map(add, variables.params, params),
+        stats=jax.tree.map(add, variables.stats, stats),
+    )

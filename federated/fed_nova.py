@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import FedAvgState, difference, moved
+from jaxfm.federated.fed_avg import FedAvgState, Movement, difference, moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.sgd import accumulated, sgd_of
 from jaxfm.model import Array, Key, Model, Variables
@@ -52,7 +52,7 @@ def fed_nova(model: Model, task: Task, local: Local) -> Algorithm:
         examples, steps = info["examples"], accumulated(info["steps"], momentum)
         params, stats = difference(trained, download)
         each = examples / jnp.where(steps > 0, steps, 1)
-        movement = Mean((scaled(each, params), scaled(examples, stats)), examples)
+        movement = Mean(Movement(scaled(each, params), scaled(examples, stats)), examples)
         return FedNovaUpload(movement, examples * steps), memory, info
 
     def server(state: FedAvgState, totals: FedNovaUpload, public, key: Key):

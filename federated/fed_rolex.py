@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.fed_avg import Movement, difference, moved
 from jaxfm.federated.hetero_fl import check_tiers
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Array, Key, Model, Variables
@@ -70,9 +70,9 @@ def rolled(subnet: Subnet, sizes: dict[str, int], shift: Array) -> Subnet:
 
 def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
     fit = local_fit(objective(model, task), local)
-    sent_axes = (model.axes.params, model.axes.stats)
+    sent_axes = Movement(model.axes.params, model.axes.stats)
     full = jax.eval_shape(model.init, jax.random.key(0))
-    like = (full.params, full.stats)
+    like = Movement(full.params, full.stats)
     sizes = axis_sizes(full, model.axes)
 
     def send(server: FedRolexState, public) -> Variables:

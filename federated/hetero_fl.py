@@ -16,7 +16,7 @@ import jax
 import optax
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, scaled
-from jaxfm.federated.fed_avg import difference
+from jaxfm.federated.fed_avg import Movement, difference
 from jaxfm.federated.fed_opt import FedOptState, server_optimizer
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Key, Model, Variables
@@ -51,9 +51,9 @@ def hetero_fl(
 
 def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
     fit = local_fit(objective(model, task), local)
-    sent_axes = (model.axes.params, model.axes.stats)
+    sent_axes = Movement(model.axes.params, model.axes.stats)
     full = jax.eval_shape(model.init, jax.random.key(0))
-    like = (full.params, full.stats)
+    like = Movement(full.params, full.stats)
 
     def send(server: FedOptState, public) -> Variables:
         return extract(server.variables, model.axes, subnet)

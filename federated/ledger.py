@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.cost import count_flops, loop_bytes, num_bytes
+from jaxfm.cost import count_flops, loop_bytes, loop_flops, num_bytes
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known
 from jaxfm.federated.rounds import Population
 from jaxfm.model import PyTree, Variables, count_parameters
@@ -28,6 +28,7 @@ class ClientCost(NamedTuple):
       memory_bytes: that training holds from step to step (parameters, optimizer state, statistics)
         and one gradient; activations come on top.
       flops_per_step: of one local step.
+      flops_per_round: beside them, once a round: a search, predictions on public data.
     """
 
     bytes_down: int
@@ -35,6 +36,7 @@ class ClientCost(NamedTuple):
     parameters: int
     memory_bytes: int
     flops_per_step: int
+    flops_per_round: int = 0
 
 
 class Work(NamedTuple):
@@ -61,7 +63,15 @@ def client_costs(
     return tuple(_cost(bucket, population, server, public) for bucket in algorithm.buckets)
 
 
-def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree) -> ClientCost:
+def client_shapes(
+    bucket: Bucket, population: Population, server: PyTree, public: PyTree = None
+) -> tuple[PyTree, ...]:
+    """Shapes of what `bucket.client` takes: download, memory, data, profile, key.
+
+    Args:
+      server: shapes of the algorithm's state.
+      public: as given to `rounds`.
+    """
     federation = population.federation
     shape: Any = jax.ShapeDtypeStruct
     data = ClientData(
@@ -76,16 +86,23 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
         rows = shape(population.held.index.shape[1:], jnp.int32)
         data = data._replace(held_index=rows, held_count=data.count)
     memory = jax.eval_shape(bucket.init_client, download, data, profile, key)
-    args = (download, memory, data, profile, key)
+    return download, memory, data, profile, key
+
+
+def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree) -> ClientCost:
+    args = client_shapes(bucket, population, server, public)
+    download, memory = args[:2]
     upload, _, _ = jax.eval_shape(bucket.client, *args)
     personal = jax.eval_shape(bucket.personal, server, memory)
+    a_step = loop_flops(bucket.client, *args)
     sent = jax.tree.map(_travels, download, is_leaf=lambda x: isinstance(x, Variables | Known))
     return ClientCost(
         bytes_down=num_bytes(sent),
         bytes_up=num_bytes(upload),
         parameters=count_parameters(personal.params),
         memory_bytes=loop_bytes(bucket.client, *args) + num_bytes((personal.params, personal.live)),
-        flops_per_step=count_flops(bucket.client, *args),
+        flops_per_step=a_step,
+        flops_per_round=count_flops(bucket.client, *args) - a_step,
     )
 
 
@@ -117,6 +134,7 @@ def _spent(costs: tuple[ClientCost, ...], info: Mapping) -> Work:
     own = lambda name: per_bucket(name) if name in info else np.zeros(len(costs))
     up = np.where(own("bytes_up") > 0, own("bytes_up"), reported * [c.bytes_up for c in costs])
     flops = own("steps") * [cost.flops_per_step for cost in costs]
+    flops = flops + reported * [cost.flops_per_round for cost in costs]
     return Work(
         bytes_down=selected * [cost.bytes_down for cost in costs],
         flops=np.where(own("flops") > 0, own("flops"), flops),
@@ -134,8 +152,8 @@ def client_work(
 ) -> Work:
     """Deals what `round_costs` says of one round out to the clients of each bucket.
 
-    Operations go by local steps, uploads evenly; whoever fails has downloaded in vain. The sums
-    over clients are those of `round_costs`.
+    Operations go by local steps, those of `flops_per_round` and uploads evenly; whoever fails has
+    downloaded in vain. The sums over clients are those of `round_costs`.
 
     Args:
       bucket: i32[C].
@@ -159,6 +177,8 @@ def client_work(
         took = present & (bucket == b)
         work.bytes_down[is_drawn & (bucket == b)] = cost.bytes_down
         if took.any():
-            work.flops[took] = spent.flops[b] * steps[took] / steps[took].sum()
+            each = 0 if "flops" in info else cost.flops_per_round
+            by_step = spent.flops[b] - each * took.sum()
+            work.flops[took] = by_step * steps[took] / steps[took].sum() + each
             work.bytes_up[took] = spent.bytes_up[b] / took.sum()
     return work

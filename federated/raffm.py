@@ -26,7 +26,7 @@ from jax import lax
 
 from jaxfm.distill import kl_divergence
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.fed_avg import difference, moved
+from jaxfm.federated.fed_avg import Movement, difference, moved
 from jaxfm.federated.hetero_fl import check_tiers
 from jaxfm.federated.local import Local, Objective, local_fit, objective
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
@@ -145,7 +145,7 @@ def raffm_published(model: Model, task: Task, local: Local, tiers: Sequence[Subn
         def diluted(num, den, x):
             return num - ((totals.weight - den) * x.astype(jnp.float32)).astype(num.dtype)
 
-        own = (state.variables.params, state.variables.stats)
+        own = Movement(state.variables.params, state.variables.stats)
         num = jax.tree.map(diluted, totals.mean.num, totals.mean.den, own)
         return ours.server(state, totals._replace(mean=Mean(num, totals.weight)), public, key)
 
@@ -192,9 +192,9 @@ def distilled(
 
 
 def _tier(model: Model, fit: Callable, subnet: Subnet) -> Bucket:
-    sent_axes = (model.axes.params, model.axes.stats)
+    sent_axes = Movement(model.axes.params, model.axes.stats)
     full = jax.eval_shape(model.init, jax.random.key(0))
-    like = (full.params, full.stats)
+    like = Movement(full.params, full.stats)
 
     def send(server: RaffmState, public) -> Variables:
         return extract(server.variables, model.axes, subnet)

@@ -187,18 +187,19 @@ def plan(
     rate = jax.tree.map(lambda x: np.asarray(x, np.float64)[:, None], machines)
     wire = column("bytes_down") / rate.down_bytes_per_s + column("bytes_up") / rate.up_bytes_per_s
     step_s = column("flops_per_step") / rate.flops_per_s
-    seconds = np.where(fits, wire + steps[:, None] * step_s, np.inf)
+    fixed = wire + column("flops_per_round") / rate.flops_per_s
+    seconds = np.where(fits, fixed + steps[:, None] * step_s, np.inf)
     if deadline_s is None:
         deadline_s = float(seconds.min(1).max())
     in_time = fits & (seconds <= deadline_s)
     bucket = np.where(in_time.any(1), in_time.argmax(1), seconds.argmin(1))
     own = lambda table: np.take_along_axis(table, bucket[:, None], 1)[:, 0]
-    room = np.floor((deadline_s - own(wire)) / np.maximum(own(step_s), 1e-30) * (1 + 1e-9))
+    room = np.floor((deadline_s - own(fixed)) / np.maximum(own(step_s), 1e-30) * (1 + 1e-9))
     lost = np.flatnonzero((room < 1) & (steps > 0))
     if lost.size:
         first = lost[0]
         raise ValueError(
-            f"Client {first} needs {own(wire)[first] + own(step_s)[first]:.3g} s for one step of "
+            f"Client {first} needs {own(fixed)[first] + own(step_s)[first]:.3g} s for one step of "
             f"the smallest model; deadline_s={deadline_s:.3g}. Allow more time, give a smaller "
             "tier, or leave the client out."
         )

@@ -42,13 +42,11 @@ class Select(NamedTuple):
       network: of `jaxfm.search.model_network`: its groups are what is chosen from.
       init: `(key) -> state`, what a client's selector remembers.
       choose: `(state, variables, data: ClientData, key) -> (masks, state)`, a group's bool[size].
-      evaluations: of the model on one batch, in one `choose`.
     """
 
     network: Network
     init: Callable[[Key], PyTree]
     choose: Callable[[PyTree, Variables, ClientData, Key], tuple[tuple[Array, ...], PyTree]]
-    evaluations: int = 0
 
 
 def everything(network: Network) -> Select:
@@ -175,7 +173,7 @@ def agent(
         best = jnp.where(data.held_count > 0, candidates[jnp.argmax(worth)], first)
         return masks(order, best), Tuned(own, best)
 
-    return Select(network, init, choose, strategy.batch + 2)
+    return Select(network, init, choose)
 
 
 def _shape(group) -> tuple[int, ...]:

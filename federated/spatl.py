@@ -7,7 +7,8 @@
     server   x[k] <- x[k] + sum_i n_i m_i[k] (y_i - x)[k] / sum_i n_i m_i[k]
              c[k] <- c[k] + sum_i m_i[k] d_i[k] / N
 
-over those who report, with N all clients; a coordinate that nobody sends does not move. The
+over those who report, with N all clients; a coordinate that nobody sends does not move. Statistics
+of norms are averaged whole: what flows into a channel changes though nobody sends its weights. The
 predictor p_i never leaves its client: `transferred` trains one for who joins late. Masks are whole
 channels, so `client_model` is a really smaller network.
 
@@ -18,7 +19,6 @@ Source: Yu et al. 2022 (SPATL, arXiv 2111.14345), section 4 and equations 3 to 1
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from jaxfm.federated.algorithm import (
     Mean,
     mean,
     scaled,
+    wire_bytes,
 )
 from jaxfm.federated.fed_avg import moved
 from jaxfm.federated.local import Local, Objective, local_fit, objective
@@ -83,12 +84,13 @@ class SpatlDownload(NamedTuple):
 class SpatlUpload(NamedTuple):
     """What one client sends.
 
-    Coordinates that are not covered are zeros here and nothing on the wire (`upload_bytes`).
+    Coordinates that are not covered are zeros here and nothing on the wire, and a mask is a bit a
+    channel (`Bucket.travels`).
 
     Attributes:
       gain: m_i d_i, like the encoder's parameters.
       length: f32[], by which the gain says where the client ended.
-      stats: n_i m_i times the movement of the encoder's statistics.
+      stats: n_i times the movement of the encoder's statistics.
       weight: f32[], n_i.
       masks: the channels of m_i.
     """
@@ -221,24 +223,31 @@ def _bucket(
         kept = new if paper else jax.tree.map(jnp.add, memory.variate, gain)
         # An empty client weighs nothing, and clients that count alike weigh one.
         weight = jnp.sign(info["examples"]) if paper else info["examples"]
-        stats = jax.tree.map(jnp.subtract, encoder.stats, download.encoder.stats)
-        stats = scaled(weight, _where(covered.stats, stats))
+        stats = scaled(weight, jax.tree.map(jnp.subtract, encoder.stats, download.encoder.stats))
         upload = SpatlUpload(gain, run_length(info["steps"], sgd), stats, weight, masks)
-        info = info | {"bytes_up": upload_bytes((covered.params, covered.stats), gain, masks)}
+        info = info | {"bytes_up": wire_bytes(upload, travels(upload))}
         memory = SpatlMemory(predictor, kept, masks, selector, memory.choices + 1)
         return upload, memory, info
 
     def receive(server: SpatlState, public, upload: SpatlUpload) -> SpatlSums:
         covered = split_variables(coverage(network, upload.masks), is_personal)[0]
-        count = lambda m: upload.weight * m.astype(jnp.float32)
-        weights = jax.tree.map(count, (covered.params, covered.stats))
+        weights = (
+            jax.tree.map(lambda m: upload.weight * m.astype(jnp.float32), covered.params),
+            jax.tree.map(lambda _: upload.weight, upload.stats),
+        )
         move = _where(covered.params, movement(upload.gain, server.variate, upload.length))
         return SpatlSums(Mean((scaled(upload.weight, move), upload.stats), weights), upload.gain)
+
+    def travels(upload: SpatlUpload) -> SpatlUpload:
+        covered = split_variables(coverage(network, upload.masks), is_personal)[0]
+        gain = jax.tree.map(lambda m: m.mean(dtype=jnp.float32), covered.params)
+        whole = jax.tree.map(lambda _: 1.0, upload)
+        return whole._replace(gain=gain, masks=(1 / 8,) * len(upload.masks))
 
     def personal(server: SpatlState, memory: SpatlMemory) -> Variables:
         return join_variables(split_variables(server.variables, is_personal)[0], memory.predictor)
 
-    return Bucket(model, send, client, init_client, receive, personal=personal)
+    return Bucket(model, send, client, init_client, receive, personal=personal, travels=travels)
 
 
 def _everywhere(tree: PyTree, params: PyTree, is_personal: IsPersonal) -> PyTree:
@@ -248,23 +257,6 @@ def _everywhere(tree: PyTree, params: PyTree, is_personal: IsPersonal) -> PyTree
 
 def _where(covered: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), covered, tree)
-
-
-def upload_bytes(covered: PyTree, gain: PyTree, masks: tuple[Array, ...]) -> Array:
-    """f32[]: bytes of one upload: covered gains and statistics, a bit a channel, two numbers.
-
-    Args:
-      covered: bool, of (parameters, statistics).
-      gain: like the parameters, for its dtypes.
-      masks: of the channel groups.
-    """
-    sent = lambda tree: sum(m.sum(dtype=jnp.float32) for m in jax.tree.leaves(tree))
-    width = {np.dtype(x.dtype).itemsize for x in jax.tree.leaves(gain)}
-    assert len(width) == 1, f"parameters of several widths: {width}"
-    (size,) = width
-    channels = sum(m.size for m in masks)
-    params, stats = covered
-    return jnp.float32(size) * (sent(params) + sent(stats)) + math.ceil(channels / 8) + 8
 
 
 def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPersonal = head) -> Any:

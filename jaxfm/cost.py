@@ -31,6 +31,11 @@ def count_flops(function: Callable, *args, **kwargs) -> int:
     return _flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
+def loop_flops(function: Callable, *args, **kwargs) -> int:
+    """Those of `count_flops` that stand in `while` loops: of a client's program, one local step."""
+    return _loop_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
 def loop_bytes(function: Callable, *args, **kwargs) -> int:
     """Bytes that the largest loop carries from step to step: of a training loop, parameters,
     optimizer state and statistics together."""
@@ -60,6 +65,20 @@ def _equation_flops(eqn: JaxprEqn) -> int:
     if name == "cond":
         return max(inner)
     return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _loop_flops(jaxpr: Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [0, *map(_loop_flops, _inner(eqn))]
+        name = eqn.primitive.name
+        if name == "while":
+            total += _equation_flops(eqn)
+        elif name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+    return total
 
 
 def _loop_bytes(jaxpr: Jaxpr) -> int:

@@ -264,8 +264,13 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     """Traces the model, searches, and goes on from the run's checkpoints where it was stopped."""
     model, variables, task = setting.model, setting.variables, setting.task
     calibration = spread(setting.train, config.calibration_examples)
-    inputs = task.prepare(_rows(calibration, np.arange(config.batch_size)), None)[0]
-    network = search.model_network(model, variables, inputs)
+    rows = min(config.batch_size, len(next(iter(calibration.values()))))
+    inputs = task.prepare(_rows(calibration, np.arange(rows)), None)[0]
+    # A draft is a config of its family: heads have one size.
+    whole = ("qk_dim", "v_dim") if setting.data.tokenizer is not None else ()
+    network = search.model_network(model, variables, inputs, whole=whole)
+    if network.unknown:
+        print(f"Primitives without a rule freeze what they touch: {network.unknown}.")
     shares = {"macs": config.macs, "parameters": config.parameters}
     limits = list(search.budgets(network, **{k: v for k, v in shares.items() if v}))
     if config.latency:
@@ -297,10 +302,11 @@ def find(config: SearchConfig, setting: Setting) -> Found:
 def _importance(config: SearchConfig, setting: Setting, network: search.Network, inputs: PyTree):
     slope = None
     if config.importance == "taylor":
-        batch = _rows(setting.train, np.arange(config.batch_size))
+        rows = min(config.batch_size, len(next(iter(setting.train.values()))))
+        batch = _rows(setting.train, np.arange(rows))
         loss = objective(setting.model, setting.task)
         key = jax.random.key(config.seed)
-        total = lambda v: loss(v.params, v, batch, jnp.ones(config.batch_size), key)[0]
+        total = lambda v: loss(v.params, v, batch, jnp.ones(rows), key)[0]
         slope = jax.jit(lambda v: gradient(total, v))(setting.variables)
     given = (inputs,) if config.importance == "activation" else ()
     return search.importance(
@@ -329,7 +335,10 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
         score = lambda v: sign * evaluate(apply, v, task, setting.reward, config.batch_size)[metric]
         return new if score(new) >= score(old) else old
 
-    batches = jax.tree.map(lambda x: x[: len(x) // 64 * 64].reshape(-1, 64, *x.shape[1:]), prepared)
+    size = min(64, len(jax.tree.leaves(prepared)[0]))
+    batches = jax.tree.map(
+        lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), prepared
+    )
     calibrated = jax.jit(lambda v: recalibrated(lambda v, x: train(v, x)[1], v, batches))
     stages = {"before calibration": report(small.params)}
     params = calibrated(small.params)
@@ -364,6 +373,7 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
         "costs": small.table(), "ratios": small.ratios(), "latency_s": speed,
         "curve": found.result.curve.tolist(), "scores": found.result.scores.tolist(),
         "macs": _shares(network, found.result.counts), "frozen": network.frozen,
+        "unknown": network.unknown,
     }  # fmt: skip
 
 

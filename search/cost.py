@@ -12,6 +12,7 @@ to 2^53 is exact. Nothing is compiled and no layer type is known.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.search.graph import Op, Program, numbers
-from jaxfm.search.groups import Group, Network, Plan
+from jaxfm.search.groups import Group, Leaf, Network, Plan
 from jaxfm.search.labels import Axis, plain
 from jaxfm.search.project import Budget
 
@@ -60,9 +61,13 @@ class Costs(NamedTuple):
     each: Expression
 
 
-def is_trained(path: str) -> bool:
-    """False for the statistics and live channels of `jaxfm.Variables`."""
-    return not path.startswith(("stats/", "live/"))
+_STATISTIC = re.compile(r"^(stats|live|batch_stats)/|(^|/)(mean|var)(/value)?$")
+
+
+def is_trained(leaf: Leaf) -> bool:
+    """False for integers and random keys, and for statistics of batch norm by their path: those of
+    `jaxfm.Variables`, of Linen ("batch_stats/") and of NNX ("mean", "var")."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and not _STATISTIC.search(leaf.path)
 
 
 def contractions(plan: Plan) -> list[Contraction]:
@@ -102,9 +107,9 @@ def costs(network: Network, number: int = 0) -> Costs:
     batch = first[0].shape[0] if first and first[0].shape else 1
     found = contractions(plan)
     macs = table.products([c.axes for c in found], [c.times / batch for c in found])
-    trained = [x for x in network.leaves if is_trained(x.path)]
+    trained = [x for x in network.leaves if is_trained(x)]
     parameters = table.products([x.axes for x in trained], [1.0] * len(trained))
-    width = [float(np.dtype(x.dtype).itemsize) for x in network.leaves]
+    width = [float(np.dtype(_concrete(x.dtype)).itemsize) for x in network.leaves]
     held = table.products([x.axes for x in network.leaves], width)
     points, kinds, scales = _alive(plan, len(network.leaves))
     alive = table.products(kinds, [scale / batch for scale in scales])

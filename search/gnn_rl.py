@@ -261,7 +261,9 @@ def gnn_rl_paper(
         )
 
     def tell(state: PaperState, actions: Array, counts: Array, scores: Array) -> PaperState:
-        reward = jnp.where(state.reached, 100 * (scores - 1), -100.0)  # accuracy - 100, in points
+        points = 100 * (scores - 1)  # accuracy - 100, where scores are accuracies
+        worst = jnp.minimum(-100.0, jnp.where(state.reached, points, 0).min())
+        reward = jnp.where(state.reached, points, worst)  # never better than who met the target
         left = jnp.cumsum(state.live[:, ::-1], axis=1)[:, ::-1] - state.live  # steps still to come
         returns = standardised((reward[:, None] * discount**left).reshape(-1))
         flat = lambda x: x.reshape(-1, *x.shape[2:])

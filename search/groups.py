@@ -41,6 +41,9 @@ class Member(NamedTuple):
     axis: int
 
 
+IGNORED = "it is ignored, as asked"
+
+
 class Group(NamedTuple):
     """Units of one role.
 
@@ -179,7 +182,7 @@ def _first_reading(functions, treedef, shapes, inputs, paths, ignore, ties):
         for d, axis in enumerate(axes):
             names = (path, f"{path}:{d}")
             if any(fnmatch.fnmatch(name, p) for name in names for p in ignore):
-                notes.labels.freeze(axis, "it is ignored, as asked")
+                notes.labels.freeze(axis, IGNORED)
     _check_patterns(paths, ignore)
     place = {f"{p}:{d}": axis for p, axes in zip(paths, leaf_axes) for d, axis in enumerate(axes)}
     for one, other in ties:
@@ -245,6 +248,8 @@ def _groups(notes: Reading, leaf_axes, paths) -> tuple[dict[int, int], tuple[Gro
         )
         named = next((m for m in members if 0 < m.axis == len(leaf_axes[m.leaf]) - 1), members[0])
         name = f"{named.path}:{named.axis}"
+        again = sum(other.name.split("#")[0] == name for other in groups)
+        name = f"{name}#{again + 1}" if again else name  # heads and what is in a head, say
         groups.append(Group(name, len(ids), layers, len(units) + 1, members))
         units.update((i, len(units) + 1) for i in ids)
     return units, tuple(groups)

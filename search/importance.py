@@ -36,8 +36,11 @@ from jaxfm.search.labels import Axis
 Scores = tuple[Array, ...]
 """One f32[size] a group, or f32[layers, size]."""
 
+Term = tuple[Axis, Array, bool]
+"""An axis, what each of its indices is worth, and whether each layer has a row of its own."""
+
 KINDS = ("l1", "l2", "taylor", "scale", "activation")
-_SCALE = re.compile(r"(^|/)(scale|gamma)$")
+_SCALE = re.compile(r"(^|/)(scale|gamma)(/value)?$")
 
 
 def importance(
@@ -49,6 +52,8 @@ def importance(
     inputs: Sequence[PyTree] = (),
 ) -> Scores:
     """The importance of every unit; higher matters more.
+
+    A group that the kind says nothing of (no norm follows it) is ranked by l2.
 
     Args:
       kind: one of `KINDS`.
@@ -62,23 +67,39 @@ def importance(
     if kind == "activation":
         if not inputs:
             raise ValueError("importance 'activation' needs `inputs`, a batch of examples.")
-        return _activation(network, params, inputs)
+        return _filled(network, params, _average(network, _activation(network, params, inputs)))
     if kind == "taylor" and gradient is None:
         raise ValueError("importance 'taylor' needs `gradient`, of a loss by the parameters.")
+    terms = _weights(network, params, kind, gradient)
+    if not terms:
+        raise ValueError(f"importance {kind!r} finds no parameter to rank by in this network.")
+    return _filled(network, params, _average(network, terms))
+
+
+def _weights(network: Network, params: PyTree, kind: str, gradient: PyTree = None) -> list[Term]:
+    """What each axis of each parameter says of its units."""
     flat = jax.tree.leaves(params)
     slopes = jax.tree.leaves(gradient) if gradient is not None else flat
-    terms: list[tuple[Axis, Array, bool]] = []
+    terms: list[Term] = []
     for leaf, value, slope in zip(network.leaves, flat, slopes, strict=True):
-        if not is_trained(leaf.path) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not is_trained(leaf):
             continue
         for d, axis in enumerate(leaf.axes):
             if not axis.shape[1] or not _counts(kind, leaf):
                 continue
             layered = _layered(network, leaf, axis)
             terms.append((axis, _rate(kind, value, slope, d, layered), layered))
-    if not terms:
-        raise ValueError(f"importance {kind!r} finds no parameter to rank by in this network.")
-    return _average(network, terms)
+    return terms
+
+
+def _filled(network: Network, params: PyTree, scores: Sequence[Array | None]) -> Scores:
+    """Scores by l2 where there are none."""
+    if all(x is not None for x in scores):
+        return tuple(x for x in scores if x is not None)
+    plain = _average(network, _weights(network, params, "l2"))
+    zero = lambda g: jnp.zeros((g.layers, g.size) if g.layers else g.size)
+    pick = lambda g, x, y: x if x is not None else y if y is not None else zero(g)
+    return tuple(map(pick, network.groups, scores, plain))
 
 
 def ranks(scores: Scores) -> Scores:
@@ -124,8 +145,9 @@ def _rate(kind: str, value: Array, slope: Array, d: int, layered: bool) -> Array
     return jnp.abs(value).sum(others)
 
 
-def _average(network: Network, terms: Sequence[tuple[Axis, Array, bool]]) -> Scores:
-    out = []
+def _average(network: Network, terms: Sequence[Term]) -> list[Array | None]:
+    """A group's mean over its members; None where it has none."""
+    out: list[Array | None] = []
     for group in network.groups:
         total: Any = jnp.zeros((group.layers, group.size) if group.layers else group.size)
         members = 0
@@ -140,11 +162,11 @@ def _average(network: Network, terms: Sequence[tuple[Axis, Array, bool]]) -> Sco
                 sums = sums / jnp.maximum(sums.mean(-1, keepdims=True), 1e-12)
                 total = total + jnp.broadcast_to(sums, total.shape)
                 members += 1
-        out.append(total / max(members, 1))
-    return tuple(out)
+        out.append(total / members if members else None)
+    return out
 
 
-def _activation(network: Network, params: PyTree, inputs: Sequence[PyTree]) -> Scores:
+def _activation(network: Network, params: PyTree, inputs: Sequence[PyTree]) -> list[Term]:
     plan = network.plan(0, *inputs)
 
     def variances(op: Any, values: list[Array]) -> tuple[Array, ...]:
@@ -156,7 +178,7 @@ def _activation(network: Network, params: PyTree, inputs: Sequence[PyTree]) -> S
         wide = values[side].astype(jnp.float32)
         return tuple(jnp.var(wide, axis=other(d)) for d in dims if axes[d].shape[1])
 
-    terms: list[tuple[Axis, Array, bool]] = []
+    terms: list[Term] = []
     for op, found in record(network, params, variances, *inputs):
         side, dims = summed_axes(op, plan)
         if not found:
@@ -165,7 +187,7 @@ def _activation(network: Network, params: PyTree, inputs: Sequence[PyTree]) -> S
         for d, rate in zip(labelled, found, strict=True):
             axis = plan.axes[op.inputs[side]][d]  # type: ignore[index]
             terms.append((axis, rate, rate.ndim > 1))
-    return _average(network, terms)
+    return terms
 
 
 Score = Callable[[PyTree], Array]

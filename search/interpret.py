@@ -517,6 +517,7 @@ _SPECIAL: dict[str, Callable[[_Sliced, Op, list[Any]], list[Any]]] = {
     "reshape": _resized("new_sizes"),
     "dynamic_slice": _resized("slice_sizes"),
     "iota": _iota,
+    "random_bits": _iota,  # the dense draw: what stays sees the numbers it saw
     "permute": _permute,
     "slice": _slice,
     "pad": _pad,

@@ -111,12 +111,13 @@ def _groups_in(network: Network, axis: np.ndarray) -> list[int]:
 
 def _group_features(network: Network, params: PyTree, macs, rows) -> np.ndarray:
     sizes = [leaf.shape for leaf in network.leaves]
-    total = sum(np.prod(s) for s, leaf in zip(sizes, network.leaves) if is_trained(leaf.path))
+    total = sum(np.prod(s) for s, leaf in zip(sizes, network.leaves) if is_trained(leaf))
     spread = [np.asarray(s, np.float64).reshape(-1) for s in importance(network, params, "l2")]
     out = []
     for g, group in enumerate(network.groups):
         touched = rows[rows[:, 1] == g, 0].astype(int)
-        held = sum(np.prod(sizes[m.leaf]) for m in group.members if is_trained(m.path))
+        own = [m.leaf for m in group.members if is_trained(network.leaves[m.leaf])]
+        held = sum(np.prod(sizes[leaf]) for leaf in own)
         low, high = np.quantile(spread[g], [0.1, 0.9])
         share = macs[np.unique(touched)].sum() / macs.sum()
         out.append(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.cost import Costs, budgets, costs, counts_of
-from jaxfm.search.groups import Kept, Network, network
+from jaxfm.search.groups import IGNORED, Kept, Leaf, Network, network
 from jaxfm.search.importance import Scores, importance, keep, masks, ranks
 from jaxfm.search.interpret import check, cut, masked, sliced
 from jaxfm.search.loop import Result, run
@@ -102,8 +103,11 @@ def prune(
       key: of the search.
       repaired: least squares on `inputs` (`jaxfm.search.repair`).
     Raises:
-      ValueError: no budget, one that cannot be met, an unknown name, a strategy without a score.
+      ValueError: no budget, one that cannot be met, an unknown name, a strategy without a score,
+        something to ignore in a network that has been read.
     """
+    if isinstance(function, Network) and ignore:
+        raise ValueError(f"ignore={list(ignore)}: the network has been read; ignore it there.")
     own = (
         function
         if isinstance(function, Network)
@@ -133,7 +137,8 @@ def prune(
 def pruned(network: Network, params: PyTree, kept: Kept, result: Result | None = None) -> Pruned:
     """The Pruned of given units."""
     kept = check(network, kept)
-    return Pruned(cut(network, params, kept), sliced(network, kept), kept, network, result)
+    small = jax.jit(lambda p: cut(network, p, kept))(params)  # one program, not one for each take
+    return Pruned(small, sliced(network, kept), kept, network, result)
 
 
 def _limits(own: Network, macs_ratio: float | None, budget: Any) -> tuple[Budget, ...]:
@@ -180,13 +185,14 @@ def save(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree.leaves(model.params)
     named = zip(model.network.leaves, leaves, strict=True)
-    save_file({leaf.path: np.asarray(x) for leaf, x in named}, folder / "params.safetensors")
+    save_file({leaf.path: _stored(x) for leaf, x in named}, folder / "params.safetensors")
     manifest = {
         "groups": {
             group.name: [np.flatnonzero(row).tolist() for row in np.atleast_2d(mask)]
             for group, mask in zip(model.network.groups, model.kept, strict=True)
         },
         "dense": {leaf.path: list(leaf.shape) for leaf in model.network.leaves},
+        "ignored": [name for name, why in model.network.frozen.items() if why == IGNORED],
         "costs": model.table(),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -196,10 +202,23 @@ def save(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
     treedef = model.network.treedef
 
     def from_file(tensors: Mapping[str, Array], *inputs: PyTree) -> PyTree:
-        return model.apply(jax.tree.unflatten(treedef, [tensors[p] for p in order]), *inputs)
+        leaves = [_restored(x, tensors[x.path]) for x in model.network.leaves]
+        return model.apply(jax.tree.unflatten(treedef, leaves), *inputs)
 
-    program = export.export(jax.jit(from_file))(dict(zip(order, leaves, strict=True)), *shapes)
+    held = {path: jnp.asarray(_stored(x)) for path, x in zip(order, leaves, strict=True)}
+    program = export.export(jax.jit(from_file))(held, *shapes)
     (folder / "model.stablehlo").write_bytes(program.serialize())
+
+
+def _stored(leaf: Any) -> np.ndarray:
+    """As it is written: of random keys the words."""
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if key else leaf)
+
+
+def _restored(leaf: Leaf, stored: Any) -> Array:
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(stored) if key else jnp.asarray(stored)
 
 
 def load(
@@ -217,10 +236,21 @@ def load(
     """
     folder = pathlib.Path(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    own = function if isinstance(function, Network) else network(function, like, *inputs)
+    ignore = [glob.escape(name) for name in manifest["ignored"]]
+    own = (
+        function
+        if isinstance(function, Network)
+        else network(function, like, *inputs, ignore=ignore)
+    )
     dense = {leaf.path: list(leaf.shape) for leaf in own.leaves}
-    if dense != manifest["dense"] or len(own.groups) != len(manifest["groups"]):
+    if dense != manifest["dense"]:
         raise ValueError(f"{folder} holds another network: its parameters are {manifest['dense']}.")
+    names = [group.name for group in own.groups]
+    if names != list(manifest["groups"]):
+        raise ValueError(
+            f"{folder} was cut along {list(manifest['groups'])}, this network has {names}; give "
+            "the Network that was cut."
+        )
     kept = []
     for group, rows in zip(own.groups, manifest["groups"].values(), strict=True):
         mask = np.zeros((len(rows), group.size), bool)
@@ -228,5 +258,5 @@ def load(
             own_row[index] = True
         kept.append(mask if group.layers else mask[0])
     tensors = load_file(folder / "params.safetensors")
-    params = jax.tree.unflatten(own.treedef, [jnp.asarray(tensors[x.path]) for x in own.leaves])
+    params = jax.tree.unflatten(own.treedef, [_restored(x, tensors[x.path]) for x in own.leaves])
     return Pruned(params, sliced(own, tuple(kept)), tuple(kept), own)

@@ -11,6 +11,7 @@ gives the repaired small one. Source: He et al. 2017 (channel pruning, arXiv 170
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.model import Array, PyTree
-from jaxfm.search.graph import Op, Program
+from jaxfm.search.graph import Op, Program, numbers
 from jaxfm.search.groups import Network, Plan
 from jaxfm.search.interpret import group_units, record
 
@@ -39,7 +40,8 @@ def repair(
 ) -> PyTree:
     """Parameters of dense shapes whose kept part makes up for what is cut.
 
-    Products whose kernel is not one parameter (or a reshape of it) and grouped convolutions stay.
+    Products whose kernel is not one parameter (or a reshape of it), parameters that are used more
+    than once and grouped convolutions stay.
 
     Args:
       masks: a group's bool[size] or bool[layers, size]; traced or not.
@@ -92,11 +94,13 @@ def _mend(kernel: Array, moment: Array, there: Array, axis: int, ridge: float) -
 def _sites(network: Network, plan: Plan) -> dict[int, _Site]:
     """By the output of the operation."""
     found: dict[int, _Site] = {}
+    uses: Counter[int] = Counter()
 
     def visit(program: Program, leaves: dict[int, tuple[int, bool]]) -> None:
         for op in program.ops:
             if op.body is not None:
                 consts = op.params["num_consts"] + op.params["num_carry"]
+                uses.update(leaves[i][0] for i in numbers(op.inputs[:consts]) if i in leaves)
                 own = {
                     inner: (leaves[outer][0], True)
                     for inner, outer in zip(
@@ -110,6 +114,7 @@ def _sites(network: Network, plan: Plan) -> dict[int, _Site]:
                 if isinstance(source, int) and source in leaves:
                     leaves[op.outputs[0]] = leaves[source]
             else:
+                uses.update(leaves[i][0] for i in numbers(op.inputs) if i in leaves)
                 site = _site(plan, op, leaves)
                 if site is not None:
                     found[op.outputs[0]] = site
@@ -118,10 +123,8 @@ def _sites(network: Network, plan: Plan) -> dict[int, _Site]:
         number: (i, False) for i, number in enumerate(plan.program.inputs[: len(network.leaves)])
     }
     visit(plan.program, starts)
-    used: dict[int, int] = {}
-    for site in found.values():
-        used[site.leaf] = used.get(site.leaf, 0) + 1
-    return {number: site for number, site in found.items() if used[site.leaf] == 1}
+    # What mends one use of a parameter spoils the others (a tied embedding).
+    return {number: site for number, site in found.items() if uses[site.leaf] == 1}
 
 
 def _site(plan: Plan, op: Op, leaves: dict[int, tuple[int, bool]]) -> _Site | None:

@@ -126,7 +126,7 @@ def _freeze_all(c: _Context, op: Op) -> None:
     "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma",
     "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
     "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min",
-    "mul", "ne", "neg", "nextafter", "not", "or", "population_count", "pow", "real", "imag",
+    "mul", "name", "ne", "neg", "nextafter", "not", "or", "population_count", "pow", "real", "imag",
     "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square",
     "stop_gradient", "sub", "tan", "tanh", "xor",
@@ -149,7 +149,16 @@ def _elementwise(c: _Context, op: Op) -> list[list[Axis]]:
     return [[plain(n) if axis is None else axis for axis, n in zip(out, shape, strict=True)]]
 
 
-@_rule("optimization_barrier")
+@_rule("bitcast_convert_type")
+def _bitcast(c: _Context, op: Op) -> list[list[Axis]]:
+    (atom,), (output,) = op.inputs, op.outputs
+    if len(c.axes(atom)) == len(c.values.shapes[output]):
+        return _elementwise(c, op)
+    _freeze_all(c, op)
+    return [c.to.axes[output]]
+
+
+@_rule("optimization_barrier", "device_put")
 def _each(c: _Context, op: Op) -> list[list[Axis]]:
     return [c.axes(atom) for atom in op.inputs]
 
@@ -165,11 +174,16 @@ def _broadcast(c: _Context, op: Op) -> list[list[Axis]]:
     return [out]
 
 
-@_rule("iota")
+@_rule("iota", "random_bits")
 def _iota(c: _Context, op: Op) -> list[list[Axis]]:
     out = [_fresh(n, c.to) for n in op.params["shape"]]
     _outside(c.to, out)  # its values differ along the axis, so all layers cut it alike
     return [out]
+
+
+@_rule("random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split")
+def _keys(c: _Context, op: Op) -> list[list[Axis]]:
+    return [[plain(n) for n in c.values.shapes[number]] for number in op.outputs]
 
 
 @_rule("transpose")
@@ -356,6 +370,30 @@ def _concatenate(c: _Context, op: Op) -> list[list[Axis]]:
                 c.unify(out[i], axis, op)
     out[d] = columns(*(part[d] for part in parts))
     return [out]
+
+
+@_rule("tile")
+def _tile(c: _Context, op: Op) -> list[list[Axis]]:
+    pairs = zip(c.axes(op.inputs[0]), op.params["reps"], strict=True)
+    return [[columns(*[axis] * times) if times > 1 else axis for axis, times in pairs]]
+
+
+@_rule("stack")
+def _stack(c: _Context, op: Op) -> list[list[Axis]]:
+    parts = [c.axes(atom) for atom in op.inputs]
+    out = list(parts[0])
+    for other in parts[1:]:
+        for known, axis in zip(out, other, strict=True):
+            c.unify(known, axis, op)
+    out.insert(op.params["axis"], plain(len(parts)))
+    return [out]
+
+
+@_rule("unstack")
+def _unstack(c: _Context, op: Op) -> list[list[Axis]]:
+    axes, d = c.axes(op.inputs[0]), op.params["axis"]
+    c.freeze(axes[d], "its indices go separate ways")
+    return [[axis for i, axis in enumerate(axes) if i != d] for _ in op.outputs]
 
 
 @_rule("pad")

@@ -18,7 +18,11 @@ _LAYER = re.compile(r"/layers/(\d+)/")
 
 
 def model_network(
-    model: Model, variables: Variables, *inputs: PyTree, ignore: Sequence[str] = ()
+    model: Model,
+    variables: Variables,
+    *inputs: PyTree,
+    ignore: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> Network:
     """The network of `model.apply`; its second function is the model in training mode.
 
@@ -31,6 +35,8 @@ def model_network(
       variables: arrays or shapes.
       inputs: one example of what `apply` takes.
       ignore: further patterns, as in `network`.
+      whole: logical axes that are not cut, either: what heads have in common ("qk_dim", "v_dim")
+        where the slice is to be a config of its family.
     Raises:
       ValueError: as `network`.
     """
@@ -40,7 +46,8 @@ def model_network(
         scale = "params" + path.removeprefix("live").removesuffix("live") + "scale"
         if path.startswith("live/") and scale in names:
             ties.append((f"{path}:{len(axes) - 1}", f"{scale}:{len(axes) - 1}"))
-    fixed = [f"{p}:{d}" for p, axes in names.items() for d, n in enumerate(axes) if n in FIXED]
+    stay = {*FIXED, *whole}
+    fixed = [f"{p}:{d}" for p, axes in names.items() for d, n in enumerate(axes) if n in stay]
 
     def evaluate(variables: Variables, *x: PyTree) -> PyTree:
         return model.apply(variables, *x)[0]

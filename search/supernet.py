@@ -179,7 +179,15 @@ def reorder(
     """Puts the channels of each axis in order, the most important first; no output changes.
 
     Every occurrence of an axis is permuted alike, so products contract the same pairs. Traceable.
+
+    Raises:
+      ValueError: channels of a model with group norms, where place matters.
     """
+    if axes and getattr(model.config, "norm", None) == "group":
+        raise ValueError(
+            f"axes={list(axes)} cannot be put in order: a group norm divides channels by place. "
+            "Use batch norm, or make depth or kernels alone elastic."
+        )
     rate = magnitude if importance is None else importance
     keep = {}
     for name in axes:

@@ -11,7 +11,10 @@ import optax
 import pytest
 from test_contract import (
     ALGORITHMS,
+    BATCH_NORM,
     PUBLIC,
+    TASK,
+    batch_norm_step,
     federation,
     make,
     population,
@@ -25,7 +28,9 @@ from jaxfm.cost import num_bytes
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean
 from jaxfm.federated.compress import compressed, quantised, top_k
 from jaxfm.federated.ensemble import Upload
+from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.ledger import client_costs, round_costs
+from jaxfm.federated.local import Local
 from jaxfm.model import Variables
 
 METHODS = {
@@ -173,6 +178,19 @@ def test_bytes_are_those_of_the_arrays_sent(method, leaf):
     (cost,) = client_costs(algorithm, people, start())
     expected = sum(min(leaf(n), 4 * n) for n in SIZES) + 4  # and the weight
     assert cost.bytes_up == expected
+
+
+@every_method
+def test_statistics_of_norms_travel_exactly(method):
+    variables, expected = batch_norm_step()
+    local = Local(optax.sgd(0.1), 4, 1)
+    algorithm = compressed(fed_avg(BATCH_NORM, TASK, local), method, down=4)
+    down = algorithm.buckets[0].send(algorithm.init(variables), None)
+    chex.assert_trees_all_equal(down.stats, variables.stats)
+    plain = compressed(fed_avg(BATCH_NORM, TASK, local), method)
+    people = population("fed_avg", federation((4, 2)))
+    state, _ = run_new(plain, people, variables=variables)
+    chex.assert_trees_all_close(state.server.variables.stats, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bytes_that_clients_reported_give_way():

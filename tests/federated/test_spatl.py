@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_contract import BATCH_NORM, batch_norm_step, federation, population, run_new
 
 from jaxfm.cost import count_flops
 from jaxfm.data.federation import federate
 from jaxfm.federated.algorithm import ClientData
-from jaxfm.federated.ledger import client_costs, round_costs
+from jaxfm.federated.compress import compressed, quantised
+from jaxfm.federated.ledger import client_costs, client_work, round_costs
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import under
 from jaxfm.federated.resources import profiles
@@ -78,7 +80,7 @@ def test_all_channels_without_transfer_are_scaffold():
     chex.assert_trees_all_close(tuple(ours.server), tuple(theirs.server), rtol=1e-5, atol=1e-6)
     # A bit for each channel is what it costs more.
     costs = client_costs(scaffold(MODEL, TASK, LOCAL, num_clients=CLIENTS), people(), START)
-    assert info["bytes_up"].sum() == CLIENTS * (costs[0].bytes_up + 3)
+    assert info["bytes_up"].sum() == CLIENTS * (costs[0].bytes_up + 20 / 8)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +125,12 @@ def test_bytes_are_those_of_the_covered_values(half):
     for client in range(CLIENTS):
         own = coverage(NET, [m[client] for m in state.memories[0].masks])
         sent = sum(int(m.sum()) for name in ("dense1", "dense2") for m in own.params[name].values())
-        up += 4 * sent + 3 + 8
-    assert info["bytes_up"].sum() == up
+        up += 4 * sent + 20 / 8 + 8
+    assert info["bytes_up"].sum() == pytest.approx(up)
     costs = client_costs(algorithm, people(), START)
     full = client_costs(make(everything(NET)), people(), START)
-    assert round_costs(costs, info)["bytes_up"] == up < 0.8 * CLIENTS * full[0].bytes_up
+    assert round_costs(costs, info)["bytes_up"] == pytest.approx(up)
+    assert up < 0.8 * CLIENTS * full[0].bytes_up
     # The predictor does not come down either, after the first time.
     encoder = sum(x.size for n in ("dense1", "dense2") for x in START.params[n].values())
     assert costs[0].bytes_down == 2 * 4 * encoder
@@ -173,6 +176,32 @@ def test_channels_may_be_chosen_once(half):
     assert any((a != np.asarray(b)).any() for a, b in zip(first, anew.memories[0].masks))
 
 
+def test_statistics_are_averaged_though_nobody_sends_their_channels():
+    variables, expected = batch_norm_step()
+    select = saliency(model_network(BATCH_NORM, variables, jnp.zeros((4, 6))), {"macs": 0.5})
+    algorithm = spatl(
+        BATCH_NORM, TASK, Local(optax.sgd(0.1), 4, 1), select, num_clients=2, is_personal=nothing
+    )
+    people = population("fed_avg", federation((4, 2)))
+    state, _ = run_new(algorithm, people, variables=variables)
+    assert not np.asarray(state.memories[0].masks[0]).any(0).all()  # a channel nobody sends
+    chex.assert_trees_all_close(state.server.variables.stats, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_rounded_travels_as_far_as_it_is_covered(half):
+    _, info = play(compressed(half[1], quantised(8)), 1)
+    state, plain = play(half[1], 1)
+    up = 0
+    for client in range(CLIENTS):
+        own = coverage(NET, [m[client] for m in state.memories[0].masks])
+        for name in ("dense1", "dense2"):
+            # A byte for each value, and the step of a leaf.
+            up += sum(m.mean() * (m.size + 4) for m in own.params[name].values())
+        up += 20 / 8 + 8
+    assert info["bytes_up"].sum() == pytest.approx(float(up), rel=1e-5)
+    assert up < plain["bytes_up"].sum() / 3
+
+
 @pytest.fixture(scope="module")
 def tuned():
     strategy = gnn_rl(policy_graph(NET, START), batch=4)
@@ -189,6 +218,25 @@ def test_an_agent_stays_within_the_budget_and_learns_of_each_client(tuned):
         assert (counts == np.asarray(memory.selector.counts[client])).all()
     policies = jax.tree.leaves(memory.selector.strategy.policy)
     assert max(float(np.asarray(x).std(0).max()) for x in policies) > 0
+
+
+def test_the_search_of_an_agent_counts_once_a_round(half, tuned):
+    algorithm = make(tuned)
+    (cost,) = client_costs(algorithm, people(held=True), START)
+    (plain,) = client_costs(half[1], people(), START)
+    assert cost.flops_per_step == plain.flops_per_step > 0
+    assert cost.flops_per_round > 6 * plain.flops_per_step / 3 and plain.flops_per_round == 0
+    info = {
+        name: np.full((1, 1), value, np.float64)
+        for name, value in (("selected", 4), ("clients", 3), ("non_finite", 1), ("steps", 9))
+    }
+    spent = round_costs((cost,), info)["flops"]
+    assert spent == 9 * cost.flops_per_step + 4 * cost.flops_per_round
+    work = client_work(
+        (cost,), np.zeros(5, int), np.array([4, 2, 2, 1, 3]), np.arange(4), np.ones(4, bool), info
+    )
+    assert work.flops.sum() == pytest.approx(spent) and work.flops[4] == 0
+    assert work.flops[0] - work.flops[3] == pytest.approx(3 * cost.flops_per_step)
 
 
 def test_an_agent_needs_rows_that_are_held_back(tuned):

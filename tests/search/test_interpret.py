@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from hypothesis import Phase, example, given, settings
+from jax.ad_checkpoint import checkpoint_name
+from jax.example_libraries import stax
 from jax.extend.core import jaxprs_in_params
 from random_networks import (
     EVERY_BLOCK,
@@ -172,6 +174,43 @@ def test_modules_of_flax_as_they_are():
     params = like(jax.eval_shape(Language().init, jax.random.key(0), tokens))
     net = obeys_the_laws(Case(Language().apply, params, tokens))
     assert {g.size for g in net.groups} >= {8, 12}
+
+
+def test_a_model_of_another_library():
+    init, apply = stax.serial(
+        stax.Conv(6, (3, 3), padding="SAME"), stax.BatchNorm(), stax.Gelu,
+        stax.FanOut(2), stax.parallel(stax.Identity, stax.Conv(6, (3, 3), padding="SAME")),
+        stax.FanInSum, stax.MaxPool((2, 2), strides=(2, 2)), stax.Flatten, stax.Dense(8),
+        stax.Softplus, stax.Dense(3), stax.LogSoftmax,
+    )  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)
+    shapes = jax.eval_shape(lambda key: init(key, x.shape)[1], jax.random.key(0))
+
+    def function(params, x):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return apply(params, x)
+
+    net = obeys_the_laws(Case(function, like(shapes), x))
+    assert sorted(g.size for g in net.groups) == [6, 8]
+
+
+def shapes_by_other_names(p, x):
+    """Units that pass primitives which move, copy or name them."""
+    y = checkpoint_name(jax.nn.relu(x @ p["up"]), "hidden")
+    gate, value = jnp.split(y, 2, axis=-1)
+    first, second = jnp.unstack(jnp.stack([gate, value], axis=1), axis=1)
+    y = jnp.tile(jax.device_put(first * second), (1, 2))
+    kept = jax.random.bernoulli(jax.random.split(jax.random.key(3))[0], 0.7, y.shape)
+    return jnp.where(kept, y, 0) @ p["down"]
+
+
+def test_units_pass_names_stacks_tiles_copies_and_dropout():
+    draw = np.random.default_rng(0).normal
+    params = {"up": draw(size=(5, 12)).astype(np.float32), "down": draw(size=(12, 3))}
+    params["down"] = params["down"].astype(np.float32)
+    x = draw(size=(4, 5)).astype(np.float32)
+    net = obeys_the_laws(Case(shapes_by_other_names, params, x))
+    assert [g.size for g in net.groups] == [6] and not net.unknown
 
 
 def convolutions(jaxpr):

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from jax import export
+from random_networks import Shape, decoder
 from safetensors.numpy import load_file
 
 from jaxfm.model import layers_of, unstack, with_layers
@@ -83,6 +84,38 @@ def test_a_users_nnx_model_in_five_lines():
     assert 0.4 * dense < now <= 0.5 * dense
 
 
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(6, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.mid = nnx.Linear(8, 10, rngs=rngs)
+        self.out = nnx.Linear(10, 4, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.drop(nnx.relu(self.norm(self.first(x))))
+        return self.out(nnx.tanh(self.mid(y)))
+
+
+def test_random_keys_and_statistics_of_a_users_model(tmp_path):
+    graph, params = nnx.split(Dropping(nnx.Rngs(0)))
+    scale = jnp.array([5.0, 0.1, 4.0, 0.2, 3.0, 0.3, 2.0, 0.4])
+    params["norm"]["scale"] = nnx.Param(scale)
+    x = jax.random.normal(jax.random.key(4), (3, 6))
+    run = lambda p, x: nnx.merge(graph, p)(x)
+    small = prune(run, params, x, macs_ratio=0.5, importance="scale")
+    # Means and variances of the norm are no parameters; of its group the largest scales stay, and
+    # units that no norm follows are ranked by their weights.
+    assert small.table()["parameters"][0] == 6 * 8 + 8 + 2 * 8 + 8 * 10 + 10 + 10 * 4 + 4
+    first, mid = small.kept
+    assert scale[first].min() >= scale[~first].max()
+    scores = importance(small.network, params, "l2")
+    assert np.asarray(scores[1])[mid].min() >= np.asarray(scores[1])[~mid].max()
+    save(tmp_path, small)
+    again = load(tmp_path, run, params, x)
+    chex.assert_trees_all_equal(again.apply(again.params, x), small.apply(small.params, x))
+
+
 def test_a_users_linen_model_with_attention():
     tokens = jax.random.normal(jax.random.key(4), (2, 5, 6))
     params = LinenBlock().init(jax.random.key(0), tokens)
@@ -152,6 +185,41 @@ def test_saved_loaded_exported_fine_tuned_and_pruned_again(tmp_path):
     assert smaller.table()["macs"][0] == small.table()["macs"][1]
     with pytest.raises(ValueError, match="another network"):
         load(tmp_path, again.apply, again.params, X)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_groups_of_one_axis_are_saved_apart(tmp_path, fused):
+    case = decoder(Shape(2, 2, fused=fused), 0)
+    small = prune(case.function, case.params, case.x, budget={"parameters": 0.6})
+    names = [group.name for group in small.network.groups]
+    assert len(set(names)) == len(names) == len(small.ratios())
+    save(tmp_path, small)
+    again = load(tmp_path, case.function, case.params, case.x)
+    chex.assert_trees_all_equal(again.kept, small.kept)
+    x = jnp.asarray(case.x)
+    chex.assert_trees_all_equal(again.apply(again.params, x), small.apply(small.params, x))
+
+
+def test_what_was_ignored_is_ignored_when_it_is_loaded(tmp_path):
+    small = prune(mlp, WIDE, X, macs_ratio=0.6, ignore=["up"])
+    assert small.params["up"].shape == (5, 16) and small.params["mid"].shape[1] < 12
+    save(tmp_path, small)
+    again = load(tmp_path, mlp, WIDE, X)
+    chex.assert_trees_all_equal(again.apply(again.params, X), small.apply(small.params, X))
+    with pytest.raises(ValueError, match="ignore it there"):
+        prune(NET, WIDE, X, macs_ratio=0.6, ignore=["up"])
+    with pytest.raises(ValueError, match="give the Network that was cut"):
+        load(tmp_path, NET, WIDE, X)
+
+
+def test_a_parameter_that_is_used_twice_is_not_mended():
+    tied = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"] @ p["w"].T
+    params = {"w": WIDE["up"], "out": jax.random.normal(jax.random.key(6), (16, 16))}
+    net = network(tied, params, X)
+    some = masks(ranks(importance(net, params, "l2")), net.sizes // 2)
+    mended = repair(net, params, some, X)
+    chex.assert_trees_all_equal(mended["w"], params["w"])
+    assert (mended["out"] != params["out"]).any()
 
 
 def test_least_squares_makes_up_for_what_is_cut():
