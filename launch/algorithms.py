@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,17 @@ from jaxfm import tasks
 from jaxfm.config import check, option
 from jaxfm.federated.adp import adp
 from jaxfm.federated.algorithm import Algorithm
-from jaxfm.federated.ensemble import Distil, predict, public_inputs
+from jaxfm.federated.compress import compressed, quantised, top_k
+from jaxfm.federated.ensemble import (
+    Distil,
+    Vote,
+    coverage_vote,
+    entropy_vote,
+    max_vote,
+    mean_vote,
+    predict,
+    public_inputs,
+)
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
 from jaxfm.federated.fed_dyn import fed_dyn
@@ -57,6 +67,11 @@ class DistilConfig:
     batch_size: int = option(32, "public rows of such a step")
     learning_rate: float = option(1e-3, "of adam, anew in every round")
     temperature: float = option(1.0, "of teacher and student")
+    vote: Literal["auto", "mean", "max", "entropy", "coverage"] = option(
+        "auto",
+        "how predictions become a teacher's; coverage weighs by the classes that a client has seen "
+        "(and tells the server); auto: coverage where there are labels, else mean",
+    )
 
     def __post_init__(self):
         check(self)
@@ -82,6 +97,7 @@ class Parts(NamedTuple):
       tier_of: `() -> i32[C]`, the tier that each client's machine carries.
       public: unlabelled examples of the server's, or None.
       some: a few examples, for the shapes of inputs.
+      num_classes: of labels, or None for text.
     """
 
     model: Model
@@ -95,6 +111,7 @@ class Parts(NamedTuple):
     tier_of: Callable[[], np.ndarray]
     public: Mapping[str, Any] | None
     some: Mapping[str, Any]
+    num_classes: int | None
 
 
 class Made(NamedTuple):
@@ -111,13 +128,33 @@ class Made(NamedTuple):
 
 
 def make_algorithm(config: FederateConfig, parts: Parts) -> Made:
-    """The algorithm that the config names."""
-    return ALGORITHMS[config.algorithm](config, parts)
+    """The algorithm that the config names, with uploads and downloads as it wants them."""
+    made = ALGORITHMS[config.algorithm](config, parts)
+    if config.upload == "full" and config.download == "full":
+        return made
+    bits = lambda words: {"8bit": 8, "4bit": 4}[words]
+    # All entries in full are the algorithm itself: what travels narrow may be downloads alone.
+    method = {"full": lambda: top_k(1.0), "top_k": lambda: top_k(config.top_k, bits=8)}.get(
+        config.upload, lambda: quantised(bits(config.upload), block=256)
+    )()
+    down = None if config.download == "full" else bits(config.download)
+    return made._replace(algorithm=compressed(made.algorithm, method, down=down))
 
 
 def _distil(config: FederateConfig) -> Distil:
     how = config.distil
     return Distil(optax.adam(how.learning_rate), how.steps, how.batch_size, how.temperature)
+
+
+def _vote(config: FederateConfig, p: Parts) -> Vote:
+    name = config.distil.vote
+    if name == "auto":
+        name = "mean" if p.num_classes is None else "coverage"
+    if name == "coverage":
+        if p.num_classes is None:
+            raise ValueError("distil.vote=coverage counts labels, which text lacks; choose mean.")
+        return coverage_vote(p.num_classes)
+    return {"mean": mean_vote, "max": max_vote, "entropy": entropy_vote}[name]()
 
 
 def _networks(p: Parts) -> list[Model]:
@@ -139,7 +176,8 @@ def _fed_md(config: FederateConfig, p: Parts) -> Made:
 def _fed_kemf(config: FederateConfig, p: Parts) -> Made:
     """The smallest tier travels; clients own the tiers."""
     networks = _networks(p)
-    algorithm = fed_kemf(networks[-1], networks, p.task, p.local, _distil(config))
+    algorithm = fed_kemf(networks[-1], networks, p.task, p.local, _distil(config),
+                         vote=_vote(config, p))  # fmt: skip
     return Made(algorithm, extract(p.variables, p.model.axes, p.tiers[-1]))
 
 
@@ -155,6 +193,7 @@ def _rafl(config: FederateConfig, p: Parts) -> Made:
     made = rafl(
         net, p.model, p.task, p.local, _distil(config),
         [Budget("parameters", net.parameters, limits)], num_tiers=len(p.tiers),
+        vote=_vote(config, p),
     )  # fmt: skip
     return Made(made.algorithm, made.start, made.bucket)
 
@@ -204,7 +243,7 @@ ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
     "raffm": lambda c, p: Made(raffm(p.model, p.task, p.local, p.tiers)),
     "spatl": _spatl,
     "adp": _adp,
-    "fed_df": lambda c, p: Made(fed_df(p.model, p.task, p.local, _distil(c))),
+    "fed_df": lambda c, p: Made(fed_df(p.model, p.task, p.local, _distil(c), vote=_vote(c, p))),
     "fed_md": _fed_md,
     "fed_kemf": _fed_kemf,
     "rafl": _rafl,

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +56,7 @@ from jaxfm.launch.algorithms import (
 from jaxfm.launch.compare import compare
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
+    NUM_CLASSES,
     WIDTH_AXES,
     Data,
     DataConfig,
@@ -108,6 +109,11 @@ class FederateConfig:
     server_momentum: float = option(0.9, "fed_avg_m")
     keep: float = option(0.5, "spatl, adp: share of the multiply-adds that is sent, or kept")
     alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
+    upload: Literal["full", "8bit", "4bit", "top_k"] = option(
+        "full", "how uploads travel: floats, randomly rounded, or the largest alone, in 8 bits"
+    )
+    top_k: float = option(0.1, "upload=top_k: share of the entries of each array")
+    download: Literal["full", "8bit", "4bit"] = option("full", "how downloads travel")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
@@ -130,6 +136,8 @@ class FederateConfig:
             raise ValueError(
                 f"cohort={self.cohort}: there are data.num_clients={self.data.num_clients}."
             )
+        if not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k={self.top_k}: give a share above 0 and up to 1.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
             raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
         for name in (self.algorithm, *self.compare):
@@ -221,6 +229,7 @@ def prepare(config: FederateConfig) -> Setting:
     parts = Parts(
         model, variables, data.task, local, len(counts), is_last, tiers, WIDTH_AXES[family],
         tier_of, data.public, spread(data.validation, 2),
+        NUM_CLASSES if "label" in data.validation else None,
     )  # fmt: skip
     algorithm, start, bucket = make_algorithm(config, parts)
     variables = variables if start is None else start
@@ -273,7 +282,8 @@ def assigned(
 
 def last_layer(model: Model) -> IsPersonal:
     """The classifier; of a perceptron, its last layer."""
-    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params)
+    number = lambda name: int("0" + "".join(c for c in name if c.isdigit()))
+    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params, key=number)
     return head if {"head", "classifier"} & set(names) else under(names[-1])
 
 

@@ -34,6 +34,7 @@ from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
+    NUM_CLASSES,
     Data,
     DataConfig,
     ModelConfig,
@@ -153,6 +154,12 @@ def prepare(config: SearchConfig) -> Setting:
         rows = len(next(iter(data.test.values())))
         halves = search.split_rows(rows, 0, rows // 2, seed=config.seed)
         reward, report = _rows(data.test, halves.reward), _rows(data.test, halves.report)
+    for part, rows in (("validation", reward), ("test", report)):
+        if not len(next(iter(rows.values()))):
+            raise ValueError(
+                f"data.source={config.data.source}: no {part} rows are left to judge by; give more "
+                "data."
+            )
     reward = spread(reward, config.reward_examples)
     return Setting(data, task, model, variables, train, reward, report)
 
@@ -180,7 +187,7 @@ def _task(config: SearchConfig, data: Data) -> Task:
         mean, std = _IMAGENET
         return (images.astype(jnp.float32) / 255 - wide(mean)) / wide(std)
 
-    return tasks.classification(10, transform=scale)
+    return tasks.classification(NUM_CLASSES, transform=scale)
 
 
 def _rows(examples: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

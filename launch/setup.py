@@ -29,6 +29,8 @@ from jaxfm.models import CnnConfig, DecoderConfig, VitConfig, build
 from jaxfm.models.cnn import mlp
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer, bytes_per_token, load_tokenizer
 
+NUM_CLASSES = 10  # of all the sets of images
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -43,10 +45,10 @@ class DataConfig:
     writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
     tokenizer: str = option("bytes", "text only: bytes, or a folder with a Hugging Face tokenizer")
     length: int = option(128, "text only: tokens of a row")
-    partition: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = option(
-        "natural",
+    partition: Literal["auto", "natural", "iid", "dirichlet", "shards", "quantity"] = option(
+        "auto",
         "how examples are dealt to clients; natural: by package (stdlib), sub-folder (text), "
-        "writer (mnist)",
+        "writer (mnist); auto: natural where there are owners, else dirichlet",
     )
     beta: float = option(0.5, "concentration of dirichlet (by label) and quantity (by size)")
     shards_per_client: int = option(2, "of the shards partition")
@@ -108,7 +110,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
         task = tasks.causal_lm(bytes_per_token(tokenizer), tokenizer.pad_id)
     else:
         splits = _images(config, seed)
-        task = tasks.classification(10)
+        task = tasks.classification(NUM_CLASSES)
     train, public = _publish(splits["train"], config.public, seed)
     parts, names = _deal(config, train, seed)
     parts, held_out = partition.holdout(parts, config.local_test, seed=seed)
@@ -137,7 +139,7 @@ def _publish(
 
 
 def _text(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Source]:
-    largest = config.num_clients if config.partition == "natural" else None
+    largest = config.num_clients if config.partition in ("auto", "natural") else None
     if config.source == "stdlib":
         return stdlib(tokenizer, length=config.length, num_clients=largest)
     documents = read_folder(config.folder)
@@ -172,7 +174,10 @@ def _rows(source: Source, rows: np.ndarray) -> Source:
 def _deal(config: DataConfig, train: Source, seed: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
     size, clients = leading_size(train.examples), config.num_clients
     numbered = tuple(f"client {i}" for i in range(clients))
-    if config.partition == "natural":
+    kind = config.partition
+    if kind == "auto":
+        kind = "dirichlet" if train.client is None else "natural"
+    if kind == "natural":
         if train.client is None:
             raise ValueError(
                 f"data.partition=natural: {config.source} has no natural owners; choose iid, "
@@ -183,17 +188,17 @@ def _deal(config: DataConfig, train: Source, seed: int) -> tuple[list[np.ndarray
         if len(largest) < clients:
             raise ValueError(f"data.num_clients={clients}: there are only {len(parts)} owners.")
         return [parts[i] for i in largest], tuple(train.clients[i] for i in largest)
-    if config.partition == "iid":
+    if kind == "iid":
         return partition.iid(size, clients, seed=seed), numbered
-    if config.partition == "quantity":
+    if kind == "quantity":
         return partition.quantity(size, clients, beta=config.beta, seed=seed), numbered
     if "label" not in train.examples:
         raise ValueError(
-            f"data.partition={config.partition} deals by label, which {config.source} lacks; "
+            f"data.partition={kind} deals by label, which {config.source} lacks; "
             "choose natural, iid or quantity."
         )
     labels = train.examples["label"]
-    if config.partition == "dirichlet":
+    if kind == "dirichlet":
         return partition.dirichlet(labels, clients, beta=config.beta, seed=seed), numbered
     per_client = config.shards_per_client
     return partition.shards(labels, clients, shards_per_client=per_client, seed=seed), numbered

@@ -233,7 +233,7 @@ def test_the_search_of_an_agent_counts_once_a_round(half, tuned):
     spent = round_costs((cost,), info)["flops"]
     assert spent == 9 * cost.flops_per_step + 4 * cost.flops_per_round
     work = client_work(
-        (cost,), np.zeros(5, int), np.array([4, 2, 2, 1, 3]), np.arange(4), np.ones(4, bool), info
+        (cost,), np.zeros(5, int), np.array([4, 2, 2, 1, 3]), np.arange(4), np.ones(5, bool), info
     )
     assert work.flops.sum() == pytest.approx(spent) and work.flops[4] == 0
     assert work.flops[0] - work.flops[3] == pytest.approx(3 * cost.flops_per_step)

@@ -112,6 +112,15 @@ def test_every_algorithm_has_its_name(tmp_path, algorithm):
     assert (setting.steps > 0).all()
 
 
+def test_what_travels_narrow_is_fewer_bytes(tmp_path):
+    (full,) = federate.prepare(small_run(tmp_path)).costs
+    narrow = lambda **how: federate.prepare(small_run(tmp_path, **how)).costs[0]
+    assert narrow(upload="4bit").bytes_up < full.bytes_up / 7
+    assert narrow(upload="top_k", top_k=0.05).bytes_up < full.bytes_up / 10
+    down = narrow(download="8bit")
+    assert down.bytes_down < full.bytes_down / 3.8 and down.bytes_up == full.bytes_up
+
+
 def test_slow_machines_get_the_smaller_model(tmp_path):
     mix = ("pi", "server")
     setting = federate.prepare(small_run(tmp_path, algorithm="hetero_fl", profile=mix))
@@ -187,6 +196,8 @@ def test_public_and_held_rows_belong_to_nobody_else():
         ({"profile": ("toaster",)}, "must name some of pi"),
         ({"profile": (), "deadline_s": 1.0}, "of a --profile only"),
         ({"seeds": 0}, "seeds=0: give at least 1"),
+        ({"upload": "2bit"}, "2bit"),
+        ({"top_k": 0.0}, "top_k=0.0: give a share"),
     ],
 )
 def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):

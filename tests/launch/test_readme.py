@@ -8,9 +8,10 @@ import jax
 import pytest
 
 from jaxfm import hub
-from jaxfm.config import define_flags
+from jaxfm.config import define_flags, from_flags
 from jaxfm.launch import demo, federate, generate, pretrain, report, simulate, supernet
 from jaxfm.launch import search as search_script
+from jaxfm.launch.setup import load_data
 from jaxfm.testing import tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,6 +56,9 @@ def test_commands_exist(command):
         values = flags.FlagValues()
         define_flags(config, values)
         assert values(["script", *words[2:]]) == ["script"]  # nothing is left unread
+        made = from_flags(config, values)  # which says what does not go together
+        if getattr(getattr(made, "data", None), "source", None) == "digits":
+            assert len(load_data(made.data, 0).train.count) == made.data.num_clients
     else:
         assert (ROOT / words[0]).exists()
 

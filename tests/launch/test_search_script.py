@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfm import hub
 from jaxfm.data.federation import merge
 from jaxfm.launch import search as script
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
@@ -70,6 +71,32 @@ def test_a_finished_search_is_not_searched_again(finished, capsys):
     script.main(config(finished))
     after = json.loads((finished / "results.json").read_text())["search"]
     assert after["scores"] == before["scores"] and after["stages"] == before["stages"]
+
+
+def test_a_cut_decoder_is_a_draft_in_hugging_face_format(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in range(40):  # documents, of which some are set aside
+        lines = [f"def f{i}(x):\n    return x + {name}\n" for i in range(12)]
+        (tmp_path / "text" / f"{name}.txt").write_text("".join(lines))
+    script.main(
+        script.SearchConfig(
+            run_dir=str(tmp_path / "run"), train_steps=2, strategy="uniform", macs=0.6,
+            reward_examples=4, calibration_examples=16, batch_size=32, finetune_epochs=0,
+            data=DataConfig(
+                source="text", folder=str(tmp_path / "text"), partition="iid", num_clients=2,
+                length=16,
+            ),
+            network=ModelConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24),
+        )
+    )  # fmt: skip
+    model, variables = hub.load(tmp_path / "run" / "draft")
+    assert model.config.head_dim == 8 and model.config.embed_dim < 16
+    logits = model.apply(variables, np.zeros((1, 4), np.int32))[0]
+    assert np.isfinite(np.asarray(logits)).all()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["search"]
+    dense, now = results["costs"]["macs"]
+    assert now <= 0.6 * dense and results["unknown"] == {}
+    assert np.isfinite(results["stages"]["kept"]["loss"])
 
 
 def test_wrong_settings_are_refused(tmp_path):

@@ -48,6 +48,12 @@ MASKED = {
 each = pytest.mark.parametrize("name", FAMILIES)
 
 
+def test_channels_of_group_norms_keep_their_places():
+    model = tiny_resnet(norm="group")
+    with pytest.raises(ValueError, match="group norm divides channels by place"):
+        supernet(model, model.init(jax.random.key(0)), ("stage1_0",))
+
+
 @each
 def test_order_changes_no_output_and_is_one_of_importance(name):
     inputs, net = FAMILIES[name][3], NETS[name]
