@@ -7,7 +7,8 @@ By name of the work:
 - digits: scikit-learn's, by Dirichlet(0.1) on labels over ten clients, half of them a round;
 - mnist: the same with MNIST's idx files in the folder;
 - mnist_writers: fifty people's digits, ten people a round; the folder also holds QMNIST's labels;
-- cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round.
+- cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round;
+- cifar10_resnet20: the same with ResNet-20, whose shortcuts have no parameters.
 
 A sixth of each client's rows is its own validation, another its own test. Every algorithm climbs
 the same ladder of learning rates, from its middle as far as validation rows of the first seed get
@@ -24,8 +25,8 @@ compression and slices do to a model's size and to its measured step; and distil
   shared and the global model looked at; the target is the accuracy of FedAvg's best round.
   spatl_accuracy_gain: points of test accuracy at the end. `compressed_` the same with uploads of
   top-k and 8 bits, `narrow_` with 8 bits both ways; `personal_` with a personal predictor, on the
-  clients' own test rows; `scaffold_` for SCAFFOLD in its place. spatl_slice_drop: points on these
-  rows by which a client's salient channels alone are worse;
+  clients' own test rows, `narrow_personal_` both; `scaffold_` for SCAFFOLD in its place.
+  spatl_slice_drop: points on these rows by which a client's salient channels alone are worse;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
 - raffm_subnet_gap: points that a slice of 60 % of the parameters lies below the full network;
   raffm_step_speedup: a training step of the full network over one of the smallest tier;
@@ -89,7 +90,7 @@ from jaxfm.federated.adp import gated
 from jaxfm.federated.partition import IsPersonal
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.resnet import ResNetConfig, resnet
+from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
 from jaxfm.search import costs, model_network
 from jaxfm.search.cost import counts_of
 from jaxfm.search.groups import Network
@@ -124,6 +125,7 @@ WORKS = {
     "mnist": Size(1000, 4000, 10, 5, 2, 20),
     "mnist_writers": Size(1000, 6000, 50, 10, 3, 20),
     "cifar10": Size(500, 2000, 10, 10, 2, 32),
+    "cifar10_resnet20": Size(500, 2000, 10, 10, 2, 32),
 }
 KEEP = 0.5  # the share of multiply-adds that SPATL's and ADP's clients keep
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM
@@ -182,6 +184,7 @@ def load(config: Config) -> Work:
         "mnist": lambda: mnist(folder),
         "mnist_writers": lambda: mnist(folder, writers=folder),
         "cifar10": lambda: cifar10(folder),
+        "cifar10_resnet20": lambda: cifar10(folder),
     }[config.work]()
     rng, source = np.random.default_rng(0), data["train"]
     order = rng.permutation(len(source.examples["label"]))
@@ -204,6 +207,8 @@ def load(config: Config) -> Work:
     side, _, channels = private["image"].shape[1:]
     if config.work == "cifar10":
         model = resnet(ResNetConfig(depths=(1, 1, 1), shortcut="projection"))
+    elif config.work == "cifar10_resnet20":
+        model = resnet(resnet_config(20))
     else:
         model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
     variables = model.init(jax.random.key(0))
@@ -242,6 +247,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
     salient = saliency(work.network, {"macs": KEEP})
     clients = work.size.clients
     shared = functools.partial(spatl, select=salient, num_clients=clients, is_personal=nothing)
+    personal = functools.partial(spatl, select=salient, num_clients=clients, is_personal=work.head)
     half = max(1, config.num_rounds // 2)
     pruning = lambda *a, **kw: adp(work.network, *a, target=KEEP, rounds=half, **kw).algorithm
     everything: dict[str, Make] = {
@@ -265,8 +271,9 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "spatl_topk8": lambda *a: compressed(shared(*a), top_k(0.1, bits=8)),
         "spatl_narrow": lambda *a: compressed(shared(*a), quantised(8, block=256), down=8),
         "fed_avg_narrow": lambda *a: compressed(fed_avg(*a), quantised(8, block=256), down=8),
-        "spatl_personal": lambda *a: spatl(
-            *a, salient, num_clients=clients, is_personal=work.head
+        "spatl_personal": lambda *a: personal(*a),
+        "spatl_personal_narrow": lambda *a: compressed(
+            personal(*a), quantised(8, block=256), down=8
         ),
     }  # fmt: skip
     quick = ("fed_avg", "scaffold", "raffm", "adp", "spatl", "spatl_topk8")
@@ -274,7 +281,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
     return {name: everything[name] for name in names}
 
 
-PERSONAL = ("fed_per", "lg_fed_avg", "spatl_personal")
+PERSONAL = ("fed_per", "lg_fed_avg", "spatl_personal", "spatl_personal_narrow")
 
 
 class Run(NamedTuple):
@@ -376,6 +383,7 @@ def savings(runs: Mapping[str, Run]) -> dict[str, float]:
     for prefix, name, column in (
         ("", "spatl", 1), ("compressed_", "spatl_topk8", 1), ("narrow_", "spatl_narrow", 1),
         ("scaffold_", "scaffold", 1), ("personal_", "spatl_personal", 2),
+        ("narrow_personal_", "spatl_personal_narrow", 2),
     ):  # fmt: skip
         if name not in runs:
             continue
