@@ -39,7 +39,7 @@ from jaxfm.federated.hetero_fl import hetero_fl
 from jaxfm.federated.ledger import ClientCost, Work, client_costs, client_work, round_costs
 from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.federated.partition import head, norms, outside, under
+from jaxfm.federated.partition import either, head, norms, outside, statistics, under
 from jaxfm.federated.raffm import prioritised, raffm, raffm_published
 from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
 from jaxfm.federated.resources import (
@@ -89,6 +89,7 @@ __all__ = [
     "compressed",
     "coverage_vote",
     "draw",
+    "either",
     "entropy_vote",
     "everything",
     "fed_adam",
@@ -135,6 +136,7 @@ __all__ = [
     "scaled",
     "simulated",
     "spatl",
+    "statistics",
     "three_metrics",
     "top_k",
     "transferred",

@@ -30,8 +30,18 @@ def head(path: Path) -> bool:
 
 
 def norms(path: Path) -> bool:
-    """Scales, shifts and statistics of normalisation, wherever they stand."""
+    """Scales, shifts and statistics of normalisation, anywhere (FedBN, Li et al. 2021)."""
     return any(name == "norm" or name.endswith("_norm") for name in path)
+
+
+def statistics(path: Path) -> bool:
+    """Running means and variances of batch norm alone; scales and shifts are shared."""
+    return path[-1] in ("mean", "var")
+
+
+def either(*predicates: IsPersonal) -> IsPersonal:
+    """What any of them names: `either(head, statistics)`."""
+    return lambda path: any(predicate(path) for predicate in predicates)
 
 
 def under(*names: str) -> IsPersonal:
@@ -106,12 +116,11 @@ def join_variables(shared: Variables, personal: Variables) -> Variables:
 
 
 def check_partition(model: Model, is_personal: IsPersonal) -> None:
-    """Raises ValueError where a predicate leaves nothing to share, or nothing personal."""
-    params = jax.eval_shape(model.init, jax.random.key(0)).params
-    shared, personal = split_tree(params, is_personal)
-    for part, what in ((shared, "shares no"), (personal, "keeps no personal")):
-        if not part:
-            raise ValueError(
-                f"This partition {what} parameters; the names at the top are {sorted(params)}. "
-                "`under(...)` picks by them."
-            )
+    """Raises ValueError where a predicate leaves no parameters to share, or nothing personal."""
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    shared, personal = split_variables(variables, is_personal)
+    names = f"the names at the top are {sorted(variables.params)}; `under(...)` picks by them."
+    if not shared.params:
+        raise ValueError(f"This partition shares no parameters; {names}")
+    if not (personal.params or personal.stats):
+        raise ValueError(f"This partition keeps nothing personal; {names}")

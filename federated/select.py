@@ -169,7 +169,12 @@ def agent(
         candidates = jnp.concatenate([proposed, known[None], first[None]])
         worth = lax.map(judge, candidates)
         worth = jnp.where(jnp.isfinite(worth), worth, -jnp.float32(1e9))
-        own = strategy.tell(own, actions, proposed, worth[:-2])
+        # A client that holds nothing back has nothing to learn its policy by.
+        own = jax.tree.map(
+            lambda new, old: jnp.where(data.held_count > 0, new, old),
+            strategy.tell(own, actions, proposed, worth[:-2]),
+            state.strategy,
+        )
         best = jnp.where(data.held_count > 0, candidates[jnp.argmax(worth)], first)
         return masks(order, best), Tuned(own, best)
 

@@ -120,6 +120,14 @@ def test_clients_narrow_round_by_round_and_send_less():
     sent = [info["bytes_up"].sum() for info in run().infos]
     dense = sum(x.size * 4 for x in jax.tree.leaves((VARIABLES.params, VARIABLES.stats))) + 4
     assert sent[0] == 4 * (dense + NETWORK.sizes.sum() / 8) > sent[1] > sent[RAMP]
+    counts, batch = np.asarray(population().federation.count), LOCAL.batch_size
+    steps = LOCAL.epochs * -(-counts // batch)
+    for t, info in enumerate(run().infos):
+        # By the scores of this very round, which are what a client remembers after it.
+        row = np.array([macs(run().kept(t + 1, c, round=np.int32(t))) for c in range(5)])
+        # Forward and back through the slice, and one look at all rows through the dense network.
+        flops = (6 * row * steps * batch + 2 * DENSE * counts)[counts > 0].sum()
+        assert info["flops"].sum() == pytest.approx(flops, rel=1e-5)
     assert [s.round for s, _ in run().seen] == list(range(RAMP + 2))
 
 

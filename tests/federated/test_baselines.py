@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_contract import BATCH_NORM, batch_norm_step, federation, population, run_new
 
 from jaxfm.data.federation import federate
 from jaxfm.federated.algorithm import ClientData
@@ -17,7 +18,7 @@ from jaxfm.federated.fed_rolex import fed_rolex
 from jaxfm.federated.hetero_fl import hetero_fl
 from jaxfm.federated.lg_fed_avg import lg_fed_avg
 from jaxfm.federated.local import Local
-from jaxfm.federated.partition import under
+from jaxfm.federated.partition import either, statistics, under
 from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.federated.scaffold import scaffold
@@ -177,6 +178,26 @@ def sent_names(algorithm) -> set[str]:
     )
     paths, _ = jax.tree_util.tree_flatten_with_path(upload)
     return {str(key.key) for path, _ in paths for key in path if hasattr(key, "key")}
+
+
+def test_statistics_may_stay_at_home():
+    variables, _ = batch_norm_step()
+    local = Local(optax.sgd(0.1), 4, 1)
+    algorithm = fed_per(BATCH_NORM, TASK, local, is_personal=statistics)
+    people = population("fed_avg", federation((4, 2)))
+    state, _ = run_new(algorithm, people, variables=variables)
+    plain, _ = run_new(fed_avg(BATCH_NORM, TASK, local), people, variables=variables)
+    chex.assert_trees_all_close(
+        state.server.variables.params, plain.server.variables.params, rtol=1e-6
+    )
+    chex.assert_trees_all_equal(state.server.variables.stats, variables.stats)
+    first, second = (
+        jax.tree.map(lambda x, i=i: np.asarray(x)[i], state.memories[0]).stats for i in (0, 1)
+    )
+    mixed = jax.tree.map(lambda a, b: (4 * a + 2 * b) / 6, first, second)
+    chex.assert_trees_all_close(mixed, plain.server.variables.stats, rtol=1e-5, atol=1e-6)
+    both = either(under("head"), statistics)
+    assert both(("head", "bias")) and both(("norm", "mean")) and not both(("norm", "scale"))
 
 
 def test_the_personal_part_is_in_no_upload():

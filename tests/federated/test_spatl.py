@@ -8,11 +8,12 @@ import optax
 import pytest
 from test_contract import BATCH_NORM, batch_norm_step, federation, population, run_new
 
+from jaxfm.checkpoint import Checkpointer
 from jaxfm.cost import count_flops
 from jaxfm.data.federation import federate
 from jaxfm.federated.algorithm import ClientData
-from jaxfm.federated.compress import compressed, quantised
-from jaxfm.federated.ledger import client_costs, client_work, round_costs
+from jaxfm.federated.compress import compressed, quantised, top_k
+from jaxfm.federated.ledger import client_costs, client_shapes, client_work, round_costs
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import under
 from jaxfm.federated.resources import profiles
@@ -24,6 +25,7 @@ from jaxfm.model import Variables
 from jaxfm.models.cnn import mlp
 from jaxfm.search import budgets, costs, gnn_rl, model_network, policy_graph
 from jaxfm.search.cost import counts_of
+from jaxfm.search.gnn_rl import init_policy
 from jaxfm.search.importance import importance
 from jaxfm.search.interpret import coverage
 from jaxfm.tasks import classification
@@ -119,6 +121,50 @@ def test_the_servers_variate_is_the_mean_of_the_clients_where_they_send(half):
     assert max(jax.tree.leaves(gap)) > 1e-3
 
 
+def test_the_server_takes_the_mean_of_those_who_cover(half):
+    state, _ = play(half[1], 1)
+    memory = jax.tree.map(np.asarray, state.memories[0])
+    examples = np.array([10, 4, 10, 8])
+    length = LOCAL.epochs * -(-examples // LOCAL.batch_size) * 0.1  # steps times learning rate
+    own = [coverage(NET, [m[i] for m in memory.masks]) for i in range(CLIENTS)]
+    for name in ("dense1", "dense2"):
+        for part in ("kernel", "bias"):
+            # A variate that starts at zero becomes the mean gradient: the client moved against it.
+            gain = memory.variate[name][part]
+            there = [np.asarray(c.params[name][part], float) for c in own]
+            num = sum(n * m * -g * k for n, m, g, k in zip(examples, there, gain, length))
+            den = sum(n * m for n, m in zip(examples, there))
+            expected = START.params[name][part] + num / np.maximum(den, 1)
+            np.testing.assert_allclose(
+                state.server.variables.params[name][part], expected, rtol=1e-5, atol=1e-6
+            )
+
+
+def test_resumed_with_memories_it_ends_with_the_same_bits(half, tmp_path):
+    run = engine(half[1])
+    state = run.init(jax.tree.map(jnp.copy, START), jax.random.key(3))
+    state, _ = run.run(state)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        fresh = run.init(jax.tree.map(jnp.copy, START), jax.random.key(9))
+        _, state = checkpoints.restore(like=fresh)
+    for _ in range(2):
+        state, _ = run.run(state)
+    chex.assert_trees_all_equal(state.server, half[2][0].server)
+    chex.assert_trees_all_equal(state.memories, half[2][0].memories)
+
+
+@pytest.mark.parametrize("method", [None, quantised(4), top_k(0.2)], ids=["full", "4bit", "top_k"])
+def test_no_upload_has_the_predictor(half, method):
+    algorithm = half[1] if method is None else compressed(half[1], method)
+    (bucket,) = algorithm.buckets
+    shapes = client_shapes(bucket, people(), jax.eval_shape(algorithm.init, START))
+    upload, _, _ = jax.eval_shape(bucket.client, *shapes)
+    paths, _ = jax.tree_util.tree_flatten_with_path(upload)
+    names = {getattr(step, "key", None) for path, _ in paths for step in path}
+    assert {"dense1", "dense2"} <= names and "dense3" not in names
+
+
 def test_bytes_are_those_of_the_covered_values(half):
     algorithm, (state, info) = half[1:]
     up = 0
@@ -152,6 +198,8 @@ def test_a_clients_model_is_within_the_budget_and_as_fast_as_it_says(half):
     assert now <= 0.5 * dense
     x = jnp.ones((4, 6))
     assert count_flops(small.apply, small.params, x) == 2 * 4 * now
+    counted = jax.jit(small.apply).lower(small.params, x).compile().cost_analysis()["flops"]
+    assert 2 * 4 * now <= counted < 2 * 4 * now + 4 * 3 * 24  # biases and activations, too
     assert small.apply(small.params, x).shape == (4, 3)
 
 
@@ -204,20 +252,25 @@ def test_what_is_rounded_travels_as_far_as_it_is_covered(half):
 
 @pytest.fixture(scope="module")
 def tuned():
-    strategy = gnn_rl(policy_graph(NET, START), batch=4)
+    # One policy, trained before, for all clients to start from.
+    strategy = gnn_rl(policy_graph(NET, START), batch=4, policy=init_policy(jax.random.key(8)))
     return agent(NET, {"macs": 0.5}, strategy, TASK, rows=16)
 
 
 def test_an_agent_stays_within_the_budget_and_learns_of_each_client(tuned):
-    state, _ = play(make(tuned), 2, held=True)
+    make_tuned = make(tuned)
+    state, _ = play(make_tuned, 2, held=True)
     memory = state.memories[0]
     cost = costs(NET).macs
     for client in range(CLIENTS):
         counts = counts_of(NET, tuple(np.asarray(m[client]) for m in memory.masks))
         assert cost(counts) <= 0.5 * cost(NET.sizes)
         assert (counts == np.asarray(memory.selector.counts[client])).all()
-    policies = jax.tree.leaves(memory.selector.strategy.policy)
-    assert max(float(np.asarray(x).std(0).max()) for x in policies) > 0
+    apart = lambda memory: max(
+        float(np.asarray(x).std(0).max()) for x in jax.tree.leaves(memory.selector.strategy.policy)
+    )
+    first = engine(make_tuned, held=True).init(jax.tree.map(jnp.copy, START), jax.random.key(3))
+    assert apart(first.memories[0]) < 1e-6 < 1e-3 < apart(memory)
 
 
 def test_the_search_of_an_agent_counts_once_a_round(half, tuned):
