@@ -61,16 +61,21 @@ def _equation_flops(eqn: JaxprEqn) -> int:
         kernel: Any = eqn.invars[1].aval
         outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2 * _count(eqn.outvars[0]) * kernel.size // outputs
-    inner = [_flops(jaxpr) for jaxpr in _inner(eqn)]
+    return body_flops(name, eqn.params)
+
+
+def body_flops(name: str, params: dict[str, Any]) -> int:
+    """Of what a primitive calls, by its name and parameters; 0 for one that calls nothing."""
+    inner = [_flops(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner)
-    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
 def _loop_flops(jaxpr: Jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        inner = [0, *map(_loop_flops, _inner(eqn))]
+        inner = [0, *map(_loop_flops, _inner(eqn.params))]
         name = eqn.primitive.name
         if name == "while":
             total += _equation_flops(eqn)
@@ -89,7 +94,7 @@ def _loop_bytes(jaxpr: Jaxpr) -> int:
         elif eqn.primitive.name == "scan":
             carried = eqn.outvars[: eqn.params["num_carry"]]
             most = max(most, sum(_size(var.aval) for var in carried))
-        most = max([most, *map(_loop_bytes, _inner(eqn))])
+        most = max([most, *map(_loop_bytes, _inner(eqn.params))])
     return most
 
 
@@ -101,9 +106,9 @@ def _size(aval: Any) -> int:
     return aval.size * aval.dtype.itemsize
 
 
-def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
     """The jaxprs that an equation calls."""
-    for value in eqn.params.values():
+    for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
                 yield item.jaxpr

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
 from jaxfm.search.importance import gradient
-from jaxfm.search.latency import fit_latency, measure
+from jaxfm.search.latency import fit_latency, latency_of, measure
 from jaxfm.search.policy_graph import policy_graph
 from jaxfm.tasks import Task, evaluate
 
@@ -90,6 +91,7 @@ class SearchConfig:
     )
     macs: float = option(0.5, "share of the multiply-adds that remains; 0: no such budget")
     parameters: float = option(0.0, "share of the parameters; 0: no such budget")
+    activation_bytes: float = option(0.0, "share of the most bytes alive; 0: no such budget")
     latency: float = option(0.0, "share of the dense latency at batch 32, by a fitted table")
     channel_multiple: int = option(1, "groups keep multiples of it")
     evaluations: int = option(256, "candidates that the strategy may try")
@@ -105,9 +107,10 @@ class SearchConfig:
 
     def __post_init__(self):
         check(self)
-        if not (self.macs or self.parameters or self.latency):
+        shares = ("macs", "parameters", "activation_bytes", "latency")
+        if not any(getattr(self, name) for name in shares):
             raise ValueError("Give a budget: --macs=0.5, --parameters=0.5 or --latency=0.5.")
-        for name in ("macs", "parameters", "latency"):
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a share from 0 to 1.")
         if self.strategy == "gnn_rl_paper" and not self.macs:
@@ -278,13 +281,11 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     network = search.model_network(model, variables, inputs, whole=whole)
     if network.unknown:
         print(f"Primitives without a rule freeze what they touch: {network.unknown}.")
-    shares = {"macs": config.macs, "parameters": config.parameters}
-    limits = list(search.budgets(network, **{k: v for k, v in shares.items() if v}))
+    names = ("macs", "parameters", "activation_bytes")
+    shares = {name: float(getattr(config, name)) for name in names if getattr(config, name)}
+    limits = list(search.budgets(network, **shares))
     if config.latency:
-        small = jax.tree.map(lambda x: x[:32], inputs)
-        table = fit_latency(network, variables, small)
-        print(f"Latency table: {table.error:.0%} off on slices that it did not see.")
-        limits.append(table.budget(config.latency))
+        limits.append(_latency(config, network, variables, inputs))
     scores = _importance(config, setting, network, inputs)
     order = search.ranks(scores)
     metric = "accuracy" if "label" in setting.reward else "loss"
@@ -304,6 +305,21 @@ def find(config: SearchConfig, setting: Setting) -> Found:
         result = search.run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
     kept = search.keep(order, result.best_counts)
     return Found(network, kept, result, time.perf_counter() - start)
+
+
+def _latency(config: SearchConfig, network: search.Network, variables, inputs) -> search.Budget:
+    """Measured once a run: one that goes on keeps its table, and so its candidates."""
+    path = pathlib.Path(config.run_dir) / "latency.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        table = latency_of(network, np.array(kept["coefficients"]), kept["error"], kept["dense_s"])
+    else:
+        table = fit_latency(network, variables, jax.tree.map(lambda x: x[:32], inputs))
+        kept = {"coefficients": table.coefficients.tolist(), "error": table.error,
+                "dense_s": table.dense_s}  # fmt: skip
+        path.write_text(json.dumps(kept) + "\n")
+    print(f"Latency table: {table.error:.0%} off on slices that it did not see.")
+    return table.budget(config.latency)
 
 
 def _importance(config: SearchConfig, setting: Setting, network: search.Network, inputs: PyTree):
@@ -377,11 +393,18 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
         )
     return {
         "strategy": config.strategy, "seconds": found.seconds, "dense": dense, "stages": stages,
-        "costs": small.table(), "ratios": small.ratios(), "latency_s": speed,
+        "costs": small.table() | {"nominal_macs": _nominal(network, kept)},
+        "ratios": small.ratios(), "latency_s": speed,
         "curve": found.result.curve.tolist(), "scores": found.result.scores.tolist(),
         "macs": _shares(network, found.result.counts), "frozen": network.frozen,
         "unknown": network.unknown,
     }  # fmt: skip
+
+
+def _nominal(network: search.Network, kept: Any) -> tuple[float, float]:
+    count = search.nominal_macs(network)
+    now = search.counts_of(network, kept)
+    return float(count(network.sizes.astype(np.int64))), float(count(now))
 
 
 def _shares(network: search.Network, counts: np.ndarray) -> list[float]:

@@ -119,20 +119,45 @@ def train(config: SupernetConfig, data: Data, model: Model) -> Trained:
     mesh = make_mesh(data=1)
     plain = lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
     start = model.init(jax.random.key(config.seed))
+    _check(config, data, model, start)  # before an hour of training
     print(f"The dense model: {config.dense_steps} steps.")
     folder = pathlib.Path(config.run_dir)
     dense = _run(config, folder / "dense", plain, start, optimizer, examples, config.dense_steps)
-    axes = config.axes or WIDTH_AXES[family_of(config.network, data)]
-    net = supernet(
-        model, dense, axes, shared=tuple(axes) if config.alike else ("embed",),
-        multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,
-    )  # fmt: skip
+    net = _elastic(config, data, model, dense)
     print(f"{len(net.groups)} elastic groups, together: {config.steps} steps.")
     together = lambda n: _sandwiches(config, net, model, data.task, optimizer, n)
     variables = _run(
         config, folder / "together", together, net.variables, optimizer, examples, config.steps
     )
     return Trained(net, variables, dense)
+
+
+def _elastic(config: SupernetConfig, data: Data, model: Model, variables: Variables) -> Supernet:
+    axes = config.axes or WIDTH_AXES[family_of(config.network, data)]
+    return supernet(
+        model, variables, axes, shared=tuple(axes) if config.alike else ("embed",),
+        multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,
+    )  # fmt: skip
+
+
+def _cost(config: SupernetConfig, data: Data, model: Model, net: Supernet) -> tuple[Any, float]:
+    """`(counts) -> []`, and that of the largest member."""
+    inputs = data.task.prepare({k: v[:1] for k, v in merge(data.train).items()}, None)[0]
+    cost = net.parameters if config.cost == "parameters" else member_macs(net, model, inputs)
+    return cost, float(cost(jnp.asarray(net.largest, jnp.float32)))
+
+
+def _check(config: SupernetConfig, data: Data, model: Model, variables: Variables) -> None:
+    """Raises ValueError for axes, kernels and shares that this model cannot have."""
+    net = _elastic(config, data, model, variables)
+    cost, full = _cost(config, data, model, net)
+    least = float(cost(jnp.asarray(net.smallest, jnp.float32))) / full
+    for share in config.shares:
+        if share < least:
+            raise ValueError(
+                f"shares={config.shares}: the smallest member has {least:.1%} of the "
+                f"{config.cost}; give larger shares, or a lower --smallest."
+            )
 
 
 def _run(
@@ -223,9 +248,7 @@ def choose(config: SupernetConfig, data: Data, model: Model, trained: Trained) -
     known = by.score(drawn)
     predictor = fit_predictor(net, drawn, known, keys[1])
     print(f"{len(drawn)} members scored; ranks predicted: {predictor.rank_correlation:.2f}.")
-    inputs = data.task.prepare({k: v[:1] for k, v in merge(data.train).items()}, None)[0]
-    cost = net.parameters if config.cost == "parameters" else member_macs(net, model, inputs)
-    full = float(cost(jnp.asarray(net.largest, jnp.float32)))
+    cost, full = _cost(config, data, model, net)
     metric = main_metric(list(by.report(trained.dense)))
     found = []
     for i, share in enumerate(config.shares):

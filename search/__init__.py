@@ -9,7 +9,7 @@ out the ones that fit.
 
 from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.cma_es import cma_es
-from jaxfm.search.cost import Costs, budgets, costs, counts_of
+from jaxfm.search.cost import Costs, budgets, costs, counts_of, nominal_macs
 from jaxfm.search.evaluate import halving, split_rows, task_problem
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, transferred
 from jaxfm.search.groups import Group, Network, network
@@ -63,6 +63,7 @@ __all__ = [
     "member_macs",
     "model_network",
     "network",
+    "nominal_macs",
     "nsga2",
     "place",
     "policy_graph",

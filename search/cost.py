@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfm.cost import body_flops
 from jaxfm.search.graph import Op, Program, numbers
 from jaxfm.search.groups import Group, Leaf, Network, Plan
 from jaxfm.search.labels import Axis, plain
@@ -51,7 +52,8 @@ class Costs(NamedTuple):
       parameters: trained values.
       parameter_bytes: bytes of all leaves, statistics included.
       activation_bytes: the most that are alive at once.
-      each: `(counts) -> [O]`, multiply-adds of each contraction.
+      each: `(counts) -> [O]`, multiply-adds of each contraction; what `cond` and `while` call is
+        frozen and counts as `jaxfm.cost` has it, in `macs` alone.
     """
 
     macs: Expression
@@ -92,6 +94,28 @@ def contractions(plan: Plan) -> list[Contraction]:
     return found
 
 
+def nominal_macs(network: Network, number: int = 0) -> Expression:
+    """`(counts [G]) -> []`: multiply-adds as published counters have them, for comparison.
+
+    Each product counts by what is left of its output; that its input is smaller, too, is not seen
+    (AGMC, section 3.3: F(a) = sum of a_l F_l). A budget held by this number is not held in truth.
+    """
+    plan = network.plan(number, *network.example)
+    table, found = AxisTable(network.groups), contractions(plan)
+    outputs = [plan.axes[c.op.outputs[0]] for c in found]
+    left = table.products(outputs, [1.0] * len(found))
+    dense = network.sizes.astype(np.int64)
+    whole = costs(network, number).each(dense) / left(dense)
+    return lambda counts: (left(counts) * whole.astype(left(counts).dtype)).sum()
+
+
+def _uncut(program: Program, times: int = 1) -> float:
+    """Multiply-adds of what primitives without a rule call: nothing in there is cut."""
+    inner = [_uncut(op.body, op.params["length"]) for op in program.ops if op.body is not None]
+    own = [body_flops(op.name, op.params) / 2 for op in program.ops if op.body is None]
+    return times * (sum(inner) + sum(own))
+
+
 def _axes(plan: Plan, atom: Any) -> tuple[Axis, ...]:
     return plan.axes[atom] if isinstance(atom, int) else tuple(map(plain, np.shape(atom.value)))
 
@@ -113,8 +137,9 @@ def costs(network: Network, number: int = 0) -> Costs:
     held = table.products([x.axes for x in network.leaves], width)
     points, kinds, scales = _alive(plan, len(network.leaves))
     alive = table.products(kinds, [scale / batch for scale in scales])
+    fixed = _uncut(plan.program) / batch
     return Costs(
-        lambda counts: macs(counts).sum(),
+        lambda counts: macs(counts).sum() + fixed,
         lambda counts: parameters(counts).sum(),
         lambda counts: held(counts).sum(),
         lambda counts: (points @ alive(counts)).max(),

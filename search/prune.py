@@ -72,7 +72,7 @@ def prune(
     params: PyTree,
     *inputs: PyTree,
     macs_ratio: float | None = None,
-    budget: Mapping[str, float] | Sequence[Budget] = (),
+    budget: Mapping[str, float] | Budget | Sequence[Budget] = (),
     importance: str | Scores = "l2",
     channel_multiple: int = 1,
     ignore: Sequence[str] = (),
@@ -103,7 +103,8 @@ def prune(
       key: of the search.
       repaired: least squares on `inputs` (`jaxfm.search.repair`).
     Raises:
-      ValueError: no budget, one that cannot be met, an unknown name, a strategy without a score,
+      ValueError: no budget, one that cannot be met, a macs_ratio that is no share, an unknown name,
+        a strategy without a score,
         something to ignore in a network that has been read.
     """
     if isinstance(function, Network) and ignore:
@@ -144,8 +145,12 @@ def pruned(network: Network, params: PyTree, kept: Kept, result: Result | None =
 def _limits(own: Network, macs_ratio: float | None, budget: Any) -> tuple[Budget, ...]:
     named = dict(budget) if isinstance(budget, Mapping) else {}
     if macs_ratio is not None:
+        if not 0 < macs_ratio <= 1:
+            raise ValueError(f"macs_ratio={macs_ratio}: give a share, above 0 and up to 1.")
         named["macs"] = float(macs_ratio)
     limits = budgets(own, **named)
+    if isinstance(budget, Budget):
+        budget = (budget,)
     limits = limits if isinstance(budget, Mapping) else (*limits, *budget)
     if not limits:
         raise ValueError("Give macs_ratio=0.5, or budget={'parameters': 0.3}, say.")

@@ -109,3 +109,13 @@ def test_equal_layers_of_a_decoder_are_a_hugging_face_model(tmp_path):
 def test_wrong_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"shares": (0.01, 0.5)}, "the smallest member has"), ({"axes": ("wide",)}, "wide")],
+)
+def test_what_the_model_cannot_have_is_refused_before_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(config(tmp_path, **changes))
+    assert not (tmp_path / "dense").exists()

@@ -19,7 +19,17 @@ from random_networks import (
 )
 
 from jaxfm.cost import count_flops, num_bytes
-from jaxfm.search import budgets, costs, counts_of, cut, full, model_network, network, sliced
+from jaxfm.search import (
+    budgets,
+    costs,
+    counts_of,
+    cut,
+    full,
+    model_network,
+    network,
+    nominal_macs,
+    sliced,
+)
 from jaxfm.search.cost import AxisTable, contractions
 from jaxfm.testing import random_variables, tiny_decoder, tiny_mobilenet, tiny_resnet
 
@@ -135,6 +145,35 @@ def test_activations_by_hand():
     assert own.activation_bytes(np.array([5])) == 2 * 5 * 4
     # With few hidden units the widest point is the product with the input alive.
     assert own.activation_bytes(np.array([1])) == (3 + 1) * 4
+
+
+def perceptron(p, x):
+    y = jax.nn.relu(x @ p["up"])
+    y = jax.lax.cond(x.sum() > 0, lambda y: y @ p["fixed"], lambda y: -y @ p["fixed"], y)
+    return jax.nn.relu(y @ p["mid"]) @ p["down"]
+
+
+def test_the_compiler_counts_the_same_and_what_cannot_be_cut_counts_too():
+    draw = np.random.default_rng(0).normal
+    sizes = {"up": (24, 32), "fixed": (32, 32), "mid": (32, 40), "down": (40, 24)}
+    params = {name: draw(size=size).astype(np.float32) for name, size in sizes.items()}
+    x = draw(size=(BATCH, 24)).astype(np.float32)
+    net = network(perceptron, params, x)
+    (group,) = net.groups
+    assert group.size == 40 and net.unknown == {"cond": 1}
+    own, dense = costs(net), net.sizes.astype(np.int64)
+    kept = (np.arange(40) % 2 == 0,)
+    for masks in (full(net), kept):
+        now = own.macs(counts_of(net, masks))
+        small, run = cut(net, params, masks), sliced(net, masks)
+        assert 2 * BATCH * now == count_flops(run, small, x)
+        counted = jax.jit(run).lower(small, x).compile().cost_analysis()["flops"]
+        assert 2 * BATCH * now <= counted < 1.1 * 2 * BATCH * now
+    # A published counter sees the output of `mid` halved and not what `down` saves.
+    nominal = nominal_macs(net)
+    assert nominal(dense) == own.each(dense).sum()
+    assert nominal(dense) - nominal(counts_of(net, kept)) == 32 * 20
+    assert own.macs(dense) - own.macs(counts_of(net, kept)) == 32 * 20 + 20 * 24
 
 
 def test_an_axis_of_heads_and_dimensions_has_a_size_that_is_their_product():

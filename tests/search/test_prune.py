@@ -131,6 +131,8 @@ def test_all_budgets_hold_and_counts_are_multiples():
     small = prune(mlp, WIDE, X, budget=(latency,), macs_ratio=0.6, channel_multiple=4)
     counts = [int(mask.sum()) for mask in small.kept]
     assert sum(counts) <= 16 and all(k % 4 == 0 for k in counts)
+    alone = prune(mlp, WIDE, X, budget=latency)
+    assert sum(int(mask.sum()) for mask in alone.kept) <= 16
     assert small.table()["macs"][1] <= 0.6 * small.table()["macs"][0]
 
 
@@ -309,6 +311,8 @@ def test_a_pruned_decoder_drafts_for_its_parent():
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="macs_ratio"):
         prune(mlp, WIDE, X)
+    with pytest.raises(ValueError, match="macs_ratio=50: give a share"):
+        prune(mlp, WIDE, X, macs_ratio=50)
     with pytest.raises(ValueError, match="no cost 'flops'"):
         prune(mlp, WIDE, X, budget={"flops": 0.5})
     with pytest.raises(ValueError, match="cannot be met"):
