@@ -96,6 +96,9 @@ class SearchConfig:
     channel_multiple: int = option(1, "groups keep multiples of it")
     evaluations: int = option(256, "candidates that the strategy may try")
     reward_examples: int = option(512, "rows that score a candidate; 0: all that are set aside")
+    finalists: int = option(
+        8, "best candidates that are judged again, on 4 and 16 times the rows; 0: none"
+    )
     calibration_examples: int = option(512, "training rows that statistics are measured on")
     repair: bool = option(True, "least squares on the calibration rows after the search")
     finetune_epochs: int = option(3, "passes over the training rows after the cut; 0: none")
@@ -118,16 +121,19 @@ class SearchConfig:
         for name in ("train_steps", "channel_multiple", "evaluations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.finalists < 0:
+            raise ValueError(f"finalists={self.finalists}: give a number, or 0 for none.")
 
 
 class Setting(NamedTuple):
-    """A dense model and the rows of each purpose."""
+    """A dense model and the rows of each purpose; `aside` are all that `reward` is drawn from."""
 
     data: Data
     task: Task
     model: Model
     variables: Variables
     train: Mapping[str, np.ndarray]
+    aside: Mapping[str, np.ndarray]
     reward: Mapping[str, np.ndarray]
     report: Mapping[str, np.ndarray]
 
@@ -163,8 +169,8 @@ def prepare(config: SearchConfig) -> Setting:
                 f"data.source={config.data.source}: no {part} rows are left to judge by; give more "
                 "data."
             )
-    reward = spread(reward, config.reward_examples)
-    return Setting(data, task, model, variables, train, reward, report)
+    few = spread(reward, config.reward_examples)
+    return Setting(data, task, model, variables, train, reward, few, report)
 
 
 def _named(name: str, size: int, data: Data) -> Any:
@@ -289,10 +295,11 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     scores = _importance(config, setting, network, inputs)
     order = search.ranks(scores)
     metric = "accuracy" if "label" in setting.reward else "loss"
-    problem = search.task_problem(
-        network, variables, order, limits, task, setting.reward, calibration=calibration,
+    judged_on = lambda rows: search.task_problem(
+        network, variables, order, limits, task, rows, calibration=calibration,
         metric=metric, batch_size=config.batch_size, multiple=config.channel_multiple,
     )  # fmt: skip
+    problem = judged_on(setting.reward)
     strategy = make_strategy(
         config.strategy, network, variables, problem, scores, config.macs, config.evaluations
     )
@@ -303,8 +310,22 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     with Checkpointer(pathlib.Path(config.run_dir) / "search", keep=1) as checkpoints:
         key = jax.random.key(config.seed + 2)
         result = search.run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
-    kept = search.keep(order, result.best_counts)
+    kept = search.keep(order, _final(config, setting, result, judged_on))
     return Found(network, kept, result, time.perf_counter() - start)
+
+
+def _final(config: SearchConfig, setting: Setting, result: search.Result, judged_on) -> np.ndarray:
+    """The best of the finalists on ever more rows: the luckiest on few need not be it."""
+    few, rows = (len(next(iter(part.values()))) for part in (setting.reward, setting.aside))
+    if not config.finalists or few == rows:
+        return result.best_counts
+
+    def again(count: int):
+        more = judged_on(spread(setting.aside, min(count, rows)))
+        return lambda counts: jax.jit(more.evaluate)(more.data, counts)
+
+    stages = [(again(4 * few), max(1, config.finalists // 4)), (again(16 * few), 1)]
+    return search.halving(result, stages, config.finalists)[0]
 
 
 def _latency(config: SearchConfig, network: search.Network, variables, inputs) -> search.Budget:

@@ -19,7 +19,7 @@ from jaxfm.search.cost import counts_of
 def config(folder, **changes) -> script.SearchConfig:
     base = script.SearchConfig(
         run_dir=str(folder), train_steps=120, strategy="random", evaluations=32, macs=0.5,
-        reward_examples=128, calibration_examples=128, finetune_epochs=2,
+        reward_examples=64, calibration_examples=128, finetune_epochs=2, finalists=4,
         data=DataConfig(source="digits", partition="iid", num_clients=2),
         network=ModelConfig(family="mlp"),
         finetune=OptimizerConfig(name="adam", learning_rate=2e-3),
