@@ -27,6 +27,7 @@ from jaxfm.federated.ensemble import (
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics, worst_decile
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_dp import fed_dp
 from jaxfm.federated.fed_dyn import fed_dyn
 from jaxfm.federated.fed_kemf import fed_kemf, fed_kemf_paper
 from jaxfm.federated.fed_md import fed_md
@@ -96,6 +97,7 @@ __all__ = [
     "fed_avg",
     "fed_avg_m",
     "fed_df",
+    "fed_dp",
     "fed_dyn",
     "fed_kemf",
     "fed_kemf_paper",

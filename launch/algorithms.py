@@ -31,6 +31,7 @@ from jaxfm.federated.ensemble import (
 )
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_dp import fed_dp
 from jaxfm.federated.fed_dyn import fed_dyn
 from jaxfm.federated.fed_kemf import fed_kemf
 from jaxfm.federated.fed_md import fed_md
@@ -236,6 +237,7 @@ ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
     "fed_dyn": lambda c, p: Made(
         fed_dyn(p.model, p.task, p.local, num_clients=p.num_clients, alpha=c.alpha)
     ),
+    "fed_dp": lambda c, p: Made(fed_dp(p.model, p.task, p.local, threshold=c.threshold)),
     "fed_per": lambda c, p: Made(fed_per(p.model, p.task, p.local, is_personal=p.is_last)),
     "lg_fed_avg": lambda c, p: Made(lg_fed_avg(p.model, p.task, p.local, is_shared=p.is_last)),
     "hetero_fl": lambda c, p: Made(hetero_fl(p.model, p.task, p.local, p.tiers)),

@@ -109,6 +109,7 @@ class FederateConfig:
     server_momentum: float = option(0.9, "fed_avg_m")
     keep: float = option(0.5, "spatl, adp: share of the multiply-adds that is sent, or kept")
     alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
+    threshold: float = option(1e-3, "fed_dp: weights below it become zero after a local epoch")
     upload: Literal["full", "8bit", "4bit", "top_k"] = option(
         "full", "how uploads travel: floats, randomly rounded, or the largest alone, in 8 bits"
     )

@@ -11,6 +11,7 @@ from test_contract import BATCH_NORM, batch_norm_step, federation, population, r
 from jaxfm.data.federation import federate
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.fed_avg import fed_avg
+from jaxfm.federated.fed_dp import fed_dp
 from jaxfm.federated.fed_dyn import fed_dyn
 from jaxfm.federated.fed_nova import fed_nova
 from jaxfm.federated.fed_per import fed_per
@@ -180,6 +181,26 @@ def sent_names(algorithm) -> set[str]:
     return {str(key.key) for path, _ in paths for key in path if hasattr(key, "key")}
 
 
+def test_small_weights_are_zero_after_an_epoch():
+    people = population("fed_avg", federation((6, 0, 4)))
+    local = Local(optax.sgd(0.1), 4, 1)
+    plain, _ = run_new(fed_avg(NET, TASK, local), people)
+    none, info = run_new(fed_dp(NET, TASK, local, threshold=0.0), people)
+    chex.assert_trees_all_close(none.server, plain.server, rtol=1e-5, atol=1e-6)
+    assert info["steps"].sum() == 3 and info["examples"].sum() == 10
+    alone = population("fed_avg", federation((6,)))
+    state, info = run_new(
+        fed_dp(NET, TASK, Local(optax.sgd(0.1), 4, 2), threshold=0.3), alone, cohort_size=1
+    )
+    params = state.server.variables.params
+    assert info["steps"].sum() == 4
+    for name in ("dense1", "dense2"):
+        kernel, bias = np.abs(params[name]["kernel"]), np.abs(params[name]["bias"])
+        # A movement is added to where it started from, which rounds.
+        assert ((kernel < 1e-6) | (kernel > 0.3 - 1e-6)).all() and (kernel < 1e-6).any()
+        assert ((bias > 0) & (bias < 0.3)).any()
+
+
 def test_statistics_may_stay_at_home():
     variables, _ = batch_norm_step()
     local = Local(optax.sgd(0.1), 4, 1)
@@ -229,6 +250,7 @@ def test_settings_out_of_range_are_refused():
         (lambda: fed_dyn(NET, TASK, PLAIN, num_clients=2, alpha=0.0), "alpha"),
         (lambda: fed_per(NET, TASK, PLAIN, is_personal=under("nowhere")), "dense1"),
         (lambda: fed_rolex(NET, TASK, PLAIN, []), "at least one tier"),
+        (lambda: fed_dp(NET, TASK, PLAIN, threshold=-1.0), "threshold"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
