@@ -14,8 +14,7 @@ Gupta 2017, equation 1, for the schedule.
 
 In the papers gates are ReLU(W s + b) of each example, the largest r |g| multiply the output, and r
 leaves about r² of the operations; here they hold for a client, so that a really smaller network
-runs. The successor FedDP zeroes single weights, W <- W · [|W| > τ], after each local epoch and
-averages densely: what that spares is not known beforehand, and nothing runs faster.
+runs. The successor zeroes single weights (`fed_dp`), by which nothing runs faster.
 """
 
 from __future__ import annotations
