@@ -66,6 +66,7 @@ class Config:
     repair: int = option(512, "training images of least squares")
     finetune: int = option(0, "epochs of training after the repair")
     rate: float = option(0.01, "learning rate of these epochs, falling to zero")
+    repaired: bool = option(False, "candidates are scored after least squares")
     order: str = option("l2", "importance that ranks units for the searches")
     strategies: tuple[str, ...] = option(SEARCHED, "that search")
 
@@ -155,6 +156,7 @@ class Bench:
         return search.task_problem(
             self.net, self.work.variables, search.ranks(self.orders[kind]), self.limits,
             self.work.task, self.work.reward, calibration=self.calibration, batch_size=128,
+            repaired=self.config.repaired,
         )  # fmt: skip
 
     def strategy(self, name: str, problem):

@@ -100,6 +100,9 @@ class SearchConfig:
         8, "best candidates that are judged again, on 4 and 16 times the rows; 0: none"
     )
     calibration_examples: int = option(512, "training rows that statistics are measured on")
+    score_repaired: bool = option(
+        False, "candidates are scored after least squares: dearer, and closer to the end"
+    )
     repair: bool = option(True, "least squares on the calibration rows after the search")
     finetune_epochs: int = option(3, "passes over the training rows after the cut; 0: none")
     batch_size: int = option(64, "examples a step and a batch of evaluation")
@@ -298,6 +301,7 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     judged_on = lambda rows: search.task_problem(
         network, variables, order, limits, task, rows, calibration=calibration,
         metric=metric, batch_size=config.batch_size, multiple=config.channel_multiple,
+        repaired=config.score_repaired,
     )  # fmt: skip
     problem = judged_on(setting.reward)
     strategy = make_strategy(

@@ -24,6 +24,7 @@ from jaxfm.search.importance import Scores, masks
 from jaxfm.search.interpret import masked
 from jaxfm.search.loop import Result
 from jaxfm.search.project import Budget
+from jaxfm.search.repair import repair
 from jaxfm.search.strategy import Problem, problem
 from jaxfm.tasks import Task
 from jaxfm.tasks.evaluate import metric_totals
@@ -91,6 +92,7 @@ def task_problem(
     metric: str = "accuracy",
     batch_size: int = 128,
     width: int | None = None,
+    repaired: bool = False,
     multiple: int = 1,
     fill: bool = True,
 ) -> Problem:
@@ -106,8 +108,14 @@ def task_problem(
       metric: of the task, higher is better; "loss" and "bits_per_byte" are negated.
       width: candidates side by side; None: all of an `ask` on an accelerator, 1 on a CPU, where
         activations of many candidates only push each other out of the cache.
+      repaired: score candidates after least squares (`repair`) on the calibration examples, which
+        tells more of what fine-tuning makes of them; weights then differ by candidate.
       multiple, fill: as in `project.projection`.
+    Raises:
+      ValueError: repaired without calibration examples.
     """
+    if repaired and calibration is None:
+        raise ValueError("repaired=True takes least squares on `calibration`; give examples.")
     if isinstance(budgets, Mapping):
         budgets = make_budgets(network, **budgets)
     apply, train = masked(network, 0), masked(network, 1)
@@ -123,6 +131,9 @@ def task_problem(
     def one(data: PyTree, counts: Array) -> Array:
         own = masks(data["order"], counts)
         there = data["variables"]
+        if repaired:
+            merge = lambda x: x.reshape(-1, *x.shape[2:])
+            there = repair(network, there, own, jax.tree.map(merge, data["calibration"]))
         if data["calibration"] is not None:
             run = lambda v, x: train(v, own, x)[1]
             there = recalibrated(run, there, data["calibration"])

@@ -266,26 +266,39 @@ def test_candidates_of_a_task_score_what_their_slices_do():
     net = model_network(model, variables, IMAGES["image"][:4])
     order = ranks(importance(net, variables, "l2"))
     limits = {"macs": 0.5}
-    problem = task_problem(
+    make = lambda **options: task_problem(
         net, variables, order, limits, task, IMAGES, calibration=IMAGES, metric="loss",
-        batch_size=10, width=2,
+        batch_size=10, **options,
     )  # fmt: skip
+    problem = make(width=2)
     result = run(problem, random_search(len(net.groups), batch=4), 8, jax.random.key(0))
     own, dense = costs(net), net.sizes.astype(np.int64)
     assert max(own.macs(k.astype(np.int64)) for k in result.counts) <= 0.5 * own.macs(dense)
 
     # The best one, cut: batch statistics by hand, and the loss on the same images.
     kept = tuple(np.asarray(m) for m in masks(order, jnp.asarray(result.best_counts)))
-    small = pruned(net, variables, kept)
-    train = jax.jit(lambda v, x: small_train(v, x)[1])
     small_train = sliced(net, kept, 1)
-    stats = jax.tree.map(jnp.zeros_like, small.params.stats)
-    for half in (IMAGES["image"][:10], IMAGES["image"][10:]):
-        stats = train(small.params._replace(stats=stats), half)
-    stats = jax.tree.map(lambda s: s / (1 - 0.9**2), stats)  # the share of the zeros is left out
-    outputs = jax.jit(small.apply)(small.params._replace(stats=stats), IMAGES["image"])
-    total, count = task.loss(outputs, IMAGES["label"], jnp.ones(20))
-    assert float(total / count) == pytest.approx(-result.best_score, rel=1e-3)
+    train = jax.jit(lambda v, x: small_train(v, x)[1])
+    small_apply = jax.jit(sliced(net, kept))
+
+    def by_hand(variables) -> float:
+        params = pruned(net, variables, kept).params
+        stats = jax.tree.map(jnp.zeros_like, params.stats)
+        for half in (IMAGES["image"][:10], IMAGES["image"][10:]):
+            stats = train(params._replace(stats=stats), half)
+        stats = jax.tree.map(lambda s: s / (1 - 0.9**2), stats)  # the share of the zeros
+        outputs = small_apply(params._replace(stats=stats), IMAGES["image"])
+        total, count = task.loss(outputs, IMAGES["label"], jnp.ones(20))
+        return float(total / count)
+
+    assert by_hand(variables) == pytest.approx(-result.best_score, rel=1e-3)
+    mended = make(repaired=True)
+    (score,) = jax.jit(mended.evaluate)(mended.data, jnp.asarray(result.best_counts)[None])
+    own_masks = masks(order, jnp.asarray(result.best_counts))
+    after = by_hand(jax.jit(lambda v: repair(net, v, own_masks, IMAGES["image"]))(variables))
+    assert after == pytest.approx(-float(score), rel=1e-3) != by_hand(variables)
+    with pytest.raises(ValueError, match="give examples"):
+        task_problem(net, variables, order, limits, task, IMAGES, repaired=True)
 
     known = {k.tobytes(): s for k, s in zip(result.counts, result.scores)}
     again = lambda counts: jnp.array([known[np.asarray(k, np.int32).tobytes()] for k in counts])
