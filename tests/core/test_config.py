@@ -189,31 +189,35 @@ run(main, Config)
 '''
 
 
-def run_script(folder, *arguments):
-    path = folder / "script.py"
-    path.write_text(SCRIPT)
-    return subprocess.run(
-        [sys.executable, str(path), *arguments],
-        capture_output=True, text=True, env={"PYTHONPATH": __file__.rpartition("/")[0]},
-    )  # fmt: skip
+MISTAKES = {
+    "--ronds=3": "Unknown flag --ronds. Did you mean --rounds?",
+    "--rounds=x": "rounds='x': write a value of type int.",
+    "--rounds=0": "rounds=0: give at least 1.",
+    "3": "'3' is no flag: write --name=value.",
+    "--config=none.json": "none.json",
+}
 
 
 def test_a_script_runs_helps_and_refuses(tmp_path):
-    done = run_script(tmp_path, "--rounds=3", "--model.width", "5")
-    assert (done.returncode, done.stdout) == (0, "3 5\n")
-    done = run_script(tmp_path, "--help")
-    assert done.returncode == 0
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    start = lambda *arguments: subprocess.Popen(
+        [sys.executable, str(path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={"PYTHONPATH": __file__.rpartition("/")[0]},
+    )  # fmt: skip
+    # All at once: most of their time goes to imports.
+    running, helping = start("--rounds=3", "--model.width", "5"), start("--help")
+    refusing = {argument: start(argument) for argument in MISTAKES}
+
+    printed, _ = running.communicate()
+    assert (running.returncode, printed) == (0, "3 5\n")
+    printed, _ = helping.communicate()
+    assert helping.returncode == 0
     for part in ("Ends near 3.0", "--rounds=10  (int)\n      rounds of training", "--config"):
-        assert part in done.stdout
+        assert part in printed
     for section in ("model: The network.", "draft: The network.", "--draft.width=16"):
-        assert section in done.stdout
-    for argument, message in (
-        ("--ronds=3", "Unknown flag --ronds. Did you mean --rounds?"),
-        ("--rounds=x", "rounds='x': write a value of type int."),
-        ("--rounds=0", "rounds=0: give at least 1."),
-        ("3", "'3' is no flag: write --name=value."),
-        ("--config=none.json", "none.json"),
-    ):
-        done = run_script(tmp_path, argument)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr and "Traceback" not in done.stderr
+        assert section in printed
+    for argument, process in refusing.items():
+        printed, error = process.communicate()
+        assert (process.returncode, printed) == (2, "")
+        assert MISTAKES[argument] in error and "Traceback" not in error
