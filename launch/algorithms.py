@@ -47,10 +47,12 @@ from jaxfm.federated.partition import IsPersonal
 from jaxfm.federated.raffm import raffm
 from jaxfm.federated.rafl import rafl
 from jaxfm.federated.scaffold import scaffold
-from jaxfm.federated.select import saliency
+from jaxfm.federated.select import agent, saliency
 from jaxfm.federated.spatl import spatl
 from jaxfm.model import Model, Variables, count_parameters
+from jaxfm.search.gnn_rl import gnn_rl, load_policy
 from jaxfm.search.groups import Network
+from jaxfm.search.policy_graph import policy_graph
 from jaxfm.search.project import Budget
 from jaxfm.search.subnets import model_network
 from jaxfm.search.supernet import supernet
@@ -206,7 +208,12 @@ def _network(p: Parts) -> Network:
 
 
 def _spatl(config: FederateConfig, p: Parts) -> Made:
-    select = saliency(_network(p), {"macs": config.keep})
+    network, budget = _network(p), {"macs": config.keep}
+    select = saliency(network, budget)
+    if config.select == "agent":
+        policy = load_policy(config.policy) if config.policy else None
+        strategy = gnn_rl(policy_graph(network, p.variables), batch=8, policy=policy)
+        select = agent(network, budget, strategy, p.task)
     algorithm = spatl(
         p.model, p.task, p.local, select, num_clients=p.num_clients, is_personal=p.is_last
     )

@@ -108,6 +108,12 @@ class FederateConfig:
     server_learning_rate: float = option(0.01, "fed_adam, fed_yogi; fed_avg_m takes steps of 1")
     server_momentum: float = option(0.9, "fed_avg_m")
     keep: float = option(0.5, "spatl, adp: share of the multiply-adds that is sent, or kept")
+    select: Literal["saliency", "agent"] = option(
+        "saliency",
+        "spatl: who chooses channels: a threshold on weights, or an agent that learns on each "
+        "client's own --data.local_validation rows",
+    )
+    policy: str = option("", "select=agent: policy.safetensors of a search, for all to start from")
     alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
     threshold: float = option(1e-3, "fed_dp: weights below it become zero after a local epoch")
     upload: Literal["full", "8bit", "4bit", "top_k"] = option(
@@ -137,6 +143,10 @@ class FederateConfig:
             raise ValueError(
                 f"cohort={self.cohort}: there are data.num_clients={self.data.num_clients}."
             )
+        if self.select == "agent" and not self.data.local_validation:
+            raise ValueError("select=agent judges by rows held back: give --data.local_validation.")
+        if self.policy and self.select != "agent":
+            raise ValueError(f"policy={self.policy!r} is for --select=agent.")
         if not 0 < self.top_k <= 1:
             raise ValueError(f"top_k={self.top_k}: give a share above 0 and up to 1.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
@@ -216,10 +226,13 @@ def prepare(config: FederateConfig) -> Setting:
     wanted = config.epochs * -(-counts // config.batch_size)
     wanted = np.minimum(wanted, config.max_steps) if config.max_steps else wanted
 
+    held = data.local_validation if config.select == "agent" else None
+
     def place(algorithm: Algorithm, start: Variables, bucket: np.ndarray | None = None):
         # Costs do not depend on who is in which bucket.
         num_clients = len(counts)
-        anyhow = Population(data.train, profiles(num_clients), np.zeros(num_clients, np.int32))
+        nowhere = np.zeros(num_clients, np.int32)
+        anyhow = Population(data.train, profiles(num_clients), nowhere, held)
         costs = client_costs(algorithm, anyhow, start, data.public)
         return costs, assigned(config, costs, wanted, bucket)
 
@@ -235,7 +248,7 @@ def prepare(config: FederateConfig) -> Setting:
     algorithm, start, bucket = make_algorithm(config, parts)
     variables = variables if start is None else start
     costs, placed = place(algorithm, variables, bucket)
-    population = Population(data.train, placed.profiles, placed.bucket)
+    population = Population(data.train, placed.profiles, placed.bucket, held)
     personal = client_metrics(algorithm, placed.bucket, data.task, batch_size=_EVAL_BATCH)
     return Setting(
         data, model, variables, tiers, algorithm, population, costs,

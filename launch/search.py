@@ -52,7 +52,7 @@ from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
 from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
 from jaxfm.search.evaluate import recalibrated
-from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy
 from jaxfm.search.importance import gradient
 from jaxfm.search.latency import fit_latency, latency_of, measure
 from jaxfm.search.policy_graph import policy_graph
@@ -86,6 +86,9 @@ class SearchConfig:
     normalise: Literal["none", "imagenet"] = option("none", "how images are scaled beyond 0..1")
     train_steps: int = option(300, "steps of dense training where no weights are given")
     strategy: Literal[STRATEGIES] = option("gnn_rl", "who proposes")  # type: ignore[valid-type]
+    policy: str = option(
+        "", "gnn_rl: a policy.safetensors of another run, of any network, to start from"
+    )
     importance: Literal["l1", "l2", "taylor", "scale", "activation"] = option(
         "l2", "which units of a group stay"
     )
@@ -124,6 +127,8 @@ class SearchConfig:
         for name in ("train_steps", "channel_multiple", "evaluations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.policy and self.strategy != "gnn_rl":
+            raise ValueError(f"policy={self.policy!r} is for --strategy=gnn_rl.")
         if self.finalists < 0:
             raise ValueError(f"finalists={self.finalists}: give a number, or 0 for none.")
 
@@ -246,7 +251,7 @@ def trainer(forward: Forward, task: Task, config: SearchConfig) -> Callable[...,
 
 def make_strategy(
     name: str, network: search.Network, variables: Variables, problem: search.Problem,
-    scores: Any, macs: float, evaluations: int,
+    scores: Any, macs: float, evaluations: int, policy: str = "",
 ) -> search.Strategy:  # fmt: skip
     """The strategy of a name, on a problem."""
     size = len(problem.sizes)
@@ -256,7 +261,7 @@ def make_strategy(
             own, dense = search.costs(network), network.sizes.astype(np.int64)
             return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
         if name == "gnn_rl":
-            return gnn_rl(graph)
+            return gnn_rl(graph, policy=load_policy(policy) if policy else None)
         agent = agmc if name == "agmc" else agmc_paper
         return agent(graph, warm_up=warm_up_of(evaluations))
     if name == "magnitude":
@@ -305,7 +310,14 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     )  # fmt: skip
     problem = judged_on(setting.reward)
     strategy = make_strategy(
-        config.strategy, network, variables, problem, scores, config.macs, config.evaluations
+        config.strategy,
+        network,
+        variables,
+        problem,
+        scores,
+        config.macs,
+        config.evaluations,
+        config.policy,
     )
     evaluations = max(1, config.evaluations // strategy.batch) * strategy.batch
     evaluations = strategy.batch if config.strategy in ("uniform", "magnitude") else evaluations
@@ -314,6 +326,9 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     with Checkpointer(pathlib.Path(config.run_dir) / "search", keep=1) as checkpoints:
         key = jax.random.key(config.seed + 2)
         result = search.run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
+    if config.strategy == "gnn_rl":
+        path = pathlib.Path(config.run_dir) / "policy.safetensors"
+        save_policy(path, search.transferred(result.state.strategy))
     kept = search.keep(order, _final(config, setting, result, judged_on))
     return Found(network, kept, result, time.perf_counter() - start)
 

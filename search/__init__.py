@@ -11,7 +11,7 @@ from jaxfm.search.agmc import agmc, agmc_paper
 from jaxfm.search.cma_es import cma_es
 from jaxfm.search.cost import Costs, budgets, costs, counts_of, nominal_macs
 from jaxfm.search.evaluate import halving, split_rows, task_problem
-from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, transferred
+from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy, transferred
 from jaxfm.search.groups import Group, Network, network
 from jaxfm.search.importance import importance, keep, masks, ranks
 from jaxfm.search.interpret import coverage, cut, full, masked, place, sliced
@@ -57,6 +57,7 @@ __all__ = [
     "importance",
     "keep",
     "load",
+    "load_policy",
     "magnitude",
     "masked",
     "masks",
@@ -76,6 +77,7 @@ __all__ = [
     "repair",
     "run",
     "save",
+    "save_policy",
     "search",
     "sliced",
     "split_rows",

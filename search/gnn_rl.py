@@ -19,13 +19,16 @@ equation 7. `gnn_rl_paper` keeps the published form.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from safetensors.numpy import load_file, save_file
 
 from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.policy_graph import (
@@ -159,6 +162,27 @@ def gnn_rl(
 def transferred(state: GnnRlState) -> PyTree:
     """What a search learned that holds for other networks: the graph network's parameters."""
     return state.policy
+
+
+def save_policy(path: str | os.PathLike, policy: PyTree) -> None:
+    """Writes what `transferred` returns to a .safetensors file."""
+    save_file({name: np.asarray(x) for name, x in policy.items()}, path)
+
+
+def load_policy(path: str | os.PathLike) -> PyTree:
+    """The `policy` that `save_policy` wrote, for a search on any network.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file of something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no policy {path}; a search by gnn_rl writes one.")
+    policy = load_file(path)
+    shapes = jax.eval_shape(init_policy, jax.random.key(0))
+    if {k: v.shape for k, v in policy.items()} != {k: v.shape for k, v in shapes.items()}:
+        raise ValueError(f"{path} holds no policy of this library: it has {sorted(policy)}.")
+    return policy
 
 
 def standardised(scores: Array) -> Array:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +14,8 @@ from jaxfm.launch.algorithms import ALGORITHMS
 from jaxfm.launch.compare_page import best_cards
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
 from jaxfm.log import read_metrics
+from jaxfm.search import save_policy
+from jaxfm.search.gnn_rl import init_policy
 
 DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
 TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"}
@@ -112,6 +116,26 @@ def test_every_algorithm_has_its_name(tmp_path, algorithm):
     assert (setting.steps > 0).all()
 
 
+def test_an_agent_starts_from_the_policy_of_a_search(tmp_path):
+    policy = init_policy(jax.random.key(4))
+    save_policy(tmp_path / "policy.safetensors", policy)
+    held = dataclasses.replace(DIGITS, local_validation=0.2)
+    config = small_run(
+        tmp_path / "run", algorithm="spatl", data=held, select="agent",
+        policy=str(tmp_path / "policy.safetensors"), rounds=1,
+    )  # fmt: skip
+    setting = federate.prepare(config)
+    (cost,) = setting.costs
+    assert cost.flops_per_round > 0 and setting.population.held is not None
+    state = federate.make_engine(config, setting).init(setting.variables, jax.random.key(0))
+    own = state.memories[0].selector.strategy.policy
+    own = {name: np.asarray(x)[2] for name, x in own.items()}  # the third client's
+    chex.assert_trees_all_equal(own | {"log_std": 0}, policy | {"log_std": 0})
+    (tmp_path / "policy.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="a search by gnn_rl writes one"):
+        federate.prepare(config)
+
+
 def test_what_travels_narrow_is_fewer_bytes(tmp_path):
     (full,) = federate.prepare(small_run(tmp_path)).costs
     narrow = lambda **how: federate.prepare(small_run(tmp_path, **how)).costs[0]
@@ -197,6 +221,8 @@ def test_public_and_held_rows_belong_to_nobody_else():
         ({"profile": (), "deadline_s": 1.0}, "of a --profile only"),
         ({"seeds": 0}, "seeds=0: give at least 1"),
         ({"upload": "2bit"}, "2bit"),
+        ({"select": "agent"}, "--data.local_validation"),
+        ({"policy": "policy.safetensors"}, "select=agent"),
         ({"top_k": 0.0}, "top_k=0.0: give a share"),
     ],
 )

@@ -15,8 +15,10 @@ from jaxfm.search import (
     cut,
     full,
     gnn_rl,
+    load_policy,
     network,
     policy_graph,
+    save_policy,
     sliced,
     transferred,
 )
@@ -159,6 +161,16 @@ def test_a_policy_serves_a_network_of_another_size():
 
     mean = (embed(start.policy, graph, graph.sizes) @ start.policy["head"])[:, 0]
     assert score(mean) > 0.25 * score(jnp.zeros(11))
+
+
+def test_a_policy_is_written_and_read_again(tmp_path):
+    policy = transferred(gnn_rl(chain(5)).init(KEY))
+    save_policy(tmp_path / "policy.safetensors", policy)
+    again = load_policy(tmp_path / "policy.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again, policy)
+    save_policy(tmp_path / "other.safetensors", policy | {"head": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="holds no policy"):
+        load_policy(tmp_path / "other.safetensors")
 
 
 def test_gradients_reach_encoder_decoder_and_policy():
