@@ -170,12 +170,13 @@ def agent(
         worth = lax.map(judge, candidates)
         worth = jnp.where(jnp.isfinite(worth), worth, -jnp.float32(1e9))
         # A client that holds nothing back has nothing to learn its policy by.
+        some = data.held_count > 0
         own = jax.tree.map(
-            lambda new, old: jnp.where(data.held_count > 0, new, old),
+            lambda new, old: jnp.where(some, new, old),
             strategy.tell(own, actions, proposed, worth[:-2]),
             state.strategy,
         )
-        best = jnp.where(data.held_count > 0, candidates[jnp.argmax(worth)], first)
+        best = jnp.where(some, candidates[jnp.argmax(worth)], first)
         return masks(order, best), Tuned(own, best)
 
     return Select(network, init, choose)

@@ -171,8 +171,8 @@ def prepare(config: SearchConfig) -> Setting:
         rows = len(next(iter(data.test.values())))
         halves = search.split_rows(rows, 0, rows // 2, seed=config.seed)
         reward, report = _rows(data.test, halves.reward), _rows(data.test, halves.report)
-    for part, rows in (("validation", reward), ("test", report)):
-        if not len(next(iter(rows.values()))):
+    for part, left in (("validation", reward), ("test", report)):
+        if not len(next(iter(left.values()))):
             raise ValueError(
                 f"data.source={config.data.source}: no {part} rows are left to judge by; give more "
                 "data."
