@@ -294,7 +294,10 @@ def _search(part: Mapping) -> list[Html]:
     best = min if metric in LOWER_IS_BETTER else max
     costs = [[_name(n), b, a, f"{a / b:.1%}"] for n, (b, a) in part["costs"].items()]
     speed = [[n, 1e3 * b, 1e3 * a, f"{b / a:.2f}x"] for n, (b, a) in part["latency_s"].items()]
-    scored = [(m, s) for m, s in zip(part["macs"], part["scores"]) if s == s]
+    # Candidates fill their budget: what differs among them is the other cost.
+    spread = lambda cost: max(part[cost]) - min(part[cost])
+    other = max((cost for cost in ("macs", "parameters") if cost in part), key=spread)
+    scored = [(m, s) for m, s in zip(part[other], part["scores"]) if s == s]
     steps = list(range(1, len(part["curve"]) + 1))
     return [
         heading("Before and after", "Test rows that neither training nor the search has seen."),
@@ -309,7 +312,7 @@ def _search(part: Mapping) -> list[Html]:
         row(
             line_plot({"best so far": (steps, part["curve"])}, x_label="candidates",
                       y_label="reward", title="Search curve"),
-            line_plot({"front": _front(scored)}, x_label="multiply-adds, share of dense",
+            line_plot({"front": _front(scored)}, x_label=f"{_name(other)}, share of dense",
                       y_label="reward", title="Pareto front of all candidates"),
         ),
     ]  # fmt: skip

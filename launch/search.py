@@ -436,7 +436,9 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
         "costs": small.table() | {"nominal_macs": _nominal(network, kept)},
         "ratios": small.ratios(), "latency_s": speed,
         "curve": found.result.curve.tolist(), "scores": found.result.scores.tolist(),
-        "macs": _shares(network, found.result.counts), "frozen": network.frozen,
+        "macs": _shares(network, found.result.counts, "macs"),
+        "parameters": _shares(network, found.result.counts, "parameters"),
+        "frozen": network.frozen,
         "unknown": network.unknown,
     }  # fmt: skip
 
@@ -447,9 +449,9 @@ def _nominal(network: search.Network, kept: Any) -> tuple[float, float]:
     return float(count(network.sizes.astype(np.int64))), float(count(now))
 
 
-def _shares(network: search.Network, counts: np.ndarray) -> list[float]:
-    own, dense = search.costs(network), network.sizes.astype(np.int64)
-    return [float(own.macs(k.astype(np.int64)) / own.macs(dense)) for k in counts]
+def _shares(network: search.Network, counts: np.ndarray, name: str) -> list[float]:
+    cost, dense = getattr(search.costs(network), name), network.sizes.astype(np.int64)
+    return [float(cost(k.astype(np.int64)) / cost(dense)) for k in counts]
 
 
 def _save_language_model(config, setting: Setting, found: Found, params: Variables) -> None:
