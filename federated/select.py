@@ -26,7 +26,7 @@ from jaxfm.federated.algorithm import ClientData
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.search.cost import budgets as make_budgets
 from jaxfm.search.groups import Network
-from jaxfm.search.importance import importance, masks, ranks
+from jaxfm.search.importance import Scores, has_scales, importance, masks, ranks
 from jaxfm.search.interpret import masked
 from jaxfm.search.project import Budget, projection, within
 from jaxfm.search.strategy import Strategy, ratios, to_logits
@@ -58,21 +58,22 @@ def everything(network: Network) -> Select:
     return Select(network, lambda key: (), choose)
 
 
-def saliency(network: Network, budget: Mapping[str, float], *, kind: str = "l2") -> Select:
+def saliency(network: Network, budget: Mapping[str, float], *, kind: str = "auto") -> Select:
     """Selects the channels with the highest importance that a budget has room for.
 
     Args:
       budget: shares up to 1 or absolute limits by name, as `jaxfm.search.budgets` takes them:
         {"macs": 0.6}.
-      kind: of importance, "l1", "l2" or "scale".
+      kind: of importance, "l1", "l2", "scale", "l2_scale"; "auto": by the scales of norms, where
+        there are any (a norm divides by the size of the weights before it), else "l2".
     Raises:
       ValueError: a budget that cannot be met, another kind.
     """
-    _check_kind(kind)
+    kind = _kind(network, kind)
     limits = _limits(network, budget)
 
     def choose(state, variables: Variables, data: ClientData, key: Key):
-        scores = importance(network, variables, kind)
+        scores = _scores(network, variables, kind)
         counts = threshold_counts(scores, network.sizes, limits)
         return masks(ranks(scores), counts), state
 
@@ -117,7 +118,7 @@ def agent(
     task: Task,
     *,
     rows: int = 64,
-    kind: str = "l2",
+    kind: str = "auto",
 ) -> Select:
     """Selects what a search strategy finds, one `ask` and `tell` a call.
 
@@ -136,7 +137,7 @@ def agent(
     """
     if rows < 1:
         raise ValueError(f"rows={rows}: an agent judges by at least one example.")
-    _check_kind(kind)
+    kind = _kind(network, kind)
     limits = _limits(network, budget)
     project = projection(network.sizes, limits)
     run = masked(network)
@@ -150,7 +151,7 @@ def agent(
                 "An agent judges by rows held back from training: give Population(held=...)."
             )
         ask_key, row_key, task_key = jax.random.split(key, 3)
-        scores = importance(network, variables, kind)
+        scores = _scores(network, variables, kind)
         order = ranks(scores)
         first = project(to_logits(ratios(threshold_counts(scores, network.sizes, limits),
                                          network.sizes)))  # fmt: skip
@@ -186,9 +187,23 @@ def _shape(group) -> tuple[int, ...]:
     return (group.layers, group.size) if group.layers else (group.size,)
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in ("l1", "l2", "scale"):
-        raise ValueError(f"kind={kind!r}: weights alone tell 'l1', 'l2' and 'scale'.")
+def _kind(network: Network, kind: str) -> str:
+    if kind == "auto":
+        return "scale" if has_scales(network) else "l2"
+    if kind not in ("l1", "l2", "scale", "l2_scale"):
+        raise ValueError(
+            f"kind={kind!r}: weights alone tell 'l1', 'l2', 'scale' and 'l2_scale'; or 'auto'."
+        )
+    return kind
+
+
+def _scores(network: Network, variables: Variables, kind: str) -> Scores:
+    scores = importance(network, variables, kind)
+    if kind != "scale":
+        return scores
+    # Scales that are equal, as all are at the start, go by the weights.
+    plain = importance(network, variables, "l2")
+    return tuple(s + 1e-3 * x for s, x in zip(scores, plain, strict=True))
 
 
 def _limits(network: Network, budget: Mapping[str, float]) -> tuple[Budget, ...]:

@@ -89,7 +89,7 @@ class SearchConfig:
     policy: str = option(
         "", "gnn_rl: a policy.safetensors of another run, of any network, to start from"
     )
-    importance: Literal["l1", "l2", "taylor", "scale", "activation"] = option(
+    importance: Literal["l1", "l2", "taylor", "scale", "l2_scale", "activation"] = option(
         "l2", "which units of a group stay"
     )
     macs: float = option(0.5, "share of the multiply-adds that remains; 0: no such budget")

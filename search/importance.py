@@ -7,6 +7,7 @@ section 3.3). A stacked parameter scores each layer by itself.
     l1, l2       norm of the weights of a unit (Li et al. 2017, Pruning filters)
     taylor       |sum of weight * gradient| over a unit's weights (Molchanov et al. 2019, eq. 8)
     scale        |scale| of the norm after a unit (Liu et al. 2017, network slimming)
+    l2_scale     their product: a norm divides weights by their size and multiplies by its scale
     activation   variance of a unit's activations where they are added up
 
 >>> import jax.numpy as jnp
@@ -39,7 +40,7 @@ Scores = tuple[Array, ...]
 Term = tuple[Axis, Array, bool]
 """An axis, what each of its indices is worth, and whether each layer has a row of its own."""
 
-KINDS = ("l1", "l2", "taylor", "scale", "activation")
+KINDS = ("l1", "l2", "taylor", "scale", "l2_scale", "activation")
 _SCALE = re.compile(r"(^|/)(scale|gamma)(/value)?$")
 
 
@@ -70,6 +71,10 @@ def importance(
         return _filled(network, params, _average(network, _activation(network, params, inputs)))
     if kind == "taylor" and gradient is None:
         raise ValueError("importance 'taylor' needs `gradient`, of a loss by the parameters.")
+    if kind == "l2_scale":
+        norms, scales = (_average(network, _weights(network, params, k)) for k in ("l2", "scale"))
+        both = [n if s is None or n is None else n * s for n, s in zip(norms, scales, strict=True)]
+        return _filled(network, params, both)
     terms = _weights(network, params, kind, gradient)
     if not terms:
         raise ValueError(f"importance {kind!r} finds no parameter to rank by in this network.")
@@ -100,6 +105,12 @@ def _filled(network: Network, params: PyTree, scores: Sequence[Array | None]) ->
     zero = lambda g: jnp.zeros((g.layers, g.size) if g.layers else g.size)
     pick = lambda g, x, y: x if x is not None else y if y is not None else zero(g)
     return tuple(map(pick, network.groups, scores, plain))
+
+
+def has_scales(network: Network) -> bool:
+    """Whether a norm's scale follows any unit, so that "scale" can rank by it."""
+    scale = lambda leaf: _SCALE.search(leaf.path) and any(a.shape[1] for a in leaf.axes)
+    return any(scale(leaf) for leaf in network.leaves)
 
 
 def ranks(scores: Scores) -> Scores:

@@ -216,6 +216,21 @@ def test_the_threshold_is_the_lowest_that_fits(share):
     assert (counts == NET.sizes).all() or cost(more) > share * cost(NET.sizes)
 
 
+def test_channels_before_a_norm_go_by_its_scale_and_equal_ones_by_weights():
+    variables, _ = batch_norm_step()
+    net = model_network(BATCH_NORM, variables, jnp.zeros((4, 6)))
+    chosen = lambda kind, v: saliency(net, {"macs": 0.6}, kind=kind).choose((), v, None, None)[0]
+    scale = jnp.array([3.0, 0.1, 2.0, 0.2])
+    unequal = variables._replace(
+        params=variables.params | {"norm": variables.params["norm"] | {"scale": scale}}
+    )
+    np.testing.assert_array_equal(chosen("auto", unequal)[0], scale > 1)
+    chex.assert_trees_all_equal(chosen("auto", variables), chosen("l2", variables))
+    scores = importance(net, unequal, "l2_scale")[0]
+    expected = importance(net, unequal, "l2")[0] * importance(net, unequal, "scale")[0]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
 def test_channels_may_be_chosen_once(half):
     once = make(half[0], select_times=1)
     first = [np.asarray(m) for m in play(once, 1)[0].memories[0].masks]
