@@ -269,7 +269,10 @@ class _Masked(NamedTuple):
         side, dims = summed_axes(op, self.plan)
         if dims and isinstance(op.inputs[side], int):
             inputs[side] = self._zero(inputs[side], op.inputs[side], dims, units)
-        out = bind(op.primitive, inputs, op.params)
+        if op.name == "conv_general_dilated":
+            out = _convolved(op, inputs, op.params)
+        else:
+            out = bind(op.primitive, inputs, op.params)
         return [self._divide(x, i, units) for x, i in zip(out, op.outputs, strict=True)]
 
     def _zero(self, value: Array, number: Atom, dims: Sequence[int], units: Array) -> Array:
@@ -499,7 +502,13 @@ def _conv(how: _Sliced, op: Op, inputs: list[Any]) -> list[Any]:
     lhs, rhs, _ = p["dimension_numbers"]
     if p["feature_group_count"] > 1 and kernel.shape[rhs[1]] == 1:
         p = p | {"feature_group_count": x.shape[lhs[1]]}
-    if _is_plain(p, x, kernel):  # with gradients that stay fast inside compiled loops
+    return _convolved(op, inputs, p)
+
+
+def _convolved(op: Op, inputs: list[Any], p: dict[str, Any]) -> list[Any]:
+    """The convolution, with gradients that stay fast inside compiled loops where it has such."""
+    x, kernel = inputs
+    if _is_plain(p, x, kernel):
         return [conv2d(x, kernel, strides=tuple(p["window_strides"]), padding=p["padding"])]
     return bind(op.primitive, inputs, p)
 
