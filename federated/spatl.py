@@ -286,6 +286,9 @@ def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPerson
 def client_model(select: Select, variables: Variables, memory: SpatlMemory) -> Pruned:
     """A client's network with only its salient channels: `model.apply(model.params, inputs)`.
 
+    With batch norm its statistics are those of the whole network: measure them anew on the client's
+    inputs (`jaxfm.search.evaluate.recalibrated`), or it predicts little.
+
     Args:
       variables: what `Bucket.personal` gives for it.
       memory: of one client, as arrays.
