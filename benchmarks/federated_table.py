@@ -8,7 +8,9 @@ By name of the work:
 - mnist: the same with MNIST's idx files in the folder;
 - mnist_writers: fifty people's digits, ten people a round; the folder also holds QMNIST's labels;
 - cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round;
-- cifar10_resnet20: the same with ResNet-20, whose shortcuts have no parameters.
+- cifar10_resnet20: the same with ResNet-20, whose shortcuts have no parameters;
+- paper_resnet20, paper_vgg11: the papers' own setting, for an accelerator: all of CIFAR-10 over ten
+  clients, all of them a round, ten epochs of batches of 64.
 
 A sixth of each client's rows is its own validation, another its own test. Every algorithm climbs
 the same ladder of learning rates, from its middle as far as validation rows of the first seed get
@@ -91,6 +93,7 @@ from jaxfm.federated.partition import IsPersonal
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.cnn import CnnConfig, cnn
 from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
+from jaxfm.models.vgg import vgg, vgg_config
 from jaxfm.search import costs, model_network
 from jaxfm.search.cost import counts_of
 from jaxfm.search.groups import Network
@@ -126,6 +129,8 @@ WORKS = {
     "mnist_writers": Size(1000, 6000, 50, 10, 3, 20),
     "cifar10": Size(500, 2000, 10, 10, 2, 32),
     "cifar10_resnet20": Size(500, 2000, 10, 10, 2, 32),
+    "paper_resnet20": Size(5000, 45000, 10, 10, 10, 64),
+    "paper_vgg11": Size(5000, 45000, 10, 10, 10, 64),
 }
 KEEP = 0.5  # the share of multiply-adds that SPATL's and ADP's clients keep
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM
@@ -183,9 +188,7 @@ def load(config: Config) -> Work:
         "digits": digits,
         "mnist": lambda: mnist(folder),
         "mnist_writers": lambda: mnist(folder, writers=folder),
-        "cifar10": lambda: cifar10(folder),
-        "cifar10_resnet20": lambda: cifar10(folder),
-    }[config.work]()
+    }.get(config.work, lambda: cifar10(folder))()
     rng, source = np.random.default_rng(0), data["train"]
     order = rng.permutation(len(source.examples["label"]))
     rows = {name: leaf[order] for name, leaf in source.examples.items()}
@@ -207,8 +210,10 @@ def load(config: Config) -> Work:
     side, _, channels = private["image"].shape[1:]
     if config.work == "cifar10":
         model = resnet(ResNetConfig(depths=(1, 1, 1), shortcut="projection"))
-    elif config.work == "cifar10_resnet20":
+    elif config.work.endswith("_resnet20"):
         model = resnet(resnet_config(20))
+    elif config.work == "paper_vgg11":
+        model = vgg(vgg_config(11, cifar=True))
     else:
         model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
     variables = model.init(jax.random.key(0))
