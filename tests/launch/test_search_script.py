@@ -82,6 +82,7 @@ def test_a_cut_decoder_is_a_draft_in_hugging_face_format(tmp_path):
         script.SearchConfig(
             run_dir=str(tmp_path / "run"), train_steps=2, strategy="uniform", macs=0.6,
             reward_examples=4, calibration_examples=16, batch_size=32, finetune_epochs=0,
+            repair=False,
             data=DataConfig(
                 source="text", folder=str(tmp_path / "text"), partition="iid", num_clients=2,
                 length=16,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from jaxfm.parallel import generate, plain
 from jaxfm.testing import random_variables, tiny_decoder
 
@@ -43,6 +45,7 @@ def test_a_stage_a_process_gives_plain_decodings_tokens():
         assert f"tokens {expected.tolist()} ticks" in printed, printed[-3000:]
 
 
+@pytest.mark.slow
 def test_a_stage_that_dies_ends_the_others_within_seconds():
     survivor, dying = start("--die")
     # It ends itself after its first piece; compiling comes before that.

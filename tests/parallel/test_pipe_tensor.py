@@ -45,6 +45,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_two_stages_of_two_devices_each():
     """Two sums a layer within a stage, one message and one sum between stages, nothing else."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
