@@ -135,12 +135,14 @@ def make_algorithm(config: FederateConfig, parts: Parts) -> Made:
     made = ALGORITHMS[config.algorithm](config, parts)
     if config.upload == "full" and config.download == "full":
         return made
-    bits = lambda words: {"8bit": 8, "4bit": 4}[words]
-    # All entries in full are the algorithm itself: what travels narrow may be downloads alone.
-    method = {"full": lambda: top_k(1.0), "top_k": lambda: top_k(config.top_k, bits=8)}.get(
-        config.upload, lambda: quantised(bits(config.upload), block=256)
-    )()
-    down = None if config.download == "full" else bits(config.download)
+    bits = {"8bit": 8, "4bit": 4}
+    if config.upload == "top_k":
+        method = top_k(config.top_k, bits=8)
+    elif config.upload == "full":
+        method = top_k(1.0)  # all entries, as they are: downloads alone are narrow
+    else:
+        method = quantised(bits[config.upload], block=256)
+    down = bits.get(config.download)
     return made._replace(algorithm=compressed(made.algorithm, method, down=down))
 
 
