@@ -296,8 +296,12 @@ def assigned(
 
 def last_layer(model: Model) -> IsPersonal:
     """The classifier; of a perceptron, its last layer."""
-    number = lambda name: int("0" + "".join(c for c in name if c.isdigit()))
-    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params, key=number)
+
+    def place(name: str) -> tuple[str, int]:  # conv3 stands before dense1, dense9 before dense10
+        kind = name.rstrip("0123456789")
+        return kind, int(name[len(kind) :] or 0)
+
+    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params, key=place)
     return head if {"head", "classifier"} & set(names) else under(names[-1])
 
 

@@ -190,7 +190,7 @@ def _named(name: str, size: int, data: Data) -> Any:
         )
     if "image" not in data.validation:
         raise ValueError(f"model={name} takes images; --data.source={data.names[0]} has none.")
-    return _NAMED[family](int(name[len(family) :].strip("_v-")), size, 10)
+    return _NAMED[family](int(name[len(family) :].strip("_v-")), size, NUM_CLASSES)
 
 
 def _task(config: SearchConfig, data: Data) -> Task:

@@ -8,16 +8,19 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfm.federated.partition import split_tree
 from jaxfm.federated.resources import DEVICES
 from jaxfm.launch import compare, federate
 from jaxfm.launch.algorithms import ALGORITHMS
 from jaxfm.launch.compare_page import best_cards
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
 from jaxfm.log import read_metrics
+from jaxfm.models.cnn import CnnConfig, cnn, mlp
 from jaxfm.search import save_policy
 from jaxfm.search.gnn_rl import init_policy
 
 DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
+CNN = cnn(CnnConfig(image_size=(8, 8), conv_channels=(2, 2), dense_dim=4, num_classes=3))
 TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"}
 
 
@@ -143,6 +146,14 @@ def test_what_travels_narrow_is_fewer_bytes(tmp_path):
     assert narrow(upload="top_k", top_k=0.05).bytes_up < full.bytes_up / 10
     down = narrow(download="8bit")
     assert down.bytes_down < full.bytes_down / 3.8 and down.bytes_up == full.bytes_up
+
+
+@pytest.mark.parametrize("model", [mlp((4,) * 11 + (3,)), CNN], ids=["mlp", "cnn"])
+def test_the_last_layer_is_the_one_that_makes_the_classes(model):
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    shared, last = split_tree(variables.params, federate.last_layer(model))
+    (layer,) = last.values()
+    assert layer["kernel"].shape[-1] == 3 and len(shared) == len(variables.params) - 1
 
 
 def test_slow_machines_get_the_smaller_model(tmp_path):
