@@ -29,6 +29,7 @@ compression and slices do to a model's size and to its measured step; and distil
   top-k and 8 bits, `narrow_` with 8 bits both ways; `personal_` with a personal predictor, on the
   clients' own test rows, `narrow_personal_` both; `scaffold_` for SCAFFOLD in its place.
   spatl_slice_drop: points on these rows by which a client's salient channels alone are worse;
+  `_measured` with statistics of norms measured anew, `_repaired` by least squares before, too;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
 - raffm_subnet_gap: points that a slice of 60 % of the parameters lies below the full network;
   raffm_step_speedup: a training step of the full network over one of the smallest tier;
@@ -51,6 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
@@ -94,8 +96,9 @@ from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.cnn import CnnConfig, cnn
 from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
 from jaxfm.models.vgg import vgg, vgg_config
-from jaxfm.search import costs, model_network
+from jaxfm.search import costs, masked, model_network, repair
 from jaxfm.search.cost import counts_of
+from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.groups import Network
 from jaxfm.subnet import Subnet, axis_sizes, extract, width
 from jaxfm.tasks import classification
@@ -129,10 +132,10 @@ WORKS = {
     "mnist_writers": Size(1000, 6000, 50, 10, 3, 20),
     "cifar10": Size(500, 2000, 10, 10, 2, 32),
     "cifar10_resnet20": Size(500, 2000, 10, 10, 2, 32),
+    "cifar10_vgg11": Size(500, 2000, 10, 10, 2, 32),
     "paper_resnet20": Size(5000, 45000, 10, 10, 10, 64),
     "paper_vgg11": Size(5000, 45000, 10, 10, 10, 64),
 }
-KEEP = 0.5  # the share of multiply-adds that SPATL's and ADP's clients keep
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM
 
 
@@ -149,6 +152,7 @@ class Config:
     rates: tuple[float, ...] = option(
         (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), "the ladder of learning rates, from low to high"
     )
+    keep: float = option(0.5, "share of the multiply-adds that SPATL's and ADP's clients keep")
     distilled: bool = option(False, "run federated_kd.py, too")
     only: tuple[str, ...] = option((), "algorithms to run beside fed_avg; all if empty")
 
@@ -212,7 +216,7 @@ def load(config: Config) -> Work:
         model = resnet(ResNetConfig(depths=(1, 1, 1), shortcut="projection"))
     elif config.work.endswith("_resnet20"):
         model = resnet(resnet_config(20))
-    elif config.work == "paper_vgg11":
+    elif config.work.endswith("_vgg11"):
         model = vgg(vgg_config(11, cifar=True))
     else:
         model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
@@ -249,12 +253,12 @@ Make = Callable[[Model, Any, Local], Algorithm]
 
 def algorithms(work: Work, config: Config) -> dict[str, Make]:
     """By name; names in `PERSONAL` have no global model."""
-    salient = saliency(work.network, {"macs": KEEP})
+    salient = saliency(work.network, {"macs": config.keep})
     clients = work.size.clients
     shared = functools.partial(spatl, select=salient, num_clients=clients, is_personal=nothing)
     personal = functools.partial(spatl, select=salient, num_clients=clients, is_personal=work.head)
-    half = max(1, config.num_rounds // 2)
-    pruning = lambda *a, **kw: adp(work.network, *a, target=KEEP, rounds=half, **kw).algorithm
+    gates = {"target": config.keep, "rounds": max(1, config.num_rounds // 2)}
+    pruning = lambda *a, **kw: adp(work.network, *a, **gates, **kw).algorithm
     everything: dict[str, Make] = {
         "fed_avg": fed_avg,
         "fed_avg_topk8": lambda *a: compressed(fed_avg(*a), top_k(0.1, bits=8)),
@@ -401,7 +405,7 @@ def savings(runs: Mapping[str, Run]) -> dict[str, float]:
     return out
 
 
-def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
+def slices(runs: Mapping[str, Run], work: Work, config: Config) -> dict[str, float]:
     """What RaFFM's slices and ADP's extracted networks are worth."""
     out: dict[str, float] = {}
     if "raffm" in runs:
@@ -421,11 +425,11 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
             "raffm_full_over_mean_parameters": round(price[0].parameters / mean, 2),
         }
     if "spatl_personal" in runs:
-        out["spatl_slice_drop"] = round(100 * _lost_by_slicing(runs["spatl_personal"], work), 2)
+        out |= lost_by_slicing(runs["spatl_personal"], work)
     if "adp" in runs:
         run, base = runs["adp"], runs["fed_avg"]
         end = lambda r: r.curve[:, -LAST:, 2].mean()
-        made = adp(work.network, work.model, TASK, Local(optax.sgd(0.1), 20), target=KEEP)
+        made = adp(work.network, work.model, TASK, Local(optax.sgd(0.1), 20), target=config.keep)
         own = costs(work.network)
         shares = []
         for state in run.ends:
@@ -444,26 +448,55 @@ def slices(runs: Mapping[str, Run], work: Work) -> dict[str, float]:
     return out
 
 
-def _lost_by_slicing(run: Run, work: Work) -> float:
-    """Accuracy of the clients' networks less that of their salient channels alone, on own rows."""
-    (bucket,), lost = run.algorithm.buckets, []
+def lost_by_slicing(run: Run, work: Work) -> dict[str, float]:
+    """Points on own rows by which clients' salient channels alone are worse than their networks.
 
-    def salient(server, memory) -> Variables:
-        whole = bucket.personal(server, memory)
-        return whole._replace(live=(whole.live, memory.masks))
+    As they are; "measured", both with statistics of norms measured anew on the client's training
+    rows; "repaired", the slice by least squares on these rows before that, too.
+    """
+    (bucket,), network = run.algorithm.buckets, work.network
+    clients, batch = work.size.clients, 64
+    gate, rows = gated(network, work.model), 4 * batch
 
-    small = bucket._replace(model=gated(work.network, work.model), personal=salient)
-    measures = [
-        client_metrics(
-            run.algorithm._replace(buckets=(b,)), np.zeros(work.size.clients, int), TASK,
-            batch_size=64,
-        )
-        for b in (bucket, small)
-    ]  # fmt: skip
+    def networks(server, memory, examples) -> dict[str, tuple[Variables, tuple]]:
+        whole, flat = bucket.personal(server, memory), TASK.prepare(examples, None)[0]
+        inputs = flat.reshape(-1, batch, *flat.shape[1:])
+        everything, salient = (tuple(jnp.ones_like(m) for m in memory.masks), memory.masks)
+
+        def measured(variables: Variables, masks: tuple) -> tuple[Variables, tuple]:
+            train = lambda v, x: masked(network, 1)(v, masks, x)[1]
+            return recalibrated(train, variables, inputs), masks
+
+        return {
+            "whole": (whole, everything),
+            "whole_measured": measured(whole, everything),
+            "slice": (whole, salient),
+            "slice_measured": measured(whole, salient),
+            "slice_repaired": measured(repair(network, whole, salient, flat), salient),
+        }
+
+    over_clients = jax.jit(lambda server, *own: lax.map(lambda x: networks(server, *x), own))
+    held = bucket._replace(
+        model=gate, personal=lambda _, memory: memory[0]._replace(live=(memory[0].live, memory[1]))
+    )
+    measure = client_metrics(
+        run.algorithm._replace(buckets=(held,)), np.zeros(clients, int), TASK, batch_size=batch
+    )
+    found: dict[str, list[float]] = {}
     for seed, state in enumerate(run.ends):
-        whole, cut = (np.nanmean(m(state, work.own[seed])["accuracy"]) for m in measures)
-        lost.append(whole - cut)
-    return float(np.mean(lost))
+        train = work.train[seed]
+        own = [np.resize(i[:n], rows) for i, n in zip(train.index, train.count, strict=True)]
+        examples = {name: leaf[np.stack(own)] for name, leaf in train.examples.items()}
+        for name, ends in over_clients(state.server, state.memories[0], examples).items():
+            each = measure(state._replace(memories=(ends,)), work.own[seed])["accuracy"]
+            found.setdefault(name, []).append(100 * float(np.nanmean(each)))
+    mean = {name: np.mean(values) for name, values in found.items()}
+    return {
+        "spatl_slice_drop": round(mean["whole"] - mean["slice"], 2),
+        "spatl_slice_drop_measured": round(mean["whole_measured"] - mean["slice_measured"], 2),
+        "spatl_slice_drop_repaired": round(mean["whole_measured"] - mean["slice_repaired"], 2),
+        "spatl_whole_measured_gain": round(mean["whole_measured"] - mean["whole"], 2),
+    }
 
 
 def slice_of(work: Work, share: float) -> Subnet:
@@ -500,7 +533,7 @@ def main(config: Config) -> None:
               flush=True)  # fmt: skip
     result: dict[str, Any] = {"name": "federated_table"}
     result["work"] = config.work
-    result |= savings(runs) | slices(runs, work)
+    result |= savings(runs) | slices(runs, work, config)
     if config.work == "digits":
         result |= federated_sizes.measured()
     result["accuracy"] = {

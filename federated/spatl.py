@@ -59,8 +59,10 @@ from jaxfm.federated.variates import (
     run_length,
 )
 from jaxfm.model import Array, Key, Model, PyTree, Variables
-from jaxfm.search.interpret import coverage
+from jaxfm.search.evaluate import recalibrated
+from jaxfm.search.interpret import coverage, sliced
 from jaxfm.search.prune import Pruned, pruned
+from jaxfm.search.repair import repair
 from jaxfm.tasks import Task
 
 _SELECT = 2**31 - 1  # no epoch's number, whose keys `local_fit` folds
@@ -283,15 +285,38 @@ def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPerson
     return train
 
 
-def client_model(select: Select, variables: Variables, memory: SpatlMemory) -> Pruned:
+def client_model(
+    select: Select,
+    variables: Variables,
+    memory: SpatlMemory,
+    inputs: PyTree = None,
+    *,
+    repaired: bool = False,
+) -> Pruned:
     """A client's network with only its salient channels: `model.apply(model.params, inputs)`.
 
-    With batch norm its statistics are those of the whole network: measure them anew on the client's
-    inputs (`jaxfm.search.evaluate.recalibrated`), or it predicts little.
+    Statistics of batch norm are those of the whole network, with which a slice predicts little.
+    Give inputs, and they are measured anew; `repaired`, and what is left makes up for what is cut,
+    by least squares.
 
     Args:
       variables: what `Bucket.personal` gives for it.
       memory: of one client, as arrays.
+      inputs: of the client's own training rows, in batches: [n, B, ...].
+      repaired: by these inputs (`jaxfm.search.repair`).
+    Raises:
+      ValueError: to be repaired without inputs.
     """
     kept = tuple(np.asarray(m) for m in memory.masks)
-    return pruned(select.network, variables, kept)
+    network = select.network
+    if inputs is None:
+        if repaired:
+            raise ValueError("A client's model is repaired by its inputs: give some.")
+        return pruned(network, variables, kept)
+    if repaired:
+        rows = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), inputs)
+        masks = tuple(map(jnp.asarray, kept))
+        variables = jax.jit(lambda v, x: repair(network, v, masks, x))(variables, rows)
+    small, train = pruned(network, variables, kept), sliced(network, kept, 1)
+    measured = jax.jit(lambda v, x: recalibrated(lambda v, b: train(v, b)[1], v, x))
+    return small._replace(params=measured(small.params, inputs))

@@ -20,14 +20,14 @@ from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.federated.scaffold import scaffold
 from jaxfm.federated.select import agent, everything, saliency, threshold_counts
-from jaxfm.federated.spatl import client_model, nothing, spatl, transferred
+from jaxfm.federated.spatl import SpatlMemory, client_model, nothing, spatl, transferred
 from jaxfm.model import Variables
 from jaxfm.models.cnn import mlp
 from jaxfm.search import budgets, costs, gnn_rl, model_network, policy_graph
 from jaxfm.search.cost import counts_of
 from jaxfm.search.gnn_rl import init_policy
 from jaxfm.search.importance import importance
-from jaxfm.search.interpret import coverage
+from jaxfm.search.interpret import coverage, sliced
 from jaxfm.tasks import classification
 
 MODEL = mlp((6, 12, 8, 3))
@@ -201,6 +201,36 @@ def test_a_clients_model_is_within_the_budget_and_as_fast_as_it_says(half):
     counted = jax.jit(small.apply).lower(small.params, x).compile().cost_analysis()["flops"]
     assert 2 * 4 * now <= counted < 2 * 4 * now + 4 * 3 * 24  # biases and activations, too
     assert small.apply(small.params, x).shape == (4, 3)
+
+
+def test_a_clients_model_has_the_statistics_of_its_inputs():
+    variables, _ = batch_norm_step()
+    x = jax.random.normal(jax.random.key(0), (1, 8, 6)) * 3 + 1
+    net = model_network(BATCH_NORM, variables, x[0])
+    select = saliency(net, {"macs": 0.5})
+    masks, _ = select.choose((), variables, None, None)
+    memory = SpatlMemory(None, None, masks, (), 1)
+    small = client_model(select, variables, memory, x)
+    chex.assert_trees_all_equal(
+        small.params.params, client_model(select, variables, memory).params.params
+    )
+    expected, _ = sliced(net, small.kept, 1)(small.params, x[0])  # by the batch's own statistics
+    np.testing.assert_allclose(small.apply(small.params, x[0]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_repaired_clients_model_is_nearer_to_the_whole_network(half):
+    select, algorithm, (state, _) = half
+    memory = jax.tree.map(lambda x: x[1], state.memories[0])
+    variables = algorithm.buckets[0].personal(state.server, memory)
+    x = jnp.asarray(rows(32)["x"]).reshape(2, 16, 6)
+    whole = MODEL.apply(variables, x[0])[0]
+    plain, mended = (
+        client_model(select, variables, memory, x, repaired=repaired) for repaired in (False, True)
+    )
+    miss = lambda small: float(jnp.square(small.apply(small.params, x[0]) - whole).mean())
+    assert miss(mended) < 0.8 * miss(plain)
+    with pytest.raises(ValueError, match="inputs"):
+        client_model(select, variables, memory, repaired=True)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
