@@ -8,7 +8,8 @@ By name of the work:
 - mnist: the same with MNIST's idx files in the folder;
 - mnist_writers: fifty people's digits, ten people a round; the folder also holds QMNIST's labels;
 - cifar10: ResNet-8 with batch norm, Dirichlet(0.1), ten clients, all of them a round;
-- cifar10_resnet20: the same with ResNet-20, whose shortcuts have no parameters;
+- cifar10_resnet20, cifar10_vgg11: the same with ResNet-20, whose shortcuts have no parameters, and
+  with VGG-11;
 - paper_resnet20, paper_vgg11: the papers' own setting, for an accelerator: all of CIFAR-10 over ten
   clients, all of them a round, ten epochs of batches of 64.
 
@@ -32,6 +33,8 @@ compression and slices do to a model's size and to its measured step; and distil
   `_measured` with statistics of norms measured anew, `_repaired` by least squares before, too;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
 - raffm_subnet_gap: points that a slice of 60 % of the parameters lies below the full network;
+  raffm_full_over_mean_parameters: of the full network over the clients' mean; both `low_` with
+  tiers of widths 1, 1/2 and 1/4 for 1, 3/4 and 1/2;
   raffm_step_speedup: a training step of the full network over one of the smallest tier;
 - adp_flops, adp_accuracy_drop, adp_latency_speedup: share of operations that clients keep, points
   below FedAvg on their own test rows, and latency of the dense network over that of a slice.
@@ -137,6 +140,7 @@ WORKS = {
     "paper_vgg11": Size(5000, 45000, 10, 10, 10, 64),
 }
 RATIOS = (1.0, 0.75, 0.5)  # widths of the tiers of HeteroFL, FedRolex and RaFFM
+LOW_RATIOS = (1.0, 0.5, 0.25)  # of `raffm_low`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,11 +226,16 @@ def load(config: Config) -> Work:
         model = cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
     variables = model.init(jax.random.key(0))
     network = model_network(model, variables, jnp.zeros((1, side, side, channels)))
-    tiers = [width(axis_sizes(variables, model.axes), widths(model, r)) for r in RATIOS]
+    tiers = tiers_of(model, RATIOS)
     test = {name: leaf[:2000] for name, leaf in data["test"].examples.items()}
     last = under(_last(variables))
     people = map(_alike, (train, choice, own))
     return Work(size, validation, test, *people, model, network, tiers, last)
+
+
+def tiers_of(model: Model, ratios: tuple[float, ...]) -> list[Subnet]:
+    sizes = axis_sizes(jax.eval_shape(model.init, jax.random.key(0)), model.axes)
+    return [width(sizes, widths(model, ratio)) for ratio in ratios]
 
 
 def widths(model: Model, ratio: float) -> dict[str, float]:
@@ -273,6 +282,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "hetero_fl": lambda *a: hetero_fl(*a, work.tiers),
         "fed_rolex": lambda *a: fed_rolex(*a, work.tiers),
         "raffm": lambda *a: raffm(*a, work.tiers, distil=0.5),
+        "raffm_low": lambda *a: raffm(*a, tiers_of(work.model, LOW_RATIOS), distil=0.5),
         "adp": pruning,
         "adp_federated": lambda *a: pruning(*a, gates="federated"),
         "spatl": lambda *a: shared(*a),
@@ -408,8 +418,10 @@ def savings(runs: Mapping[str, Run]) -> dict[str, float]:
 def slices(runs: Mapping[str, Run], work: Work, config: Config) -> dict[str, float]:
     """What RaFFM's slices and ADP's extracted networks are worth."""
     out: dict[str, float] = {}
-    if "raffm" in runs:
-        run, gaps = runs["raffm"], []
+    for prefix, name in (("", "raffm"), ("low_", "raffm_low")):
+        if name not in runs:
+            continue
+        run, gaps = runs[name], []
         tier = slice_of(work, 0.6)
         for state in run.ends:
             small = extract(state.server.variables, work.model.axes, tier)
@@ -421,8 +433,8 @@ def slices(runs: Mapping[str, Run], work: Work, config: Config) -> dict[str, flo
         price = client_costs(run.algorithm, people, start)
         mean = np.mean([cost.parameters for cost in price])
         out |= {
-            "raffm_subnet_gap": round(float(np.mean(gaps)), 2),
-            "raffm_full_over_mean_parameters": round(price[0].parameters / mean, 2),
+            f"{prefix}raffm_subnet_gap": round(float(np.mean(gaps)), 2),
+            f"{prefix}raffm_full_over_mean_parameters": round(price[0].parameters / mean, 2),
         }
     if "spatl_personal" in runs:
         out |= lost_by_slicing(runs["spatl_personal"], work)
