@@ -103,6 +103,18 @@ def clock(run: Callable, *args: Any, per: int, repeats: int) -> tuple[float, flo
     return statistics.median(took), first_s, result
 
 
+def small_images(channels: int, repeats: int) -> dict[str, float]:
+    """Processor ms of a 3x3 convolution and both gradients on 2x2 images, by method."""
+    x = jnp.ones((BATCH, 2, 2, channels))
+    kernel = jnp.full((3, 3, channels, channels), 1e-3)
+    took = {}
+    for method in ("direct", "canonical"):
+        loss = lambda x, k, m=method: jnp.sum(conv2d(x, k, method=m) ** 2)
+        run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        took[method], _, _ = clock(run, x, kernel, per=1, repeats=repeats)
+    return took
+
+
 def matmul_gflops(size: int = 1024) -> float:
     a = jnp.ones((size, size))
     ms, _, _ = clock(jax.jit(jnp.matmul), a, a, per=1, repeats=9)
@@ -156,6 +168,8 @@ def main() -> None:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), reached, result)
         print(f"{name:24}" + "".join(f"{ms:12.1f}" for ms in row.values()), flush=True)
 
+    small = small_images(128 if args.quick else 512, 3)
+    print("3x3 on 2x2 images: " + ", ".join(f"{k} {ms:.1f} ms" for k, ms in small.items()))
     peak = matmul_gflops()
     floor_ms = 1e3 * GFLOPS / peak
     print(f"{GFLOPS:.2f} GFLOP a step at {peak:.0f} GFLOP/s of a large product: {floor_ms:.1f} ms")
@@ -166,6 +180,7 @@ def main() -> None:
             times["direct"]["scan"] / times["canonical"]["scan"], 2),
         "direct_vmap_over_canonical_vmap": round(
             times["direct"]["vmap"] / times["canonical"]["vmap"], 2),
+        "small_images_direct_over_canonical": round(small["direct"] / small["canonical"], 1),
         "share_of_matmul_peak": round(floor_ms / times["canonical"]["scan"], 3),
         "slowest_first_call_s": round(compile_s, 1),
         "cpu_ms_per_step": {k: {s: round(ms, 2) for s, ms in v.items()} for k, v in times.items()},
