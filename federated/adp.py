@@ -27,7 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Mean,
+    Profile,
+    mean,
+    scaled,
+    wire_bytes,
+)
 from jaxfm.federated.fed_avg import Movement, difference, moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.model import Array, Key, Model, PyTree, Variables
@@ -54,6 +63,22 @@ class AdpState(NamedTuple):
     variables: Variables
     scores: Scores
     round: Array
+
+
+class AdpUpload(NamedTuple):
+    """What one client sends; coordinates that are not covered travel nowhere.
+
+    Attributes:
+      step: n_i m_i (y_i - x).
+      examples: f32[], n_i.
+      masks: the units of m_i.
+      scores: n_i times the client's gates, where gates are federated; else ().
+    """
+
+    step: Movement
+    examples: Array
+    masks: tuple[Array, ...]
+    scores: Scores
 
 
 class Adp(NamedTuple):
@@ -103,7 +128,7 @@ def adp(
     own = gated(network, model)
     fit = local_fit(objective(own, task), local)
     macs = costs(network).macs
-    dense, units = float(macs(network.sizes.astype(np.int64))), sum(m.size for m in full(network))
+    dense = float(macs(network.sizes.astype(np.int64)))
 
     def init(variables: Variables) -> AdpState:
         return AdpState(variables, _silence(network) if federated else (), jnp.zeros((), jnp.int32))
@@ -117,17 +142,33 @@ def adp(
         counts = widths(chosen, download.round)
         kept = masks(ranks(chosen), counts)
         trained, info = fit(_gate(download.variables, kept), data, profile.max_steps, key)
-        examples, there = info["examples"], Movement(*coverage(network, kept)[:2])
+        examples = info["examples"]
         step = scaled(examples, difference(trained, download.variables))
-        num = jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), there, step)
-        den = jax.tree.map(lambda m: jnp.where(m, examples, 0), there)
-        sent = jax.tree.map(lambda m, d: m.sum(dtype=jnp.float32) * d.dtype.itemsize, there, step)
-        # What a machine that runs the slice computes and sends: of gates a score, or a bit.
+        step = jax.tree.map(
+            lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), covered(kept), step
+        )
+        gained = scaled(examples, scores) if federated else ()
+        upload = AdpUpload(step, examples, kept, gained)
+        # What a machine that runs the slice computes and sends.
         info["flops"] = 6 * macs(counts) * info["steps"] * local.batch_size + 2 * dense * examples
-        info["bytes_up"] = sum(jax.tree.leaves(sent)) + 4 + units * (4 if federated else 1 / 8)
-        if not federated:
-            return Mean((num, ()), (den, ())), scores, info
-        return Mean((num, scaled(examples, scores)), (den, (examples,) * len(scores))), (), info
+        info["bytes_up"] = wire_bytes(upload, travels(upload))
+        return upload, () if federated else scores, info
+
+    def covered(kept: tuple[Array, ...]) -> Movement:
+        return Movement(*coverage(network, kept)[:2])
+
+    def receive(server: AdpState, public, upload: AdpUpload) -> Mean:
+        den = jax.tree.map(lambda m: jnp.where(m, upload.examples, 0), covered(upload.masks))
+        units = (upload.examples,) * len(upload.scores)
+        return Mean((upload.step, upload.scores), (den, units))
+
+    def travels(upload: AdpUpload) -> AdpUpload:
+        # Federated masks follow from the download, personal ones are a bit a unit.
+        bits = 0.0 if federated else 1 / 8
+        return AdpUpload(
+            jax.tree.map(lambda m: m.mean(dtype=jnp.float32), covered(upload.masks)), 1.0,
+            (bits,) * len(upload.masks), (1.0,) * len(upload.scores),
+        )  # fmt: skip
 
     def server(state: AdpState, totals: Mean, public, key: Key):
         anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
@@ -152,7 +193,7 @@ def adp(
 
     send = lambda server, public: server
     personal = lambda server, memory: _gate(server.variables, kept(server, memory))
-    bucket = Bucket(own, send, client, init_client, personal=personal)
+    bucket = Bucket(own, send, client, init_client, receive, personal=personal, travels=travels)
     return Adp(Algorithm(init, (bucket,), server, model), calibrated, kept, extracted)
 
 

@@ -24,6 +24,9 @@ from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.parallel.mesh import make_mesh, put
 
+# What a client reports of its work, which counts though its update may not.
+SPENT = ("steps", "bytes_up", "flops")
+
 
 class Population(NamedTuple):
     """Everybody who might take part.
@@ -67,8 +70,8 @@ class Rounds(NamedTuple):
         donated. A population with other numbers (data, counts, profiles) in the same shapes and
         buckets may take the place of the first one; nothing compiles anew. `info` is a dict of
         arrays with a leading axis of rounds: the algorithm's own sums over clients, and
-        f32[R, buckets] "selected", "clients" (whose update counted), "non_finite" (left out),
-        "steps".
+        f32[R, buckets] "selected", "clients" (whose update counted), "non_finite" (left out) and
+        "steps", of these too.
     """
 
     init: Callable[[Variables, Key], RunState]
@@ -261,7 +264,9 @@ def _spread(bucket: Bucket, mesh: Mesh, width: int) -> Callable:
         sums = bucket.receive(server, public, upload)
         sums = jax.tree.map(lambda x: keep(_wide(x), 0), sums)
         memory = jax.tree.map(keep, new, memory)
-        info = jax.tree.map(lambda x: keep(x, 0), info)
+        spend = lambda x: jnp.where((count > 0) & jnp.isfinite(x), x, 0)
+        spent = {name: spend(info[name]) for name in SPENT if name in info}
+        info = jax.tree.map(lambda x: keep(x, 0), info) | spent
         info["clients"] = counted.astype(jnp.float32)
         info["non_finite"] = ((count > 0) & ~finite).astype(jnp.float32)
         return sums, memory, info

@@ -394,8 +394,9 @@ def test_a_non_finite_update_is_left_out_and_counted(name):
     without = data._replace(count=np.where(np.arange(6) == 1, 0, data.count))
     absent, other = run(name, people._replace(federation=without))
     assert info["non_finite"].sum() == 1 and info["clients"].sum() == 5
-    for field in ("loss_total", "examples", "steps"):
+    for field in ("loss_total", "examples"):
         np.testing.assert_allclose(info[field], other[field])
+    assert (info["steps"] > other["steps"]).any()  # its work is done, for nothing
     assert_same(left, absent)
 
 
