@@ -10,15 +10,16 @@ are of test images, means over the last three rounds and over seeds of partition
 of the clients take part in a round. Compared are:
 
 - fedavg, feddf: the large network travels; fedavg_small, feddf_small: the knowledge network alone;
-- fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_average: it
-  without public data;
+- fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_4bit: the same
+  in 4 bits both ways; fedkemf_average: it without public data;
 - fedmd: the same large networks, logits travel; its accuracy is that of a knowledge network which
   learns the final consensus;
 - rafl: members of a supernet in three tiers of budgets, the smallest travels; rafl_average.
 
 "clients" are the means of the clients' own networks on all test images. The last line is one JSON
-object: "fedkemf_bytes_saving" is FedAvg's bytes over FedKEMF's, "rafl_distillation_gain" the
-accuracy of rafl minus rafl_average, in points.
+object: "fedkemf_bytes_saving" is FedAvg's bytes over FedKEMF's, "fedkemf_4bit_bytes_saving" over
+those of its 4-bit form, "rafl_distillation_gain" the accuracy of rafl minus rafl_average, in
+points.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ from jaxfm.federated import (
     Population,
     client_costs,
     client_metrics,
+    compressed,
     coverage_vote,
     fed_avg,
     fed_df,
     fed_kemf,
     fed_md,
     profiles,
+    quantised,
     rafl,
     round_costs,
     rounds,
@@ -66,7 +69,13 @@ from jaxfm.tasks.evaluate import evaluate
 
 TASK = classification(10)
 VOTE = coverage_vote(10)
-DISTILLED = ("feddf", "feddf_small", "fedkemf", "rafl")  # whose server learns at a rate of its own
+DISTILLED = (
+    "feddf",
+    "feddf_small",
+    "fedkemf",
+    "fedkemf_4bit",
+    "rafl",
+)  # whose server learns at a rate of its own
 LAST = 3  # rounds whose mean counts
 
 
@@ -131,8 +140,10 @@ def contenders(
     one, two = np.zeros(work.num_clients, int), np.arange(work.num_clients) % 2
     public = work.public
 
-    def kemf(public) -> Contender:
+    def kemf(public, bits: int | None = None) -> Contender:
         algorithm = fed_kemf(small, [large, other], TASK, local, distil, vote=VOTE)
+        if bits is not None:
+            algorithm = compressed(algorithm, quantised(bits, block=256), down=bits)
         return Contender(algorithm, small, two, public, True)
 
     def member(public) -> Contender:
@@ -157,6 +168,7 @@ def contenders(
         ),
         "fedmd": lambda: Contender(by_logits(), small, two, public, True),
         "fedkemf": lambda: kemf(public),
+        "fedkemf_4bit": lambda: kemf(public, 4),
         "fedkemf_average": lambda: kemf(None),
         "rafl": lambda: member(public),
         "rafl_average": lambda: member(None),
@@ -247,12 +259,13 @@ def measured(config: Config) -> dict[str, Any]:
             print(f"{name}: {figures} ({time.perf_counter() - began:.0f} s)", flush=True)
             if name not in best or figures["validation"] > best[name]["validation"]:
                 best[name] = figures
-    saving = best["fedavg"]["bytes_a_round"] / best["fedkemf"]["bytes_a_round"]
+    spent = lambda name: best["fedavg"]["bytes_a_round"] / best[name]["bytes_a_round"]
     gain = 100 * (best["rafl"]["test"] - best["rafl_average"]["test"])
     return {
         "name": "federated_kd",
         "data": "mnist" if config.data_dir else "digits",
-        "fedkemf_bytes_saving": round(saving, 2),
+        "fedkemf_bytes_saving": round(spent("fedkemf"), 2),
+        "fedkemf_4bit_bytes_saving": round(spent("fedkemf_4bit"), 2),
         "rafl_distillation_gain": round(gain, 2),
         "accuracy": {name: figures["test"] for name, figures in best.items()},
         "clients_accuracy": {n: f["clients"] for n, f in best.items() if "clients" in f},

@@ -138,13 +138,16 @@ def published_bytes() -> dict[str, Any]:
         "resnet20": resnet(resnet_config(20)), "resnet32": resnet(resnet_config(32)),
         "vgg11": vgg(vgg_config(11, cifar=True)),
     }  # fmt: skip
-    up: dict[tuple[str, str], int] = {}
+    both: dict[tuple[str, str], int] = {}
     for name, model in models.items():
         variables = model.init(jax.random.key(0))
         select = saliency(model_network(model, variables, jnp.zeros((1, 32, 32, 3))), {"macs": 0.6})
         made = {
             "fed_avg": fed_avg(model, TASK, local),
             "fed_avg_4bit": compressed(fed_avg(model, TASK, local), quantised(4, block=256)),
+            "fed_avg_4bit_both": compressed(
+                fed_avg(model, TASK, local), quantised(4, block=256), down=4
+            ),
             "fed_nova": fed_nova(model, TASK, local),
             "scaffold": scaffold(model, TASK, local, num_clients=10),
             "spatl": spatl(model, TASK, local, select, num_clients=10, is_personal=head),
@@ -154,17 +157,16 @@ def published_bytes() -> dict[str, Any]:
         row = {}
         for other, algorithm in made.items():
             (cost,) = client_costs(algorithm, people, variables)
-            up[name, other] = cost.bytes_up
+            up = cost.bytes_up
             if algorithm.buckets[0].travels is not None:
-                up[name, other] = int(_salient_bytes(algorithm, select, people, variables))
-            row[other] = round((up[name, other] + cost.bytes_down) / 1e6, 3)
+                up = _salient_bytes(algorithm, select, people, variables)
+            both[name, other] = up + cost.bytes_down
+            row[other] = round(both[name, other] / 1e6, 3)
         out[name] = row
     for client in ("vgg11", "resnet32"):
-        plain, small = up[client, "fed_avg"], up["resnet20", "fed_avg"]
-        out[f"fedkemf_over_{client}"] = round(plain / small, 1)
-        out[f"fedkemf_4bit_uploads_over_{client}"] = round(
-            plain / up["resnet20", "fed_avg_4bit"], 1
-        )
+        for how in ("", "_4bit", "_4bit_both"):
+            ratio = both[client, "fed_avg"] / both["resnet20", f"fed_avg{how}"]
+            out[f"fedkemf{how}_over_{client}"] = round(ratio, 1)
     return out
 
 

@@ -20,15 +20,17 @@ figures are of test rows and means over the last three rounds and over seeds of 
 weights. Each algorithm's row is printed when it is done, so that a run cut off has said what it
 found.
 
-Then, without training, the bytes of a round of the published networks from their shapes; what
-compression and slices do to a model's size and to its measured step; and distillation, as
-`federated_kd.py` has it. The last line is one JSON object:
+Then, with digits, without training, the bytes of a round of the published networks from their
+shapes, and what compression and slices do to a model's size and to its measured step; with
+`--distilled`, distillation, as `federated_kd.py` has it. The last line is one JSON object (all keys
+of it: `--distilled` and the defaults):
 
 - spatl_bytes_saving: FedAvg's bytes to the target over SPATL's, both with all of the network
   shared and the global model looked at; the target is the accuracy of FedAvg's best round.
   spatl_accuracy_gain: points of test accuracy at the end. `compressed_` the same with uploads of
   top-k and 8 bits, `narrow_` with 8 bits both ways; `personal_` with a personal predictor, on the
-  clients' own test rows, `narrow_personal_` both; `scaffold_` for SCAFFOLD in its place.
+  clients' own test rows, `narrow_personal_` both; `scaffold_` for SCAFFOLD in its place, and
+  `fed_per_` for FedPer on own rows, which has a personal head and nothing else of SPATL.
   spatl_slice_drop: points on these rows by which a client's salient channels alone are worse;
   `_measured` with statistics of norms measured anew, `_repaired` by least squares before, too;
 - fedkemf_bytes_saving, rafl_distillation_gain: see `federated_kd.py`;
@@ -166,6 +168,8 @@ class Config:
             raise ValueError(f"Give at least {LAST} rounds and one seed, not {self}.")
         if self.work not in WORKS:
             raise ValueError(f"work={self.work!r} is unknown; choose one of {', '.join(WORKS)}.")
+        if not self.rates:
+            raise ValueError("rates is empty; give at least one learning rate.")
         if self.work != "digits" and not self.data_dir:
             raise ValueError(f"work={self.work!r} needs --data_dir, where its files are.")
 
@@ -296,6 +300,8 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         ),
     }  # fmt: skip
     quick = ("fed_avg", "scaffold", "raffm", "adp", "spatl", "spatl_topk8")
+    if unknown := sorted(set(config.only) - set(everything)):
+        raise ValueError(f"only={unknown}: choose of {', '.join(everything)}.")
     names = ("fed_avg", *config.only) if config.only else quick if config.quick else everything
     return {name: everything[name] for name in names}
 
@@ -401,8 +407,8 @@ def savings(runs: Mapping[str, Run]) -> dict[str, float]:
     out, base = {}, runs["fed_avg"]
     for prefix, name, column in (
         ("", "spatl", 1), ("compressed_", "spatl_topk8", 1), ("narrow_", "spatl_narrow", 1),
-        ("scaffold_", "scaffold", 1), ("personal_", "spatl_personal", 2),
-        ("narrow_personal_", "spatl_personal_narrow", 2),
+        ("scaffold_", "scaffold", 1), ("fed_per_", "fed_per", 2),
+        ("personal_", "spatl_personal", 2), ("narrow_personal_", "spatl_personal_narrow", 2),
     ):  # fmt: skip
         if name not in runs:
             continue

@@ -1,9 +1,10 @@
 """FedRolex: the slice that a weak client trains rolls over the network, one index a round.
 
 A tier holds the indices (k + t) mod S of an axis of size S in round t, with k its window; after S
-rounds it has held every coordinate alike, where HeteroFL never trains the last ones on a weak
-client. All else is HeteroFL: the mean over those who covered a coordinate, and no movement where
-nobody did. The first round is HeteroFL's.
+rounds it has held every index of the axis alike, where HeteroFL never trains the last ones on a
+weak client. Axes of one size roll in step, so that of a matrix between two of them it holds a band
+around the diagonal, as in the paper. All else is HeteroFL: the mean over those who covered a
+coordinate, and no movement where nobody did. The first round is HeteroFL's.
 Source: Alam et al. 2022, algorithm 1.
 """
 

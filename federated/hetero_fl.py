@@ -3,9 +3,9 @@
 A tier is a `Subnet`: the window of each axis that its clients hold. The server averages each
 coordinate over those who covered it; a coordinate that nobody covered keeps its value. Slices are
 physically extracted, so small tiers are really faster, and lighter on the wire.
-Source: Diao et al. 2021, algorithm 1. The paper's scaler (1 / ratio on activations) belongs to
-networks whose norms do not fix the scale; here norms count the channels that are there, and the
-residual stream needs none.
+Source: Diao et al. 2021, algorithm 1. Without the paper's scaler (1 / ratio on activations), which
+networks with norms do not need, since norms count the channels that are there; in a network without
+any, a slice's activations are smaller than the whole network's. Without its masked loss, too.
 """
 
 from __future__ import annotations
