@@ -284,6 +284,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "fed_per": lambda *a: fed_per(*a, is_personal=work.head),
         "lg_fed_avg": lambda *a: lg_fed_avg(*a, is_shared=work.head),
         "hetero_fl": lambda *a: hetero_fl(*a, work.tiers),
+        "hetero_fl_scaled": lambda *a: hetero_fl(*a, work.tiers, scaler=True),
         "fed_rolex": lambda *a: fed_rolex(*a, work.tiers),
         "raffm": lambda *a: raffm(*a, work.tiers, distil=0.5),
         "raffm_low": lambda *a: raffm(*a, tiers_of(work.model, LOW_RATIOS), distil=0.5),

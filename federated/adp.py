@@ -107,7 +107,8 @@ def adp(
 
     A target of 1 is federated averaging. Partition: parameters and statistics are shared, as far as
     a client keeps them; personal gates stay with it. The global model is dense; the personal
-    metrics are those of the pruned ones.
+    metrics are those of the pruned ones, by the gates of a client's last round; one that no round
+    drew has those of the first network until it is `calibrated`.
 
     Args:
       network: of `model_network(model, variables, inputs)`; what it ignores stays whole.

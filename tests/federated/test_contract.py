@@ -585,6 +585,22 @@ def test_each_coordinate_is_averaged_over_those_who_cover_it():
     chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_with_the_scaler_half_of_equal_units_are_the_whole():
+    variables = MODEL.init(jax.random.key(0))
+    first = jax.tree.map(lambda x: jnp.repeat(x[..., :4], 2, -1), variables.params["dense1"])
+    second = variables.params["dense2"]
+    second = second | {"kernel": jnp.repeat(second["kernel"][:4], 2, 0)}
+    variables = variables._replace(params={"dense1": first, "dense2": second})
+    half = Subnet({"hidden1": np.arange(0, 8, 2)})
+    algorithm = hetero_fl(MODEL, TASK, LOCAL, [half], scaler=True)
+    (bucket,) = algorithm.buckets
+    small = bucket.personal(algorithm.init(variables), ())
+    x = jnp.ones((2, 6))
+    there = bucket.model.apply(small, x)[0]
+    np.testing.assert_allclose(there, MODEL.apply(variables, x)[0], rtol=1e-5)
+    assert not np.allclose(there, MODEL.apply(small, x)[0])
+
+
 def test_a_coordinate_that_nobody_covers_does_not_move():
     algorithm = hetero_fl(MODEL, TASK, LOCAL, TIERS[1:], optax.adam(0.1))
     people = population("fed_avg", federation())._replace(bucket=np.arange(6) % 2)
