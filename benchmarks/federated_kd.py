@@ -11,7 +11,8 @@ of the clients take part in a round. Compared are:
 
 - fedavg, feddf: the large network travels; fedavg_small, feddf_small: the knowledge network alone;
 - fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_4bit: the same
-  in 4 bits both ways; fedkemf_average: it without public data;
+  in 4 bits both ways; fedkemf_average: it without public data; fedkemf_noise: with smooth random
+  images for public ones, which nobody has to hold;
 - fedmd: the same large networks, logits travel; its accuracy is that of a knowledge network which
   learns the final consensus;
 - rafl: members of a supernet in three tiers of budgets, the smallest travels; rafl_average.
@@ -170,10 +171,21 @@ def contenders(
         "fedkemf": lambda: kemf(public),
         "fedkemf_4bit": lambda: kemf(public, 4),
         "fedkemf_average": lambda: kemf(None),
+        "fedkemf_noise": lambda: kemf(smooth_noise(public["image"])),
         "rafl": lambda: member(public),
         "rafl_average": lambda: member(None),
     }
-    return {k: v for k, v in everything.items() if not quick or k != "fedkemf_average"}
+    later = ("fedkemf_average", "fedkemf_noise")
+    return {k: v for k, v in everything.items() if not quick or k not in later}
+
+
+def smooth_noise(like: np.ndarray) -> dict[str, np.ndarray]:
+    """Random images of a shape and range: coarse random squares, blown up without edges."""
+    num, high, wide, channels = like.shape
+    coarse = np.random.default_rng(0).random((num, high // 2, wide // 2, channels), np.float32)
+    image = np.asarray(jax.image.resize(coarse, like.shape, "linear"))
+    image = (image > 0.5) * image  # as much background as strokes leave
+    return {"image": (image * like.max()).astype(like.dtype)}
 
 
 def clients_of(work: Work, config: Config) -> list[Federation]:

@@ -121,6 +121,25 @@ def test_before_there_are_variates_scaffold_is_federated_averaging():
     np.testing.assert_allclose(once, plain, rtol=1e-6)
 
 
+def test_with_its_variates_held_at_zero_scaffold_stays_federated_averaging():
+    model, task = springs()
+    ends = {}
+    local = Local(optax.sgd(LR), 1, STEPS)
+    plain, held = fed_avg(model, task, local), scaffold(model, task, local, num_clients=CLIENTS)
+    for name, algorithm in (("plain", plain), ("held", held)):
+        engine = rounds(algorithm, people(), cohort_size=CLIENTS)
+        state = engine.init(model.init(None), jax.random.key(1))
+        for _ in range(4):
+            if name == "held":
+                nothing = jax.tree.map(jnp.zeros_like, (state.server.variate, state.memories))
+                state = state._replace(
+                    server=state.server._replace(variate=nothing[0]), memories=nothing[1]
+                )
+            state, _ = engine.run(state)
+        ends[name] = state.server.variables.params["x"]
+    np.testing.assert_allclose(ends["held"], ends["plain"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fed_nova_weighs_movements_by_their_steps(momentum):
     equal, _ = play(fed_nova, 3, momentum=momentum)

@@ -14,11 +14,13 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.federation import Federation, federate
 from jaxfm.federated.adp import adp
 from jaxfm.federated.ensemble import Distil
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.fed_df import fed_df
+from jaxfm.federated.fed_dp import fed_dp
 from jaxfm.federated.fed_dyn import fed_dyn
 from jaxfm.federated.fed_kemf import fed_kemf
 from jaxfm.federated.fed_md import fed_md
@@ -84,10 +86,10 @@ def padded_member(model: Model, task, local: Local):
     return rafl(net, wide, task, local, DISTIL, budgets, search=search).algorithm
 
 
-def pruned_by_data(model: Model, task, local: Local):
+def pruned_by_data(model: Model, task, local: Local, gates: str = "personal"):
     like = jax.eval_shape(model.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 6), jax.tree.leaves(like.params)[0].dtype)
-    return adp(model_network(model, like, x), model, task, local, rounds=2).algorithm
+    return adp(model_network(model, like, x), model, task, local, rounds=2, gates=gates).algorithm
 
 
 def salient(model: Model, task, local: Local):
@@ -119,9 +121,15 @@ ALGORITHMS = {
     "fed_kemf": two_designs,
     "rafl": padded_member,
     "adp": pruned_by_data,
+    "adp_federated": functools.partial(pruned_by_data, gates="federated"),
+    "fed_dp": fed_dp,
     "spatl": salient,
 }
-every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+VARIANTS = ("adp_federated", "fed_dp")
+every_algorithm = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in ALGORITHMS],
+)
 # Laws that compile a program of their own: the others are built of the same parts, and slow.
 CORE = (
     "fed_avg",
@@ -240,6 +248,19 @@ def test_identical_clients_equal_one_client(name):
     one, _ = run(name, population(name, data._replace(count=once)))
     many, _ = run(name, population(name, data._replace(count=twice)))
     assert_same(one, many)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fed_kemf", "adp", "raffm_3"])
+def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(name, tmp_path):
+    engine_, people = engine(name), population(name, federation())
+    whole, _ = advance(engine_, people, 2)
+    half, _ = advance(engine_, people, 1)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, half)
+        _, state = checkpoints.restore(like=engine_.init(start(), jax.random.key(9)))
+    state, _ = engine_.run(state, people)
+    chex.assert_trees_all_equal(state.server, whole.server)
+    chex.assert_trees_all_equal(state.memories, whole.memories)
 
 
 @every_algorithm
