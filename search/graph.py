@@ -132,7 +132,15 @@ def _program(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Program:
     return Program(_needed(ops, outputs), inputs, held, outputs)
 
 
+def _plain(value: Any) -> Any:
+    """A constant of no mesh: a trace within `jax.shard_map` would hold those of its own."""
+    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
+        return value
+    return value if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) else np.asarray(value)
+
+
 def _constant(const: Any, aval: Any, values: Values, held: dict[int, Any]) -> Atom:
+    const = _plain(const)
     if math.prod(aval.shape) == 1 and not aval.shape:
         return Known(const)
     number = values.new(aval)
@@ -141,7 +149,7 @@ def _constant(const: Any, aval: Any, values: Values, held: dict[int, Any]) -> At
 
 
 def _read(env: dict[Any, Atom], atom: Any) -> Atom:
-    return Known(atom.val) if isinstance(atom, JaxLiteral) else env[atom]
+    return Known(_plain(atom.val)) if isinstance(atom, JaxLiteral) else env[atom]
 
 
 def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[int, Any]) -> None:

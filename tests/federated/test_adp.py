@@ -12,6 +12,7 @@ import pytest
 from jaxfm.data.federation import federate
 from jaxfm.federated.adp import Adp, activity, adp
 from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.compress import compressed, quantised
 from jaxfm.federated.evaluate import client_metrics
 from jaxfm.federated.fed_avg import fed_avg
 from jaxfm.federated.local import Local
@@ -129,6 +130,15 @@ def test_clients_narrow_round_by_round_and_send_less():
         flops = (6 * row * steps * batch + 2 * DENSE * counts)[counts > 0].sum()
         assert info["flops"].sum() == pytest.approx(flops, rel=1e-5)
     assert [s.round for s, _ in run().seen] == list(range(RAMP + 2))
+
+
+def test_what_is_rounded_is_smaller_on_the_wire_and_lands_where_it_is_covered():
+    plan = make()
+    engine = rounds(compressed(plan.algorithm, quantised(8)), population(), cohort_size=5)
+    state, info = engine.run(start(engine))
+    assert 0 < info["bytes_up"].sum() < 0.4 * run().infos[0]["bytes_up"].sum()
+    server, reference = state.server.variables, run().seen[1][0].variables
+    chex.assert_trees_all_close(server.params, reference.params, atol=0.02)
 
 
 def test_scores_are_mean_activations_of_the_clients_own_examples():
