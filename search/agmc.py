@@ -45,6 +45,7 @@ class AgmcState(NamedTuple):
     memory_rewards: Array  # f32[R]
     stored: Array  # i32[], episodes so far
     baseline: Array  # f32[], moving mean of the rewards
+    seed: Array  # u32[], of the samples that are drawn from the memory
 
 
 def agmc(
@@ -132,11 +133,13 @@ def _ddpg(
 
     def init(key: Key) -> AgmcState:
         actor_key, critic_key = jax.random.split(key)
+        sample_key = jax.random.fold_in(key, 2)
         actor, critic = _init_actor(actor_key, num_groups), _init_critic(critic_key, num_groups)
         opt_states = (optimizers[0].init(actor), optimizers[1].init(critic))
         return AgmcState(
             actor, critic, (actor, critic) if published else (), opt_states,
             jnp.zeros((memory, num_groups)), jnp.zeros(memory), jnp.int32(0), jnp.zeros(()),
+            jax.random.bits(sample_key),
         )  # fmt: skip
 
     def ask(state: AgmcState, key: Key) -> tuple[Array, AgmcState]:
@@ -178,7 +181,7 @@ def _ddpg(
         return jax.tree.map(lambda new, old: jnp.where(ready, new, old), learned, state)
 
     def _update(state: AgmcState, rewards: Array, size: Array, i: Array) -> AgmcState:
-        key = jax.random.fold_in(jax.random.key(0), state.stored * updates + i)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.stored * updates + i)
         rows = jax.random.randint(key, (sample,), 0, size)
         taken, reward = state.memory_actions[rows], rewards[rows]
 

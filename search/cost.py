@@ -155,8 +155,8 @@ def counts_of(network: Network, kept: Sequence[np.ndarray]) -> np.ndarray:
 def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
     """Budgets by name: `macs`, `parameters`, `parameter_bytes`, `activation_bytes`.
 
-    A float up to 1 is a share of what the dense network costs; a larger number is absolute. A
-    latency is a Budget of its own (`jaxfm.search.latency`).
+    A real number up to 1 that is no integer is a share of what the dense network costs; a larger
+    number is absolute. A latency is a Budget of its own (`jaxfm.search.latency`).
 
     Raises:
       ValueError: an unknown name or a limit that is not positive.
@@ -169,7 +169,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
         if not limit > 0:
             raise ValueError(f"{name}={limit} must be positive.")
         cost: Expression = getattr(own, name)
-        share = isinstance(limit, float) and limit <= 1
+        share = not isinstance(limit, int | np.integer) and limit <= 1
         out.append(Budget(name, cost, float(cost(dense)) * limit if share else float(limit)))
     return tuple(out)
 

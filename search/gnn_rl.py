@@ -185,10 +185,12 @@ def load_policy(path: str | os.PathLike) -> PyTree:
     return policy
 
 
-def standardised(scores: Array) -> Array:
-    """Scores of a batch with mean 0 and standard deviation 1 (0 where all are equal)."""
-    centred = scores - scores.mean()
-    return centred / (jnp.sqrt(jnp.square(centred).mean()) + 1e-8)
+def standardised(scores: Array, counted: Array | None = None) -> Array:
+    """Scores with mean 0 and standard deviation 1 (0 where all are equal), of those `counted`."""
+    weight = jnp.ones_like(scores) if counted is None else counted.astype(scores.dtype)
+    mean = lambda x: (x * weight).sum() / jnp.maximum(weight.sum(), 1)
+    centred = scores - mean(scores)
+    return centred / (jnp.sqrt(mean(jnp.square(centred))) + 1e-8)
 
 
 def log_normal(x: Array, mean: Array, scale: Array) -> Array:
@@ -289,9 +291,9 @@ def gnn_rl_paper(
         worst = jnp.minimum(-100.0, jnp.where(state.reached, points, 0).min())
         reward = jnp.where(state.reached, points, worst)  # never better than who met the target
         left = jnp.cumsum(state.live[:, ::-1], axis=1)[:, ::-1] - state.live  # steps still to come
-        returns = standardised((reward[:, None] * discount**left).reshape(-1))
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         before, taken, live = flat(state.before), flat(state.actions), state.live.reshape(-1)
+        returns = standardised((reward[:, None] * discount**left).reshape(-1), live)
 
         def log_prob(weights: PyTree) -> Array:
             means = jax.vmap(lambda c: mean(weights, c))(before)

@@ -183,7 +183,7 @@ def _first_reading(functions, treedef, shapes, inputs, paths, ignore, ties):
             names = (path, f"{path}:{d}")
             if any(fnmatch.fnmatch(name, p) for name in names for p in ignore):
                 notes.labels.freeze(axis, IGNORED)
-    _check_patterns(paths, ignore)
+    _check_patterns(paths, leaf_axes, ignore)
     place = {f"{p}:{d}": axis for p, axes in zip(paths, leaf_axes) for d, axis in enumerate(axes)}
     for one, other in ties:
         if one not in place or other not in place:
@@ -214,13 +214,18 @@ def _enter(program: Program, values: Values, leaf_axes: list[list[Axis]], notes:
         notes.axes[number] = [np.zeros((n, 0), np.int64) for n in values.shapes[number]]
 
 
-def _check_patterns(paths: list[str], ignore: Sequence[str]) -> None:
+def _check_patterns(paths: list[str], leaf_axes, ignore: Sequence[str]) -> None:
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore={ignore!r}: give a sequence of patterns, [{ignore!r}].")
+    axes = [f"{p}:{d}" for p, own in zip(paths, leaf_axes, strict=True) for d in range(len(own))]
     for pattern in ignore:
-        plain = pattern.rsplit(":", 1)[0]
-        if not any(fnmatch.fnmatch(p, pattern) or fnmatch.fnmatch(p, plain) for p in paths):
-            close = difflib.get_close_matches(plain, paths, 1)
+        if not any(fnmatch.fnmatch(name, pattern) for name in (*paths, *axes)):
+            close = difflib.get_close_matches(pattern.rsplit(":", 1)[0], paths, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"ignore={pattern!r} matches no parameter{hint} There are {paths}.")
+            raise ValueError(
+                f"ignore={pattern!r} matches no parameter, nor an axis of one ('path:0'){hint} "
+                f"There are {paths}."
+            )
 
 
 def _groups(notes: Reading, leaf_axes, paths) -> tuple[dict[int, int], tuple[Group, ...]]:

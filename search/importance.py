@@ -90,9 +90,9 @@ def _weights(network: Network, params: PyTree, kind: str, gradient: PyTree = Non
         if not is_trained(leaf):
             continue
         for d, axis in enumerate(leaf.axes):
-            if not axis.shape[1] or not _counts(kind, leaf):
+            layered = bool(axis.shape[1]) and _layered(network, leaf, axis)
+            if not axis.shape[1] or not _counts(kind, leaf, layered):
                 continue
-            layered = _layered(network, leaf, axis)
             terms.append((axis, _rate(kind, value, slope, d, layered), layered))
     return terms
 
@@ -129,10 +129,10 @@ def keep(order: Scores, counts: Any) -> Kept:
     return tuple(np.asarray(rank) < counts[g] for g, rank in enumerate(order))
 
 
-def _counts(kind: str, leaf: Leaf) -> bool:
+def _counts(kind: str, leaf: Leaf, layered: bool) -> bool:
     if kind == "scale":
         return bool(_SCALE.search(leaf.path))
-    return kind == "taylor" or len(leaf.shape) > 1
+    return kind == "taylor" or len(leaf.shape) - layered > 1  # no biases, stacked or not
 
 
 def _layered(network: Network, leaf: Leaf, axis: Axis) -> bool:

@@ -107,6 +107,16 @@ def prune(
         a strategy without a score,
         something to ignore in a network that has been read.
     """
+    if strategy is not None and not callable(strategy):
+        raise ValueError("`strategy` is a function of the problem: lambda p: nsga2(p.sizes), say.")
+    if importance == "taylor":
+        raise ValueError(
+            "importance='taylor' needs a loss: give the scores of "
+            "`jaxfm.search.importance(network, params, 'taylor', gradient=...)`."
+        )
+    reads = repaired or importance == "activation"
+    if reads and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
+        raise ValueError("importance='activation' and `repaired` read the inputs: give data.")
     if isinstance(function, Network) and ignore:
         raise ValueError(f"ignore={list(ignore)}: the network has been read; ignore it there.")
     own = (
@@ -145,6 +155,10 @@ def pruned(network: Network, params: PyTree, kept: Kept, result: Result | None =
 def _limits(own: Network, macs_ratio: float | None, budget: Any) -> tuple[Budget, ...]:
     named = dict(budget) if isinstance(budget, Mapping) else {}
     if macs_ratio is not None:
+        if "macs" in named:
+            raise ValueError(
+                f"macs_ratio={macs_ratio} and budget={named} both limit multiply-adds; give one."
+            )
         if not 0 < macs_ratio <= 1:
             raise ValueError(f"macs_ratio={macs_ratio}: give a share, above 0 and up to 1.")
         named["macs"] = float(macs_ratio)

@@ -15,6 +15,7 @@ from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.parallel import generate, plain, speculative
 from jaxfm.search import (
     Budget,
+    budgets,
     costs,
     halving,
     importance,
@@ -344,3 +345,54 @@ def test_rows_serve_one_purpose_each():
     parts = split_rows(20, 5, 8, seed=3)
     assert sorted(np.concatenate(parts).tolist()) == list(range(20))
     assert [len(p) for p in parts] == [5, 8, 7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"macs_ratio": 0.5, "budget": {"macs": 0.3}}, "both limit"),
+        ({"macs_ratio": 0.5, "ignore": ["up:7"]}, "'up:7' matches no parameter, nor an axis"),
+        ({"macs_ratio": 0.5, "ignore": "up"}, r"give a sequence of patterns, \['up'\]"),
+        ({"macs_ratio": 0.5, "importance": "taylor"}, "gradient="),
+        (
+            {"macs_ratio": 0.5, "strategy": random_search(2), "score": lambda run, p: 0.0},
+            "a function of the problem",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        prune(mlp, WIDE, X, **settings)
+
+
+def test_data_are_asked_for_where_they_are_read():
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    with pytest.raises(ValueError, match="give data"):
+        prune(mlp, WIDE, shape, macs_ratio=0.5, repaired=True)
+
+
+def test_numbers_of_numpy_are_shares_too():
+    (one,), (other,) = (budgets(NET, macs=share) for share in (0.5, np.float32(0.5)))
+    assert one.limit == other.limit
+    assert budgets(NET, macs=np.int64(1))[0].limit == 1
+
+
+def test_biases_of_stacked_layers_are_biases():
+    keys = jax.random.split(jax.random.key(0), 4)
+    layer = {
+        "up": jax.random.normal(keys[0], (3, 4, 6)), "bias": jax.random.normal(keys[1], (3, 6)),
+        "down": jax.random.normal(keys[2], (3, 6, 4)),
+    }  # fmt: skip
+    block = lambda x, p: x + jax.nn.relu(x @ p["up"] + p["bias"][None]) @ p["down"]
+    x = jax.random.normal(keys[3], (2, 4))
+    stacked = lambda p, x: jax.lax.scan(lambda x, p: (block(x, p), None), x, p)[0]
+
+    def listed(p, x):
+        for own in p:
+            x = block(x, own)
+        return x
+
+    apart = [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(3)]
+    (together,) = importance(network(stacked, layer, x), layer, "l2")
+    for row, one in zip(together, importance(network(listed, apart, x), apart, "l2"), strict=True):
+        np.testing.assert_allclose(row, one, rtol=1e-5)
