@@ -7,8 +7,10 @@ sliced   smaller parameters, smaller activations: an ordinary function to jit, d
          export and deploy.
 
 Laws: masked == sliced; with everything kept both are the function itself. Where a mean runs over a
-cut axis, its divisor is the number that is left; every other constant stays what it was (a pruned
-head keeps the temperature that it was trained with).
+cut axis, its divisor is the number that is left: of a sum, or of a product of a value with itself
+(`einsum("nc,nc->n", h, h) / C`). Every other constant stays what it was (a pruned head keeps the
+temperature that it was trained with), a number made of the size in another way, too: C - 1, or the
+square root of C.
 """
 
 from __future__ import annotations

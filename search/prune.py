@@ -94,7 +94,8 @@ def prune(
       importance: which units of a group stay: "l1", "l2", "scale", "activation", or scores of your
         own ("taylor" needs a loss: `jaxfm.search.importance`).
       channel_multiple: groups keep multiples of it, or all.
-      ignore: patterns over the paths of parameters that stay whole.
+      ignore: patterns over the paths of parameters, or their axes ("path:0"), that stay whole. Name
+        the rows of a table that one-hot rows are multiplied with: they are units like others.
       strategy: `(problem) -> Strategy`, such as `lambda p: nsga2(p.sizes)`; None cuts all groups
         alike.
       score: for a strategy: `(run, params) -> f32[]`, higher is better; `run(params, *inputs)`

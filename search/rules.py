@@ -522,6 +522,11 @@ def _note_sums(c: _Context, op: Op) -> None:
         axes = c.axes(sources[0])
         earlier = to.summed.get(sources[0], ())
         to.summed[op.outputs[0]] = (*earlier, *(axes[d] for d in op.params["axes"]))
+    elif op.name == "dot_general" and len(sources) == 2 and sources[0] == sources[1]:
+        (contracted, other), _ = op.params["dimension_numbers"]
+        if contracted == other:  # squares, summed
+            axes = c.axes(sources[0])
+            to.summed[op.outputs[0]] = tuple(axes[d] for d in contracted)
     elif op.name in _SEEN_THROUGH and sources and sources[0] in to.summed:
         to.summed[op.outputs[0]] = to.summed[sources[0]]
     elif op.name in ("div", "mul"):

@@ -396,3 +396,25 @@ def test_biases_of_stacked_layers_are_biases():
     (together,) = importance(network(stacked, layer, x), layer, "l2")
     for row, one in zip(together, importance(network(listed, apart, x), apart, "l2"), strict=True):
         np.testing.assert_allclose(row, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mean_square",
+    [
+        lambda h: jnp.square(h).mean(-1),
+        lambda h: jnp.einsum("nc,nc->n", h, h) / h.shape[-1],
+        lambda h: jax.vmap(jnp.dot)(h, h) * (1 / h.shape[-1]),
+    ],
+    ids=["mean", "einsum", "dot"],
+)
+def test_a_slice_is_the_same_function_at_the_smaller_width(mean_square):
+    def normed(params, x):
+        h = x @ params["up"]
+        return (h * jax.lax.rsqrt(mean_square(h) + 1e-6)[:, None]) @ params["mid"]
+
+    params = {name: WIDE[name] for name in ("up", "mid")}
+    small = prune(normed, params, X, macs_ratio=0.5)
+    assert small.params["up"].shape[1] < 16
+    np.testing.assert_allclose(
+        small.apply(small.params, X), normed(small.params, X), rtol=1e-5, atol=1e-6
+    )
