@@ -166,10 +166,9 @@ def adp(
     def travels(upload: AdpUpload) -> AdpUpload:
         # Federated masks follow from the download, personal ones are a bit a unit.
         bits = 0.0 if federated else 1 / 8
-        return AdpUpload(
-            jax.tree.map(lambda m: m.mean(dtype=jnp.float32), covered(upload.masks)), 1.0,
-            (bits,) * len(upload.masks), (1.0,) * len(upload.scores),
-        )  # fmt: skip
+        shares = jax.tree.map(lambda m: m.mean(dtype=jnp.float32), covered(upload.masks))
+        whole = jax.tree.map(lambda _: 1.0, upload)
+        return whole._replace(step=shares, masks=(bits,) * len(upload.masks))
 
     def server(state: AdpState, totals: Mean, public, key: Key):
         anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()

@@ -4,7 +4,7 @@
     class Config:
         rounds: int = option(100, "rounds of training")
         sampler: Literal["uniform", "weighted"] = option("uniform", "how a cohort is drawn")
-        model: ModelConfig = ModelConfig()  # its fields become --model.width, ...
+        model: ModelConfig = ModelConfig()  # its fields become --model.family, ...
 
         def __post_init__(self):
             check(self)
@@ -17,7 +17,8 @@
         run(main, Config)
 
 A field is an int, float, str, bool, Literal, tuple of these, any of these or None, or another
-config. A name that is unknown, in code, in a file or on the command line, raises with a suggestion.
+config, whose name alone stands for its first field (--model=cnn). A name that is unknown, in code,
+in a file or on the command line, raises with a suggestion.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import textwrap
 import types
@@ -67,14 +69,16 @@ def override(config: T, *assignments: str) -> T:
         ValueError: an unknown name (with a suggestion), or a text that is not a value of the field.
     """
     values = to_dict(config)
-    known = {leaf.name: leaf for leaf in _options(type(config))}
+    known = _names(type(config))
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r}: write name=value.")
         if name not in known:
-            raise ValueError(f"{type(config).__name__} has no {name!r}. {_suggest(name, known)}")
-        _put(values, name, _parse(known[name].annotation, text, name))
+            hint = _suggest(name, known, helps={full: leaf.help for full, leaf in known.items()})
+            raise ValueError(f"{type(config).__name__} has no {name!r}. {hint}")
+        leaf = known[name]
+        _put(values, leaf.name, _parse(leaf.annotation, text, leaf.name))
     return from_dict(type(config), values)
 
 
@@ -106,16 +110,16 @@ def load(cls: type[T], path: str | os.PathLike[str]) -> T:
 
 
 def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one absl flag for each field of `cls` (--model.width for a nested one), and --config.
+    """Defines an absl flag for each field of `cls` (--model.width for a nested one), and --config.
 
     Raises:
         TypeError: a field is of a type that has no textual form.
     """
-    for leaf in _options(cls):
+    for name, leaf in _names(cls).items():
         if leaf.annotation is bool:
-            flag: flags.Flag = flags.BooleanFlag(leaf.name, None, leaf.help)
+            flag: flags.Flag = flags.BooleanFlag(name, None, leaf.help)
         else:
-            flag = flags.Flag(_Parser(leaf), None, leaf.name, None, leaf.help)
+            flag = flags.Flag(_Parser(leaf), None, name, None, leaf.help)
         flags.DEFINE_flag(flag, flag_values, module_name=sys.argv[0])
     if "config" not in flag_values:
         flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=flag_values)
@@ -125,9 +129,9 @@ def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
     """The config that parsed flags describe: defaults, then --config, then the flags given."""
     path = flag_values["config"].value
     values = _read(path) if path else {}
-    for leaf in _options(cls):
-        if flag_values[leaf.name].present:
-            _put(values, leaf.name, _to_json(flag_values[leaf.name].value))
+    for name, leaf in reversed(_names(cls).items()):  # a field's full name wins
+        if flag_values[name].present:
+            _put(values, leaf.name, _to_json(flag_values[name].value))
     return from_dict(cls, values)
 
 
@@ -148,8 +152,10 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
                 raise ValueError(f"{extra[0]!r} is no flag: write --name=value.")
             return from_flags(cls)
         except flags.UnrecognizedFlagError as error:
-            names = ["config", *(leaf.name for leaf in _options(cls))]
-            message = f"Unknown flag --{error.flagname}. {_suggest(error.flagname, names, '--')}"
+            helps = {"config": _CONFIG_HELP}
+            helps |= {name: leaf.help for name, leaf in _names(cls).items()}
+            hint = _suggest(error.flagname, helps, "--", helps)
+            message = f"Unknown flag --{error.flagname}. {hint}"
         except (flags.Error, ValueError, TypeError, OSError) as error:
             message = str(error)
         print(f"error: {message}\nTry --help.", file=sys.stderr)
@@ -175,6 +181,7 @@ def describe(cls: type, text: str = "") -> str:
         head = leaf.name.rpartition(".")[0]
         if head != section:
             lines += ["", f"{head}: {(leaf.owner.__doc__ or '').strip().splitlines()[0]}"]
+            lines.append(f"  --{head}=X is --{leaf.name}=X.")
             section = head
         default = "required" if leaf.default is dataclasses.MISSING else _show(leaf.default)
         lines.append(f"  --{leaf.name}={default}  ({_type_name(leaf.annotation)})")
@@ -235,6 +242,16 @@ def _options(cls: type, prefix: str = "", base: Any = None) -> Iterator[_Option]
         yield _Option(prefix + field.name, annotation, default, help, cls)
     for arguments in nested:
         yield from _options(*arguments)
+
+
+def _names(cls: type) -> dict[str, _Option]:
+    """The leaves by name; then by that of a nested config, which stands for its first."""
+    leaves = {leaf.name: leaf for leaf in _options(cls)}
+    firsts: dict[str, _Option] = {}
+    for name, leaf in leaves.items():
+        firsts.setdefault(name.rpartition(".")[0], leaf)
+    firsts.pop("", None)
+    return leaves | firsts
 
 
 def _unpack_optional(annotation: Any) -> tuple[Any, bool]:
@@ -390,13 +407,17 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The sentence that names what is nearest to `name`, or all there is."""
+def _suggest(
+    name: str, known: Iterable[str], prefix: str = "", helps: Mapping[str, str] = {}
+) -> str:
+    """The sentence that names what is nearest to `name`, or speaks of it, or all there is."""
     known = list(known)
     head, _, last = name.rpartition(".")
     best = difflib.get_close_matches(last, [full.rpartition(".")[2] for full in known], n=1)
     near = [full for full in known if full.rpartition(".")[2] in best]
     near = [full for full in near if full.rpartition(".")[0] == head] or near
+    words = lambda full: re.split(r"[\W_]+", f"{full} {helps.get(full, '')}".lower())
+    near = near or [full for full in known if last.lower() in words(full)]
     if near:
         return "Did you mean " + " or ".join(prefix + full for full in near) + "?"
     return "Known: " + ", ".join(prefix + full for full in known) + "."

@@ -6,6 +6,7 @@ A new one is a line in `ALGORITHMS`; --algorithm and --compare know it from ther
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -78,15 +79,12 @@ class DistilConfig:
 
     def __post_init__(self):
         check(self)
-        if (
-            min(self.steps, self.batch_size) < 1
-            or not min(self.learning_rate, self.temperature) > 0
-        ):
-            raise ValueError(
-                f"distil.steps={self.steps} and distil.batch_size={self.batch_size} must be at "
-                f"least 1, distil.learning_rate={self.learning_rate} and distil.temperature="
-                f"{self.temperature} above 0."
-            )
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distil.{name}={getattr(self, name)}: give at least 1.")
+        for name in ("learning_rate", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"distil.{name}={getattr(self, name)}: give a number above 0.")
 
 
 class Parts(NamedTuple):
@@ -230,6 +228,7 @@ def _adp(config: FederateConfig, p: Parts) -> Made:
 
 
 NEEDS_PUBLIC = ("fed_df", "fed_md")  # fed_kemf and rafl distil where there are public data
+SENDS_LOGITS = ("fed_md",)  # not movements, whose rest may come later
 
 ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
     "fed_avg": lambda c, p: Made(fed_avg(p.model, p.task, p.local)),
@@ -244,7 +243,7 @@ ALGORITHMS: dict[str, Callable[[FederateConfig, Parts], Made]] = {
     "scaffold": lambda c, p: Made(scaffold(p.model, p.task, p.local, num_clients=p.num_clients)),
     "fed_nova": lambda c, p: Made(fed_nova(p.model, p.task, p.local)),
     "fed_dyn": lambda c, p: Made(
-        fed_dyn(p.model, p.task, p.local, num_clients=p.num_clients, alpha=c.alpha)
+        fed_dyn(p.model, p.task, p.local, num_clients=p.num_clients, alpha=c.fed_dyn_alpha)
     ),
     "fed_dp": lambda c, p: Made(fed_dp(p.model, p.task, p.local, threshold=c.threshold)),
     "fed_per": lambda c, p: Made(fed_per(p.model, p.task, p.local, is_personal=p.is_last)),

@@ -3,6 +3,8 @@
     python -m jaxfm.launch.federate
     python -m jaxfm.launch.federate --algorithm=hetero_fl --tiers=1.0,0.5,0.25
     python -m jaxfm.launch.federate --data.source=mnist --data.folder=... --data.partition=dirichlet
+    python -m jaxfm.launch.federate --data.source=cifar10 --data.folder=cifar10.npz \
+        --model.family=resnet20 --local.name=sgd
     python -m jaxfm.launch.federate --compare=fed_avg,scaffold,hetero_fl --seeds=3 \
         --profile=pi,phone,laptop --local.name=sgd
 
@@ -17,21 +19,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import config as configs
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
+from jaxfm.cost import num_bytes
 from jaxfm.data.federation import summary
-from jaxfm.federated.algorithm import Algorithm, Profile
+from jaxfm.federated.algorithm import Algorithm, Bucket, Profile
 from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics
 from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.ledger import ClientCost, client_costs, client_work, round_costs
+from jaxfm.federated.ledger import (
+    ClientCost,
+    client_costs,
+    client_shapes,
+    client_work,
+    round_costs,
+)
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import IsPersonal, head, under
 from jaxfm.federated.resources import (
@@ -49,6 +60,7 @@ from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
 from jaxfm.launch.algorithms import (
     ALGORITHMS,
     NEEDS_PUBLIC,
+    SENDS_LOGITS,
     DistilConfig,
     Parts,
     make_algorithm,
@@ -57,7 +69,6 @@ from jaxfm.launch.compare import compare
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     NUM_CLASSES,
-    WIDTH_AXES,
     Data,
     DataConfig,
     ModelConfig,
@@ -70,11 +81,13 @@ from jaxfm.launch.setup import (
     save_results,
     spread,
     use_cores,
+    width_axes,
 )
 from jaxfm.log import RunLog, progress
-from jaxfm.model import Model, Variables, count_parameters
+from jaxfm.model import Model, PyTree, Variables, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.subnet import Subnet, axis_sizes, width
+from jaxfm.tasks import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +127,7 @@ class FederateConfig:
         "client's own --data.local_validation rows",
     )
     policy: str = option("", "select=agent: policy.safetensors of a search, for all to start from")
-    alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
+    fed_dyn_alpha: float = option(0.01, "fed_dyn: weight of the regularisation")
     threshold: float = option(1e-3, "fed_dp: weights below it become zero after a local epoch")
     upload: Literal["full", "8bit", "4bit", "top_k"] = option(
         "full", "how uploads travel: floats, randomly rounded, or the largest alone, in 8 bits"
@@ -137,8 +150,20 @@ class FederateConfig:
                             ("max_steps", 0), ("eval_every", 1), ("eval_examples", 0),
                             ("test_examples", 0), ("clients_at_once", 0), ("seeds", 1),
                             ("deadline_s", 0)):  # fmt: skip
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
+        for name, fits, wanted in (
+            ("drop_rate", 0 <= self.drop_rate < 1, "a probability from 0 and below 1"),
+            ("mu", 0 <= self.mu < math.inf, "a weight of at least 0"),
+            ("server_learning_rate", 0 < self.server_learning_rate < math.inf, "a number above 0"),
+            ("server_momentum", 0 <= self.server_momentum < 1, "a number from 0 and below 1"),
+            ("keep", 0 < self.keep <= 1, "a share above 0 and up to 1"),
+            ("fed_dyn_alpha", 0 < self.fed_dyn_alpha < math.inf, "a weight above 0"),
+            ("threshold", 0 <= self.threshold < math.inf, "a number of at least 0"),
+            ("top_k", 0 < self.top_k <= 1, "a share above 0 and up to 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)}: give {wanted}.")
         if self.cohort > self.data.num_clients:
             raise ValueError(
                 f"cohort={self.cohort}: there are data.num_clients={self.data.num_clients}."
@@ -147,8 +172,6 @@ class FederateConfig:
             raise ValueError("select=agent judges by rows held back: give --data.local_validation.")
         if self.policy and self.select != "agent":
             raise ValueError(f"policy={self.policy!r} is for --select=agent.")
-        if not 0 < self.top_k <= 1:
-            raise ValueError(f"top_k={self.top_k}: give a share above 0 and up to 1.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
             raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
         for name in (self.algorithm, *self.compare):
@@ -158,6 +181,11 @@ class FederateConfig:
             if name in NEEDS_PUBLIC and not self.data.public:
                 raise ValueError(
                     f"algorithm={name} distils from public data: give --data.public, 0.1 say."
+                )
+            if name in SENDS_LOGITS and self.upload != "full":
+                raise ValueError(
+                    f"upload={self.upload}: {name} uploads predictions, whose small entries count "
+                    "like the others, and no movements; leave it at full."
                 )
         if self.profile:
             fleet(self.profile, 1)  # raises for unknown names
@@ -176,6 +204,7 @@ class Setting(NamedTuple):
       machines: what time and energy are told of; None: neither is.
       deadline_s: of a round on them.
       personal: of `client_metrics`, compiled once.
+      shared: of `shared_models`.
     """
 
     data: Data
@@ -189,6 +218,7 @@ class Setting(NamedTuple):
     machines: Device | None
     deadline_s: float
     personal: Callable[..., dict[str, np.ndarray]]
+    shared: dict[int, Callable[[PyTree], Variables]]
 
 
 class Trained(NamedTuple):
@@ -220,8 +250,9 @@ def prepare(config: FederateConfig) -> Setting:
     model = make_model(config.model, data)
     variables = model.init(jax.random.key(config.seed))
     local = Local(make_optimizer(config.local), config.batch_size, config.epochs)
-    family = family_of(config.model, data)
-    tiers = make_tiers(model, variables, family, config.tiers)
+    sizes = axis_sizes(variables, model.axes)
+    axes = width_axes(family_of(config.model, data), sizes)
+    tiers = make_tiers(sizes, axes, config.tiers)
     counts = np.asarray(data.train.count)
     wanted = config.epochs * -(-counts // config.batch_size)
     wanted = np.minimum(wanted, config.max_steps) if config.max_steps else wanted
@@ -241,8 +272,8 @@ def prepare(config: FederateConfig) -> Setting:
 
     is_last = last_layer(model)
     parts = Parts(
-        model, variables, data.task, local, len(counts), is_last, tiers, WIDTH_AXES[family],
-        tier_of, data.public, spread(data.validation, 2),
+        model, variables, data.task, local, len(counts), is_last, tiers, axes, tier_of,
+        data.public, spread(data.validation, 2),
         NUM_CLASSES if "label" in data.validation else None,
     )  # fmt: skip
     algorithm, start, bucket = make_algorithm(config, parts)
@@ -253,7 +284,7 @@ def prepare(config: FederateConfig) -> Setting:
     return Setting(
         data, model, variables, tiers, algorithm, population, costs,
         np.minimum(wanted, np.asarray(placed.profiles.max_steps)), placed.machines,
-        placed.deadline_s, personal,
+        placed.deadline_s, personal, shared_models(algorithm, population, variables, data.public),
     )  # fmt: skip
 
 
@@ -294,6 +325,32 @@ def assigned(
     return Placed(bucket, known, None, float("inf"))
 
 
+def shared_models(
+    algorithm: Algorithm, population: Population, variables: Variables, public: PyTree
+) -> dict[int, Callable[[PyTree], Variables]]:
+    """The buckets whose clients all have the same model, whatever they keep.
+
+    Args:
+      variables: that the run starts from.
+    Returns:
+      By bucket, `(server state) -> variables`.
+    """
+    server = jax.eval_shape(algorithm.init, variables)
+    shared: dict[int, Callable[[PyTree], Variables]] = {}
+    for b, bucket in enumerate(algorithm.buckets):
+        memory = client_shapes(bucket, population, server, public)[1]
+        program = jax.make_jaxpr(bucket.personal)(server, memory).jaxpr
+        kept = program.invars[len(jax.tree.leaves(server)) :]
+        read = [*program.outvars, *(x for equation in program.eqns for x in equation.invars)]
+        if not {id(x) for x in kept} & {id(x) for x in read}:
+            shared[b] = functools.partial(_without_memory, bucket, memory)
+    return shared
+
+
+def _without_memory(bucket: Bucket, memory: PyTree, server: PyTree) -> Variables:
+    return bucket.personal(server, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory))
+
+
 def last_layer(model: Model) -> IsPersonal:
     """The classifier; of a perceptron, its last layer."""
 
@@ -306,12 +363,11 @@ def last_layer(model: Model) -> IsPersonal:
 
 
 def make_tiers(
-    model: Model, variables: Variables, family: str, ratios: tuple[float, ...]
+    sizes: Mapping[str, int], axes: tuple[str, ...], ratios: tuple[float, ...]
 ) -> tuple[Subnet, ...]:
-    """Prefix windows of the widths that the family names, the widest first."""
-    sizes = axis_sizes(variables, model.axes)
+    """Prefix windows of some of the axes, whose sizes are given, the widest first."""
     ordered = sorted(ratios, reverse=True)
-    return tuple(width(sizes, dict.fromkeys(WIDTH_AXES[family], ratio)) for ratio in ordered)
+    return tuple(width(sizes, dict.fromkeys(axes, ratio)) for ratio in ordered)
 
 
 def describe_clients(setting: Setting) -> str:
@@ -416,14 +472,12 @@ def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[
 
     With local validation rows the mean of clients' own metrics on these, too.
     """
-    data, algorithm = setting.data, setting.algorithm
+    data = setting.data
     some = spread(data.validation, config.eval_examples)
     line: dict[str, float] = {}
-    for b in watched(setting, state):
+    for b in watched(setting):
         prefix = f"validation/bucket{b}" if b else "validation"
-        metrics = global_metrics(
-            algorithm, state, data.task, some, batch_size=_EVAL_BATCH, bucket=b
-        )
+        metrics = on_server(setting, state, some, b)
         line |= {f"{prefix}/{name}": value for name, value in metrics.items()}
     if data.local_validation is not None:
         own = three_metrics(setting.personal(state, data.local_validation), {})
@@ -431,42 +485,45 @@ def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[
     return line
 
 
-def watched(setting: Setting, state: RunState) -> list[int | None]:
+def watched(setting: Setting) -> list[int | None]:
     """The models to validate: of buckets; the global one (None) where clients have their own."""
-    shared: list[int | None] = [*alike(setting, state)]
+    shared: list[int | None] = [*setting.shared]
     return shared or ([None] if setting.algorithm.model else [])
+
+
+def on_server(
+    setting: Setting, state: RunState, examples: Mapping, bucket: int | None
+) -> dict[str, float]:
+    """Metrics of the model of a bucket of `setting.shared`, or of the global one (None)."""
+    task, algorithm = setting.data.task, setting.algorithm
+    if bucket is None:
+        return global_metrics(algorithm, state, task, examples, batch_size=_EVAL_BATCH)
+    model, variables = algorithm.buckets[bucket].model, setting.shared[bucket](state.server)
+    assert model is not None  # `client_metrics` has asked for it
+    return evaluate(model.apply, variables, task, examples, batch_size=_EVAL_BATCH)
 
 
 def measure(
     config: FederateConfig, setting: Setting, state: RunState
 ) -> tuple[dict[str, float], list[dict[str, float]], dict[str, np.ndarray]]:
     """The three metrics on the test sets, those of each bucket, and those of each client."""
-    data, algorithm, bucket_of = setting.data, setting.algorithm, setting.population.bucket
-    test = spread(data.test, config.test_examples)
-    on_test = lambda bucket: global_metrics(
-        algorithm, state, data.task, test, batch_size=_EVAL_BATCH, bucket=bucket
-    )
-    own = setting.personal(state, data.local_test)
-    shared = alike(setting, state)
+    algorithm, bucket_of = setting.algorithm, setting.population.bucket
+    test = spread(setting.data.test, config.test_examples)
+    own = setting.personal(state, setting.data.local_test)
 
     def of_bucket(b: int) -> dict[str, float]:
-        if b in shared:
-            return on_test(b)
+        if b in setting.shared:
+            return on_server(setting, state, test, b)
         return {name: _mean(values[bucket_of == b]) for name, values in own.items()}
 
     tiers = [of_bucket(b) for b in range(len(algorithm.buckets))]
-    overall = on_test(None) if algorithm.model else {}
+    overall = on_server(setting, state, test, None) if algorithm.model else {}
     return three_metrics(own, overall), tiers, own
 
 
 def _mean(values: np.ndarray) -> float:
     some = values[~np.isnan(values)]
     return float(some.mean()) if some.size else float("nan")
-
-
-def alike(setting: Setting, state: RunState) -> list[int]:
-    """The buckets whose clients all have the same model: all where no client keeps anything."""
-    return [] if jax.tree.leaves(state.memories) else list(range(len(setting.algorithm.buckets)))
 
 
 def main(config: FederateConfig) -> None:
@@ -495,7 +552,8 @@ def run(config: FederateConfig) -> pathlib.Path:
 
 def results(config: FederateConfig, setting: Setting, trained: Trained) -> dict:
     """What the report tells, as JSON."""
-    full, population = max(setting.costs, key=lambda cost: cost.parameters), setting.population
+    population, model = setting.population, jax.eval_shape(setting.model.init, jax.random.key(0))
+    full = num_bytes((model.params, model.stats))
     mix = config.profile or ("",)
     return {
         "rounds": config.rounds,
@@ -508,8 +566,8 @@ def results(config: FederateConfig, setting: Setting, trained: Trained) -> dict:
         ],
         "totals": trained.totals,
         "full_model": {
-            "bytes_down": trained.totals["selected"] * full.bytes_down,
-            "bytes_up": trained.totals["reported"] * full.bytes_up,
+            "bytes_down": trained.totals["selected"] * full,
+            "bytes_up": trained.totals["reported"] * full,
         },
         "clients": [
             {

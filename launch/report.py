@@ -112,7 +112,7 @@ def _figures(metrics: list[dict], results: Mapping) -> list[Card]:
         worst = part["test"][f"worst_decile/{metric}"]
         figures.append(Card("worst decile", worst, "of clients, on their own test data"))
         up, full = part["totals"]["bytes_up"], part["full_model"]["bytes_up"]
-        note = f"{full / max(up, 1):.2f}x less than the full model" if full > up else "all clients"
+        note = f"{up / max(full, 1):.0%} of what full models would be"
         figures.append(Card("MB uploaded", up / 1e6, note))
         if "seconds" in part["totals"]:
             note = f"{part['totals']['joules']:,.0f} J of all clients, simulated"

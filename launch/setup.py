@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -25,7 +26,14 @@ from jaxfm.data.source import Source
 from jaxfm.data.stdlib import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
-from jaxfm.models import CnnConfig, DecoderConfig, VitConfig, build
+from jaxfm.models import (
+    CnnConfig,
+    DecoderConfig,
+    VitConfig,
+    build,
+    resnet_config,
+    vgg_config,
+)
 from jaxfm.models.cnn import mlp
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer, bytes_per_token, load_tokenizer
 
@@ -41,7 +49,9 @@ class DataConfig:
         "stdlib: the running Python's own source code, and digits: scikit-learn's, need no files; "
         "text, mnist and cifar10 are read from --data.folder",
     )
-    folder: str = option("", "folder of the data, in its standard format")
+    folder: str = option(
+        "", "path of the data's folder, in its standard format; of cifar10 also of an .npz file"
+    )
     writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
     tokenizer: str = option("bytes", "text only: bytes, or a folder with a Hugging Face tokenizer")
     length: int = option(128, "text only: tokens of a row")
@@ -50,7 +60,9 @@ class DataConfig:
         "how examples are dealt to clients; natural: by package (stdlib), sub-folder (text), "
         "writer (mnist); auto: natural where there are owners, else dirichlet",
     )
-    beta: float = option(0.5, "concentration of dirichlet (by label) and quantity (by size)")
+    beta: float = option(
+        0.5, "concentration (often called alpha) of dirichlet (by label) and quantity (by size)"
+    )
     shards_per_client: int = option(2, "of the shards partition")
     num_clients: int = option(24, "clients; of a natural partition the largest")
     local_test: float = option(0.1, "share of each client's rows held out as its local test set")
@@ -65,8 +77,11 @@ class DataConfig:
         check(self)
         if self.source in ("text", "mnist", "cifar10") and not self.folder:
             raise ValueError(f"data.source={self.source} is read from files: give --data.folder.")
-        if self.num_clients < 1:
-            raise ValueError(f"data.num_clients={self.num_clients}: give at least 1.")
+        for name in ("num_clients", "shards_per_client", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: give at least 1.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"data.beta={self.beta}: give a concentration above 0.")
         if not 0 < self.local_test < 1:
             raise ValueError(f"data.local_test={self.local_test}: give a share between 0 and 1.")
         for name in ("local_validation", "public"):
@@ -208,9 +223,13 @@ def _deal(config: DataConfig, train: Source, seed: int) -> tuple[list[np.ndarray
 class ModelConfig:
     """Which network; sizes that a family does not have are not looked at."""
 
-    family: Literal["auto", "decoder", "cnn", "mlp", "vit"] = option(
-        "auto", "auto: decoder for text, cnn for images"
-    )
+    family: Literal[
+        "auto", "decoder", "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32",
+        "resnet34", "resnet44", "resnet56", "resnet110", "vgg11", "vgg16",
+    ] = option(
+        "auto",
+        "auto: decoder for text, cnn for images; resnet* and vgg* as they are for 32x32 images",
+    )  # fmt: skip
     embed_dim: int = option(128, "decoder, vit: width of the residual stream")
     num_layers: int = option(4, "decoder, vit: layers")
     num_heads: int = option(4, "decoder, vit: attention heads")
@@ -222,13 +241,11 @@ class ModelConfig:
         check(self)
 
 
-# The axes that tiers of a width cut.
-WIDTH_AXES = {
-    "decoder": ("embed", "mlp", "kv_heads"),
-    "vit": ("embed", "mlp", "kv_heads"),
-    "cnn": ("conv1", "conv2", "dense"),
-    "mlp": ("hidden1",),
-}
+def width_axes(family: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes that tiers of a width cut; `sizes` are those of all axes of the model."""
+    if family in ("decoder", "vit"):
+        return ("embed", "mlp", "kv_heads")
+    return tuple(sorted(sizes.keys() - {"input", "channel", "class"}))
 
 
 def family_of(config: ModelConfig, data: Data) -> str:
@@ -242,7 +259,7 @@ def family_of(config: ModelConfig, data: Data) -> str:
 
 
 def make_model(config: ModelConfig, data: Data) -> Model:
-    """A model that fits the data."""
+    """A model that fits the data; raises ValueError where the family cannot."""
     family = family_of(config, data)
     if family == "decoder":
         assert data.tokenizer is not None
@@ -256,17 +273,32 @@ def make_model(config: ModelConfig, data: Data) -> Model:
             )
         )  # fmt: skip
     height, width, channels = data.validation["image"].shape[1:]
-    image = {"image_size": (height, width), "num_channels": channels, "dtype": config.dtype}
+    image = {
+        "image_size": (height, width), "num_channels": channels, "num_classes": NUM_CLASSES,
+        "dtype": config.dtype,
+    }  # fmt: skip
     if family == "cnn":
         return build(CnnConfig(**image))
     if family == "mlp":
-        return mlp((height * width * channels, 200, 10))
-    return build(
-        VitConfig(
-            **image, patch_size=max(2, height // 8), embed_dim=config.embed_dim,
-            num_layers=config.num_layers, num_heads=config.num_heads, mlp_dim=config.mlp_dim,
+        return mlp((height * width * channels, 200, NUM_CLASSES))
+    if family == "vit":
+        return build(
+            VitConfig(
+                **image, patch_size=max(2, height // 8), embed_dim=config.embed_dim,
+                num_layers=config.num_layers, num_heads=config.num_heads, mlp_dim=config.mlp_dim,
+            )
+        )  # fmt: skip
+    kind = family.rstrip("0123456789")
+    depth = int(family.removeprefix(kind))
+    if kind == "resnet":
+        del image["image_size"]  # any will do
+        return build(resnet_config(depth, stem="cifar", **image))
+    if height != width or height < 32:
+        raise ValueError(
+            f"model.family={family} halves its images five times: it takes squares of 32x32 or "
+            f"more, and these are {height}x{width}. Choose a resnet, or cnn."
         )
-    )  # fmt: skip
+    return build(vgg_config(depth, cifar=True, **(image | {"image_size": height})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,11 +312,13 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check(self)
-        if self.learning_rate < 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be "
-                "positive (a learning rate of 0: the optimizer's own)."
-            )
+        for name, fits, wanted in (
+            ("learning_rate", 0 <= self.learning_rate < math.inf, "one above 0, or 0 for its own"),
+            ("momentum", 0 <= self.momentum < 1, "a number from 0 and below 1"),
+            ("clip_norm", self.clip_norm > 0, "a norm above 0; inf clips nothing"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)}: give {wanted}.")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

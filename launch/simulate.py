@@ -12,6 +12,7 @@ seconds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +51,8 @@ class SimulateConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
         for name in ("stage_s", "draft_s", "link_s", "token_cost", "jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a time cannot be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give a time of at least 0.")
         rising = sorted(self.right) == list(self.right)
         if not self.right or not rising or not 0 <= self.right[0] <= self.right[-1] <= 1:
             raise ValueError(f"right={self.right}: give rising probabilities between 0 and 1.")

@@ -35,7 +35,6 @@ from jaxfm.data.federation import merge
 from jaxfm.launch.pretrain import TrainState, train_steps
 from jaxfm.launch.report import main_metric, write_report
 from jaxfm.launch.setup import (
-    WIDTH_AXES,
     Data,
     DataConfig,
     ModelConfig,
@@ -47,12 +46,14 @@ from jaxfm.launch.setup import (
     open_run,
     save_results,
     spread,
+    width_axes,
 )
 from jaxfm.model import Array, Model, Variables, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.search import Budget, member_macs
 from jaxfm.search.evolve import evolve, fit_predictor
 from jaxfm.search.supernet import Supernet, recalibrate, sandwich, supernet
+from jaxfm.subnet import axis_sizes
 from jaxfm.tasks import Task, evaluate
 from jaxfm.tasks.evaluate import metric_totals
 
@@ -133,7 +134,8 @@ def train(config: SupernetConfig, data: Data, model: Model) -> Trained:
 
 
 def _elastic(config: SupernetConfig, data: Data, model: Model, variables: Variables) -> Supernet:
-    axes = config.axes or WIDTH_AXES[family_of(config.network, data)]
+    sizes = axis_sizes(variables, model.axes)
+    axes = config.axes or width_axes(family_of(config.network, data), sizes)
     return supernet(
         model, variables, axes, shared=tuple(axes) if config.alike else ("embed",),
         multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,

@@ -100,6 +100,15 @@ def test_flags_left_out_keep_defaults_and_a_parents_defaults():
     assert from_dict(Config, {"draft": {"rates": [0.25]}}).draft == Model(width=16, rates=(0.25,))
 
 
+def test_the_name_of_a_nested_config_stands_for_its_first_field():
+    assert parse("--model=8", "--draft=9") == Config(model=Model(width=8), draft=Model(width=9))
+    assert override(Config(), "model=8") == Config(model=Model(width=8))
+    assert parse("--model.width=9", "--model=8").model.width == 9  # the full name wins
+    assert "--draft=X is --draft.width=X." in config_lib.describe(Config)
+    with pytest.raises(ValueError, match=r"model\.width='wide': write a value of type int"):
+        override(Config(), "model=wide")
+
+
 def test_a_saved_config_is_where_flags_start(tmp_path):
     saved = Config(rounds=3, clip=math.inf, model=Model(width=8))
     path = tmp_path / "config.json"
@@ -118,6 +127,7 @@ def test_a_saved_config_is_where_flags_start(tmp_path):
         ("ronds=3", "Config has no 'ronds'. Did you mean rounds?"),
         ("model.widht=3", "Config has no 'model.widht'. Did you mean model.width?"),
         ("rates=1", "Did you mean model.rates or draft.rates?"),
+        ("norm=1", "Config has no 'norm'. Did you mean clip?"),  # its help speaks of it
         ("zzz=1", "Config has no 'zzz'. Known: name, rounds, clip, "),
         ("rounds=3.5", "rounds='3.5': write a value of type int."),
         ("rounds=inf", "rounds='inf': write a value of type int."),

@@ -148,6 +148,36 @@ def test_what_travels_narrow_is_fewer_bytes(tmp_path):
     assert down.bytes_down < full.bytes_down / 3.8 and down.bytes_up == full.bytes_up
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_full_model_is_the_same_for_every_algorithm(tmp_path, algorithm):
+    config = small_run(tmp_path, algorithm=algorithm)
+    setting = federate.prepare(config)
+    nothing = dict.fromkeys(federate.totals_of(setting), 0.0) | {"selected": 3.0, "reported": 2.0}
+    nan = [{"accuracy": float("nan")}] * len(setting.algorithm.buckets)
+    trained = federate.Trained(None, nothing, {}, nan, {})
+    full = federate.results(config, setting, trained)["full_model"]
+    size = 4 * (64 * 200 + 200 + 200 * 10 + 10)
+    assert full == {"bytes_down": 3 * size, "bytes_up": 2 * size}
+
+
+@pytest.mark.parametrize("algorithm", ["hetero_fl", "scaffold"])
+def test_tiers_are_measured_on_the_global_test_set_whatever_clients_keep(tmp_path, algorithm):
+    config = small_run(tmp_path, algorithm=algorithm, upload="top_k", rounds=1)
+    federate.main(config)
+    results = results_of(config, "federate")
+    assert results["tiers"][0]["accuracy"] == results["test"]["global/accuracy"]
+    last = read_metrics(config.run_dir)[-1]
+    assert ("validation/bucket1/accuracy" in last) == (algorithm == "hetero_fl")
+
+
+def test_models_of_their_own_are_not_shared(tmp_path):
+    mine = {"fed_per", "lg_fed_avg", "spatl", "adp", "fed_md", "fed_kemf", "rafl"}
+    for algorithm in ALGORITHMS:
+        setting = federate.prepare(small_run(tmp_path, algorithm=algorithm, profile=("pi",)))
+        every = set(range(len(setting.algorithm.buckets)))
+        assert set(setting.shared) == (set() if algorithm in mine else every), algorithm
+
+
 @pytest.mark.parametrize("model", [mlp((4,) * 11 + (3,)), CNN], ids=["mlp", "cnn"])
 def test_the_last_layer_is_the_one_that_makes_the_classes(model):
     variables = jax.eval_shape(model.init, jax.random.key(0))
@@ -235,6 +265,8 @@ def test_public_and_held_rows_belong_to_nobody_else():
         ({"select": "agent"}, "--data.local_validation"),
         ({"policy": "policy.safetensors"}, "select=agent"),
         ({"top_k": 0.0}, "top_k=0.0: give a share"),
+        ({"algorithm": "fed_md", "upload": "top_k"}, "upload=top_k: fed_md uploads predictions"),
+        ({"compare": ("fed_avg", "fed_md"), "upload": "8bit"}, "leave it at full"),
     ],
 )
 def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm import hub
-from jaxfm.config import describe
+from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
-from jaxfm.launch import demo, federate, generate, pretrain, report
+from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
 from jaxfm.launch import search as search_script
+from jaxfm.launch.algorithms import DistilConfig
 from jaxfm.launch.setup import (
     DataConfig,
     ModelConfig,
@@ -78,6 +80,12 @@ def test_help_and_mistakes_on_the_command_line():
     assert "did you mean" in error.lower() and "cohort" in error
 
 
+def test_alpha_may_be_either():
+    for name in ("fed_dyn_alpha", "data.beta"):
+        with pytest.raises(ValueError, match=rf"no 'alpha'. Did you mean .*\b{name}\b"):
+            override(federate.FederateConfig(), "alpha=0.1")
+
+
 def test_a_run_learns_and_tells_of_it(finished):
     lines = read_metrics(finished)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -88,7 +96,7 @@ def test_a_run_learns_and_tells_of_it(finished):
     assert results["totals"]["bytes_up"] == lines[-1]["total/bytes_up"]
     assert {"global/accuracy", "personal/accuracy", "worst_decile/accuracy"} <= set(results["test"])
     page = (finished / "report.html").read_text()
-    assert "validation accuracy" in page
+    assert "validation accuracy" in page and "of what full models would be" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
@@ -129,11 +137,34 @@ def test_a_folder_keeps_to_its_config(tmp_path):
         ({"rounds": 0}, "rounds=0: give at least 1"),
         ({"tiers": (1.0, 0.0)}, "above 0 and up to 1"),
         ({"algorithm": "fed_sgd"}, "algorithm"),
+        ({"drop_rate": 1.0}, r"drop_rate=1\.0: give a probability from 0 and below 1"),
+        ({"keep": 0.0}, r"keep=0\.0: give a share above 0 and up to 1"),
+        ({"server_learning_rate": 0.0}, r"server_learning_rate=0\.0: give a number above 0"),
+        ({"server_momentum": 1.0}, r"server_momentum=1\.0: give a number from 0 and below 1"),
     ],
 )
 def test_configs_refuse_what_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         small_run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *((federate.FederateConfig, name) for name in (
+            "drop_rate", "mu", "server_learning_rate", "server_momentum", "keep", "fed_dyn_alpha",
+            "threshold", "top_k", "deadline_s",
+        )),
+        *((OptimizerConfig, name) for name in ("learning_rate", "momentum", "clip_norm")),
+        *((DistilConfig, name) for name in ("learning_rate", "temperature")),
+        *((DataConfig, name) for name in ("beta", "local_test", "local_validation", "public")),
+        *((simulate.SimulateConfig, name) for name in ("stage_s", "jitter")),
+    ],
+)  # fmt: skip
+def test_no_rate_or_share_is_negative_or_nan(config, name, value):
+    with pytest.raises(ValueError, match=rf"\b{name}={value}: give "):
+        config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +188,41 @@ def test_families_fit_their_data():
     data = load_data(DIGITS, seed=0)
     with pytest.raises(ValueError, match="decoder does not fit images"):
         federate.make_model(ModelConfig(family="decoder"), data)
+    with pytest.raises(ValueError, match=r"vgg11 .* squares of 32x32 or more, and these are 8x8"):
+        federate.make_model(ModelConfig(family="vgg11"), data)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Few images in CIFAR-10's form; a class is a brightness."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 200)
+    images = rng.integers(0, 60, (200, 32, 32, 3)) + 18 * labels[:, None, None, None]
+    path = tmp_path_factory.mktemp("data") / "cifar.npz"
+    arrays = {"images": images.astype(np.uint8), "labels": labels}
+    np.savez(path, **{f"{s}_{name}": x for s in ("train", "test") for name, x in arrays.items()})
+    return DataConfig(source="cifar10", folder=str(path), partition="iid", num_clients=4)
+
+
+@pytest.mark.parametrize("family", typing.get_args(typing.get_type_hints(ModelConfig)["family"]))
+def test_every_family_makes_ten_classes_of_coloured_images(colours, family):
+    data = load_data(colours, seed=0)
+    if family == "decoder":
+        pytest.skip("of text")
+    model = federate.make_model(ModelConfig(family=family), data)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    logits, _ = jax.eval_shape(model.apply, variables, jnp.ones((2, 32, 32, 3)))
+    assert logits.shape == (2, 10)
+
+
+def test_a_resnet_is_federated_in_tiers(colours, tmp_path):
+    config = small_run(
+        tmp_path, data=colours, model=ModelConfig(family="resnet8"), rounds=1, max_steps=1
+    )
+    federate.main(config)
+    results = json.loads((tmp_path / "results.json").read_text())["federate"]
+    large, small = (tier["parameters"] for tier in results["tiers"])
+    assert 0.4 * large < small < 0.6 * large  # streams stay whole: zeros pad them
 
 
 def test_tiers_go_to_those_who_can_carry_them(tmp_path):
