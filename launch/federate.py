@@ -178,9 +178,10 @@ class FederateConfig:
             if name not in ALGORITHMS:
                 raise ValueError(f"algorithm={name}: choose among {', '.join(ALGORITHMS)}.")
         for name in self.compare or (self.algorithm,):
-            if name in NEEDS_PUBLIC and not self.data.public:
+            if name in NEEDS_PUBLIC and not (self.data.public or self.data.synthetic):
                 raise ValueError(
-                    f"algorithm={name} distils from public data: give --data.public, 0.1 say."
+                    f"algorithm={name} distils from public data: give --data.public, 0.1 say, or "
+                    "--data.synthetic, 200 say."
                 )
             if name in SENDS_LOGITS and self.upload != "full":
                 raise ValueError(

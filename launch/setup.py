@@ -22,6 +22,7 @@ from jaxfm.data.arrays import digits
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.federation import Federation, federate, leading_size
 from jaxfm.data.idx import mnist
+from jaxfm.data.noise import smooth_noise
 from jaxfm.data.source import Source
 from jaxfm.data.stdlib import stdlib
 from jaxfm.data.text import corpus, read_folder
@@ -72,6 +73,7 @@ class DataConfig:
     public: float = option(
         0.0, "share of the training rows that the server gets, unlabelled, for distillation"
     )
+    synthetic: int = option(0, "images only: smooth noise for public rows, where nobody has any")
 
     def __post_init__(self):
         check(self)
@@ -84,6 +86,13 @@ class DataConfig:
             raise ValueError(f"data.beta={self.beta}: give a concentration above 0.")
         if not 0 < self.local_test < 1:
             raise ValueError(f"data.local_test={self.local_test}: give a share between 0 and 1.")
+        if self.synthetic < 0 or (self.synthetic and self.public):
+            raise ValueError(
+                f"data.synthetic={self.synthetic} with data.public={self.public}: give a number of "
+                "images, or a share of real ones."
+            )
+        if self.synthetic and self.source in ("stdlib", "text"):
+            raise ValueError(f"data.synthetic makes images; data.source={self.source} is text.")
         for name in ("local_validation", "public"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -100,7 +109,7 @@ class Data(NamedTuple):
       names: of the clients.
       task: what is learned.
       tokenizer: of text; None for images.
-      public: rows that belong to no client, without labels; None unless asked for.
+      public: rows that belong to no client, without labels, or noise; None unless asked for.
     """
 
     train: Federation
@@ -127,6 +136,14 @@ def load_data(config: DataConfig, seed: int) -> Data:
         splits = _images(config, seed)
         task = tasks.classification(NUM_CLASSES)
     train, public = _publish(splits["train"], config.public, seed)
+    if config.synthetic:
+        like = train.examples["image"]
+        high = float(like.max())
+        public = {
+            "image": smooth_noise(
+                config.synthetic, like.shape[1:], dtype=like.dtype, high=high, seed=seed
+            )
+        }
     parts, names = _deal(config, train, seed)
     parts, held_out = partition.holdout(parts, config.local_test, seed=seed)
     watched = None

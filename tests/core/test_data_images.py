@@ -17,6 +17,7 @@ from jaxfm.data.augment import image_transform, pad_crop_flip
 from jaxfm.data.cifar import cifar10, cifar100, read_binary, read_python
 from jaxfm.data.huggingface import huggingface, huggingface_documents
 from jaxfm.data.idx import mnist, read_idx
+from jaxfm.data.noise import smooth_noise
 from jaxfm.data.source import Source, checked
 
 RNG = np.random.default_rng(0)
@@ -318,3 +319,12 @@ def test_a_transform_augments_only_with_a_key():
     assert not np.allclose(transform(images, jax.random.key(1)), expected)
     with pytest.raises(ValueError, match="both of mean and std or neither"):
         image_transform(mean=[0.5])
+
+
+def test_smooth_noise_is_blobs_on_zeros():
+    noise = smooth_noise(20, (9, 8, 3), dtype=np.uint8, high=255)
+    assert noise.shape == (20, 9, 8, 3) and noise.dtype == np.uint8
+    assert ((noise == 0) | (noise >= 127)).all() and 0.2 < (noise == 0).mean() < 0.8
+    np.testing.assert_array_equal(noise, smooth_noise(20, (9, 8, 3), dtype=np.uint8, high=255))
+    with pytest.raises(ValueError, match="at least one image of 2x2"):
+        smooth_noise(1, (1, 8, 3))

@@ -179,6 +179,20 @@ def test_partitions_that_do_not_fit_say_so(config, message):
         load_data(config, seed=0)
 
 
+def test_noise_for_public_images():
+    data = load_data(DataConfig(source="digits", synthetic=5), seed=0)
+    noise, real = data.public["image"], data.train.examples["image"]
+    assert set(data.public) == {"image"} and noise.shape == (5, *real.shape[1:])
+    assert noise.dtype == real.dtype and noise.max() <= real.max() and not noise.min()
+    assert noise.std((1, 2, 3)).min() > 0
+    other = load_data(DataConfig(source="digits", synthetic=5), seed=1).public["image"]
+    assert (noise != other).any()
+    with pytest.raises(ValueError, match=r"synthetic=5 with data\.public=0\.1: give a number"):
+        DataConfig(source="digits", synthetic=5, public=0.1)
+    with pytest.raises(ValueError, match="makes images"):
+        DataConfig(source="stdlib", synthetic=5)
+
+
 def test_data_need_a_folder():
     with pytest.raises(ValueError, match=r"give --data\.folder"):
         DataConfig(source="mnist")
