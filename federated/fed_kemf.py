@@ -5,9 +5,9 @@
              w <- argmin_w KL(teacher || f_w) on unlabelled data, from w0; the u_i vote the teacher
 
 Each KL moves its second network only (deep mutual learning). Uploads have the size of w whatever
-the clients' networks v_i are. Without public data the server stops at w0: distillation on inputs
-that no client knows, noise say, teaches what an ensemble says of noise. A server that has a
-generator of plausible inputs may give its samples as public data, since nothing reads labels.
+the clients' networks v_i are. Without public data the server stops at w0. Inputs that
+nobody has to hold serve, too, since nothing reads labels: `jaxfm.data.noise.smooth_noise` in their
+place was worth 9 points over stopping at w0 on digits (docs/results/federated.md).
 Source: Yu et al. 2022 (arXiv 2208.07978); Zhang et al. 2018 (deep mutual learning).
 """
 
