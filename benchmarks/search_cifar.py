@@ -40,13 +40,14 @@ from jaxfm.models import resnet_config
 from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
 from jaxfm.search.evaluate import recalibrated
 from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.importance import gradient
 from jaxfm.search.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
 from jaxfm.tasks.evaluate import evaluate, metric_totals
 from jaxfm.testing import tiny_resnet
 
 SEARCHED = ("random", "nsga2", "cma_es", "agmc", "agmc_paper", "gnn_rl", "gnn_rl_paper")
-IMPORTANCES = ("l1", "l2", "scale", "activation")
+IMPORTANCES = ("l1", "l2", "scale", "activation", "taylor")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
 
 
@@ -69,6 +70,7 @@ class Config:
     repaired: bool = option(False, "candidates are scored after least squares")
     order: str = option("l2", "importance that ranks units for the searches")
     strategies: tuple[str, ...] = option(SEARCHED, "that search")
+    importances: tuple[str, ...] = option(IMPORTANCES, "of the single candidates")
 
     def __post_init__(self):
         check(self)
@@ -143,14 +145,28 @@ class Bench:
         self.inputs = work.task.prepare(rows(work.train, np.arange(config.repair)), None)[0]
         self.net = search.model_network(work.model, work.variables, self.inputs[:64])
         self.orders = {
-            kind: jax.jit(lambda v, x, k=kind: search.importance(
-                self.net, v, k, inputs=(x,) if k == "activation" else ()
-            ))(work.variables, self.inputs[:64])
-            for kind in IMPORTANCES
-        }  # fmt: skip
+            kind: jax.jit(lambda v, x, k=kind: self._scores(k, v, x))(
+                work.variables, self.inputs[:64]
+            )
+            for kind in {*config.importances, config.order, "l2"}
+        }
         self.limits = search.budgets(self.net, macs=config.macs)
         self.judge = jax.jit(self._judge)
         self.repair = jax.jit(lambda v, m, x: search.repair(self.net, v, m, x))
+
+    def _scores(self, kind: str, variables, inputs):
+        if kind != "taylor":
+            given = (inputs,) if kind == "activation" else ()
+            return search.importance(self.net, variables, kind, inputs=given)
+        task, model = self.work.task, self.work.model
+        x, targets, weight = task.prepare(self.calibration, None)
+
+        def loss(v):
+            total, count = task.loss(model.apply(v, x)[0], targets, weight)
+            return total / count
+
+        slope = gradient(loss, variables)
+        return search.importance(self.net, variables, kind, gradient=slope)
 
     def problem(self, kind: str):
         return search.task_problem(
@@ -175,7 +191,7 @@ class Bench:
             ),
         }[name]()
 
-    def judged(self, kind: str, counts: np.ndarray) -> dict[str, float]:
+    def judged(self, kind: str, counts: np.ndarray, tuned: bool = True) -> dict[str, float]:
         """The candidate on the report images, before and after repair; masked, so that all share
         one program (`check_slice` holds one of them against its slice)."""
         order = search.ranks(self.orders[kind])
@@ -186,7 +202,7 @@ class Bench:
         own, dense = search.costs(self.net), self.net.sizes.astype(np.int64)
         share = float(own.macs(np.asarray(counts, np.int64)) / own.macs(dense))
         found = {"accuracy": float(before), "repaired": float(after), "macs": share}
-        if self.config.finetune:
+        if self.config.finetune and tuned:
             found["finetuned"] = self.finetuned(search.keep(order, counts))
         return found
 
@@ -258,12 +274,13 @@ def main(config: Config) -> None:
         print(f"{name}: {table[name][-1]} ({time.perf_counter() - began:.0f} s)", flush=True)
 
     uniform = np.asarray(jax.jit(problem.project)(jnp.zeros(len(bench.net.groups))))
-    for kind in IMPORTANCES:
+    for kind in config.importances:
         note(f"uniform_{kind}", kind, uniform, np.nan)
         one = search.magnitude(problem, [np.asarray(s) for s in bench.orders[kind]])
         actions, _ = one.ask(one.init(jax.random.key(0)), jax.random.key(0))
         note(f"magnitude_{kind}", kind, np.asarray(problem.project(actions[0])), np.nan)
-    check = abs(bench.check_slice("l2", uniform) - table["uniform_l2"][0]["accuracy"])
+    masked_accuracy = bench.judged("l2", uniform, tuned=False)["accuracy"]
+    check = abs(bench.check_slice("l2", uniform) - masked_accuracy)
     print(f"uniform reward {float(scored(problem.data, uniform[None])[0]):.4f}")
     runners = {}
     for name in config.strategies:

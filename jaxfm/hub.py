@@ -72,6 +72,11 @@ def load(
     return _fill(config, stored, dtype, shardings)
 
 
+def has_format(model: Model) -> bool:
+    """Whether `save` takes it: a decoder, an encoder or a vision transformer."""
+    return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig)
+
+
 def save(
     model: Model,
     variables: Variables,
@@ -242,7 +247,7 @@ def _matched(
 
 def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
     """The config and the parameters, layers stacked, of a model or of a subnet of it."""
-    if not isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig):
+    if not has_format(model):
         raise TypeError(
             f"A model of {type(model.config).__name__} has no Hugging Face format; decoders, "
             "encoders and vision transformers have one."

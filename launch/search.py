@@ -9,7 +9,7 @@ Without weights the dense model is trained first. Rows are kept apart: training 
 statistics and repair; the reward of the search comes from validation rows (for a model trained
 elsewhere, from one half of the test rows), the report from test rows that nothing else has seen.
 The run folder holds config, results, report.html and pruned/ (parameters, manifest, program; for
-language models draft/ in Hugging Face format, too).
+transformers in Hugging Face format, too: draft/ of a language model, else huggingface/).
 """
 
 from __future__ import annotations
@@ -290,8 +290,8 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     calibration = spread(setting.train, config.calibration_examples)
     rows = min(config.batch_size, len(next(iter(calibration.values()))))
     inputs = task.prepare(_rows(calibration, np.arange(rows)), None)[0]
-    # A draft is a config of its family: heads have one size.
-    whole = ("qk_dim", "v_dim") if setting.data.tokenizer is not None else ()
+    # A config of its family says one size of all heads.
+    whole = ("qk_dim", "v_dim") if hub.has_format(model) else ()
     network = search.model_network(model, variables, inputs, whole=whole)
     if network.unknown:
         print(f"Primitives without a rule freeze what they touch: {network.unknown}.")
@@ -422,7 +422,7 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     dense = evaluate(setting.model.apply, variables, task, setting.report, config.batch_size)
     folder = pathlib.Path(config.run_dir) / "pruned"
     search.save(folder, small._replace(params=params))
-    _save_language_model(config, setting, found, params)
+    _save_hugging_face(config, setting, params)
     speed = {}
     for size in (1, 32):
         inputs = jax.tree.map(lambda x, n=size: x[:n], prepared)
@@ -454,13 +454,15 @@ def _shares(network: search.Network, counts: np.ndarray, name: str) -> list[floa
     return [float(cost(k.astype(np.int64)) / cost(dense)) for k in counts]
 
 
-def _save_language_model(config, setting: Setting, found: Found, params: Variables) -> None:
-    """A pruned decoder in Hugging Face format, ready to draft for its parent."""
-    if setting.data.tokenizer is None:
+def _save_hugging_face(config: SearchConfig, setting: Setting, params: Variables) -> None:
+    """A pruned transformer in its own format; a language model is a draft for its parent."""
+    if not hub.has_format(setting.model):
         return
-    folder = pathlib.Path(config.run_dir) / "draft"
-    hub.save(setting.model, params, folder, tokenizer=setting.data.tokenizer)
-    print(f"draft: {folder}")
+    tokenizer = setting.data.tokenizer
+    name = "huggingface" if tokenizer is None else "draft"
+    folder = pathlib.Path(config.run_dir) / name
+    hub.save(setting.model, params, folder, tokenizer=tokenizer)
+    print(f"{name}: {folder}")
 
 
 def main(config: SearchConfig) -> None:

@@ -100,6 +100,18 @@ def test_a_cut_decoder_is_a_draft_in_hugging_face_format(tmp_path):
     assert np.isfinite(results["stages"]["kept"]["loss"])
 
 
+def test_a_cut_vision_transformer_is_in_hugging_face_format(tmp_path):
+    setting = config(
+        tmp_path, train_steps=2, strategy="uniform", finetune_epochs=0, repair=False, finalists=1,
+        network=ModelConfig(family="vit", embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24),
+    )  # fmt: skip
+    script.main(setting)
+    model, variables = hub.load(tmp_path / "huggingface")
+    assert model.config.num_classes == 10 and model.config.embed_dim <= 16
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    assert np.isfinite(np.asarray(model.apply(variables, images)[0])).all()
+
+
 def test_wrong_settings_are_refused(tmp_path):
     for changes, message in (
         ({"macs": 0.0}, "--macs=0.5"),
