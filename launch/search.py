@@ -9,7 +9,8 @@ Without weights the dense model is trained first. Rows are kept apart: training 
 statistics and repair; the reward of the search comes from validation rows (for a model trained
 elsewhere, from one half of the test rows), the report from test rows that nothing else has seen.
 The run folder holds config, results, report.html and pruned/ (parameters, manifest, program; for
-transformers in Hugging Face format, too: draft/ of a language model, else huggingface/).
+transformers in Hugging Face format, where it can say them: draft/ of a language model, else
+huggingface/).
 """
 
 from __future__ import annotations
@@ -461,7 +462,11 @@ def _save_hugging_face(config: SearchConfig, setting: Setting, params: Variables
     tokenizer = setting.data.tokenizer
     name = "huggingface" if tokenizer is None else "draft"
     folder = pathlib.Path(config.run_dir) / name
-    hub.save(setting.model, params, folder, tokenizer=tokenizer)
+    try:
+        hub.save(setting.model, params, folder, tokenizer=tokenizer)
+    except ValueError as error:  # pruned/ holds it anyway
+        print(f"{name}: not written. {error}")
+        return
     print(f"{name}: {folder}")
 
 
