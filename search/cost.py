@@ -169,7 +169,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
         if not limit > 0:
             raise ValueError(f"{name}={limit} must be positive.")
         cost: Expression = getattr(own, name)
-        share = not isinstance(limit, int | np.integer) and limit <= 1
+        share = np.asarray(limit).dtype.kind not in "iub" and limit <= 1
         out.append(Budget(name, cost, float(cost(dense)) * limit if share else float(limit)))
     return tuple(out)
 

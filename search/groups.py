@@ -142,10 +142,13 @@ def network(
       ignore: patterns as of `fnmatch` over "path" or "path:axis" of what must not be cut.
       ties: pairs of "path:axis" that are cut together though nothing in the function says so.
     Raises:
-      ValueError: a pattern that matches nothing, or nothing can be cut (it says why not).
+      ValueError: a pattern that matches nothing, two parameters of one path, or nothing can be cut
+        (it says why not).
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = ["/".join(map(key_name, path)) for path, _ in flat]
+    if twice := sorted(path for path, times in Counter(paths).items() if times > 1):
+        raise ValueError(f"More than one parameter has the path {twice[0]!r}; rename one of them.")
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in flat]
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), inputs)
     functions = (function, *also)
@@ -221,7 +224,7 @@ def _check_patterns(paths: list[str], leaf_axes, ignore: Sequence[str]) -> None:
     for pattern in ignore:
         if not any(fnmatch.fnmatch(name, pattern) for name in (*paths, *axes)):
             close = difflib.get_close_matches(pattern.rsplit(":", 1)[0], paths, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
                 f"ignore={pattern!r} matches no parameter, nor an axis of one ('path:0'){hint} "
                 f"There are {paths}."

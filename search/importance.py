@@ -33,6 +33,7 @@ from jaxfm.search.cost import is_trained
 from jaxfm.search.groups import Group, Kept, Leaf, Network
 from jaxfm.search.interpret import record, summed_axes
 from jaxfm.search.labels import Axis
+from jaxfm.search.rules import LOOPED
 
 Scores = tuple[Array, ...]
 """One f32[size] a group, or f32[layers, size]."""
@@ -91,7 +92,8 @@ def _weights(network: Network, params: PyTree, kind: str, gradient: PyTree = Non
             continue
         for d, axis in enumerate(leaf.axes):
             layered = bool(axis.shape[1]) and _layered(network, leaf, axis)
-            if not axis.shape[1] or not _counts(kind, leaf, layered):
+            stacked = layered or network.frozen.get(f"{leaf.path}:0") == LOOPED
+            if not axis.shape[1] or not _counts(kind, leaf, stacked):
                 continue
             terms.append((axis, _rate(kind, value, slope, d, layered), layered))
     return terms
@@ -129,10 +131,10 @@ def keep(order: Scores, counts: Any) -> Kept:
     return tuple(np.asarray(rank) < counts[g] for g, rank in enumerate(order))
 
 
-def _counts(kind: str, leaf: Leaf, layered: bool) -> bool:
+def _counts(kind: str, leaf: Leaf, stacked: bool) -> bool:
     if kind == "scale":
         return bool(_SCALE.search(leaf.path))
-    return kind == "taylor" or len(leaf.shape) - layered > 1  # no biases, stacked or not
+    return kind == "taylor" or len(leaf.shape) - stacked > 1  # no biases, stacked or not
 
 
 def _layered(network: Network, leaf: Leaf, axis: Axis) -> bool:

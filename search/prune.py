@@ -27,7 +27,7 @@ from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.cost import Costs, budgets, costs, counts_of
 from jaxfm.search.groups import IGNORED, Kept, Leaf, Network, network
 from jaxfm.search.importance import Scores, importance, keep, masks, ranks
-from jaxfm.search.interpret import check, cut, masked, sliced
+from jaxfm.search.interpret import check, cut, full, masked, sliced
 from jaxfm.search.loop import Result, run
 from jaxfm.search.project import Budget
 from jaxfm.search.repair import repair
@@ -104,22 +104,25 @@ def prune(
       key: of the search.
       repaired: least squares on `inputs` (`jaxfm.search.repair`).
     Raises:
-      ValueError: no budget, one that cannot be met, a macs_ratio that is no share, an unknown name,
-        a strategy without a score,
-        something to ignore in a network that has been read.
+      ValueError: no budget, one that cannot be met, two for multiply-adds, a macs_ratio that is no
+        share, an unknown name, a strategy without a score or one that is no function, a score that
+        is no scalar, importance of other shapes than the groups, shapes where data are read,
+        something to ignore that is not there or in a network that has been read.
     """
     if strategy is not None and not callable(strategy):
         raise ValueError("`strategy` is a function of the problem: lambda p: nsga2(p.sizes), say.")
-    if importance == "taylor":
+    if (strategy is None) != (score is None):
+        raise ValueError("Give `strategy` and `score` together, or neither: cut all groups alike.")
+    if isinstance(importance, str) and importance == "taylor":
         raise ValueError(
             "importance='taylor' needs a loss: give the scores of "
             "`jaxfm.search.importance(network, params, 'taylor', gradient=...)`."
         )
-    reads = repaired or importance == "activation"
+    reads = repaired or (isinstance(importance, str) and importance == "activation")
     if reads and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
         raise ValueError("importance='activation' and `repaired` read the inputs: give data.")
     if isinstance(function, Network) and ignore:
-        raise ValueError(f"ignore={list(ignore)}: the network has been read; ignore it there.")
+        raise ValueError(f"ignore={ignore!r}: the network has been read; ignore it there.")
     own = (
         function
         if isinstance(function, Network)
@@ -127,8 +130,6 @@ def prune(
     )
     limits = _limits(own, macs_ratio, budget)
     order = _order(own, params, importance, inputs)
-    if (strategy is None) != (score is None):
-        raise ValueError("Give `strategy` and `score` together, or neither: cut all groups alike.")
     task = problem(own.sizes, limits, _scorer(own, order, score), params, multiple=channel_multiple)
     result = None
     if strategy is None:
@@ -174,7 +175,14 @@ def _limits(own: Network, macs_ratio: float | None, budget: Any) -> tuple[Budget
 
 def _order(own: Network, params: PyTree, kind: str | Scores, inputs: Sequence[PyTree]) -> Scores:
     if not isinstance(kind, str):
-        return ranks(kind)
+        wanted = [mask.shape for mask in full(own)]
+        if isinstance(kind, Mapping) or (given := list(map(np.shape, kind))) != wanted:
+            given = f"a {type(kind).__name__}" if isinstance(kind, Mapping) else given
+            raise ValueError(
+                f"`importance` is {given}: give one array for each of `network.groups`, of shapes "
+                f"{wanted}."
+            )
+        return ranks(tuple(map(jnp.asarray, kind)))
     given = inputs if kind == "activation" else ()
     return jax.jit(lambda p, x: ranks(importance(own, p, kind, inputs=x)))(params, given)
 
@@ -187,7 +195,10 @@ def _scorer(own: Network, order: Scores, score: Score | None) -> Callable[[PyTre
 
         def one(counts: Array) -> Array:
             own_masks = masks(order, counts)
-            return score(lambda p, *x: dense(p, own_masks, *x), params)
+            value = score(lambda p, *x: dense(p, own_masks, *x), params)
+            if np.shape(value):
+                raise ValueError(f"`score` gives shape {np.shape(value)}: give one number.")
+            return jnp.asarray(value)
 
         return jax.vmap(one)(counts)
 

@@ -474,6 +474,9 @@ def _gather(c: _Context, op: Op) -> list[list[Axis]]:
     return [out]
 
 
+LOOPED = "a loop runs along it"
+
+
 @_rule("scan")
 def _scan(c: _Context, op: Op) -> list[list[Axis]]:
     p, body = op.params, op.body
@@ -483,7 +486,7 @@ def _scan(c: _Context, op: Op) -> list[list[Axis]]:
     for axes in given[: consts + carry]:
         _outside(c.to, axes)
     for axes in given[consts + carry :]:
-        c.freeze(axes[0], "a loop runs along it")
+        c.freeze(axes[0], LOOPED)
         if c.depth:
             _outside(c.to, axes[1:])
         _at_home(c.to, axes[1:], op.outputs[0] if op.outputs else -1)

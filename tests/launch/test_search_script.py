@@ -100,6 +100,7 @@ def test_a_cut_decoder_is_a_draft_in_hugging_face_format(tmp_path):
     assert np.isfinite(results["stages"]["kept"]["loss"])
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_that_its_format_cannot_say_is_still_saved(tmp_path, capsys):
     setting = config(
         tmp_path, train_steps=2, strategy="uniform", finetune_epochs=0, repair=False, finalists=1,

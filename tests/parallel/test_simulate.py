@@ -116,7 +116,7 @@ def test_the_script_writes_its_report(tmp_path, capsys):
         ({"right": (0.9, 0.5)}, "rising"),
         ({"width": 2}, "tells of 1 only"),
         ({"slow": (1.0,)}, "each of 8 stages"),
-        ({"link_s": -1.0}, "negative"),
+        ({"link_s": -1.0}, "link_s=-1.0: give a time"),
     ):
         with pytest.raises(ValueError, match=message):
             script.SimulateConfig(**wrong)
