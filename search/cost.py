@@ -170,7 +170,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
             raise ValueError(f"{name}={limit} must be positive.")
         cost: Expression = getattr(own, name)
         share = np.asarray(limit).dtype.kind not in "iub" and limit <= 1
-        out.append(Budget(name, cost, float(cost(dense)) * limit if share else float(limit)))
+        out.append(Budget(name, cost, float(limit) * (float(cost(dense)) if share else 1)))
     return tuple(out)
 
 

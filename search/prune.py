@@ -176,15 +176,16 @@ def _limits(own: Network, macs_ratio: float | None, budget: Any) -> tuple[Budget
 def _order(own: Network, params: PyTree, kind: str | Scores, inputs: Sequence[PyTree]) -> Scores:
     if not isinstance(kind, str):
         wanted = [mask.shape for mask in full(own)]
-        if isinstance(kind, Mapping) or (given := list(map(np.shape, kind))) != wanted:
-            given = f"a {type(kind).__name__}" if isinstance(kind, Mapping) else given
+        given = dict(kind) if isinstance(kind, Mapping) else list(map(np.shape, kind))
+        if given != wanted:
+            what = f"a dict of {list(given)}" if isinstance(given, dict) else f"of shapes {given}"
             raise ValueError(
-                f"`importance` is {given}: give one array for each of `network.groups`, of shapes "
-                f"{wanted}."
+                f"importance: the scores are {what}; give a tuple of shapes {wanted}, in the order "
+                "of `network.groups`."
             )
         return ranks(tuple(map(jnp.asarray, kind)))
-    given = inputs if kind == "activation" else ()
-    return jax.jit(lambda p, x: ranks(importance(own, p, kind, inputs=x)))(params, given)
+    data = inputs if kind == "activation" else ()
+    return jax.jit(lambda p, x: ranks(importance(own, p, kind, inputs=x)))(params, data)
 
 
 def _scorer(own: Network, order: Scores, score: Score | None) -> Callable[[PyTree, Array], Array]:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from jaxfm.search import (
     agmc,
+    agmc_paper,
     counts_of,
     cut,
     full,
     gnn_rl,
+    gnn_rl_paper,
     load_policy,
     network,
     policy_graph,
@@ -22,7 +24,7 @@ from jaxfm.search import (
     sliced,
     transferred,
 )
-from jaxfm.search.gnn_rl import embed
+from jaxfm.search.gnn_rl import embed, standardised
 from jaxfm.search.loop import run
 from jaxfm.search.policy_graph import at_groups, chain, kept_channels, motif, spread
 from jaxfm.search.strategy import separable
@@ -182,6 +184,54 @@ def test_gradients_reach_encoder_decoder_and_policy():
     after = jax.jit(made.tell)(before, jnp.zeros((16, 4)), counts, scores)
     for name, old in before.actor.items():
         assert jnp.abs(after.actor[name] - old).max() > 1e-5, name
+
+
+@pytest.mark.parametrize("make", [agmc, agmc_paper])
+def test_what_is_sampled_from_the_memory_depends_on_the_key_of_the_search(make):
+    made = make(chain(5), batch=16, warm_up=16, updates=2, sample=4)
+    before, other = (jax.jit(made.init)(jax.random.key(k)) for k in (0, 1))
+    assert before.seed != other.seed
+    counts = jax.random.randint(KEY, (16, 4), 1, 33)
+    scores = -jnp.square(counts.astype(jnp.float32) / 32 - 0.3).mean(1)
+    learned = lambda seed: jax.jit(made.tell)(
+        before._replace(seed=seed), jnp.zeros((16, 4)), counts, scores
+    )
+    once, again, elsewhere = map(learned, (before.seed, before.seed, other.seed))
+    jax.tree.map(np.testing.assert_array_equal, once.actor, again.actor)
+    assert any(jnp.any(once.actor[name] != elsewhere.actor[name]) for name in once.actor)
+
+
+def test_returns_are_standardised_over_what_counts():
+    rng = np.random.default_rng(0)
+    values, live = rng.normal(3, 2, 12).astype(np.float32), np.arange(12) % 3 > 0
+    found = standardised(values, live)
+    np.testing.assert_allclose(found[live].mean(), 0, atol=1e-6)
+    np.testing.assert_allclose(found[live].std(), 1, rtol=1e-5)
+    np.testing.assert_allclose(standardised(np.where(live, values, 99), live)[live], found[live])
+    np.testing.assert_allclose(standardised(values, np.ones(12)), standardised(values), atol=1e-6)
+
+
+def test_steps_after_the_end_of_an_episode_teach_nothing():
+    """Two more dead steps and the published agent learns the same."""
+    live = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]], np.float32)
+    rng = np.random.default_rng(0)
+    before, actions = 32 * rng.uniform(0.2, 1, (4, 3, 4)), rng.normal(size=(4, 3, 4))
+    scores = jnp.array([0.9, 0.2, 0.5, 0.4])
+
+    def change(more: int) -> np.ndarray:
+        made = gnn_rl_paper(chain(5), jnp.mean, 0.5, batch=4, steps=3 + more, epochs=1)
+        pad = lambda x: jnp.asarray(np.concatenate([x, x[:, :1].repeat(more, 1)], 1), jnp.float32)
+        start = jax.jit(made.init)(KEY)
+        alive = pad(live).at[:, 3:].set(0)
+        told = start._replace(
+            before=pad(before), actions=pad(actions), live=alive, reached=jnp.ones(4, bool)
+        )
+        after = jax.jit(made.tell)(told, jnp.zeros((4, 4)), jnp.ones((4, 4), jnp.int32), scores)
+        moved = jax.tree.map(lambda a, b: a - b, after.weights, start.weights)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)])
+
+    once, longer = change(0), change(2)
+    assert np.linalg.norm(once - longer) < 0.02 * np.linalg.norm(once)
 
 
 def test_a_policy_refuses_what_it_cannot_learn_from():

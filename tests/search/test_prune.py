@@ -352,8 +352,18 @@ def test_rows_serve_one_purpose_each():
     [
         ({"macs_ratio": 0.5, "budget": {"macs": 0.3}}, "both limit"),
         ({"macs_ratio": 0.5, "ignore": ["up:7"]}, "'up:7' matches no parameter, nor an axis"),
+        ({"macs_ratio": 0.5, "ignore": ["up:1#2"]}, "'up:1#2' matches no parameter, nor an axis"),
         ({"macs_ratio": 0.5, "ignore": "up"}, r"give a sequence of patterns, \['up'\]"),
         ({"macs_ratio": 0.5, "importance": "taylor"}, "gradient="),
+        (
+            {"macs_ratio": 0.5, "importance": (np.ones(3), np.ones(12))},
+            r"shapes \[\(3,\), \(12,\)\]; give a tuple of shapes \[\(12,\), \(16,\)\]",
+        ),
+        ({"macs_ratio": 0.5, "importance": {"up:1": np.ones(16)}}, "are a dict"),
+        (
+            {"macs_ratio": 0.5, "strategy": lambda p: random_search(2), "score": lambda run, p: X},
+            r"`score` gives shape \(6, 5\): give one number",
+        ),
         (
             {"macs_ratio": 0.5, "strategy": random_search(2), "score": lambda run, p: 0.0},
             "a function of the problem",
@@ -365,16 +375,24 @@ def test_settings_that_do_not_fit_are_named(settings, message):
         prune(mlp, WIDE, X, **settings)
 
 
-def test_data_are_asked_for_where_they_are_read():
+@pytest.mark.parametrize("reader", [{"repaired": True}, {"importance": "activation"}])
+def test_data_are_asked_for_where_they_are_read(reader):
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
     with pytest.raises(ValueError, match="give data"):
-        prune(mlp, WIDE, shape, macs_ratio=0.5, repaired=True)
+        prune(mlp, WIDE, shape, macs_ratio=0.5, **reader)
+
+
+def test_two_parameters_of_one_path_are_refused():
+    params = {"a/b": WIDE["up"], "a": {"b": WIDE["mid"]}, "down": WIDE["down"]}
+    own = lambda p, x: mlp({"up": p["a/b"], "mid": p["a"]["b"], "down": p["down"]}, x)
+    with pytest.raises(ValueError, match="More than one parameter has the path 'a/b'"):
+        prune(own, params, X, macs_ratio=0.5)
 
 
 def test_numbers_of_numpy_are_shares_too():
-    (one,), (other,) = (budgets(NET, macs=share) for share in (0.5, np.float32(0.5)))
-    assert one.limit == other.limit
-    assert budgets(NET, macs=np.int64(1))[0].limit == 1
+    limit = lambda macs: budgets(NET, macs=macs)[0].limit
+    assert limit(0.5) == limit(np.float32(0.5)) == limit(jnp.bfloat16(0.5)) > 1
+    assert limit(1) == limit(np.int64(1)) == limit(jnp.int32(1)) == 1
 
 
 def test_biases_of_stacked_layers_are_biases():
@@ -396,6 +414,17 @@ def test_biases_of_stacked_layers_are_biases():
     (together,) = importance(network(stacked, layer, x), layer, "l2")
     for row, one in zip(together, importance(network(listed, apart, x), apart, "l2"), strict=True):
         np.testing.assert_allclose(row, one, rtol=1e-5)
+
+
+def test_biases_of_units_that_all_layers_share_are_biases_too():
+    add = lambda h, bias: (h + bias[None], None)
+    stream = lambda p, x: jax.lax.scan(add, x @ p["up"], p["bias"])[0] @ p["mid"]
+    params = {"up": WIDE["up"][:, :6], "bias": jnp.ones((3, 6)), "mid": WIDE["mid"][:6]}
+    net = network(stream, params, X)
+    assert [(g.size, g.layers) for g in net.groups] == [(6, None)]
+    louder = params | {"bias": params["bias"] * jnp.arange(6.0)[None]}
+    for kind in ("l1", "l2"):
+        chex.assert_trees_all_equal(importance(net, louder, kind), importance(net, params, kind))
 
 
 @pytest.mark.parametrize(
