@@ -125,7 +125,7 @@ ALGORITHMS = {
     "fed_dp": fed_dp,
     "spatl": salient,
 }
-VARIANTS = ("adp_federated", "fed_dp")
+VARIANTS = ("adp_federated", "fed_dp", "fed_yogi", "fed_avg_m")  # slow: of the same parts as others
 every_algorithm = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in ALGORITHMS],
