@@ -94,7 +94,7 @@ def make_pair(sizes: dict):
     """(model, target variables, draft model, draft variables)."""
     import jax
 
-    from jaxfm.models.decoder import DecoderConfig, decoder, resized
+    from jaxfm.models.families.decoder import DecoderConfig, decoder, resized
     from jaxfm.parallel.cache import decoding_layout
     from jaxfm.subnet import Subnet, axis_sizes, extract
 
@@ -133,10 +133,10 @@ def main(sizes: dict) -> dict:
     import jax
 
     from jaxfm import hub
-    from jaxfm.parallel.generate import generate
-    from jaxfm.parallel.lookup import lookup
-    from jaxfm.parallel.plain import plain
-    from jaxfm.parallel.speculative import speculative
+    from jaxfm.parallel.decoders.lookup import lookup
+    from jaxfm.parallel.decoders.plain import plain
+    from jaxfm.parallel.decoders.speculative import speculative
+    from jaxfm.parallel.generation import generate
 
     model, variables, draft, draft_variables = make_pair(sizes)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables.params))

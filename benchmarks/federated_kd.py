@@ -61,13 +61,13 @@ from jaxfm.federated import (
     round_costs,
     rounds,
 )
-from jaxfm.federated.ensemble import learn
+from jaxfm.federated.parts.ensemble import learn
 from jaxfm.model import Model, Variables
-from jaxfm.models.cnn import mlp
-from jaxfm.search.project import Budget
-from jaxfm.search.supernet import supernet
+from jaxfm.models.families.cnn import mlp
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.strategies.project import Budget
 from jaxfm.tasks import classification
-from jaxfm.tasks.evaluate import evaluate
+from jaxfm.tasks.evaluation import evaluate
 
 TASK = classification(10)
 VOTE = coverage_vote(10)

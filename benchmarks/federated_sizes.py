@@ -43,12 +43,12 @@ from jaxfm.federated import (
     spatl,
     top_k,
 )
+from jaxfm.federated.accounting.ledger import client_shapes
 from jaxfm.federated.algorithm import wire_bytes
-from jaxfm.federated.ledger import client_shapes
 from jaxfm.model import Variables
-from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.resnet import resnet, resnet_config
-from jaxfm.models.vgg import vgg, vgg_config
+from jaxfm.models.families.cnn import CnnConfig, cnn
+from jaxfm.models.families.resnet import resnet, resnet_config
+from jaxfm.models.families.vgg import vgg, vgg_config
 from jaxfm.search import model_network, pruned
 from jaxfm.subnet import axis_sizes, extract, width
 from jaxfm.tasks import classification

@@ -95,19 +95,19 @@ from jaxfm.federated import (
     top_k,
     under,
 )
-from jaxfm.federated.adp import gated
+from jaxfm.federated.algorithms.adp import gated
 from jaxfm.federated.partition import IsPersonal
 from jaxfm.model import Model, Variables, count_parameters
-from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.resnet import ResNetConfig, resnet, resnet_config
-from jaxfm.models.vgg import vgg, vgg_config
+from jaxfm.models.families.cnn import CnnConfig, cnn
+from jaxfm.models.families.resnet import ResNetConfig, resnet, resnet_config
+from jaxfm.models.families.vgg import vgg, vgg_config
 from jaxfm.search import costs, masked, model_network, repair
-from jaxfm.search.cost import counts_of
-from jaxfm.search.evaluate import recalibrated
-from jaxfm.search.groups import Network
+from jaxfm.search.evaluation import recalibrated
+from jaxfm.search.trace.cost import counts_of
+from jaxfm.search.trace.groups import Network
 from jaxfm.subnet import Subnet, axis_sizes, extract, width
 from jaxfm.tasks import classification
-from jaxfm.tasks.evaluate import evaluate
+from jaxfm.tasks.evaluation import evaluate
 
 TASK = classification(10)
 LAST = 3  # rounds whose mean counts

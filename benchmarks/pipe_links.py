@@ -3,7 +3,7 @@
     python benchmarks/pipe_links.py [--quick] [--folder=docs/results]
 
 8 stages of one unit, a draft of half a stage, right with probability 0.79; 1,000 tokens of a trace
-(`jaxfm.parallel.simulate`, which counts the engine's own ticks). Draft-then-verify takes the length
+(`jaxfm.parallel.simulation.simulator`, which counts the engine's own ticks). Draft-then-verify takes the length
 that is best for each point. `pipe_links.svg`: the share of the speed without delay that is left as
 a hop takes up to two stages; `pipe_right.svg`: speed-up over plain pipelined decoding by the
 probability. The last line is one JSON object.
@@ -15,8 +15,8 @@ import argparse
 import json
 import pathlib
 
-from jaxfm.parallel.simulate import Head, RoundHead, best_speculative, play, trace
-from jaxfm.parallel.speed import Pipe, linear_cost
+from jaxfm.parallel.simulation.simulator import Head, RoundHead, best_speculative, play, trace
+from jaxfm.parallel.simulation.speed import Pipe, linear_cost
 
 COLOURS = {"continuous": "#0b6e4f", "draft-then-verify": "#c8553d", "plain": "#555555"}
 

@@ -31,8 +31,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
-from jaxfm.parallel import draft, generate, make_mesh
-from jaxfm.parallel.pipeinfer import pipeinfer, pipelined
+from jaxfm.parallel import generate, make_mesh
+from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.testing import random_variables, tiny_decoder
 layers, embed, new = map(int, sys.argv[3:6])
 model = tiny_decoder(num_layers=layers, embed_dim=embed, mlp_dim=2 * embed, max_len=512)

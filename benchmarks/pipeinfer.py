@@ -4,7 +4,7 @@
 
 Three parts, each with both sides in one run on the same text:
 
-1. An emulated cluster (`jaxfm.parallel.cluster`): one thread a node, waiting in the place of
+1. An emulated cluster (`jaxfm.parallel.simulation.emulated_cluster`): one thread a node, waiting in the place of
    computing. Against it plain pipelined decoding and draft-then-verify, with a fixed draft length
    and with the best one, which is found by trying all of them on the very text that is timed.
 2. The engine's ticks on 8 emulated devices with a draft that is told when to be wrong, against
@@ -45,8 +45,9 @@ TREE = (0.66, 0.78, 0.84, 0.88)
 
 ENGINE = """
 import json, sys, numpy as np
-from jaxfm.parallel import draft, generate, make_mesh, plain
-from jaxfm.parallel.pipeinfer import pipeinfer
+from jaxfm.parallel import generate, make_mesh, plain
+from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
 model = tiny_decoder(num_layers=8, max_len=512)
 variables = random_variables(model)
@@ -67,9 +68,9 @@ print(json.dumps(out))
 
 def emulated(sizes: dict) -> dict:
     """Part 1."""
-    from jaxfm.parallel.cluster import run
-    from jaxfm.parallel.simulate import Head, RoundHead, best_speculative, play, trace
-    from jaxfm.parallel.speed import Pipe, linear_cost
+    from jaxfm.parallel.simulation.emulated_cluster import run
+    from jaxfm.parallel.simulation.simulator import Head, RoundHead, best_speculative, play, trace
+    from jaxfm.parallel.simulation.speed import Pipe, linear_cost
 
     unit, tokens = sizes["stage_s"], sizes["tokens"]
     cluster = lambda stages, draft, link=0.05, cost=0.0: Pipe(
@@ -159,9 +160,10 @@ def pair(sizes: dict, folder: pathlib.Path):
 def wall(sizes: dict) -> dict:
     """Part 3."""
     from jaxfm.launch.setup import DataConfig, load_data
-    from jaxfm.parallel import draft, generate, make_mesh, plain, speculative
-    from jaxfm.parallel.copies import cache_copies
-    from jaxfm.parallel.pipeinfer import pipeinfer, pipelined
+    from jaxfm.parallel import generate, make_mesh, plain, speculative
+    from jaxfm.parallel.pipe import draft
+    from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
+    from jaxfm.parallel.simulation.cache_copies import cache_copies
 
     with tempfile.TemporaryDirectory() as folder:
         (model, variables), drafts = pair(sizes, pathlib.Path(folder))

@@ -39,13 +39,13 @@ from jaxfm.config import check, option
 from jaxfm.data.federation import Federation, federate
 from jaxfm.data.idx import mnist
 from jaxfm.data.partition import dirichlet, iid
+from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket
-from jaxfm.federated.fed_avg import fed_avg
+from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import Local, local_fit
-from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.model import Model, Variables
-from jaxfm.models.cnn import cnn, mlp
+from jaxfm.models.families.cnn import cnn, mlp
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks import classification
 

@@ -30,20 +30,21 @@ import numpy as np
 import optax
 
 from jaxfm import config as configs
-from jaxfm import hub_vision, search
+from jaxfm import search
 from jaxfm.config import check, option
 from jaxfm.data.arrays import digits
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.hub import torch_vision
 from jaxfm.model import Model, Variables
 from jaxfm.models import resnet_config
-from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
-from jaxfm.search.evaluate import recalibrated
-from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper
-from jaxfm.search.importance import gradient
-from jaxfm.search.policy_graph import policy_graph
+from jaxfm.search.evaluation import recalibrated
+from jaxfm.search.ranking import gradient
+from jaxfm.search.strategies.agmc import agmc, agmc_paper, warm_up_of
+from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
-from jaxfm.tasks.evaluate import evaluate, metric_totals
+from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.testing import tiny_resnet
 
 SEARCHED = ("random", "nsga2", "cma_es", "agmc", "agmc_paper", "gnn_rl", "gnn_rl_paper")
@@ -107,7 +108,9 @@ def load(config: Config) -> Work:
         start = model.init(jax.random.key(0))
         variables, _ = jax.jit(fit)(start, data, jnp.int32(2**30), jax.random.key(1))
         return Work(model, variables, task, train, parts["validation"], parts["test"])
-    model, variables = hub_vision.load_torch(resnet_config(_depth(config.weights)), config.weights)
+    model, variables = torch_vision.load_torch(
+        resnet_config(_depth(config.weights)), config.weights
+    )
     with np.load(config.data_dir) as file:
         data = {
             part: {

@@ -34,7 +34,7 @@ from jaxfm.models import (
     vgg_config,
 )
 from jaxfm.search import costs, cut, masked, network, sliced
-from jaxfm.search.cost import counts_of
+from jaxfm.search.trace.cost import counts_of
 from jaxfm.testing import (
     random_variables,
     tiny_decoder,

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import config as configs
-from jaxfm import hub_vision, search
+from jaxfm import search
 from jaxfm.config import check, option
+from jaxfm.hub import torch_vision
 from jaxfm.models import resnet_config
-from jaxfm.search.evaluate import recalibrated
+from jaxfm.search.evaluation import recalibrated
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -169,7 +170,7 @@ def theirs(tensors, depth: int, config: Config, calibration, images, labels) -> 
 
 
 def ours(weights: str, depth: int, config: Config, calibration, images, labels) -> dict[str, Any]:
-    model, variables = hub_vision.load_torch(resnet_config(depth), weights)
+    model, variables = torch_vision.load_torch(resnet_config(depth), weights)
 
     def accuracy(run, params) -> float:
         run = jax.jit(run)

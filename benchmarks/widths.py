@@ -21,8 +21,8 @@ from rounds import LOCAL, Config, engine_of, load, make_work
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
-from jaxfm.federated.fed_avg import fed_avg
-from jaxfm.models.cnn import mlp
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.models.families.cnn import mlp
 from jaxfm.tasks import classification
 
 PLANS = {"1": (1, 1), "10": (1, 10), "all": (1, 50), "1, two devices": (2, 1)}

@@ -4,46 +4,20 @@ An algorithm is a factory of pure functions (`Algorithm`, `Bucket`); `rounds` co
 of any of them over a device mesh; `client_costs` and `round_costs` count what they take.
 """
 
-from jaxfm.federated.adp import Adp, adp
-from jaxfm.federated.algorithm import (
-    Algorithm,
-    Bucket,
-    ClientData,
-    Known,
-    Mean,
-    Profile,
-    mean,
-    scaled,
+from jaxfm.federated.accounting.ledger import (
+    ClientCost,
+    Work,
+    client_costs,
+    client_work,
+    round_costs,
 )
-from jaxfm.federated.compress import compressed, quantised, top_k
-from jaxfm.federated.ensemble import (
-    Distil,
-    Vote,
-    coverage_vote,
-    entropy_vote,
-    max_vote,
-    mean_vote,
+from jaxfm.federated.accounting.metrics import (
+    client_metrics,
+    global_metrics,
+    three_metrics,
+    worst_decile,
 )
-from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics, worst_decile
-from jaxfm.federated.fed_avg import fed_avg
-from jaxfm.federated.fed_df import fed_df
-from jaxfm.federated.fed_dp import fed_dp
-from jaxfm.federated.fed_dyn import fed_dyn
-from jaxfm.federated.fed_kemf import fed_kemf, fed_kemf_paper
-from jaxfm.federated.fed_md import fed_md
-from jaxfm.federated.fed_nova import fed_nova
-from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
-from jaxfm.federated.fed_per import fed_per
-from jaxfm.federated.fed_prox import fed_prox
-from jaxfm.federated.fed_rolex import fed_rolex
-from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.ledger import ClientCost, Work, client_costs, client_work, round_costs
-from jaxfm.federated.lg_fed_avg import lg_fed_avg
-from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.federated.partition import either, head, norms, outside, statistics, under
-from jaxfm.federated.raffm import prioritised, raffm, raffm_published
-from jaxfm.federated.rafl import Rafl, held_search, rafl, rafl_published
-from jaxfm.federated.resources import (
+from jaxfm.federated.accounting.resources import (
     DEVICES,
     Device,
     Plan,
@@ -54,10 +28,47 @@ from jaxfm.federated.resources import (
     profiles,
     simulated,
 )
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Known,
+    Mean,
+    Profile,
+    mean,
+    scaled,
+)
+from jaxfm.federated.algorithms.adp import Adp, adp
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.federated.algorithms.fed_df import fed_df
+from jaxfm.federated.algorithms.fed_dp import fed_dp
+from jaxfm.federated.algorithms.fed_dyn import fed_dyn
+from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_paper
+from jaxfm.federated.algorithms.fed_md import fed_md
+from jaxfm.federated.algorithms.fed_nova import fed_nova
+from jaxfm.federated.algorithms.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
+from jaxfm.federated.algorithms.fed_per import fed_per
+from jaxfm.federated.algorithms.fed_prox import fed_prox
+from jaxfm.federated.algorithms.fed_rolex import fed_rolex
+from jaxfm.federated.algorithms.hetero_fl import hetero_fl
+from jaxfm.federated.algorithms.lg_fed_avg import lg_fed_avg
+from jaxfm.federated.algorithms.raffm import prioritised, raffm, raffm_published
+from jaxfm.federated.algorithms.rafl import Rafl, held_search, rafl, rafl_published
+from jaxfm.federated.algorithms.scaffold import scaffold
+from jaxfm.federated.algorithms.spatl import client_model, nothing, spatl, transferred
+from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.partition import either, head, norms, outside, statistics, under
+from jaxfm.federated.parts.channel_selection import Select, agent, everything, saliency
+from jaxfm.federated.parts.ensemble import (
+    Distil,
+    Vote,
+    coverage_vote,
+    entropy_vote,
+    max_vote,
+    mean_vote,
+)
 from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
-from jaxfm.federated.scaffold import scaffold
-from jaxfm.federated.select import Select, agent, everything, saliency
-from jaxfm.federated.spatl import client_model, nothing, spatl, transferred
+from jaxfm.federated.wrappers.compress import compressed, quantised, top_k
 
 __all__ = [
     "DEVICES",

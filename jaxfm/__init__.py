@@ -5,9 +5,11 @@ data, tasks, checkpoints. On it stand `jaxfm.parallel` (decoding), `jaxfm.search
 `jaxfm.federated` (training over clients) and `jaxfm.launch` (scripts).
 """
 
+import importlib
+
 from jaxfm import data, hub, models, tasks
 from jaxfm.checkpoint import Checkpointer
-from jaxfm.distill import distill
+from jaxfm.distillation import distill
 from jaxfm.model import Model, Past, Stages, Variables, count_parameters, from_nnx
 from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
 from jaxfm.tasks import Task, evaluate
@@ -42,3 +44,16 @@ __all__ = [
     "train_bpe",
     "width",
 ]
+
+# What stands on the ground is imported when it is first asked for: `import jaxfm` stays quick.
+_LAZY = ("federated", "launch", "parallel", "report", "search")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"jaxfm.{name}")
+    raise AttributeError(f"module 'jaxfm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Model, Variables
-from jaxfm.models.cnn import CnnConfig, cnn
-from jaxfm.models.decoder import DecoderConfig, decoder, gpt2_config
-from jaxfm.models.encoder import EncoderConfig, encoder
-from jaxfm.models.mobilenet import MobileNetConfig, mobilenet
-from jaxfm.models.resnet import ResNetConfig, resnet
-from jaxfm.models.shufflenet import ShuffleNetConfig, shufflenet
-from jaxfm.models.vgg import VggConfig, vgg
-from jaxfm.models.vit import VitConfig, vit
+from jaxfm.models.families.cnn import CnnConfig, cnn
+from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
+from jaxfm.models.families.encoder import EncoderConfig, encoder
+from jaxfm.models.families.mobilenet import MobileNetConfig, mobilenet
+from jaxfm.models.families.resnet import ResNetConfig, resnet
+from jaxfm.models.families.shufflenet import ShuffleNetConfig, shufflenet
+from jaxfm.models.families.vgg import VggConfig, vgg
+from jaxfm.models.families.vit import VitConfig, vit
 
 _SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
 

@@ -17,10 +17,29 @@ import optax
 
 from jaxfm import tasks
 from jaxfm.config import check, option
-from jaxfm.federated.adp import adp
 from jaxfm.federated.algorithm import Algorithm
-from jaxfm.federated.compress import compressed, quantised, top_k
-from jaxfm.federated.ensemble import (
+from jaxfm.federated.algorithms.adp import adp
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.federated.algorithms.fed_df import fed_df
+from jaxfm.federated.algorithms.fed_dp import fed_dp
+from jaxfm.federated.algorithms.fed_dyn import fed_dyn
+from jaxfm.federated.algorithms.fed_kemf import fed_kemf
+from jaxfm.federated.algorithms.fed_md import fed_md
+from jaxfm.federated.algorithms.fed_nova import fed_nova
+from jaxfm.federated.algorithms.fed_opt import fed_adam, fed_avg_m, fed_yogi
+from jaxfm.federated.algorithms.fed_per import fed_per
+from jaxfm.federated.algorithms.fed_prox import fed_prox
+from jaxfm.federated.algorithms.fed_rolex import fed_rolex
+from jaxfm.federated.algorithms.hetero_fl import hetero_fl
+from jaxfm.federated.algorithms.lg_fed_avg import lg_fed_avg
+from jaxfm.federated.algorithms.raffm import raffm
+from jaxfm.federated.algorithms.rafl import rafl
+from jaxfm.federated.algorithms.scaffold import scaffold
+from jaxfm.federated.algorithms.spatl import spatl
+from jaxfm.federated.local import Local
+from jaxfm.federated.partition import IsPersonal
+from jaxfm.federated.parts.channel_selection import agent, saliency
+from jaxfm.federated.parts.ensemble import (
     Distil,
     Vote,
     coverage_vote,
@@ -30,33 +49,14 @@ from jaxfm.federated.ensemble import (
     predict,
     public_inputs,
 )
-from jaxfm.federated.fed_avg import fed_avg
-from jaxfm.federated.fed_df import fed_df
-from jaxfm.federated.fed_dp import fed_dp
-from jaxfm.federated.fed_dyn import fed_dyn
-from jaxfm.federated.fed_kemf import fed_kemf
-from jaxfm.federated.fed_md import fed_md
-from jaxfm.federated.fed_nova import fed_nova
-from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_yogi
-from jaxfm.federated.fed_per import fed_per
-from jaxfm.federated.fed_prox import fed_prox
-from jaxfm.federated.fed_rolex import fed_rolex
-from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.lg_fed_avg import lg_fed_avg
-from jaxfm.federated.local import Local
-from jaxfm.federated.partition import IsPersonal
-from jaxfm.federated.raffm import raffm
-from jaxfm.federated.rafl import rafl
-from jaxfm.federated.scaffold import scaffold
-from jaxfm.federated.select import agent, saliency
-from jaxfm.federated.spatl import spatl
+from jaxfm.federated.wrappers.compress import compressed, quantised, top_k
 from jaxfm.model import Model, Variables, count_parameters
-from jaxfm.search.gnn_rl import gnn_rl, load_policy
-from jaxfm.search.groups import Network
-from jaxfm.search.policy_graph import policy_graph
-from jaxfm.search.project import Budget
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.strategies.gnn_rl import gnn_rl, load_policy
+from jaxfm.search.strategies.policy_graph import policy_graph
+from jaxfm.search.strategies.project import Budget
 from jaxfm.search.subnets import model_network
-from jaxfm.search.supernet import supernet
+from jaxfm.search.trace.groups import Network
 from jaxfm.subnet import Subnet, extract
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ import optax
 from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.config import check, option
-from jaxfm.distill import distill
+from jaxfm.distillation import distill
 from jaxfm.launch import federate
 from jaxfm.launch.federate import FederateConfig, Setting, Trained
 from jaxfm.launch.report import write_report
@@ -41,13 +41,13 @@ from jaxfm.launch.setup import (
     use_cores,
 )
 from jaxfm.model import Model, Variables, count_parameters
-from jaxfm.models.decoder import decoder, resized
+from jaxfm.models.families.decoder import decoder, resized
 from jaxfm.parallel.cache import decoding_layout
 from jaxfm.parallel.decode import Decoder
-from jaxfm.parallel.generate import generate, stream
-from jaxfm.parallel.lookup import lookup
-from jaxfm.parallel.plain import plain
-from jaxfm.parallel.speculative import speculative
+from jaxfm.parallel.decoders.lookup import lookup
+from jaxfm.parallel.decoders.plain import plain
+from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.generation import generate, stream
 from jaxfm.subnet import axis_sizes
 from jaxfm.tokenizer import Tokenizer
 

@@ -33,19 +33,15 @@ from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
 from jaxfm.cost import num_bytes
 from jaxfm.data.federation import summary
-from jaxfm.federated.algorithm import Algorithm, Bucket, Profile
-from jaxfm.federated.evaluate import client_metrics, global_metrics, three_metrics
-from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.ledger import (
+from jaxfm.federated.accounting.ledger import (
     ClientCost,
     client_costs,
     client_shapes,
     client_work,
     round_costs,
 )
-from jaxfm.federated.local import Local
-from jaxfm.federated.partition import IsPersonal, head, under
-from jaxfm.federated.resources import (
+from jaxfm.federated.accounting.metrics import client_metrics, global_metrics, three_metrics
+from jaxfm.federated.accounting.resources import (
     DEVICES,
     UNLIMITED_STEPS,
     Device,
@@ -56,6 +52,10 @@ from jaxfm.federated.resources import (
     profiles,
     simulated,
 )
+from jaxfm.federated.algorithm import Algorithm, Bucket, Profile
+from jaxfm.federated.algorithms.hetero_fl import hetero_fl
+from jaxfm.federated.local import Local
+from jaxfm.federated.partition import IsPersonal, head, under
 from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
 from jaxfm.launch.algorithms import (
     ALGORITHMS,

@@ -26,19 +26,18 @@ from jaxfm import hub
 from jaxfm.config import check, option
 from jaxfm.launch.setup import use_cores
 from jaxfm.model import Model, Variables
-from jaxfm.parallel.adapt import adapt
 from jaxfm.parallel.decode import Decoder
-from jaxfm.parallel.draft import Source, composite, early_exit, lookup_source, model_source
-from jaxfm.parallel.generate import Generated, stream
-from jaxfm.parallel.lookup import lookup
+from jaxfm.parallel.decoders.lookup import lookup
+from jaxfm.parallel.decoders.plain import plain
+from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.generation import Generated, stream
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.parallel.pipe_state import CANCELLED, DRAFTED, IDLE, LIVE, PREFILL, Counters
-from jaxfm.parallel.pipeinfer import pipeinfer
-from jaxfm.parallel.plain import plain
-from jaxfm.parallel.scheduler import limits
-from jaxfm.parallel.speculative import speculative
-from jaxfm.plot import grid_plot
-from jaxfm.report import Card, Report, cards, heading, write
+from jaxfm.parallel.pipe.adapt import adapt
+from jaxfm.parallel.pipe.draft import Source, composite, early_exit, lookup_source, model_source
+from jaxfm.parallel.pipe.pipeinfer import pipeinfer
+from jaxfm.parallel.pipe.scheduler import limits
+from jaxfm.parallel.pipe.state import CANCELLED, DRAFTED, IDLE, LIVE, PREFILL, Counters
+from jaxfm.report import Card, Report, cards, grid_plot, heading, write
 from jaxfm.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -29,11 +29,12 @@ import numpy as np
 import optax
 
 from jaxfm import config as configs
-from jaxfm import hub, hub_vision, search, tasks
+from jaxfm import hub, search, tasks
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
 from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
+from jaxfm.hub import torch_vision
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     NUM_CLASSES,
@@ -51,12 +52,12 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
-from jaxfm.search.agmc import agmc, agmc_paper, warm_up_of
-from jaxfm.search.evaluate import recalibrated
-from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy
-from jaxfm.search.importance import gradient
+from jaxfm.search.evaluation import recalibrated
 from jaxfm.search.latency import fit_latency, latency_of, measure
-from jaxfm.search.policy_graph import policy_graph
+from jaxfm.search.ranking import gradient
+from jaxfm.search.strategies.agmc import agmc, agmc_paper, warm_up_of
+from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy
+from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, evaluate
 
 STRATEGIES = (
@@ -161,7 +162,7 @@ def prepare(config: SearchConfig) -> Setting:
         model = build(_named(config.model, examples.shape[1], data))
     elsewhere = bool(config.weights) or pathlib.Path(config.model).is_dir()
     if config.weights:
-        model, variables = hub_vision.load_torch(model.config, config.weights)
+        model, variables = torch_vision.load_torch(model.config, config.weights)
     elif not elsewhere:
         print(f"Training the dense model: {config.train_steps} steps.")
         fit = trainer(lambda v, x, key: model.apply(v, x, train=True, key=key), task, config)

@@ -24,7 +24,7 @@ from jaxfm.data.federation import Federation, federate, leading_size
 from jaxfm.data.idx import mnist
 from jaxfm.data.noise import smooth_noise
 from jaxfm.data.source import Source
-from jaxfm.data.stdlib import stdlib
+from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
 from jaxfm.models import (
@@ -35,7 +35,7 @@ from jaxfm.models import (
     resnet_config,
     vgg_config,
 )
-from jaxfm.models.cnn import mlp
+from jaxfm.models.families.cnn import mlp
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer, bytes_per_token, load_tokenizer
 
 NUM_CLASSES = 10  # of all the sets of images

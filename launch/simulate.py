@@ -19,8 +19,15 @@ from typing import Any
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
-from jaxfm.parallel.simulate import Head, Played, RoundHead, best_speculative, play, trace
-from jaxfm.parallel.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
+from jaxfm.parallel.simulation.simulator import (
+    Head,
+    Played,
+    RoundHead,
+    best_speculative,
+    play,
+    trace,
+)
+from jaxfm.parallel.simulation.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
 from jaxfm.report import Report, heading, line_plot, row, table, write
 
 

@@ -51,11 +51,11 @@ from jaxfm.launch.setup import (
 from jaxfm.model import Array, Model, Variables, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.search import Budget, member_macs
-from jaxfm.search.evolve import evolve, fit_predictor
-from jaxfm.search.supernet import Supernet, recalibrate, sandwich, supernet
+from jaxfm.search.elastic.evolve import evolve, fit_predictor
+from jaxfm.search.elastic.supernet import Supernet, recalibrate, sandwich, supernet
 from jaxfm.subnet import axis_sizes
 from jaxfm.tasks import Task, evaluate
-from jaxfm.tasks.evaluate import metric_totals
+from jaxfm.tasks.evaluation import metric_totals
 
 BATCH = 32  # rows at a time of scores and reports
 

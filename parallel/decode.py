@@ -6,7 +6,7 @@ A decoder advances a batch of texts by ticks, each one pass of the target model:
     tick    some more tokens of the texts
 
 One invariant holds between the ticks of decoders that draft and verify: the target's cache covers
-each text but its newest token, which the next tick reads first. `jaxfm.parallel.generate` runs
+each text but its newest token, which the next tick reads first. `jaxfm.parallel.generation` runs
 ticks in compiled loops.
 """
 
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.parallel.cache import Network, decoding_layout, extend, network, prefill
-from jaxfm.parallel.verify import Draft, Rules, Text, commit, newest, verify
+from jaxfm.parallel.verification import Draft, Rules, Text, commit, newest, verify
 
 
 class Program(NamedTuple):

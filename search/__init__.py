@@ -7,28 +7,34 @@ program; `supernet` orders a model's channels by importance, trains its members 
 out the ones that fit.
 """
 
-from jaxfm.search.agmc import agmc, agmc_paper
-from jaxfm.search.cma_es import cma_es
-from jaxfm.search.cost import Costs, budgets, costs, counts_of, nominal_macs
-from jaxfm.search.evaluate import halving, split_rows, task_problem
-from jaxfm.search.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy, transferred
-from jaxfm.search.groups import Group, Network, network
-from jaxfm.search.importance import importance, keep, masks, ranks
-from jaxfm.search.interpret import coverage, cut, full, masked, place, sliced
+from jaxfm.search.elastic.member_cost import member_macs
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.evaluation import halving, split_rows, task_problem
 from jaxfm.search.latency import Latency, fit_latency
-from jaxfm.search.loop import Result, run, search
-from jaxfm.search.magnitude import magnitude
-from jaxfm.search.member_cost import member_macs
-from jaxfm.search.nsga2 import nsga2
-from jaxfm.search.policy_graph import PolicyGraph, policy_graph
-from jaxfm.search.project import Budget, projection
-from jaxfm.search.prune import Pruned, load, prune, pruned, save
-from jaxfm.search.random_search import random_search
-from jaxfm.search.repair import repair
-from jaxfm.search.strategy import Problem, Strategy, problem
+from jaxfm.search.least_squares import repair
+from jaxfm.search.pruning import Pruned, load, prune, pruned, save
+from jaxfm.search.ranking import importance, keep, masks, ranks
+from jaxfm.search.strategies.agmc import agmc, agmc_paper
+from jaxfm.search.strategies.cma_es import cma_es
+from jaxfm.search.strategies.gnn_rl import (
+    gnn_rl,
+    gnn_rl_paper,
+    load_policy,
+    save_policy,
+    transferred,
+)
+from jaxfm.search.strategies.loop import Result, run, search
+from jaxfm.search.strategies.magnitude import magnitude
+from jaxfm.search.strategies.nsga2 import nsga2
+from jaxfm.search.strategies.policy_graph import PolicyGraph, policy_graph
+from jaxfm.search.strategies.project import Budget, projection
+from jaxfm.search.strategies.random_search import random_search
+from jaxfm.search.strategies.strategy import Problem, Strategy, problem
+from jaxfm.search.strategies.uniform import uniform
 from jaxfm.search.subnets import model_network, to_subnet
-from jaxfm.search.supernet import supernet
-from jaxfm.search.uniform import uniform
+from jaxfm.search.trace.cost import Costs, budgets, costs, counts_of, nominal_macs
+from jaxfm.search.trace.groups import Group, Network, network
+from jaxfm.search.trace.interpret import coverage, cut, full, masked, place, sliced
 
 __all__ = [
     "Budget",

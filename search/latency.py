@@ -20,10 +20,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jaxfm.model import PyTree
-from jaxfm.search.cost import AxisTable, Expression, contractions, counts_of
-from jaxfm.search.groups import Kept, Network
-from jaxfm.search.interpret import cut, full, sliced
-from jaxfm.search.project import Budget
+from jaxfm.search.strategies.project import Budget
+from jaxfm.search.trace.cost import AxisTable, Expression, contractions, counts_of
+from jaxfm.search.trace.groups import Kept, Network
+from jaxfm.search.trace.interpret import cut, full, sliced
 
 
 class Latency(NamedTuple):

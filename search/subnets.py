@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from jaxfm.model import Model, PyTree, Variables, is_axes
-from jaxfm.search.groups import Kept, Network, key_name, network
-from jaxfm.search.interpret import check, positions
+from jaxfm.search.trace.groups import Kept, Network, key_name, network
+from jaxfm.search.trace.interpret import check, positions
 from jaxfm.subnet import FIXED, Subnet
 
 _LAYER = re.compile(r"/layers/(\d+)/")

@@ -46,7 +46,7 @@ def image_transform(
     pad: int = 0,
     flip: bool = False,
 ) -> Callable[[Array, Array | None], Array]:
-    """(images, key) -> f32 images, for `jaxfm.tasks.classification(transform=...)`.
+    """(images, key) -> f32 images, for `jaxfm.tasks.classify(transform=...)`.
 
     u8 is scaled to 0..1, then (x - mean) / std per channel; with a key (training) the images are
     first augmented by `pad_crop_flip`.

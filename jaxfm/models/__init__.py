@@ -6,22 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxfm.model import Model
-from jaxfm.models.cnn import CnnConfig
-from jaxfm.models.cnn import cnn as _cnn
-from jaxfm.models.decoder import DecoderConfig
-from jaxfm.models.decoder import decoder as _decoder
-from jaxfm.models.encoder import EncoderConfig
-from jaxfm.models.encoder import encoder as _encoder
-from jaxfm.models.mobilenet import MobileNetConfig, mobilenet_config
-from jaxfm.models.mobilenet import mobilenet as _mobilenet
-from jaxfm.models.resnet import ResNetConfig, resnet_config
-from jaxfm.models.resnet import resnet as _resnet
-from jaxfm.models.shufflenet import ShuffleNetConfig, shufflenet_config
-from jaxfm.models.shufflenet import shufflenet as _shufflenet
-from jaxfm.models.vgg import VggConfig, vgg_config
-from jaxfm.models.vgg import vgg as _vgg
-from jaxfm.models.vit import VitConfig
-from jaxfm.models.vit import vit as _vit
+from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
+from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
+from jaxfm.models.families.encoder import EncoderConfig, encoder
+from jaxfm.models.families.mobilenet import MobileNetConfig, mobilenet, mobilenet_config
+from jaxfm.models.families.resnet import ResNetConfig, resnet, resnet_config
+from jaxfm.models.families.shufflenet import ShuffleNetConfig, shufflenet, shufflenet_config
+from jaxfm.models.families.vgg import VggConfig, vgg, vgg_config
+from jaxfm.models.families.vit import VitConfig, vit
 
 __all__ = [
     "CnnConfig",
@@ -33,10 +25,20 @@ __all__ = [
     "VggConfig",
     "VitConfig",
     "build",
+    "cnn",
+    "decoder",
+    "encoder",
+    "gpt2_config",
+    "mlp",
+    "mobilenet",
     "mobilenet_config",
+    "resnet",
     "resnet_config",
+    "shufflenet",
     "shufflenet_config",
+    "vgg",
     "vgg_config",
+    "vit",
 ]
 
 VisionConfig = ResNetConfig | VggConfig | MobileNetConfig | ShuffleNetConfig
@@ -57,12 +59,12 @@ def build(config: Config) -> Model:
 
 
 _FAMILIES: dict[type, Callable[[Any], Model]] = {
-    DecoderConfig: _decoder,
-    EncoderConfig: _encoder,
-    VitConfig: _vit,
-    CnnConfig: _cnn,
-    ResNetConfig: _resnet,
-    VggConfig: _vgg,
-    MobileNetConfig: _mobilenet,
-    ShuffleNetConfig: _shufflenet,
+    DecoderConfig: decoder,
+    EncoderConfig: encoder,
+    VitConfig: vit,
+    CnnConfig: cnn,
+    ResNetConfig: resnet,
+    VggConfig: vgg,
+    MobileNetConfig: mobilenet,
+    ShuffleNetConfig: shufflenet,
 }

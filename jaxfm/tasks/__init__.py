@@ -1,7 +1,7 @@
 """Tasks: what a model is trained for and how it is scored."""
 
-from jaxfm.tasks.classification import classification
-from jaxfm.tasks.evaluate import evaluate, metric_totals
+from jaxfm.tasks.classify import classification
+from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.tasks.language import causal_lm, masked_lm
 from jaxfm.tasks.task import Task
 

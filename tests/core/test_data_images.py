@@ -15,7 +15,7 @@ import pytest
 from jaxfm.data.arrays import digits, npz
 from jaxfm.data.augment import image_transform, pad_crop_flip
 from jaxfm.data.cifar import cifar10, cifar100, read_binary, read_python
-from jaxfm.data.huggingface import huggingface, huggingface_documents
+from jaxfm.data.hub_datasets import huggingface, huggingface_documents
 from jaxfm.data.idx import mnist, read_idx
 from jaxfm.data.noise import smooth_noise
 from jaxfm.data.source import Source, checked

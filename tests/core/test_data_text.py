@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.data.source import Source, describe, federation_of
-from jaxfm.data.stdlib import stdlib, stdlib_documents
+from jaxfm.data.standard_library import stdlib, stdlib_documents
 from jaxfm.data.text import (
     SPLITS,
     Document,

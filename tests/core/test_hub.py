@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxfm import hub, hub_config
+from jaxfm import hub
+from jaxfm.hub import config as hub_config
 from jaxfm.layers import RopeScaling
 from jaxfm.model import layers_of, unstack, with_layers
-from jaxfm.models.decoder import DecoderConfig
+from jaxfm.models.families.decoder import DecoderConfig
 from jaxfm.subnet import Subnet, extract, mask
 from jaxfm.testing import (
     random_variables,

@@ -10,8 +10,8 @@ import pytest
 
 from jaxfm.model import count_parameters
 from jaxfm.models import CnnConfig, DecoderConfig, EncoderConfig, VitConfig, build
-from jaxfm.models.cnn import cnn, mlp
-from jaxfm.models.decoder import gpt2_config
+from jaxfm.models.families.cnn import cnn, mlp
+from jaxfm.models.families.decoder import gpt2_config
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,

@@ -274,7 +274,7 @@ def test_bfloat16_files_agree_with_the_same_weights_in_float32(tmp_path):
 
 
 def test_cases_cover_every_architecture():
-    from jaxfm.hub_config import ARCHITECTURES
+    from jaxfm.hub.config import ARCHITECTURES
 
     tested = {*CAUSAL.values(), *itertools.chain(*ENCODERS.values())}
     assert set(ARCHITECTURES) - tested == {"ViTModel", "ViTForImageClassification"}

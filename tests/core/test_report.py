@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from jaxfm import report
-from jaxfm.plot import show
-from jaxfm.report import Card, Report
+from jaxfm.report.page import Card, Report
+from jaxfm.report.plot import show
 
 NASTY = "<script>alert('&\"')</script>"
 

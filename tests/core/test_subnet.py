@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from jaxfm.model import Variables, layers_of, num_layers, unstack, with_layers
 from jaxfm.models import build
-from jaxfm.models.cnn import cnn
-from jaxfm.models.decoder import resized
+from jaxfm.models.families.cnn import cnn
+from jaxfm.models.families.decoder import resized
 from jaxfm.subnet import (
     Subnet,
     axis_sizes,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfm.data.stdlib import stdlib_documents
+from jaxfm.data.standard_library import stdlib_documents
 from jaxfm.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,

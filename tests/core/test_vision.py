@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfm import count_parameters, hub_vision
+from jaxfm import count_parameters
+from jaxfm.hub import torch_vision
 from jaxfm.layers import BatchNorm
 from jaxfm.model import from_nnx
 from jaxfm.models import (
@@ -22,7 +23,7 @@ from jaxfm.models import (
     shufflenet_config,
     vgg_config,
 )
-from jaxfm.models.convnet import average_pool_3x3, max_pool_3x3
+from jaxfm.models.families.convnet import average_pool_3x3, max_pool_3x3
 from jaxfm.subnet import Subnet, axis_sizes, centre, extract, kernel_sizes, mask
 from jaxfm.testing import (
     random_variables,
@@ -131,15 +132,15 @@ def test_networks_have_the_published_number_of_parameters(config, count):
 def test_tensors_go_to_pytorch_and_back_unchanged(family, tmp_path):
     model, variables = FAMILIES[family], random_variables(FAMILIES[family])
     for file in ("weights.npz", "weights.safetensors"):
-        hub_vision.save_torch(model, variables, tmp_path / file)
-        _, loaded = hub_vision.load_torch(model.config, tmp_path / file)
+        torch_vision.save_torch(model, variables, tmp_path / file)
+        _, loaded = torch_vision.load_torch(model.config, tmp_path / file)
         chex.assert_trees_all_equal(loaded, variables)
 
 
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
     model = FAMILIES["resnet, padded"]
-    tensors = hub_vision.to_torch(model, random_variables(model))
-    load = lambda changed: hub_vision.load_torch(model.config, changed)
+    tensors = torch_vision.to_torch(model, random_variables(model))
+    load = lambda changed: torch_vision.load_torch(model.config, changed)
     with pytest.raises(ValueError, match=r"no place: extra\.weight"):
         load(tensors | {"extra.weight": np.ones(3)})
     with pytest.raises(ValueError, match=r"linear\.bias has shape \(7,\).*asks for \(5,\)"):
@@ -150,7 +151,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
         (tmp_path / "weights.bin").touch()
         load(tmp_path / "weights.bin")
     with pytest.raises(TypeError, match="v1 has no PyTorch names"):
-        hub_vision.to_torch(FAMILIES["mobilenet v1"], random_variables(FAMILIES["mobilenet v1"]))
+        torch_vision.to_torch(FAMILIES["mobilenet v1"], random_variables(FAMILIES["mobilenet v1"]))
 
 
 def data_dir() -> pathlib.Path:
@@ -169,7 +170,7 @@ def test_published_weights_reach_their_accuracy(depth, accuracy):
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     images = (images - mean) / std
     weights = folder / "resnet_cifar10" / f"resnet{depth}.npz"
-    model, variables = hub_vision.load_torch(resnet_config(depth), weights)
+    model, variables = torch_vision.load_torch(resnet_config(depth), weights)
     predict = jax.jit(lambda batch: model.apply(variables, batch)[0].argmax(-1))
     batches = np.concatenate([predict(images[i : i + 500]) for i in range(0, len(images), 500)])
     assert abs((batches == labels).mean() * 100 - accuracy) <= 0.1
@@ -363,7 +364,7 @@ def test_networks_compute_what_those_of_pytorch_do(family, tmp_path):
         kind for name, kind in TORCH.items() if type(model.config).__name__.startswith(name)
     )
     theirs = kind(model.config).eval()
-    tensors = hub_vision.to_torch(model, variables)
+    tensors = torch_vision.to_torch(model, variables)
     state = {
         name: torch.tensor(np.ascontiguousarray(tensors[name]))
         for name in theirs.state_dict()
@@ -376,5 +377,5 @@ def test_networks_compute_what_those_of_pytorch_do(family, tmp_path):
     np.testing.assert_allclose(APPLY[family](variables, IMAGES)[0], expected, **CLOSE)
     prefixed = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
     torch.save({"state_dict": prefixed, "best_prec1": 1.0}, tmp_path / "weights.th")
-    _, loaded = hub_vision.load_torch(model.config, tmp_path / "weights.th")
+    _, loaded = torch_vision.load_torch(model.config, tmp_path / "weights.th")
     chex.assert_trees_all_equal(loaded, variables)

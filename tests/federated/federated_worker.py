@@ -63,12 +63,12 @@ def main() -> None:
 
     from jaxfm.checkpoint import Checkpointer
     from jaxfm.data.federation import federate
-    from jaxfm.federated.evaluate import client_metrics, global_metrics
-    from jaxfm.federated.hetero_fl import hetero_fl
+    from jaxfm.federated.accounting.metrics import client_metrics, global_metrics
+    from jaxfm.federated.accounting.resources import profiles
+    from jaxfm.federated.algorithms.hetero_fl import hetero_fl
     from jaxfm.federated.local import Local
-    from jaxfm.federated.resources import profiles
     from jaxfm.federated.rounds import Population, rounds
-    from jaxfm.models.cnn import mlp
+    from jaxfm.models.families.cnn import mlp
     from jaxfm.subnet import Subnet
     from jaxfm.tasks import classification
 

@@ -16,36 +16,36 @@ from flax import nnx
 
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.federation import Federation, federate
-from jaxfm.federated.adp import adp
-from jaxfm.federated.ensemble import Distil
-from jaxfm.federated.fed_avg import fed_avg
-from jaxfm.federated.fed_df import fed_df
-from jaxfm.federated.fed_dp import fed_dp
-from jaxfm.federated.fed_dyn import fed_dyn
-from jaxfm.federated.fed_kemf import fed_kemf
-from jaxfm.federated.fed_md import fed_md
-from jaxfm.federated.fed_nova import fed_nova
-from jaxfm.federated.fed_opt import fed_adam, fed_avg_m, fed_yogi
-from jaxfm.federated.fed_per import fed_per
-from jaxfm.federated.fed_prox import fed_prox
-from jaxfm.federated.fed_rolex import fed_rolex
-from jaxfm.federated.hetero_fl import hetero_fl
-from jaxfm.federated.lg_fed_avg import lg_fed_avg
+from jaxfm.federated.accounting.resources import profiles
+from jaxfm.federated.algorithms.adp import adp
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.federated.algorithms.fed_df import fed_df
+from jaxfm.federated.algorithms.fed_dp import fed_dp
+from jaxfm.federated.algorithms.fed_dyn import fed_dyn
+from jaxfm.federated.algorithms.fed_kemf import fed_kemf
+from jaxfm.federated.algorithms.fed_md import fed_md
+from jaxfm.federated.algorithms.fed_nova import fed_nova
+from jaxfm.federated.algorithms.fed_opt import fed_adam, fed_avg_m, fed_yogi
+from jaxfm.federated.algorithms.fed_per import fed_per
+from jaxfm.federated.algorithms.fed_prox import fed_prox
+from jaxfm.federated.algorithms.fed_rolex import fed_rolex
+from jaxfm.federated.algorithms.hetero_fl import hetero_fl
+from jaxfm.federated.algorithms.lg_fed_avg import lg_fed_avg
+from jaxfm.federated.algorithms.raffm import raffm
+from jaxfm.federated.algorithms.rafl import rafl
+from jaxfm.federated.algorithms.scaffold import scaffold
+from jaxfm.federated.algorithms.spatl import spatl
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import under
-from jaxfm.federated.raffm import raffm
-from jaxfm.federated.rafl import rafl
-from jaxfm.federated.resources import profiles
+from jaxfm.federated.parts.channel_selection import saliency
+from jaxfm.federated.parts.ensemble import Distil
 from jaxfm.federated.rounds import Population, rounds
-from jaxfm.federated.scaffold import scaffold
-from jaxfm.federated.select import saliency
-from jaxfm.federated.spatl import spatl
 from jaxfm.model import Model, Variables, from_nnx
-from jaxfm.models.cnn import mlp
+from jaxfm.models.families.cnn import mlp
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.search.project import Budget
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.strategies.project import Budget
 from jaxfm.search.subnets import model_network
-from jaxfm.search.supernet import supernet
 from jaxfm.subnet import Subnet, embed
 from jaxfm.tasks import classification
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.data.federation import federate
-from jaxfm.federated.resources import profiles
+from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 
 

@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from jaxfm.data.federation import federate
+from jaxfm.federated.accounting.metrics import client_metrics
+from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, mean, scaled
-from jaxfm.federated.evaluate import client_metrics
 from jaxfm.federated.local import Local, local_fit
-from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.model import Variables
-from jaxfm.models.cnn import mlp
+from jaxfm.models.families.cnn import mlp
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks import classification
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxfm.data.federation import federate
+from jaxfm.federated.accounting.ledger import client_costs, round_costs
+from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket, Mean, mean
-from jaxfm.federated.ledger import client_costs, round_costs
-from jaxfm.federated.resources import profiles
 from jaxfm.federated.rounds import Population, rounds
 from jaxfm.model import Variables
 

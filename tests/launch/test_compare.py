@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfm.federated.accounting.resources import DEVICES
 from jaxfm.federated.partition import split_tree
-from jaxfm.federated.resources import DEVICES
 from jaxfm.launch import compare, federate
 from jaxfm.launch.algorithms import ALGORITHMS
 from jaxfm.launch.compare_page import best_cards
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
 from jaxfm.log import read_metrics
-from jaxfm.models.cnn import CnnConfig, cnn, mlp
+from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
 from jaxfm.search import save_policy
-from jaxfm.search.gnn_rl import init_policy
+from jaxfm.search.strategies.gnn_rl import init_policy
 
 DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
 CNN = cnn(CnnConfig(image_size=(8, 8), conv_channels=(2, 2), dense_dim=4, num_classes=3))

@@ -13,7 +13,7 @@ from jaxfm.data.federation import merge
 from jaxfm.launch import search as script
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.search import load, model_network
-from jaxfm.search.cost import counts_of
+from jaxfm.search.trace.cost import counts_of
 
 
 def config(folder, **changes) -> script.SearchConfig:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from jaxfm.model import layers_of, unstack, with_layers
-from jaxfm.models.decoder import DecoderConfig, decoder
+from jaxfm.models.families.decoder import DecoderConfig, decoder
 from jaxfm.parallel import cache as cache_module
 from jaxfm.parallel.cache import Block, init_cache, keep, network, visible
-from jaxfm.parallel.generate import _advance
-from jaxfm.parallel.plain import plain
+from jaxfm.parallel.decoders.plain import plain
+from jaxfm.parallel.generation import _advance
 from jaxfm.parallel.sampling import Sampling
-from jaxfm.parallel.verify import Rules, Stats, Text
+from jaxfm.parallel.verification import Rules, Stats, Text
 
 CONFIG = DecoderConfig(
     vocab_size=32, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=24

@@ -4,10 +4,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxfm.model import layers_of, unstack, with_layers
-from jaxfm.models.decoder import DecoderConfig, decoder
-from jaxfm.parallel.generate import generate
+from jaxfm.models.families.decoder import DecoderConfig, decoder
+from jaxfm.parallel.decoders.plain import plain
+from jaxfm.parallel.generation import generate
 from jaxfm.parallel.mesh import make_mesh, shard, shardings
-from jaxfm.parallel.plain import plain
 
 
 def test_every_mesh_has_all_axes_and_they_are_auto():

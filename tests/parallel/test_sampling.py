@@ -6,7 +6,7 @@ from scipy import stats
 
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.sampling import Sampling
-from jaxfm.parallel.verify import Draft, verify
+from jaxfm.parallel.verification import Draft, verify
 
 VOCAB = 8
 DRAWS = 100_000

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.search import counts_of, fit_latency, full, latency, network, projection
-from jaxfm.search.project import within
+from jaxfm.search.strategies.project import within
 
 # A fixed cost, multiply-adds and values moved: of convolutions, grouped ones, matrix products.
 SECONDS = np.array([1e-4, 2e-5, 5e-5, 2e-9, 8e-9, 1e-9, 3e-9, 5e-9, 4e-9])

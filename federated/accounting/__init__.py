@@ -1,0 +1,1 @@
+"""What a run costs its clients, and how well it serves them."""

@@ -1,0 +1,1 @@
+"""What several algorithms share: ensembles, control variates, the selection of channels."""

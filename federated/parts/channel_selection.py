@@ -1,0 +1,212 @@
+"""Which channels of a client's model are salient: selectors, all of them within a budget.
+
+`Select.choose` looks at what a client has trained and returns a mask a channel group of the model's
+graph (`jaxfm.search.trace.groups`); what is masked out costs what the budget says, by construction.
+
+    everything   all channels
+    saliency     one threshold over all groups, s > t, the lowest within the budget; milliseconds
+    agent        a search strategy, such as a GNN-RL policy trained before on another network,
+                 tuned a little on each client: it proposes, rows held back from training judge
+
+Source of the agent: Yu et al. 2022 (SPATL, arXiv 2111.14345), section 4.3. There test images are
+the judge; here a client judges by rows that it holds back, and without any it keeps to saliency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfm.federated.algorithm import ClientData
+from jaxfm.model import Array, Key, PyTree, Variables
+from jaxfm.search.ranking import Scores, has_scales, importance, masks, ranks
+from jaxfm.search.strategies.project import Budget, projection, within
+from jaxfm.search.strategies.strategy import Strategy, ratios, to_logits
+from jaxfm.search.trace.cost import budgets as make_budgets
+from jaxfm.search.trace.groups import Network
+from jaxfm.search.trace.interpret import masked
+from jaxfm.tasks import Task
+
+_HALVINGS = 40
+
+
+class Select(NamedTuple):
+    """A way to choose channels, as pure functions.
+
+    Attributes:
+      network: of `jaxfm.search.model_network`: its groups are what is chosen from.
+      init: `(key) -> state`, what a client's selector remembers.
+      choose: `(state, variables, data: ClientData, key) -> (masks, state)`, a group's bool[size].
+    """
+
+    network: Network
+    init: Callable[[Key], PyTree]
+    choose: Callable[[PyTree, Variables, ClientData, Key], tuple[tuple[Array, ...], PyTree]]
+
+
+def everything(network: Network) -> Select:
+    """Selects all channels."""
+
+    def choose(state, variables: Variables, data: ClientData, key: Key):
+        return tuple(jnp.ones(_shape(g), bool) for g in network.groups), state
+
+    return Select(network, lambda key: (), choose)
+
+
+def saliency(network: Network, budget: Mapping[str, float], *, kind: str = "auto") -> Select:
+    """Selects the channels with the highest importance that a budget has room for.
+
+    Args:
+      budget: shares up to 1 or absolute limits by name, as `jaxfm.search.budgets` takes them:
+        {"macs": 0.6}.
+      kind: of importance, "l1", "l2", "scale", "l2_scale"; "auto": by the scales of norms, where
+        there are any (a norm divides by the size of the weights before it), else "l2".
+    Raises:
+      ValueError: a budget that cannot be met, another kind.
+    """
+    kind = _kind(network, kind)
+    limits = _limits(network, budget)
+
+    def choose(state, variables: Variables, data: ClientData, key: Key):
+        scores = _scores(network, variables, kind)
+        counts = threshold_counts(scores, network.sizes, limits)
+        return masks(ranks(scores), counts), state
+
+    return Select(network, lambda key: (), choose)
+
+
+def threshold_counts(scores: tuple[Array, ...], sizes: np.ndarray, limits: tuple[Budget, ...]):
+    """i32[G]: channels a group above the lowest common threshold that meets the budgets.
+
+    Groups whose layers choose by themselves are counted by their mean over layers.
+    """
+    values = [s / jnp.maximum(s.mean(-1, keepdims=True), 1e-30) for s in scores]
+
+    def above(t: Array) -> Array:
+        each = [(v > t).sum(-1).astype(jnp.float32).mean() for v in values]
+        return jnp.clip(jnp.floor(jnp.stack(each)), 1, np.asarray(sizes, np.float32))
+
+    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        good = within(limits, above(middle))
+        return jnp.where(good, low, middle), jnp.where(good, middle, high)
+
+    top = jnp.stack([v.max() for v in values]).max()
+    _, high = lax.fori_loop(0, _HALVINGS, halve, (jnp.float32(-1.0), top))
+    # A threshold below zero keeps everything, which may fit.
+    start = jnp.where(within(limits, above(jnp.float32(-1.0))), jnp.float32(-1.0), high)
+    return above(start).astype(jnp.int32)
+
+
+class Tuned(NamedTuple):
+    """What an agent remembers: its strategy's state, and the best counts so far."""
+
+    strategy: Any
+    counts: Array
+
+
+def agent(
+    network: Network,
+    budget: Mapping[str, float],
+    strategy: Strategy,
+    task: Task,
+    *,
+    rows: int = 64,
+    kind: str = "auto",
+) -> Select:
+    """Selects what a search strategy finds, one `ask` and `tell` a call.
+
+    A call judges the strategy's batch and the best of the calls before by the loss on `rows`
+    examples that the client holds back; the strategy learns from that, so a policy trained before
+    (`jaxfm.search.gnn_rl(graph, policy=...)`) is tuned to the client. The order of channels within
+    a group is that of their importance.
+
+    Args:
+      budget, kind: as in `saliency`.
+      strategy: over the network's groups.
+      task: whose loss counts.
+      rows: held-back examples a judgement, drawn anew in every call.
+    Raises:
+      ValueError: as `saliency`; rows below 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows}: an agent judges by at least one example.")
+    kind = _kind(network, kind)
+    limits = _limits(network, budget)
+    project = projection(network.sizes, limits)
+    run = masked(network)
+
+    def init(key: Key) -> Tuned:
+        return Tuned(strategy.init(key), jnp.zeros(len(network.groups), jnp.int32))
+
+    def choose(state: Tuned, variables: Variables, data: ClientData, key: Key):
+        if data.held_index is None or data.held_count is None:
+            raise ValueError(
+                "An agent judges by rows held back from training: give Population(held=...)."
+            )
+        ask_key, row_key, task_key = jax.random.split(key, 3)
+        scores = _scores(network, variables, kind)
+        order = ranks(scores)
+        first = project(to_logits(ratios(threshold_counts(scores, network.sizes, limits),
+                                         network.sizes)))  # fmt: skip
+        held = jnp.maximum(data.held_count, 1)
+        chosen = data.held_index[jax.random.randint(row_key, (rows,), 0, held)]
+        batch = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), dict(data.examples))
+        inputs, targets, weight = task.prepare(batch, task_key)
+
+        def judge(counts: Array) -> Array:
+            total, count = task.loss(run(variables, masks(order, counts), inputs), targets, weight)
+            return -total / jnp.maximum(count, 1)
+
+        actions, own = strategy.ask(state.strategy, ask_key)
+        proposed = jax.vmap(project)(actions)
+        known = jnp.where(state.counts[0] > 0, state.counts, first)
+        candidates = jnp.concatenate([proposed, known[None], first[None]])
+        worth = lax.map(judge, candidates)
+        worth = jnp.where(jnp.isfinite(worth), worth, -jnp.float32(1e9))
+        # A client that holds nothing back has nothing to learn its policy by.
+        some = data.held_count > 0
+        own = jax.tree.map(
+            lambda new, old: jnp.where(some, new, old),
+            strategy.tell(own, actions, proposed, worth[:-2]),
+            state.strategy,
+        )
+        best = jnp.where(some, candidates[jnp.argmax(worth)], first)
+        return masks(order, best), Tuned(own, best)
+
+    return Select(network, init, choose)
+
+
+def _shape(group) -> tuple[int, ...]:
+    return (group.layers, group.size) if group.layers else (group.size,)
+
+
+def _kind(network: Network, kind: str) -> str:
+    if kind == "auto":
+        return "scale" if has_scales(network) else "l2"
+    if kind not in ("l1", "l2", "scale", "l2_scale"):
+        raise ValueError(
+            f"kind={kind!r}: weights alone tell 'l1', 'l2', 'scale' and 'l2_scale'; or 'auto'."
+        )
+    return kind
+
+
+def _scores(network: Network, variables: Variables, kind: str) -> Scores:
+    scores = importance(network, variables, kind)
+    if kind != "scale":
+        return scores
+    # Scales that are equal, as all are at the start, go by the weights.
+    plain = importance(network, variables, "l2")
+    return tuple(s + 1e-3 * x for s, x in zip(scores, plain, strict=True))
+
+
+def _limits(network: Network, budget: Mapping[str, float]) -> tuple[Budget, ...]:
+    limits = make_budgets(network, **budget)
+    projection(network.sizes, limits)  # raises where the budget is out of reach
+    return limits

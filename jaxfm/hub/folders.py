@@ -1,0 +1,294 @@
+"""Pretrained models: Hugging Face folders and hub names in and out, and llama2.c files in.
+
+>>> import jax, tempfile
+>>> from jaxfm.testing import tiny_decoder
+>>> model = tiny_decoder()
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save(model, model.init(jax.random.key(0)), f"{folder}/model")
+...     loaded, variables = load(f"{folder}/model")
+>>> loaded.config == model.config
+True
+
+The names and layouts of tensors are in `jaxfm.hub.names`, the words of configs in
+`jaxfm.hub.config`. Each leaf is allocated once, in its stacked form and its final dtype, filled
+layer by layer from the files and put on its devices before the next one is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxfm.hub import config as hub_config
+from jaxfm.hub import files as hub_files
+from jaxfm.hub import names as hub_names
+from jaxfm.hub.files import DTYPES, Stored
+from jaxfm.hub.names import Piece
+from jaxfm.model import Model, Variables, is_stacked, layers_of, with_layers
+from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig, build
+from jaxfm.models.families.decoder import resized
+from jaxfm.subnet import axis_sizes
+
+Plan = dict[str, tuple[Piece, ...]]
+
+
+def load(
+    path_or_name: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    shardings: jax.sharding.Sharding | Callable[[Model], Variables] | None = None,
+) -> tuple[Model, Variables]:
+    """Loads a Hugging Face model: config.json and *.safetensors, in one file or several.
+
+    Args:
+      path_or_name: a folder, or a name on the Hugging Face hub (downloaded once, then cached).
+      dtype: "float32", "bfloat16" or "float16"; None: the one that most numbers are stored in.
+      shardings: where leaves go: one sharding for all, or a function from the Model to a tree of
+        shardings like the Variables. None: the default device.
+    Raises:
+      FileNotFoundError: no such folder, no such files in it, or a name that cannot be fetched.
+      ValueError: an architecture or feature that is not supported; a missing, unknown or misshapen
+        tensor, by name.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}.")
+    folder = hub_files.find_folder(path_or_name)
+    config = _read_config(folder)
+    stored = hub_files.open_safetensors(folder)
+    has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
+    if not isinstance(config, DecoderConfig) and config.head == "pooler" and not has_pooler:
+        config = dataclasses.replace(config, head="none")
+    return _fill(config, stored, dtype, shardings)
+
+
+def has_format(model: Model) -> bool:
+    """Whether `save` takes it: a decoder, an encoder or a vision transformer."""
+    return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig)
+
+
+def save(
+    model: Model,
+    variables: Variables,
+    path: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that `transformers` and `load` open.
+
+    A subnet that `jaxfm.subnet.extract` cut from `model` is saved at its own size. A new folder
+    appears whole; in one that exists each file is replaced whole.
+
+    Args:
+      model: a decoder, encoder or vision transformer.
+      variables: its arrays, or those of a subnet of it.
+      path: the folder.
+      tokenizer: written beside the model, by `jaxfm.tokenizer.save_tokenizer`.
+      max_shard_bytes: tensors are spread over files of at most this size.
+    Raises:
+      TypeError: the model has no Hugging Face format.
+      ValueError: the format cannot say this model: masked channels, layers of unequal width, or
+        a switch that its family lacks.
+    """
+    config, params = _to_save(model, variables)
+    fields = hub_config.to_hf(config)
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
+    # The file's reader scales scores by head_dim**-0.5; what differs from it goes into q.
+    scale = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
+    for name in ("layers.attention.q.kernel", "layers.attention.q.bias"):
+        if name in leaves and not np.isclose(scale, 1.0, rtol=1e-6):
+            scaled = leaves[name].astype(np.float32) * np.float32(scale)
+            leaves[name] = scaled.astype(leaves[name].dtype)
+    plan = _plan(config, leaves)
+
+    def tensor(name: str) -> np.ndarray:
+        rows = [leaves[p.path] if p.layer is None else leaves[p.path][p.layer] for p in plan[name]]
+        own = [hub_names.to_file(piece, row) for piece, row in zip(plan[name], rows, strict=True)]
+        return np.concatenate(own, axis=-1) if len(own) > 1 else own[0]
+
+    shapes = {
+        name: (hub_names.tensor_shape(some), leaves[some[0].path].itemsize)
+        for name, some in plan.items()
+    }
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        new = pathlib.Path(work, path.name)
+        new.mkdir()
+        hub_files.write_safetensors(new, shapes, tensor, max_shard_bytes)
+        _write_config(new, fields, tokenizer)
+        hub_files.publish(new, path)
+
+
+def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:
+    """Loads a float32 checkpoint of llama2.c (its version 0: seven int32, then the weights).
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: its length does not follow from its header.
+    """
+    header, stored = hub_files.open_llama2c(pathlib.Path(path))
+    dim, hidden, depth, heads, kv_heads, vocab, max_len = header
+    config = DecoderConfig(
+        vocab_size=abs(vocab), embed_dim=dim, num_layers=depth, num_heads=heads,
+        num_kv_heads=kv_heads, mlp_dim=hidden, max_len=max_len, norm_eps=1e-5, tied=vocab > 0,
+    )  # fmt: skip
+    return _fill(config, stored, None, None)
+
+
+def _read_config(folder: pathlib.Path) -> hub_config.Config:
+    """Our config. Fields that config.json leaves out have the defaults of transformers' class."""
+    raw = json.loads((folder / "config.json").read_text())
+    kind = raw.get("model_type", "unknown")
+    first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
+    architecture = (raw.get("architectures") or [first.get(kind, kind)])[0]
+    hub_config.require_known(architecture)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    fields = {**raw, **config.to_dict(), "num_labels": config.num_labels}
+    return hub_config.from_hf(fields, architecture)
+
+
+def _fill(
+    config: hub_config.Config, stored: Mapping[str, Stored], dtype: str | None, shardings: Any
+) -> tuple[Model, Variables]:
+    """The model of `config` in the dtype of a file, and its Variables filled from it."""
+    amounts: collections.Counter[str] = collections.Counter()
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"The tensor {name} is stored as {tensor.dtype}; quantised weights are not "
+                f"supported, only {', '.join(DTYPES.values())}."
+            )
+        amounts[tensor.dtype] += math.prod(tensor.shape)
+    model = build(dataclasses.replace(config, dtype=dtype or amounts.most_common(1)[0][0]))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    leaves = flatten_dict(shapes.params, sep=".")
+    plan = _plan(model.config, leaves)
+    stored = _matched(plan, stored, model.config)
+    where = shardings(model) if callable(shardings) else None
+    place = lambda part, path: shardings if where is None else flatten_dict(part, sep=".")[path]
+    homes: dict[str, list[tuple[str, Piece]]] = {}
+    for name, some in plan.items():
+        for piece in some:
+            homes.setdefault(piece.path, []).append((name, piece))
+    params, live = {}, {}
+    for path, leaf in leaves.items():
+        value = np.empty(leaf.shape, leaf.dtype)
+        for name, piece in homes[path]:
+            own = hub_names.from_file(piece, plan[name], stored[name].read())
+            value[... if piece.layer is None else piece.layer] = own
+        params[path] = jax.device_put(value, place(where and where.params, path))
+    for path, leaf in flatten_dict(shapes.live, sep=".").items():
+        ones = np.ones(leaf.shape, leaf.dtype)
+        live[path] = jax.device_put(ones, place(where and where.live, path))
+    return model, Variables(unflatten_dict(params, sep="."), {}, unflatten_dict(live, sep="."))
+
+
+def _plan(config: hub_config.Config, leaves: Mapping[str, Any]) -> Plan:
+    """The tensors of this model's file."""
+    rows = hub_names.GPT2 if getattr(config, "family", "") == "gpt2" else hub_names.LLAMA
+    if isinstance(config, EncoderConfig):
+        rows = {"bert": hub_names.BERT, "roberta": hub_names.ROBERTA}[config.family][config.head]
+    if isinstance(config, VitConfig):
+        rows = hub_names.VIT
+    plan = hub_names.pieces(rows, {name: leaf.shape for name, leaf in leaves.items()})
+    if not isinstance(config, DecoderConfig) and config.head in ("none", "pooler"):
+        return {_short(name): some for name, some in plan.items()}  # a bare model has no prefix
+    return plan
+
+
+def _short(name: str) -> str:
+    """A tensor's name without its model's prefix, which files have or leave out, and up to date."""
+    name = re.sub(r"^(model|transformer|bert|roberta|vit)\.", "", name)
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _matched(
+    plan: Plan, stored: Mapping[str, Stored], config: hub_config.Config
+) -> dict[str, Stored]:
+    """`stored` under the names of the plan; raises where the two do not fit."""
+    found = {_short(name): (name, tensor) for name, tensor in stored.items()}
+    matched = {}
+    for name, some in plan.items():
+        shape = hub_names.tensor_shape(some)
+        ours = f"{some[0].path} {some[0].leaf_shape}"
+        if _short(name) not in found:
+            raise ValueError(f"The file lacks the tensor {name} of shape {shape}, for {ours}.")
+        theirs, tensor = found.pop(_short(name))
+        if tensor.shape != shape:
+            raise ValueError(
+                f"The tensor {theirs} has shape {tensor.shape} in the file; the config asks for "
+                f"{shape}, for {ours}."
+            )
+        matched[name] = tensor
+    tied = (r"^lm_head\.weight$",) if getattr(config, "tied", True) else ()
+    for short, (name, tensor) in found.items():
+        if not any(re.search(pattern, short) for pattern in (*hub_names.HARMLESS, *tied)):
+            raise ValueError(
+                f"The file has a tensor {name} of shape {tensor.shape}, for which this "
+                f"{type(config).__name__} has no place."
+            )
+    return matched
+
+
+def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
+    """The config and the parameters, layers stacked, of a model or of a subnet of it."""
+    if not has_format(model):
+        raise TypeError(
+            f"A model of {type(model.config).__name__} has no Hugging Face format; decoders, "
+            "encoders and vision transformers have one."
+        )
+    if any(not np.asarray(leaf).all() for leaf in jax.tree.leaves(variables.live)):
+        raise ValueError("Some channels are masked; save the result of jaxfm.subnet.extract.")
+    layers = layers_of(variables)
+    if not is_stacked(layers):
+        if len({str(jax.tree.map(jnp.shape, row)) for row in layers.params.values()}) > 1:
+            raise ValueError(
+                "The layers have unequal widths; a Hugging Face file holds equal layers only."
+            )
+        stack = lambda part: jax.tree.map(lambda *rows: jnp.stack(rows), *part.values())
+        stacked = Variables(*(stack(part) if part else {} for part in layers))
+        variables = with_layers(variables, stacked)
+    given = flatten_dict(variables.params, sep=".")
+    config = dataclasses.replace(
+        resized(model.config, axis_sizes(variables.params, model.axes.params)),
+        dtype=next(iter(given.values())).dtype.name,
+    )
+    expected = jax.eval_shape(build(config).init, jax.random.key(0)).params
+    for name, leaf in flatten_dict(expected, sep=".").items():
+        if name not in given or given[name].shape != leaf.shape:
+            shape = given[name].shape if name in given else None
+            raise ValueError(
+                f"The parameter {name} has shape {shape}; a {type(config).__name__} of these "
+                f"widths has {leaf.shape}."
+            )
+    return config, variables.params
+
+
+def _write_config(folder: pathlib.Path, fields: dict[str, Any], tokenizer: Any) -> None:
+    from transformers import AutoConfig
+
+    if tokenizer is not None:
+        from jaxfm.tokenizer import save_tokenizer
+
+        save_tokenizer(tokenizer, folder)
+    if fields["model_type"] != "vit":
+        for name in ("bos", "eos"):
+            fields[f"{name}_token_id"] = getattr(tokenizer, f"{name}_id", None)
+    AutoConfig.for_model(**fields).save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""The model families, one file each; `jaxfm.models` exports their configs and factories."""

@@ -1,0 +1,1 @@
+"""Decoders that run a whole model on every device: plain, speculative, prompt lookup."""

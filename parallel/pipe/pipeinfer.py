@@ -1,0 +1,223 @@
+"""PipeInfer on a device mesh: continuous asynchronous speculation with early cancellation.
+
+The target is cut by layers over the mesh axis "stage"; a tick moves every packet of proposed tokens
+on by one stage. A token launched in one tick is answered S ticks later, and the pipe does not wait:
+the draft proposes on, below what is still in flight. When an answer contradicts a proposal, all
+that hangs below it is cancelled everywhere in the next tick, and what agrees with the answer lives
+on. With a draft that answers within a tick and is right with probability a, a token takes
+
+    (1 - a) S + a    ticks, where plain decoding through the same pipe takes S.
+
+One program runs on all devices (`jax.shard_map`). Its control state is replicated: each device
+makes the same decisions from the same answers, so nothing but one stage's hidden states
+(`ppermute`) and a few integers (`psum`) is sent between stages in a tick, and no collective between
+stages stands inside a branch.
+
+Beside the published algorithm: the newest right token is launched on its own only where no packet
+holds it already; cancelling is by token, not by packet; trees stay alive across a correction that
+one of their branches foresaw; several texts share the pipe, the first one first; texts are sampled
+without loss and do not depend on how they were scheduled (`jaxfm.parallel.pipe.draft`).
+Source: PipeInfer (arXiv 2407.11798); trees in the pipe as in PipeDec (arXiv 2504.04104).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxfm.model import Array, Model, Variables, layers_of, num_layers
+from jaxfm.parallel.cache import Network, init_cache, network
+from jaxfm.parallel.decode import Decoder, Program, vocab_size
+from jaxfm.parallel.mesh import make_mesh
+from jaxfm.parallel.pipe import scheduler
+from jaxfm.parallel.pipe.draft import Functions, Source
+from jaxfm.parallel.pipe.pipeline import (
+    STAGE,
+    TENSOR,
+    Cut,
+    assemble,
+    cut,
+    even_split,
+    flat_rows,
+    skipping,
+)
+from jaxfm.parallel.pipe.scheduler import Ask, Limits, Packet
+from jaxfm.parallel.pipe.stage import NO_DRAFT, prefill
+from jaxfm.parallel.pipe.state import Arrays, Counters, Sent, Shape, State
+from jaxfm.parallel.pipe.tick import one_tick
+from jaxfm.parallel.verification import Rules, Text
+
+
+def pipeinfer(
+    model: Model,
+    variables: Variables,
+    source: Source | None,
+    *,
+    mesh: Mesh | None = None,
+    split: Sequence[int] | None = None,
+    width: int = 1,
+    levels: int = 1,
+    own_slot: bool = False,
+    limits: Limits | None = None,
+    record: int = 0,
+) -> Decoder:
+    """The decoder that speculates continuously through a pipe of stages.
+
+    Args:
+      model, variables: the target; its layers must be of equal shape.
+      source: where proposals come from (`jaxfm.parallel.pipe.draft`); None: plain pipelined decoding.
+      mesh: its axis "stage" has one slot a stage (and one more with `own_slot`), and the devices
+        of its axis "tensor" share a stage's heads, MLP units and cache; None: all on one device.
+      split: layers of each stage; None: as even as they come.
+      width: candidates kept alive at each depth; 1 is a chain, more a tree.
+      levels: tokens of a path drafted a tick; more than 1 pays where a packet of several tokens
+        costs little more than one.
+      own_slot: give the first slot of the mesh to the draft alone. Otherwise it shares the first
+        stage's device.
+      limits: of `jaxfm.parallel.pipe.scheduler.limits`; None: all of width and levels, a window that
+        fills the pipe.
+      record: ticks whose timeline is kept (`Counters.timeline`).
+    Raises:
+      ValueError: a setting out of range, a split that fits neither model nor mesh, heads or MLP
+        units that do not divide over "tensor", or a draft with another number of tokens.
+    """
+    for name, value in (("width", width), ("levels", levels)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1.")
+    if record < 0:
+        raise ValueError(f"record={record}: give the number of ticks to keep, or 0.")
+    mesh = make_mesh() if mesh is None else mesh
+    stages = mesh.shape[STAGE] - own_slot
+    if stages < 1:
+        raise ValueError(
+            f"Mesh axis {STAGE!r} has {mesh.shape[STAGE]} slots; own_slot=True needs at least 2."
+        )
+    layers = num_layers(layers_of(variables))
+    split = even_split(layers, stages) if split is None else tuple(split)
+    if len(split) != stages or min(split) < 1:
+        raise ValueError(f"split={split}: give 1 or more layers for each of {stages} stages.")
+    tokens = vocab_size(model, variables)
+    if source is not None and source.vocab_size not in (None, tokens):
+        raise ValueError(
+            f"The target has {tokens} tokens and the draft {source.vocab_size}; both need the same "
+            "vocabulary."
+        )
+    if limits is None:
+        limits = scheduler.limits(width=width if source else 0, levels=levels)
+    # Everything in flight, one more packet's worth in the draft's hands, and a correction.
+    nodes = 32 * scheduler.num_words((stages + 2) * width * levels + 2)
+    shape = Shape(stages, int(own_slot), width, levels, nodes, record)
+    functions = source.functions if source else NO_DRAFT
+    program = _program(network(model), functions, mesh, shape)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    drafts, limits = jax.device_put((source.variables if source else None, limits), everywhere)
+    dealt = cut(variables, model.axes, (0,) * shape.own_slot + split, mesh)
+    arrays = Arrays(dealt, drafts, limits)
+    learned = getattr(model.config, "positions", None) == "learned"
+    return Decoder(program, arrays, 1, tokens, model.config.max_len if learned else None, mesh)
+
+
+def pipelined(
+    model: Model, variables: Variables, *, mesh: Mesh | None = None, split=None, record: int = 0
+) -> Decoder:
+    """Plain decoding through a pipe of stages: one token of each text in S ticks."""
+    return pipeinfer(model, variables, None, mesh=mesh, split=split, record=record)
+
+
+@functools.cache
+def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Program:
+    """Cached, so that the same parts give equal programs."""
+    net = skipping(target)
+    everywhere = PartitionSpec()
+    spec: Any = PartitionSpec  # stands where arrays will
+    arrays_spec = Arrays(Cut(spec(), spec(STAGE)), spec(), spec())
+    state_spec = State(*[spec()] * len(State._fields))
+    state_spec = state_spec._replace(rows=spec(STAGE), draft=spec(STAGE), hidden=spec(STAGE))
+    # Over "tensor" XLA splits the bodies, as the weights lie. Its sums stand inside the branches,
+    # but only devices of one stage take part in one, and these all take the same branch.
+    manual = set(mesh.axis_names) - ({TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set())
+    sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, axis_names=manual)
+
+    def settled(tree, specs):
+        """As a tick leaves them, whatever XLA would choose: the next one finds what it expects."""
+        if TENSOR in manual:
+            return tree
+        place = lambda spec, part: lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
+        return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    kept_spec = state_spec._replace(rows=spec(STAGE, None, TENSOR))
+
+    def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
+        body = lambda arrays, tokens, length: _start(
+            net, source, shape, arrays, tokens, length, cells, chunk
+        )
+        specs = (arrays_spec, everywhere, everywhere)
+        state = sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
+        return settled(state, kept_spec)
+
+    def tick(arrays: Arrays, state: State, text: Text, rules: Rules) -> tuple[State, Text]:
+        body = functools.partial(one_tick, net, source, shape)
+        specs = (arrays_spec, state_spec, everywhere, everywhere)
+        out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
+            arrays, state, text, rules
+        )
+        return settled(out, (kept_spec, everywhere))
+
+    return Program(start, tick, lambda state: state.counters)
+
+
+def _start(
+    net: Network, source: Functions, shape: Shape, arrays: Arrays, tokens: Array, length: Array,
+    num_cells: int, chunk: int | None,
+) -> State:  # fmt: skip
+    """The state after the prompts were read, all but their newest tokens."""
+    batch, wide = tokens.shape
+    words = scheduler.num_words(shape.nodes)
+    num_cells += shape.nodes  # text and tree; one of them is the last, which stays empty
+    variables = assemble(arrays.cut)
+    empty = flat_rows(init_cache(net, variables, batch, num_cells))
+    cells = jax.vmap(lambda t, n: scheduler.init_cells(t, n, num_cells, words))(tokens, length)
+    rows, ticks = prefill(net, shape, variables, empty, cells, tokens, length, chunk or wide)
+
+    newest = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    trees = jax.vmap(lambda _: scheduler.init_tree(shape.nodes))(jnp.arange(batch))
+    trees, cells = jax.vmap(scheduler.replant)(trees, cells, newest, length - 1, trees.alive)
+
+    draft_chunk = chunk if chunk is not None and wide % chunk == 0 else None
+    begin = lambda: source.start(arrays.draft, tokens, length, num_cells, draft_chunk)
+    blank = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
+    draft = lax.switch((lax.axis_index(STAGE) == 0).astype(jnp.int32), [blank, begin])
+
+    one = jax.ShapeDtypeStruct((1, shape.packet), jnp.int32)
+    x = jax.eval_shape(lambda t: net.stages.embed(variables, t, t), one)
+    zeros = lambda *dims: jnp.zeros(dims, jnp.int32)
+    places = (shape.levels, shape.width)
+    late = jnp.full((scheduler.LATE,), num_cells, jnp.int32)
+    asked = Ask(
+        jnp.zeros((), bool), zeros(), zeros(shape.width), zeros(*places), zeros(*places), late,
+        jnp.zeros((scheduler.LATE, words), jnp.uint32), jnp.zeros((), bool),
+    )  # fmt: skip
+    counters = Counters(
+        zeros(), ticks, zeros(shape.stages), zeros(shape.stages), zeros(2), zeros(), zeros(batch),
+        zeros(shape.width), zeros(), zeros(),
+        jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
+    )  # fmt: skip
+    lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    return State(
+        rows=rows,
+        draft=lead(draft),
+        hidden=jnp.zeros((1, *x.shape[1:]), x.dtype),
+        trees=trees,
+        cells=cells,
+        pipe=Packet(zeros(shape.stages), zeros(shape.stages, shape.packet)),
+        sizes=zeros(shape.stages),
+        sent=zeros(Sent.size(shape)),
+        asked=asked,
+        counters=counters,
+    )

@@ -1,0 +1,204 @@
+"""What one device of the pipe computes in a tick: its layers, the head, the draft.
+
+Collectives between stages stand outside of all branches: what is this stage's alone is chosen by
+`lax.switch`, and passing by comes first, since XLA copies what the first branch writes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.model import Array, PyTree, Variables
+from jaxfm.parallel import sampling as sample
+from jaxfm.parallel.cache import Block, Network, through
+from jaxfm.parallel.pipe import scheduler
+from jaxfm.parallel.pipe.draft import Functions, Question
+from jaxfm.parallel.pipe.pipeline import STAGE, Rows, local, past_of, put_rows
+from jaxfm.parallel.pipe.scheduler import NONE, Cells, Tree
+from jaxfm.parallel.pipe.state import Sent, Shape, State, pass_on, stage_of, take
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.verification import Rules, Text
+
+
+def prefill(
+    net: Network, shape: Shape, variables: Variables, rows: Rows, cells: Cells, tokens: Array,
+    length: Array, chunk: int,
+) -> tuple[Rows, Array]:  # fmt: skip
+    """Reads the prompts in chunks, one after the other through the pipe.
+
+    Returns:
+      The stage's rows, and how many ticks it took: chunks + S - 1.
+    """
+    batch, wide = tokens.shape
+    chunks = -(-wide // chunk)
+    tokens = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - wide)))
+    stage, none = stage_of(shape), cells.positions.shape[1]
+    ticks = batch * chunks + shape.stages - 1
+
+    def tick(i, carry):
+        rows, x = carry
+        number = i - stage
+        request = jnp.clip(number // chunks, 0, batch - 1)
+        first = (number % chunks) * chunk
+        places = first + jnp.arange(chunk, dtype=jnp.int32)
+        meant = (places < length[request] - 1) & (number >= 0) & (number < batch * chunks)
+        meant &= stage >= 0
+        own = take(cells, request)
+        # Later tokens are not there yet; earlier ones are all in the cache.
+        before = own._replace(bits=jnp.where((own.positions < first)[:, None], own.bits, 0))
+        truth = scheduler.bit(jnp.zeros((), jnp.int32), own.bits.shape[1])
+        block = Block(
+            lax.dynamic_slice(tokens, (request, first), (1, chunk)),
+            jnp.where(meant, places, 0)[None],
+            jnp.where(meant, places, none)[None],
+            jnp.where(meant[:, None], truth[None], 0)[None],
+        )
+
+        def run(x, rows):
+            embedded = net.stages.embed(variables, block.tokens, block.positions)
+            x = jnp.where(stage == 0, embedded, x)
+            return through(net, variables, x, past_of(rows, request, before, block), block)
+
+        like = jax.eval_shape(run, x, rows)[1]
+        by = lambda x, rows: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), like))
+        x, new = lax.switch(meant.any().astype(jnp.int32), [by, run], x, rows)
+        written = meant[None] & jnp.isfinite(x).all(-1)
+        return put_rows(rows, request, own, block, new, written), pass_on(x, shape)
+
+    one = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
+    x = jax.eval_shape(lambda t: net.stages.embed(variables, t, t), one)
+    rows, _ = lax.fori_loop(0, ticks, tick, (rows, jnp.zeros(x.shape, x.dtype)))
+    return rows, jnp.asarray(ticks, jnp.int32)
+
+
+def _one(sampling: Sampling, request: Array) -> Sampling:
+    """The settings of one text, as arrays of one row."""
+    key, *settings = sampling
+    return Sampling(key, *jax.tree.map(lambda x: x[request][None], settings))
+
+
+def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rules):
+    """This device's packet through its layers; on the last stage, the target's own tokens.
+
+    Returns:
+      The state, x [1, K, D], answers i32[K], their log-probabilities, executed i32[S].
+    """
+    stage, none = stage_of(shape), state.cells.positions.shape[1]
+    request, nodes = take(state.pipe, jnp.maximum(stage, 0))
+    tree, cells = take(state.trees, request), take(state.cells, request)
+    meant = (nodes != NONE) & (stage >= 0)
+    to = jnp.where(meant, tree.cells[nodes], none)
+    block = Block(
+        *(
+            x[None]
+            for x in (
+                tree.tokens[nodes],
+                jnp.where(meant, tree.positions[nodes], 0),
+                to,
+                jnp.where(meant[:, None], tree.bits[nodes], 0),
+                cells.bits[jnp.minimum(to, none - 1)],
+            )
+        )
+    )
+    sampling = _one(rules.sampling, request)
+
+    def run(places, x, rows):
+        """The first places of the packet."""
+        some = jax.tree.map(lambda field: field[:, :places], block)
+        embedded = net.stages.embed(own, some.tokens, some.positions)
+        x = jnp.where(stage == 0, embedded, x[:, :places])
+        x, new = through(net, own, x, past_of(rows, request, cells, block), some)
+        last = (stage == shape.stages - 1).astype(jnp.int32)
+        picked = lax.switch(last, [_pick_nothing, _picker(net, own, sampling)], x, some.positions)
+        return x, new, *picked, jnp.ones((), jnp.int32)
+
+    whole = functools.partial(run, shape.packet)
+    shapes = jax.eval_shape(whole, state.hidden, state.rows)
+    fill = lambda part, like: lax.pad(
+        part, jnp.zeros((), part.dtype), [(0, b - a, 0) for a, b in zip(part.shape, like.shape)]
+    )
+    one = lambda x, rows: jax.tree.map(fill, run(1, x, rows), shapes)
+    by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes[1:]))
+    # Passing by comes first: XLA copies what the first branch writes. A token alone is read alone,
+    # so that a wide packet costs only those who use it.
+    ways: list[Callable] = [by, one, whole] if shape.packet > 1 else [by, whole]
+    way = meant.any().astype(jnp.int32) + meant[1:].any().astype(jnp.int32)
+    x, new, answers, logprobs, ran = lax.switch(way, ways, state.hidden, state.rows)
+    written = meant[None] & jnp.isfinite(x).all(-1)
+    rows = put_rows(state.rows, request, cells, block, new, written)
+    executed = jnp.where(jnp.arange(shape.stages) == stage, ran, 0)
+    return state._replace(rows=rows), x, answers, logprobs, executed
+
+
+def _picker(net: Network, own: Variables, sampling: Sampling):
+    """`(x [1, K, D], positions i32[1, K]) -> (tokens i32[K], log-probabilities f32[K])`.
+
+    The draw at each position is the one that plain decoding makes there.
+    """
+
+    def pick(x: Array, positions: Array) -> tuple[Array, Array]:
+        logits = net.stages.head(own, x)
+        if sampling.temperature is None:
+            tokens = logits.argmax(-1).astype(jnp.int32)
+        else:
+            logp = sample.log_probs(logits, sampling)
+            tokens = sample.draw(logp, sample.keys(sampling, positions + 1, sample.CHOOSE))
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        return tokens[0], jnp.take_along_axis(logp, tokens[..., None], axis=-1)[0, :, 0]
+
+    return pick
+
+
+def _pick_nothing(x: Array, positions: Array) -> tuple[Array, Array]:
+    return jnp.zeros(positions.shape[1], jnp.int32), jnp.zeros(positions.shape[1])
+
+
+def _nothing(variables, state, question, levels: int, width: int):
+    raise AssertionError("No draft was given, so none is asked.")
+
+
+NO_DRAFT = Functions(lambda variables, tokens, length, cells, chunk: (), _nothing)
+
+
+def propose(
+    source: Functions, shape: Shape, variables: PyTree, state: State, text: Text, rules: Rules
+):
+    """What the draft answers, on the device that drafts.
+
+    Returns:
+      The state, proposals, whether it read, and 1 where it ran.
+    """
+    like = Sent.like(shape)
+    blank = (like.proposals, like.reads, jnp.zeros((), jnp.int32))
+    if source is NO_DRAFT:
+        return state, *blank
+    asked = state.asked
+    tree, cells = take(state.trees, asked.request), take(state.cells, asked.request)
+    tokens, length = _path(tree, asked.tips[0], take(text.tokens, asked.request))
+    question = Question(
+        asked, tree, cells, _one(rules.sampling, asked.request), tokens, length,
+        text.length[asked.request], text.limit[asked.request] - 1,
+    )  # fmt: skip
+
+    def run(own):
+        answer, own = source.propose(variables, own, question, shape.levels, shape.width)
+        return own, answer.proposals, answer.reads, jnp.ones((), jnp.int32)
+
+    mine = asked.wanted & (lax.axis_index(STAGE) == 0)
+    own, *said = lax.switch(
+        mine.astype(jnp.int32), [lambda own: (own, *blank), run], local(state.draft)
+    )
+    return state._replace(draft=jax.tree.map(lambda x: x[None], own)), *said
+
+
+def _path(tree: Tree, node: Array, tokens: Array) -> tuple[Array, Array]:
+    """A text with the tokens on the way to a node written behind it, and its new length."""
+    every = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
+    above = jax.vmap(lambda i: scheduler.has(tree.bits[node], i))(every) & tree.alive
+    at = jnp.where(above, tree.positions, tokens.shape[0])
+    return tokens.at[at].set(tree.tokens, mode="drop"), tree.positions[node] + 1

@@ -1,0 +1,190 @@
+"""What the pipe holds between two ticks, and what its devices tell each other.
+
+All of it but the keys and values, the draft's own state and the hidden states is replicated: every
+device decides the same from the same answers (`jaxfm.parallel.pipe.tick`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfm.model import Array, PyTree
+from jaxfm.parallel.pipe.pipeline import STAGE, Cut, Rows
+from jaxfm.parallel.pipe.scheduler import NONE, Ask, Cells, Limits, Packet, Proposals, Tree
+
+IDLE, LIVE, CANCELLED, PREFILL, DRAFTED = range(5)  # what a stage, or the draft, did in a tick
+
+
+class Counters(NamedTuple):
+    """What happened since the start; ticks of prefill are in `prefill` alone.
+
+    Attributes:
+      ticks: i32[].
+      prefill: i32[] ticks that reading the prompts took.
+      executed: i32[S] ticks in which each stage computed, counted where it does.
+      cancelled: i32[S] ticks in which a stage passed by a packet that had been cancelled.
+      launched: i32[2] packets, and tokens in them.
+      drafted: i32[] ticks in which the draft computed, counted where it does.
+      corrections: i32[B] times that no proposal foresaw the answer.
+      places: i32[w] right tokens that were the draft's first candidate, second, ...
+      wide: i32[] ticks in which a stage read more than one token.
+      in_flight: i32[] packets in the pipe, summed over ticks.
+      timeline: u8[R, S + 1] what each stage did in each of the first R ticks; last, the draft.
+    """
+
+    ticks: Array
+    prefill: Array
+    executed: Array
+    cancelled: Array
+    launched: Array
+    drafted: Array
+    corrections: Array
+    places: Array
+    wide: Array
+    in_flight: Array
+    timeline: Array
+
+
+class State(NamedTuple):
+    """Everything between two ticks.
+
+    Attributes:
+      rows: keys and values; leaves [slots * L, B * C, G, K].
+      draft: the source's state, with a leading axis of slots.
+      hidden: [slots, K, D] what each slot has received.
+      trees, cells: of each text, with a leading axis B.
+      pipe: the packets in the S stages.
+      sizes: i32[S] tokens that each packet had when it was launched.
+      sent: i32[n] what the last stage and the draft said in the last tick.
+      asked: what the draft was asked then.
+      counters: counts.
+    """
+
+    rows: Rows
+    draft: PyTree
+    hidden: Array
+    trees: Tree
+    cells: Cells
+    pipe: Packet
+    sizes: Array
+    sent: Array
+    asked: Ask
+    counters: Counters
+
+
+class Shape(NamedTuple):
+    """The static side of an engine; hashable.
+
+    Attributes:
+      stages: S.
+      own_slot: 1 where the draft has a slot of its own, before the first stage; else 0.
+      width, levels: most candidates at a depth, and most levels drafted a tick.
+      nodes: N of each tree.
+      record: ticks of the timeline that are kept.
+    """
+
+    stages: int
+    own_slot: int
+    width: int
+    levels: int
+    nodes: int
+    record: int
+
+    @property
+    def packet(self) -> int:
+        """K, tokens of a packet."""
+        return self.width * self.levels
+
+
+class Arrays(NamedTuple):
+    """What the programs of an engine read.
+
+    Attributes:
+      cut: the target.
+      draft: the source's variables.
+      limits: how eagerly to speculate.
+    """
+
+    cut: Cut
+    draft: PyTree
+    limits: Limits
+
+
+class Sent(NamedTuple):
+    """What travels to all devices in a tick; one vector of integers, one sum."""
+
+    answers: Array  # i32[K]
+    logprobs: Array  # f32[K]
+    proposals: Proposals
+    reads: Array  # bool[]
+    executed: Array  # i32[S]
+    drafted: Array  # i32[]
+
+    @staticmethod
+    def like(shape: Shape) -> Sent:
+        places = (shape.levels, shape.width)
+        proposals = Proposals(
+            jnp.zeros(places, jnp.int32), jnp.zeros(places, jnp.int32), jnp.zeros(places),
+            jnp.zeros(places, bool),
+        )  # fmt: skip
+        return Sent(
+            jnp.zeros((shape.packet,), jnp.int32), jnp.zeros((shape.packet,)), proposals,
+            jnp.zeros((), bool), jnp.zeros((shape.stages,), jnp.int32), jnp.zeros((), jnp.int32),
+        )  # fmt: skip
+
+    @staticmethod
+    def size(shape: Shape) -> int:
+        return sum(x.size for x in jax.tree.leaves(Sent.like(shape)))
+
+    def pack(self) -> Array:
+        """i32[n]; each value comes from one device only, so that bits survive the sum."""
+        as_int = lambda x: (
+            lax.bitcast_convert_type(x, jnp.int32)
+            if x.dtype == jnp.float32
+            else x.astype(jnp.int32)
+        )
+        return jnp.concatenate([as_int(x).reshape(-1) for x in jax.tree.leaves(self)])
+
+    @staticmethod
+    def unpack(flat: Array, shape: Shape) -> Sent:
+        leaves, form = jax.tree.flatten(Sent.like(shape))
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        parts = jnp.split(flat, ends[:-1])
+        back = lambda x, like: (
+            lax.bitcast_convert_type(x, jnp.float32)
+            if like.dtype == jnp.float32
+            else x.astype(like.dtype)
+        ).reshape(like.shape)
+        return jax.tree.unflatten(form, [back(x, like) for x, like in zip(parts, leaves)])
+
+
+def stage_of(shape: Shape) -> Array:
+    """i32[] the stage of this device; -1: it only drafts."""
+    return lax.axis_index(STAGE) - shape.own_slot
+
+
+def pass_on(x: Array, shape: Shape) -> Array:
+    """What each stage receives from the one before; one collective, outside of all branches."""
+    first, last = shape.own_slot, shape.own_slot + shape.stages - 1
+    return lax.ppermute(x, STAGE, [(i, i + 1) for i in range(first, last)])
+
+
+def take(tree: PyTree, i: Array) -> PyTree:
+    """Row `i` of every leaf."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def put(tree: PyTree, i: Array, value: PyTree) -> PyTree:
+    """`tree` with row `i` of every leaf replaced."""
+    return jax.tree.map(lambda x, y: x.at[i].set(y), tree, value)
+
+
+def in_flight(pipe: Packet, batch: int) -> Array:
+    """i32[B] packets of each text that have not left the pipe."""
+    live = (pipe.nodes != NONE).any(1)
+    return jnp.zeros((batch,), jnp.int32).at[pipe.request].add(live.astype(jnp.int32))

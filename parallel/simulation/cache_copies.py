@@ -1,0 +1,50 @@
+"""What XLA made of a tick: its program, and the copies of keys and values in it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.generation import _advance, _start
+from jaxfm.parallel.pipe.state import State
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.verification import Rules, Stats, Text
+
+
+def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
+    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs
+    more than it should. Whether XLA makes one depends on its version.
+
+    Args:
+      decoder: of `pipeinfer`.
+      cells: tokens of the text.
+    """
+    return count_copies(*tick_program(decoder, cells=cells))
+
+
+def count_copies(program: str, state: State) -> int:
+    """`cache_copies` of a program of `tick_program`."""
+    size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program)
+    return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
+
+
+def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, State]:
+    """The optimised program of a piece of one text, as XLA prints it, and the state it starts from.
+
+    Args:
+      decoder: of `pipeinfer`.
+      cells: tokens of the text.
+    """
+    length, limit = jnp.full((1,), 2, jnp.int32), jnp.full((1,), cells, jnp.int32)
+    tokens, zero = jnp.zeros((1, cells), jnp.int32), jnp.zeros((1,), jnp.int32)
+    stats = Stats(zero, zero[:, None], zero[:, None])
+    text = Text(tokens, length, limit, zero > 0, zero, stats)
+    rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
+    state = _start(decoder.program, decoder.variables, tokens, length, 16, None)
+    program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
+    return program.as_text() or "", state

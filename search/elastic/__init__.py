@@ -1,0 +1,1 @@
+"""Supernets: one training, a network for every budget."""

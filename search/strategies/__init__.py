@@ -1,0 +1,1 @@
+"""Search strategies under one contract, and the loop that runs them."""

@@ -1,0 +1,28 @@
+"""Uniform pruning: one ratio for every group, set by the budget alone."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxfm.model import Array, Key
+from jaxfm.search.strategies.strategy import Strategy
+
+
+def uniform(num_groups: int) -> Strategy:
+    """Equal logits; there is nothing to learn, so one evaluation is all it needs."""
+    return fixed(jnp.zeros(num_groups))
+
+
+def fixed(logits: Array) -> Strategy:
+    """Always asks for the one candidate `logits` f32[G], known before the search."""
+
+    def init(key: Key) -> tuple[()]:
+        return ()
+
+    def ask(state: tuple[()], key: Key) -> tuple[Array, tuple[()]]:
+        return logits[None], state
+
+    def tell(state: tuple[()], actions: Array, counts: Array, scores: Array) -> tuple[()]:
+        return state
+
+    return Strategy(init, ask, tell, 1)

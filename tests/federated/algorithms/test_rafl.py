@@ -1,0 +1,190 @@
+"""What RaFL claims: members within every client's budget, chosen on held rows; correct fusion."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxfm import count_parameters
+from jaxfm.data.federation import federate
+from jaxfm.distillation import kl_divergence
+from jaxfm.federated.accounting.ledger import client_costs
+from jaxfm.federated.accounting.resources import profiles
+from jaxfm.federated.algorithms.rafl import (
+    client_limits,
+    entropy_divergence,
+    held_search,
+    rafl,
+    rafl_published,
+    tiers,
+)
+from jaxfm.federated.local import Local
+from jaxfm.federated.parts.ensemble import Distil
+from jaxfm.federated.rounds import Population, rounds
+from jaxfm.models.families.cnn import mlp
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.strategies.project import Budget
+from jaxfm.tasks import classification
+
+MODEL, TASK = mlp((6, 32, 16, 3)), classification(3, inputs="x")
+LOCAL, DISTIL = Local(optax.sgd(0.1), 4), Distil(optax.sgd(0.1), 2, 4)
+NET = supernet(
+    MODEL, MODEL.init(jax.random.key(0)), ("hidden1", "hidden2"), multiple=2, smallest=0.125
+)
+PUBLIC = {"x": np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)}
+LARGEST = count_parameters(NET.variables.params)
+
+
+def latency(counts):
+    """Milliseconds on some machine: one for each layer, and one for each eight channels."""
+    return 2.0 + jnp.ceil(counts / 8).sum()
+
+
+def budgets(parameters, milliseconds) -> list[Budget]:
+    return [
+        Budget("parameters", NET.parameters, np.asarray(parameters, np.float64)),
+        Budget("milliseconds", latency, np.asarray(milliseconds, np.float64)),
+    ]
+
+
+def some_budgets(num_clients: int = 12) -> list[Budget]:
+    rng = np.random.default_rng(2)
+    return budgets(
+        LARGEST * rng.uniform(0.12, 1.2, num_clients), rng.uniform(4.0, 9.0, num_clients)
+    )
+
+
+def make(given, **options):
+    return rafl(NET, MODEL, TASK, LOCAL, DISTIL, given, **options)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make(some_budgets())
+
+
+def test_every_client_is_within_its_budgets(plan):
+    given = some_budgets()
+    limits = client_limits(given)
+    for client, bucket in enumerate(plan.bucket):
+        counts = jnp.asarray(plan.members[bucket], jnp.float32)
+        for budget, limit in zip(given, limits[client]):
+            assert float(budget.cost(counts)) <= limit * (1 + 1e-6)
+    assert 1 < len(plan.members) <= 3
+    assert len({tuple(counts) for counts in plan.members}) == len(plan.algorithm.buckets)
+
+
+def test_clients_train_the_member_they_were_given_and_send_the_smallest(plan):
+    num_clients = len(plan.bucket)
+    x = np.zeros((num_clients, 6), np.float32)
+    data = federate({"x": x, "label": np.zeros(num_clients, np.int32)}, np.arange(12)[:, None])
+    people = Population(data, profiles(num_clients), plan.bucket)
+    costs = client_costs(plan.algorithm, people, plan.start, PUBLIC)
+    smallest = int(NET.parameters(jnp.asarray(NET.smallest, jnp.float32)))
+    assert count_parameters(plan.start.params) == smallest
+    for cost, counts in zip(costs, plan.members):
+        assert cost.parameters == int(NET.parameters(jnp.asarray(counts, jnp.float32)))
+        assert (cost.bytes_down, cost.bytes_up) == (4 * smallest, 4 * smallest + 4)
+    engine = rounds(plan.algorithm, people, cohort_size=num_clients, public=PUBLIC)
+    _, info = engine.run(engine.init(plan.start, jax.random.key(0)))
+    assert info["clients"].sum() == num_clients and np.isfinite(info["distil_loss"]).all()
+
+
+def test_members_inherit_the_supernets_weights_or_start_anew():
+    one = budgets([LARGEST], [9.0])
+    search = lambda budgets, clients: np.array([8, 4])
+    first = lambda plan: plan.algorithm.buckets[0].model.init(jax.random.key(1))
+    cut = NET.extract(NET.variables, np.array([8, 4]))
+    for scratch, same in ((None, True), (jax.random.key(5), False)):
+        own = first(make(one, search=search, scratch=scratch))
+        kernels = [v.params["dense2"]["kernel"] for v in (own, cut)]
+        assert kernels[0].shape == (8, 4)
+        assert np.array_equal(*kernels) == same
+
+
+@pytest.mark.parametrize("num_tiers", [1, 2, 3, 9])
+def test_tiers_lose_least(num_tiers):
+    share = np.random.default_rng(num_tiers).uniform(0.1, 1, 7)
+    share[3] = share[5]
+    loss = lambda tier: sum(
+        np.log(share[tier == t] / share[tier == t].min()).sum() for t in np.unique(tier)
+    )
+    tier = tiers(share, num_tiers)
+    assert len(np.unique(tier)) == min(num_tiers, 6) == tier.max() + 1
+    assert (np.diff(tier[np.argsort(share)]) >= 0).all()
+    order = np.argsort(share)
+    best = np.inf
+    for cuts in itertools.combinations(range(1, 7), min(num_tiers, 6) - 1):
+        other = np.empty(7, int)
+        other[order] = np.searchsorted(cuts, np.arange(7), side="right")
+        best = min(best, loss(other))
+    np.testing.assert_allclose(loss(tier), best, atol=1e-9)
+
+
+def test_the_search_reads_held_rows_of_the_tier_alone():
+    rng = np.random.default_rng(3)
+    label = rng.integers(0, 3, 40).astype(np.int32)
+    x = (rng.normal(size=(40, 6)) + label[:, None]).astype(np.float32)
+    x[:20] = np.nan  # rows to train on, and held rows of client 0
+    held = federate({"x": x, "label": label}, [np.arange(10, 20), np.arange(20, 40)])
+    search = held_search(NET, MODEL, TASK, held, jax.random.key(0), population=8, generations=2)
+    own = [Budget("parameters", NET.parameters, 0.5 * LARGEST)]
+    counts = search(own, np.array([1]))
+    score = lambda counts: TASK.loss(
+        MODEL.apply(NET.extract(NET.variables, counts), x[20:])[0], label[20:], jnp.ones(20)
+    )[0]
+    shrunk = NET.members(own)[0]
+    assert float(NET.parameters(jnp.asarray(counts, jnp.float32))) <= 0.5 * LARGEST
+    assert score(counts) <= score(shrunk)
+    nobody = federate({"x": x, "label": label}, [np.array([], int), np.arange(20, 40)])
+    with pytest.raises(ValueError, match=r"Clients \[0\] hold no rows back"):
+        held_search(NET, MODEL, TASK, nobody, jax.random.key(0))(own, np.array([0]))
+
+
+def test_the_published_fusion_maximises_entropy_and_ours_does_not():
+    rng = np.random.default_rng(0)
+    teacher, student = (jnp.asarray(rng.normal(size=(20, 10)) * 3, jnp.float32) for _ in range(2))
+    ones, heat = jnp.ones(20), 20.0
+
+    def negative_entropy(logits):
+        log_p = jax.nn.log_softmax(logits / heat)
+        return (jnp.exp(log_p) * log_p).sum()
+
+    gradient = lambda f: jax.grad(f)(student).reshape(-1)
+    cosine = lambda a, b: float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
+    entropy = gradient(negative_entropy)
+    published = gradient(lambda s: entropy_divergence(teacher, s, ones, heat)[0])
+    ours = gradient(lambda s: kl_divergence(teacher, s, ones, heat)[0])
+    assert cosine(published, entropy) > 0.999
+    assert cosine(ours, entropy) < 0.9
+
+
+def test_the_published_variant_is_a_variant():
+    options = {"search": lambda budgets, clients: np.array([8, 4])}
+    plan = rafl_published(NET, MODEL, TASK, LOCAL, DISTIL, budgets([LARGEST], [9.0]), **options)
+    assert plan.members.tolist() == [[8, 4]] and plan.bucket.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make([]), "at least one budget"),
+        (lambda: make(budgets([LARGEST, LARGEST], [9.0] * 3)), r"Limits have shapes .*\(3,\)"),
+        (lambda: make(budgets(LARGEST, 9.0)), "one number for each client"),
+        (
+            lambda: make(budgets([LARGEST, 10.0], [9.0, 9.0])),
+            "Client 1 allows 10 parameters; the smallest member costs",
+        ),
+        (lambda: make(some_budgets(), num_tiers=0), "num_tiers must be at least 1, got 0"),
+        (
+            lambda: make(budgets([0.5 * LARGEST], [9.0]), search=lambda *_: NET.largest),
+            r"The search gave \[32, 16\] for clients \[0\]",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,109 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
+from jaxfm.parallel.decoders.lookup import lookup
+from jaxfm.parallel.decoders.plain import plain
+from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.generation import generate, stream
+from jaxfm.tokenizer import ByteTokenizer
+
+CONFIG = gpt2_config(
+    vocab_size=260, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16, max_len=32
+)
+MODEL = decoder(CONFIG)
+VARIABLES = MODEL.init(jax.random.key(0))
+DECODER = plain(MODEL, VARIABLES)
+BYTES = ByteTokenizer()
+
+
+class OtherBytes(ByteTokenizer):
+    """As many tokens, two of them exchanged."""
+
+    @property
+    def vocab(self):
+        vocab = dict(super().vocab)
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        return vocab
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([], {}, "There are no prompts"),
+        ([[1], []], {}, "Prompt 1 is empty"),
+        ([""], {"tokenizer": BYTES}, "Prompt 0 is empty"),
+        (["text"], {}, "Prompt 0 is a string; give a tokenizer"),
+        ([[1, 260]], {}, r"Prompt 0 has token 260; the model knows 0\.\.259"),
+        ([[1], [1] * 30], {"max_new_tokens": 3}, "Prompt 1 has 30 .* 3 new ones 33; the model has "
+         "positions for 32"),
+        ([[1] * 9], {"max_new_tokens": 8, "cells": 16}, "new ones 17; the cache holds 16"),
+        ([[1]], {"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ([[1]], {"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ([[1]], {"temperature": 1.0}, "give a key"),
+        ([[1]], {"top_p": 0.0}, "top_p must be above 0"),
+        ([[1]], {"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
+        ([[1]], {"min_p": -1.0}, "min_p must be from 0 to 1, got -1"),
+        ([[1]], {"top_k": -1}, "top_k must be at least 0, got -1"),
+        ([[1], [2]], {"max_new_tokens": [4, 0]}, "max_new_tokens must be at least 1, got 0"),
+        ([[1], [2]], {"max_new_tokens": [4] * 3}, "one value, or 2"),
+        ([[1]], {"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
+        ([[1]], {"stop_strings": [""], "tokenizer": BYTES}, "must not be empty"),
+        ([[1]], {"stop_tokens": [300]}, r"Stop token 300 is outside 0\.\.259"),
+        ([[1]], {"ticks": 0}, "ticks=0"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0"),
+        ([[1]], {"draft_tokenizer": BYTES}, "give both"),
+        ([[1]], {"tokenizer": BYTES, "draft_tokenizer": OtherBytes()},
+         "token 'a' has id 97 in the target's .* and 98 in the draft's"),
+    ],
+)  # fmt: skip
+def test_bad_input_raises_at_the_door(prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        stream(DECODER, prompts, **({"max_new_tokens": 4} | settings))
+
+
+def test_one_bare_string_is_no_batch():
+    with pytest.raises(TypeError, match="wrap the one"):
+        stream(DECODER, "abc", tokenizer=BYTES)
+
+
+def test_decoders_refuse_what_they_cannot_do():
+    smaller = decoder(
+        DecoderConfig(vocab_size=8, embed_dim=8, num_layers=1, num_heads=1, mlp_dim=8)
+    )
+    with pytest.raises(ValueError, match="target has 260 tokens and the draft 8"):
+        speculative(MODEL, VARIABLES, smaller, smaller.init(jax.random.key(0)))
+    with pytest.raises(ValueError, match="length=0 tokens cannot be drafted"):
+        speculative(MODEL, VARIABLES, MODEL, VARIABLES, length=0)
+    with pytest.raises(ValueError, match="min_ngram=3 and max_ngram=2"):
+        lookup(MODEL, VARIABLES, max_ngram=2, min_ngram=3)
+
+
+def test_pieces_join_to_the_whole():
+    prompts, settings = ["ab", "c"], {"tokenizer": BYTES, "max_new_tokens": [20, 11]}
+    whole = generate(DECODER, prompts, ticks=32, **settings)
+    assert [len(tokens) for tokens in whole.tokens] == [20, 11]
+    assert (whole.stats.passes == [20, 11]).all()
+    pieces = list(stream(DECODER, prompts, ticks=3, **settings))
+    assert len(pieces) == 7
+    for i in range(2):
+        assert "".join(piece.text[i] for piece in pieces) == whole.text[i]
+        tokens = np.concatenate([piece.tokens[i] for piece in pieces])
+        assert tokens.tolist() == whole.tokens[i].tolist()
+
+
+def test_prefill_in_chunks_changes_nothing():
+    prompt = [list(range(1, 20)), [3]]
+    one, chunked = (
+        generate(DECODER, prompt, max_new_tokens=6, prefill_chunk=chunk) for chunk in (None, 8)
+    )
+    assert [t.tolist() for t in one.tokens] == [t.tolist() for t in chunked.tokens]
+
+
+def test_prompts_as_text_or_ids_and_full_length():
+    """The last position of the model can be used, and a text may fill the cache."""
+    result = generate(DECODER, ["abc"], tokenizer=BYTES, max_new_tokens=29, cells=32)
+    same = generate(DECODER, [[97, 98, 99]], max_new_tokens=29, cells=32)
+    assert result.tokens[0].tolist() == same.tokens[0].tolist()
+    assert len(same.tokens[0]) == 29 and same.text is None
