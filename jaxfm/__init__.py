@@ -10,7 +10,8 @@ import importlib
 from jaxfm import data, hub, models, tasks
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.distillation import distill
-from jaxfm.model import Model, Past, Stages, Variables, count_parameters, from_nnx
+from jaxfm.frozen import freeze, freeze_variables, thaw
+from jaxfm.model import Frozen, Model, Past, Stages, Variables, count_parameters, from_nnx
 from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
 from jaxfm.tasks import Task, evaluate
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ByteTokenizer",
     "Checkpointer",
+    "Frozen",
     "Model",
     "Past",
     "Stages",
@@ -35,12 +37,15 @@ __all__ = [
     "embed",
     "evaluate",
     "extract",
+    "freeze",
+    "freeze_variables",
     "from_nnx",
     "hub",
     "load_tokenizer",
     "mask",
     "models",
     "tasks",
+    "thaw",
     "train_bpe",
     "width",
 ]

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxfm.data.federation import leading_size
 from jaxfm.model import Array, Key, Model, Variables
+from jaxfm.optimizer import apply_gradients
 from jaxfm.tasks import Task
 
 
@@ -102,9 +103,7 @@ def _distill(
         batch = {name: jnp.asarray(leaf)[rows] for name, leaf in examples.items()}
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, stats), grads = gradient(variables.params, variables, batch, batch_key)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = optimizer.update(grads, opt_state, variables.params)
-        params = optax.apply_updates(variables.params, updates)
+        params, opt_state = apply_gradients(optimizer, grads, opt_state, variables.params)
         return (variables._replace(params=params, stats=stats), opt_state), value
 
     start = variables, optimizer.init(variables.params)

@@ -25,6 +25,8 @@ Array = jax.Array
 Key = jax.Array
 PyTree = Any
 
+_EMPTY: PyTree = {}  # a tree without leaves; never changed
+
 
 class Variables(NamedTuple):
     """All arrays of a model, as nested dicts with string keys.
@@ -35,11 +37,16 @@ class Variables(NamedTuple):
       live: f32 ones along the normalised axis of each norm; zeros where a channel is masked
         (`jaxfm.subnet.mask`), so that a norm divides by the number of channels that exist.
         Structure rather than state: neither trained nor sent.
+      frozen: parameters that are held fixed, such as the backbone under an adapter. They are in
+        no gradient, no optimizer state and no upload. See `jaxfm.freeze`.
+      masks: channel masks of a network that is run masked. Structure like `live`.
     """
 
     params: PyTree
     stats: PyTree
     live: PyTree
+    frozen: PyTree = _EMPTY
+    masks: PyTree = _EMPTY
 
 
 class Past(NamedTuple):
@@ -97,7 +104,11 @@ class Live(nnx.Variable):
     """Marks a module's variable as a mask of existing channels (`Variables.live`)."""
 
 
-_COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "stats", Live: "live"}
+class Frozen(nnx.Variable):
+    """Marks a module's variable as a parameter that is held fixed (`Variables.frozen`)."""
+
+
+_COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "stats", Live: "live", Frozen: "frozen"}
 
 
 class Split(NamedTuple):
@@ -117,8 +128,9 @@ class Split(NamedTuple):
 def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
     """Splits the module that `make_module(rngs)` returns into pure functions.
 
-    Trained leaves are `nnx.Param`, statistics `nnx.BatchStat`; random streams (dropout) are fed
-    from the `key` of each call and hold no state. Logical axes are Flax's `out_sharding` metadata.
+    Trained leaves are `nnx.Param`, statistics `nnx.BatchStat`, fixed parameters `Frozen`; random
+    streams (dropout) are fed from the `key` of each call and hold no state. Logical axes are
+    Flax's `out_sharding` metadata.
 
     Raises:
       ValueError: the module holds another kind of variable.
@@ -134,12 +146,13 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
         if kind is None:
             raise ValueError(
                 f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model "
-                "may hold nnx.Param (trained), nnx.BatchStat (statistics) and random streams."
+                "may hold nnx.Param (trained), nnx.BatchStat (statistics), jaxfm.Frozen (held "
+                "fixed) and random streams."
             )
         homes[path] = (kind, *map(str, path))
 
     def gather(flat: Mapping[tuple, Any]) -> Variables:
-        tree: dict[str, dict] = {"params": {}, "stats": {}, "live": {}}
+        tree: dict[str, dict] = {name: {} for name in Variables._fields}
         for path, value in flat.items():
             *parents, name = homes[path]
             node = tree
@@ -158,7 +171,7 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
     def call(variables, *args, train: bool = False, key: Key | None = None):
         if randoms and train and key is None:
             raise ValueError("This module draws random numbers in training; pass `key`.")
-        tree = {"params": variables.params, "stats": variables.stats, "live": variables.live}
+        tree = variables._asdict()
         flat = {path: _fetch(tree, home) for path, home in homes.items()}
         for i, (path, leaf) in enumerate(randoms.items()):
             seed = jax.random.key(0) if key is None else key
@@ -186,8 +199,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Args:
       make_module: `(rngs) -> module`.
     Raises:
-      ValueError: the module holds variables other than parameters, batch statistics and random
-        streams.
+      ValueError: the module holds variables other than parameters (trained or frozen), batch
+        statistics and random streams.
     """
     init, call, axes = split(make_module)
 
@@ -227,7 +240,8 @@ def count_parameters(tree: PyTree) -> int:
 
 def is_stacked(layers: Variables) -> bool:
     """True if layers are stacked on axis 0; False if they are a dict of unequal layers."""
-    return not (layers.params and all(name.isdigit() for name in layers.params))
+    names = layers.params or layers.frozen
+    return not (names and all(name.isdigit() for name in names))
 
 
 def layers_of(variables: Variables) -> Variables:
@@ -243,9 +257,8 @@ def with_layers(variables: Variables, layers: Variables) -> Variables:
 
 def num_layers(layers: Variables) -> int:
     """How many layers there are, in either form."""
-    if not is_stacked(layers):
-        return len(layers.params)
-    return jax.tree.leaves(layers.params)[0].shape[0]
+    parameters = layers.params or layers.frozen
+    return jax.tree.leaves(parameters)[0].shape[0] if is_stacked(layers) else len(parameters)
 
 
 def unstack(layers: Variables) -> Variables:
@@ -293,7 +306,10 @@ def assemble(
 
     def join(*parts: Variables) -> Variables:
         named = list(zip(("embed", "layers", "head"), parts, strict=True))
-        return Variables(*({name: part[i] for name, part in named if part[i]} for i in range(3)))
+        collect = lambda kind: {
+            name: getattr(part, kind) for name, part in named if getattr(part, kind)
+        }
+        return Variables(*map(collect, Variables._fields))
 
     @jax.jit
     def init(key: Key) -> Variables:

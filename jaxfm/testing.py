@@ -135,5 +135,6 @@ def random_variables(model: Model, seed: int = 0) -> Variables:
 
     params = jax.tree_util.tree_map_with_path(draw, shapes.params)
     stats = jax.tree_util.tree_map_with_path(draw, shapes.stats)
-    live = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes.live)
-    return Variables(params, stats, live)
+    frozen = jax.tree_util.tree_map_with_path(draw, shapes.frozen)
+    ones = lambda tree: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), tree)
+    return Variables(params, stats, ones(shapes.live), frozen, ones(shapes.masks))

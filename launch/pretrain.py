@@ -43,6 +43,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
+from jaxfm.optimizer import apply_gradients
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks import Task, evaluate
 
@@ -104,9 +105,7 @@ def train_steps(
         (value, (stats, _, _)), grads = gradient(
             variables.params, variables, batch, jnp.ones(batch_size), batch_key
         )
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, variables.params)
-        params = optax.apply_updates(variables.params, updates)
+        params, opt_state = apply_gradients(optimizer, grads, state.opt_state, variables.params)
         new = variables._replace(params=params, stats=stats)
         return TrainState(new, opt_state, state.step + 1, state.key), value
 

@@ -43,9 +43,10 @@ def model_network(
     names = axis_names(model, variables)
     ties = []
     for path, axes in names.items():
-        scale = "params" + path.removeprefix("live").removesuffix("live") + "scale"
-        if path.startswith("live/") and scale in names:
-            ties.append((f"{path}:{len(axes) - 1}", f"{scale}:{len(axes) - 1}"))
+        place = path.removeprefix("live").removesuffix("live")
+        for scale in (f"params{place}scale", f"frozen{place}scale"):
+            if path.startswith("live/") and scale in names:
+                ties.append((f"{path}:{len(axes) - 1}", f"{scale}:{len(axes) - 1}"))
     stay = {*FIXED, *whole}
     fixed = [f"{p}:{d}" for p, axes in names.items() for d, n in enumerate(axes) if n in stay]
 

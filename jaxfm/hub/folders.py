@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import names as hub_names
@@ -254,8 +255,10 @@ def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
             f"A model of {type(model.config).__name__} has no Hugging Face format; decoders, "
             "encoders and vision transformers have one."
         )
-    if any(not np.asarray(leaf).all() for leaf in jax.tree.leaves(variables.live)):
+    structure = (variables.live, variables.masks)
+    if any(not np.asarray(leaf).all() for leaf in jax.tree.leaves(structure)):
         raise ValueError("Some channels are masked; save the result of jaxfm.subnet.extract.")
+    variables = thaw(variables)
     layers = layers_of(variables)
     if not is_stacked(layers):
         if len({str(jax.tree.map(jnp.shape, row)) for row in layers.params.values()}) > 1:
@@ -267,7 +270,7 @@ def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
         variables = with_layers(variables, stacked)
     given = flatten_dict(variables.params, sep=".")
     config = dataclasses.replace(
-        resized(model.config, axis_sizes(variables.params, model.axes.params)),
+        resized(model.config, axis_sizes(variables.params, thaw(model.axes).params)),
         dtype=next(iter(given.values())).dtype.name,
     )
     expected = jax.eval_shape(build(config).init, jax.random.key(0)).params

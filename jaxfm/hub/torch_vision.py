@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxfm.frozen import thaw
 from jaxfm.model import Model, Variables
 from jaxfm.models import (
     MobileNetConfig,
@@ -95,7 +96,8 @@ def to_torch(model: Model, variables: Variables) -> dict[str, np.ndarray]:
       TypeError: the model's family has no names here.
     """
     names = _module_names(model.config)
-    leaves = flatten_dict(variables.params, sep=".") | flatten_dict(variables.stats, sep=".")
+    params = thaw(variables).params
+    leaves = flatten_dict(params, sep=".") | flatten_dict(variables.stats, sep=".")
     return {
         _tensor_name(names, path): _to_torch(path, np.asarray(leaf))
         for path, leaf in leaves.items()

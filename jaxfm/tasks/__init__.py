@@ -3,6 +3,14 @@
 from jaxfm.tasks.classify import classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.tasks.language import causal_lm, masked_lm
-from jaxfm.tasks.task import Task
+from jaxfm.tasks.task import Task, prepare_weighted
 
-__all__ = ["Task", "causal_lm", "classification", "evaluate", "masked_lm", "metric_totals"]
+__all__ = [
+    "Task",
+    "causal_lm",
+    "classification",
+    "evaluate",
+    "masked_lm",
+    "metric_totals",
+    "prepare_weighted",
+]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Array = jax.Array
 Ratio = tuple[Array, Array]  # (total f32[], count f32[])
@@ -36,6 +37,21 @@ class Task(NamedTuple):
     prepare: Callable[..., tuple[Any, Array, Array]]
     loss: Callable[[Any, Array, Array], Ratio]
     metrics: Callable[[Any, Array, Array], dict[str, Ratio]]
+
+
+def prepare_weighted(
+    task: Task, batch: dict[str, Array], real: Array, key: Array | None
+) -> tuple[Any, Array, Array]:
+    """Returns `task.prepare(batch, key)` with rows that only fill up the batch at weight 0.
+
+    Args:
+      task: whose `prepare` is called.
+      batch: leaves [B, ...].
+      real: f32[B], 1 for rows that count and 0 for rows that fill up the batch.
+      key: as of `Task.prepare`.
+    """
+    inputs, targets, weight = task.prepare(batch, key)
+    return inputs, targets, weight * lax.expand_dims(real, range(1, weight.ndim))
 
 
 def row_weight(batch: dict[str, Array], targets: Array) -> Array:

@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from jaxfm.model import Array, Key
+from jaxfm.optimizer import apply_gradients
 from jaxfm.search.elastic.supernet import Supernet
 from jaxfm.search.strategies.loop import run
 from jaxfm.search.strategies.nsga2 import nsga2
@@ -134,9 +135,7 @@ def _fit(params, x: Array, y: Array, steps: int, learning_rate: float):
     def step(carry, _):
         params, state = carry
         grads = jax.grad(lambda p: jnp.square(_mlp(p, x) - y).mean())(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return apply_gradients(optimizer, grads, state, params), None
 
     start = params, optimizer.init(params)
     (params, _), _ = jax.jit(lambda start: lax.scan(step, start, length=steps))(start)

@@ -40,6 +40,7 @@ from jax import lax
 
 from jaxfm.distillation import kl_divergence
 from jaxfm.model import Array, Key, Model, PyTree, Variables, is_axes
+from jaxfm.optimizer import apply_gradients
 from jaxfm.search.strategies.project import Budget, projection
 from jaxfm.subnet import Subnet, axis_sizes, centre, extract, is_taps, kernel_sizes, mask
 from jaxfm.tasks import Task
@@ -269,9 +270,7 @@ def sandwich(
             return jax.tree.map(jnp.add, grads, own), loss
 
         grads, losses = lax.scan(add, grads, members)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = optimizer.update(grads, opt_state, variables.params)
-        params = optax.apply_updates(variables.params, updates)
+        params, opt_state = apply_gradients(optimizer, grads, opt_state, variables.params)
         losses = jnp.concatenate([first[None], losses])
         return variables._replace(params=params, stats=stats), opt_state, losses
 

@@ -28,6 +28,7 @@ import optax
 from jax import lax
 
 from jaxfm.model import Array, Key, PyTree
+from jaxfm.optimizer import apply_gradients
 from jaxfm.search.strategies.policy_graph import GROUP_FEATURES, OP_FEATURES, PolicyGraph, spread
 from jaxfm.search.strategies.strategy import Strategy, to_logits
 
@@ -204,13 +205,12 @@ def _ddpg(
 
         grads = (jax.grad(actor_loss)(state.actor), jax.grad(critic_loss)(state.critic))
         weights, opt_states = [], []
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            for rule, grad, opt_state, own in zip(
-                optimizers, grads, state.opt_states, (state.actor, state.critic), strict=True
-            ):
-                change, opt_state = rule.update(grad, opt_state, own)
-                weights.append(optax.apply_updates(own, change))
-                opt_states.append(opt_state)
+        for rule, grad, opt_state, own in zip(
+            optimizers, grads, state.opt_states, (state.actor, state.critic), strict=True
+        ):
+            own, opt_state = apply_gradients(rule, grad, opt_state, own)
+            weights.append(own)
+            opt_states.append(opt_state)
         targets = state.targets
         if published:
             follow = lambda slow, new: (1 - published.mix) * slow + published.mix * new

@@ -31,6 +31,7 @@ from jax import lax
 from safetensors.numpy import load_file, save_file
 
 from jaxfm.model import Array, Key, PyTree
+from jaxfm.optimizer import apply_gradients
 from jaxfm.search.strategies.policy_graph import (
     GROUP_FEATURES,
     OP_FEATURES,
@@ -148,9 +149,7 @@ def gnn_rl(
         def epoch(carry: Any, _: None):
             weights, opt_state = carry
             grads = jax.grad(loss)(weights)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-                updates, opt_state = optimizer.update(grads, opt_state, weights)
-            return (optax.apply_updates(weights, updates), opt_state), None
+            return apply_gradients(optimizer, grads, opt_state, weights), None
 
         start = ((state.policy, state.bias), state.opt_state)
         ((own, bias), opt_state), _ = lax.scan(epoch, start, length=epochs)
@@ -313,9 +312,7 @@ def gnn_rl_paper(
         def epoch(carry: Any, _: None):
             weights, opt_state = carry
             grads = jax.grad(loss)(weights)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-                updates, opt_state = optimizer.update(grads, opt_state, weights)
-            return (optax.apply_updates(weights, updates), opt_state), None
+            return apply_gradients(optimizer, grads, opt_state, weights), None
 
         start = (state.weights, state.opt_state)
         (weights, opt_state), _ = lax.scan(epoch, start, length=epochs)

@@ -63,7 +63,7 @@ class Costs(NamedTuple):
     each: Expression
 
 
-_STATISTIC = re.compile(r"^(stats|live|batch_stats)/|(^|/)(mean|var)(/value)?$")
+_STATISTIC = re.compile(r"^(stats|live|masks|batch_stats)/|(^|/)(mean|var)(/value)?$")
 
 
 def is_trained(leaf: Leaf) -> bool:
