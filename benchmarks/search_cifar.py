@@ -38,16 +38,16 @@ from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.hub import torch_vision
 from jaxfm.model import Model, Variables
 from jaxfm.models import resnet_config
-from jaxfm.search.evaluation import recalibrated
 from jaxfm.search.ranking import gradient
-from jaxfm.search.strategies.agmc import agmc, agmc_paper, warm_up_of
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.recalibration import recalibrate
+from jaxfm.search.strategies.agmc import agmc, agmc_published, warm_up_of
+from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published
 from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.testing import tiny_resnet
 
-SEARCHED = ("random", "nsga2", "cma_es", "agmc", "agmc_paper", "gnn_rl", "gnn_rl_paper")
+SEARCHED = ("random", "nsga2", "cma_es", "agmc", "agmc_published", "gnn_rl", "gnn_rl_published")
 IMPORTANCES = ("l1", "l2", "scale", "activation", "taylor")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
 
@@ -187,9 +187,9 @@ class Bench:
             "nsga2": lambda: search.nsga2(problem.sizes),
             "cma_es": lambda: search.cma_es(groups),
             "agmc": lambda: agmc(graph, warm_up=warm_up),
-            "agmc_paper": lambda: agmc_paper(graph, warm_up=warm_up),
+            "agmc_published": lambda: agmc_published(graph, warm_up=warm_up),
             "gnn_rl": lambda: gnn_rl(graph),
-            "gnn_rl_paper": lambda: gnn_rl_paper(
+            "gnn_rl_published": lambda: gnn_rl_published(
                 graph, lambda c: own.macs(c) / float(own.macs(dense)), self.config.macs
             ),
         }[name]()
@@ -235,7 +235,7 @@ class Bench:
         batches = batches.reshape(-1, 64, *batches.shape[1:])
 
         def measured(params):
-            there = recalibrated(lambda v, x: train(v, masks, x)[1], params, batches)
+            there = recalibrate(lambda v, x: train(v, masks, x)[1], params, batches)
             apply = lambda v, x, train=False: (run(v, masks, x), v.stats)
             totals = metric_totals(apply, there, task, report, batch_size=250)
             total, count = (part.sum() for part in totals["accuracy"])
@@ -250,7 +250,7 @@ class Bench:
         batches = self.inputs[: len(self.inputs) // 64 * 64]
         batches = batches.reshape(-1, 64, *batches.shape[1:])
         params = search.cut(self.net, self.work.variables, kept)
-        there = jax.jit(lambda p: recalibrated(lambda v, x: train(v, x)[1], p, batches))(params)
+        there = jax.jit(lambda p: recalibrate(lambda v, x: train(v, x)[1], p, batches))(params)
         apply = lambda v, x, train=False: (small(v, x), v.stats)
         return float(evaluate(apply, there, self.work.task, self.work.report, 250)["accuracy"])
 

@@ -28,7 +28,7 @@ from jaxfm import search
 from jaxfm.config import check, option
 from jaxfm.hub import torch_vision
 from jaxfm.models import resnet_config
-from jaxfm.search.evaluation import recalibrated
+from jaxfm.search.recalibration import recalibrate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -198,7 +198,7 @@ def ours(weights: str, depth: int, config: Config, calibration, images, labels) 
         seconds = time.perf_counter() - began
         train = search.sliced(net, kept, 1)
         batches = calibration.reshape(-1, 64, *calibration.shape[1:])
-        measure = lambda v, x, run=train: recalibrated(lambda v, b: run(v, b)[1], v, x)
+        measure = lambda v, x, run=train: recalibrate(lambda v, b: run(v, b)[1], v, x)
         there = jax.jit(measure)(small.params, batches)
         dense, now = small.table()["macs"]
         found[name] = {

@@ -52,16 +52,16 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
-from jaxfm.search.evaluation import recalibrated
 from jaxfm.search.latency import fit_latency, latency_of, measure
 from jaxfm.search.ranking import gradient
-from jaxfm.search.strategies.agmc import agmc, agmc_paper, warm_up_of
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_paper, load_policy, save_policy
+from jaxfm.search.recalibration import recalibrate
+from jaxfm.search.strategies.agmc import agmc, agmc_published, warm_up_of
+from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published, load_policy, save_policy
 from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, evaluate
 
 STRATEGIES = (
-    "gnn_rl", "gnn_rl_paper", "agmc", "agmc_paper", "nsga2", "cma_es", "random", "uniform",
+    "gnn_rl", "gnn_rl_published", "agmc", "agmc_published", "nsga2", "cma_es", "random", "uniform",
     "magnitude",
 )  # fmt: skip
 # The published networks by name: (number, image size, classes) to a config.
@@ -124,8 +124,8 @@ class SearchConfig:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a share from 0 to 1.")
-        if self.strategy == "gnn_rl_paper" and not self.macs:
-            raise ValueError("strategy=gnn_rl_paper acts until --macs is met; give it.")
+        if self.strategy == "gnn_rl_published" and not self.macs:
+            raise ValueError("strategy=gnn_rl_published acts until --macs is met; give it.")
         for name in ("train_steps", "channel_multiple", "evaluations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
@@ -257,14 +257,14 @@ def make_strategy(
 ) -> search.Strategy:  # fmt: skip
     """The strategy of a name, on a problem."""
     size = len(problem.sizes)
-    if name in ("gnn_rl", "gnn_rl_paper", "agmc", "agmc_paper"):
+    if name in ("gnn_rl", "gnn_rl_published", "agmc", "agmc_published"):
         graph = policy_graph(network, variables)
-        if name == "gnn_rl_paper":
+        if name == "gnn_rl_published":
             own, dense = search.costs(network), network.sizes.astype(np.int64)
-            return gnn_rl_paper(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
+            return gnn_rl_published(graph, lambda c: own.macs(c) / float(own.macs(dense)), macs)
         if name == "gnn_rl":
             return gnn_rl(graph, policy=load_policy(policy) if policy else None)
-        agent = agmc if name == "agmc" else agmc_paper
+        agent = agmc if name == "agmc" else agmc_published
         return agent(graph, warm_up=warm_up_of(evaluations))
     if name == "magnitude":
         flat = [np.asarray(s).mean(0) if s.ndim > 1 else s for s in scores]
@@ -307,7 +307,7 @@ def find(config: SearchConfig, setting: Setting) -> Found:
     metric = "accuracy" if "label" in setting.reward else "loss"
     judged_on = lambda rows: search.task_problem(
         network, variables, order, limits, task, rows, calibration=calibration,
-        metric=metric, batch_size=config.batch_size, multiple=config.channel_multiple,
+        metric=metric, batch_size=config.batch_size, channel_multiple=config.channel_multiple,
         repaired=config.score_repaired,
     )  # fmt: skip
     problem = judged_on(setting.reward)
@@ -330,7 +330,7 @@ def find(config: SearchConfig, setting: Setting) -> Found:
         result = search.run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
     if config.strategy == "gnn_rl":
         path = pathlib.Path(config.run_dir) / "policy.safetensors"
-        save_policy(path, search.transferred(result.state.strategy))
+        save_policy(path, search.transfer_policy(result.state.strategy))
     kept = search.keep(order, _final(config, setting, result, judged_on))
     return Found(network, kept, result, time.perf_counter() - start)
 
@@ -404,7 +404,7 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     batches = jax.tree.map(
         lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), prepared
     )
-    calibrated = jax.jit(lambda v: recalibrated(lambda v, x: train(v, x)[1], v, batches))
+    calibrated = jax.jit(lambda v: recalibrate(lambda v, x: train(v, x)[1], v, batches))
     stages = {"before calibration": report(small.params)}
     params = calibrated(small.params)
     stages["after calibration"] = report(params)
@@ -423,7 +423,7 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     stages["kept"] = report(params)
     dense = evaluate(setting.model.apply, variables, task, setting.report, config.batch_size)
     folder = pathlib.Path(config.run_dir) / "pruned"
-    search.save(folder, small._replace(params=params))
+    search.save_pruned(folder, small._replace(params=params))
     _save_hugging_face(config, setting, params)
     speed = {}
     for size in (1, 32):

@@ -52,7 +52,8 @@ from jaxfm.model import Array, Model, Variables, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.search import Budget, member_macs
 from jaxfm.search.elastic.evolve import evolve, fit_predictor
-from jaxfm.search.elastic.supernet import Supernet, recalibrate, sandwich, supernet
+from jaxfm.search.elastic.supernet import Supernet, sandwich, supernet
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.subnet import axis_sizes
 from jaxfm.tasks import Task, evaluate
 from jaxfm.tasks.evaluation import metric_totals
@@ -138,7 +139,7 @@ def _elastic(config: SupernetConfig, data: Data, model: Model, variables: Variab
     axes = config.axes or width_axes(family_of(config.network, data), sizes)
     return supernet(
         model, variables, axes, shared=tuple(axes) if config.alike else ("embed",),
-        multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,
+        channel_multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,
     )  # fmt: skip
 
 
@@ -223,12 +224,13 @@ def judge(config: SupernetConfig, data: Data, model: Model, trained: Trained) ->
     whole = len(jax.tree.leaves(prepared)[0]) // BATCH * BATCH
     batches = jax.tree.map(lambda x: x[:whole].reshape(-1, BATCH, *x.shape[1:]), prepared)
     rows = jax.tree.map(jnp.asarray, dict(spread(data.validation, config.score_examples)))
-    measured = jax.jit(lambda v: recalibrate(model, v, batches))
+    train = lambda v, x: model.apply(v, x, train=True)[1]
+    measured = jax.jit(lambda v: recalibrate(train, v, batches))
 
     @jax.jit
     def scores(variables: Variables, counts: Array, rows) -> Array:
         def one(counts: Array) -> Array:
-            member = recalibrate(model, net.mask(variables, counts), batches)
+            member = recalibrate(train, net.mask(variables, counts), batches)
             totals = metric_totals(model.apply, member, task, rows, batch_size=BATCH)
             total, weight = (part.sum() for part in totals[metric])
             return sign * total / weight

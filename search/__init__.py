@@ -12,29 +12,29 @@ from jaxfm.search.elastic.supernet import supernet
 from jaxfm.search.evaluation import halving, split_rows, task_problem
 from jaxfm.search.latency import Latency, fit_latency
 from jaxfm.search.least_squares import repair
-from jaxfm.search.pruning import Pruned, load, prune, pruned, save
+from jaxfm.search.pruning import Pruned, load_pruned, prune, pruned, save_pruned
 from jaxfm.search.ranking import importance, keep, masks, ranks
-from jaxfm.search.strategies.agmc import agmc, agmc_paper
+from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
 from jaxfm.search.strategies.gnn_rl import (
     gnn_rl,
-    gnn_rl_paper,
+    gnn_rl_published,
     load_policy,
     save_policy,
-    transferred,
+    transfer_policy,
 )
 from jaxfm.search.strategies.loop import Result, run, search
 from jaxfm.search.strategies.magnitude import magnitude
 from jaxfm.search.strategies.nsga2 import nsga2
 from jaxfm.search.strategies.policy_graph import PolicyGraph, policy_graph
-from jaxfm.search.strategies.project import Budget, projection
+from jaxfm.search.strategies.project import Budget, budgets, projection
 from jaxfm.search.strategies.random_search import random_search
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
 from jaxfm.search.strategies.uniform import uniform
-from jaxfm.search.subnets import model_network, to_subnet
-from jaxfm.search.trace.cost import Costs, budgets, costs, counts_of, nominal_macs
+from jaxfm.search.trace.cost import Costs, costs, counts_of, nominal_macs
 from jaxfm.search.trace.groups import Group, Network, network
 from jaxfm.search.trace.interpret import coverage, cut, full, masked, place, sliced
+from jaxfm.search.trace.models import model_network, to_subnet
 
 __all__ = [
     "Budget",
@@ -48,7 +48,7 @@ __all__ = [
     "Result",
     "Strategy",
     "agmc",
-    "agmc_paper",
+    "agmc_published",
     "budgets",
     "cma_es",
     "costs",
@@ -58,12 +58,12 @@ __all__ = [
     "fit_latency",
     "full",
     "gnn_rl",
-    "gnn_rl_paper",
+    "gnn_rl_published",
     "halving",
     "importance",
     "keep",
-    "load",
     "load_policy",
+    "load_pruned",
     "magnitude",
     "masked",
     "masks",
@@ -82,14 +82,14 @@ __all__ = [
     "ranks",
     "repair",
     "run",
-    "save",
     "save_policy",
+    "save_pruned",
     "search",
     "sliced",
     "split_rows",
     "supernet",
     "task_problem",
     "to_subnet",
-    "transferred",
+    "transfer_policy",
     "uniform",
 ]

@@ -20,10 +20,11 @@ from jax import lax
 from jaxfm.model import Array, PyTree, Variables
 from jaxfm.search.least_squares import repair
 from jaxfm.search.ranking import Scores, masks
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.loop import Result
 from jaxfm.search.strategies.project import Budget
+from jaxfm.search.strategies.project import budgets as make_budgets
 from jaxfm.search.strategies.strategy import Problem, problem
-from jaxfm.search.trace.cost import budgets as make_budgets
 from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.interpret import masked
 from jaxfm.tasks import Task
@@ -61,25 +62,6 @@ def split_rows(num_rows: int, calibration: int, reward: int, *, seed: int = 0) -
     return Splits(*np.split(rows, [calibration, calibration + reward]))
 
 
-def recalibrated(run: Callable, variables: Variables, batches: PyTree) -> Variables:
-    """Running statistics measured anew over inputs [n, B, ...]: `run(variables, inputs) -> stats`.
-
-    Statistics move by s + m (b - s). From zeros and from ones at once, the two ends tell how much
-    of the start is left, whatever m is. Without statistics nothing is run.
-    """
-    if not jax.tree.leaves(variables.stats):
-        return variables
-    starts = jax.tree.map(
-        lambda s: jnp.stack([jnp.zeros_like(s), jnp.ones_like(s)]), variables.stats
-    )
-
-    def measure(stats: PyTree, inputs: PyTree):
-        return jax.vmap(lambda s: run(variables._replace(stats=s), inputs))(stats), None
-
-    ends, _ = lax.scan(measure, starts, batches)
-    return variables._replace(stats=jax.tree.map(lambda s: s[0] / (1 - (s[1] - s[0])), ends))
-
-
 def task_problem(
     network: Network,
     variables: Variables,
@@ -93,7 +75,7 @@ def task_problem(
     batch_size: int = 128,
     width: int | None = None,
     repaired: bool = False,
-    multiple: int = 1,
+    channel_multiple: int = 1,
     fill: bool = True,
 ) -> Problem:
     """The search problem of a model of ours on a task.
@@ -102,7 +84,7 @@ def task_problem(
       network: of `model_network`.
       variables: dense weights.
       order: `importance.ranks`: which units go first.
-      budgets: or the arguments of `cost.budgets` by name.
+      budgets: or the arguments of `jaxfm.search.budgets` by name.
       reward: examples [N, ...] that candidates are scored on, in batches of `batch_size`.
       calibration: examples that batch norm is measured anew on; None keeps the dense statistics.
       metric: of the task, higher is better; "loss" and "bits_per_byte" are negated.
@@ -110,7 +92,7 @@ def task_problem(
         activations of many candidates only push each other out of the cache.
       repaired: score candidates after least squares (`repair`) on the calibration examples, which
         tells more of what fine-tuning makes of them; weights then differ by candidate.
-      multiple, fill: as in `project.projection`.
+      channel_multiple, fill: as in `project.projection`.
     Raises:
       ValueError: repaired without calibration examples.
     """
@@ -136,7 +118,7 @@ def task_problem(
             there = repair(network, there, own, jax.tree.map(merge, data["calibration"]))
         if data["calibration"] is not None:
             run = lambda v, x: train(v, own, x)[1]
-            there = recalibrated(run, there, data["calibration"])
+            there = recalibrate(run, there, data["calibration"])
         totals = metric_totals(
             lambda v, x, train=False: (apply(v, own, x), v.stats), there, task, data["reward"],
             batch_size=batch_size,
@@ -147,7 +129,9 @@ def task_problem(
     def evaluate(data: PyTree, counts: Array) -> Array:
         return lax.map(lambda c: one(data, c), counts, batch_size=chosen or counts.shape[0])
 
-    return problem(network.sizes, tuple(budgets), evaluate, data, multiple=multiple, fill=fill)
+    return problem(
+        network.sizes, tuple(budgets), evaluate, data, channel_multiple=channel_multiple, fill=fill
+    )
 
 
 def _batches(task: Task, examples: Examples | None, batch_size: int) -> PyTree:
@@ -183,3 +167,6 @@ def halving(
         chosen = np.argsort(-again, kind="stable")[:survivors]
         alive, best = alive[chosen], float(again[chosen[0]])
     return alive[0], best
+
+
+recalibrated = recalibrate  # its former name

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.model import Array, PyTree
-from jaxfm.search.trace.graph import Op, Program, numbers
-from jaxfm.search.trace.groups import Network, Plan
+from jaxfm.search.trace.graph import Graph, Op, numbers
+from jaxfm.search.trace.groups import AxisPlan, Network
 from jaxfm.search.trace.interpret import group_units, record
 
 
@@ -91,13 +91,13 @@ def _mend(kernel: Array, moment: Array, there: Array, axis: int, ridge: float) -
     return jnp.moveaxis(new, 0, axis)
 
 
-def _sites(network: Network, plan: Plan) -> dict[int, _Site]:
+def _sites(network: Network, plan: AxisPlan) -> dict[int, _Site]:
     """By the output of the operation."""
     found: dict[int, _Site] = {}
     uses: Counter[int] = Counter()
 
-    def visit(program: Program, leaves: dict[int, tuple[int, bool]]) -> None:
-        for op in program.ops:
+    def visit(graph: Graph, leaves: dict[int, tuple[int, bool]]) -> None:
+        for op in graph.ops:
             if op.body is not None:
                 consts = op.params["num_consts"] + op.params["num_carry"]
                 uses.update(leaves[i][0] for i in numbers(op.inputs[:consts]) if i in leaves)
@@ -120,14 +120,14 @@ def _sites(network: Network, plan: Plan) -> dict[int, _Site]:
                     found[op.outputs[0]] = site
 
     starts = {
-        number: (i, False) for i, number in enumerate(plan.program.inputs[: len(network.leaves)])
+        number: (i, False) for i, number in enumerate(plan.graph.inputs[: len(network.leaves)])
     }
-    visit(plan.program, starts)
+    visit(plan.graph, starts)
     # What mends one use of a parameter spoils the others (a tied embedding).
     return {number: site for number, site in found.items() if uses[site.leaf] == 1}
 
 
-def _site(plan: Plan, op: Op, leaves: dict[int, tuple[int, bool]]) -> _Site | None:
+def _site(plan: AxisPlan, op: Op, leaves: dict[int, tuple[int, bool]]) -> _Site | None:
     pair: Any = None
     if op.name == "conv_general_dilated" and op.params["feature_group_count"] == 1:
         lhs, rhs, _ = op.params["dimension_numbers"]

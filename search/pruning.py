@@ -27,9 +27,9 @@ from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.least_squares import repair
 from jaxfm.search.ranking import Scores, importance, keep, masks, ranks
 from jaxfm.search.strategies.loop import Result, run
-from jaxfm.search.strategies.project import Budget
+from jaxfm.search.strategies.project import Budget, budgets
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
-from jaxfm.search.trace.cost import Costs, budgets, costs, counts_of
+from jaxfm.search.trace.cost import Costs, costs, counts_of
 from jaxfm.search.trace.groups import IGNORED, Kept, Leaf, Network, network
 from jaxfm.search.trace.interpret import check, cut, full, masked, sliced
 
@@ -130,14 +130,16 @@ def prune(
     )
     limits = _limits(own, macs_ratio, budget)
     order = _order(own, params, importance, inputs)
-    task = problem(own.sizes, limits, _scorer(own, order, score), params, multiple=channel_multiple)
+    searched = problem(
+        own.sizes, limits, _scorer(own, order, score), params, channel_multiple=channel_multiple
+    )
     result = None
     if strategy is None:
-        counts = np.asarray(jax.jit(task.project)(jnp.zeros(len(own.groups))))
+        counts = np.asarray(jax.jit(searched.project)(jnp.zeros(len(own.groups))))
     else:
-        chosen = strategy(task)
+        chosen = strategy(searched)
         evaluations = max(1, evaluations // chosen.batch) * chosen.batch
-        result = run(task, chosen, evaluations, jax.random.key(0) if key is None else key)
+        result = run(searched, chosen, evaluations, jax.random.key(0) if key is None else key)
         counts = result.best_counts
     kept = keep(order, counts)
     if repaired:
@@ -206,7 +208,7 @@ def _scorer(own: Network, order: Scores, score: Score | None) -> Callable[[PyTre
     return evaluate
 
 
-def save(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
+def save_pruned(folder: str | os.PathLike, model: Pruned, *inputs: PyTree) -> None:
     """Writes parameters (safetensors), a manifest of kept units, and the program (StableHLO).
 
     `model.stablehlo` holds the program at the shapes of `inputs` (those of the network's example by
@@ -253,10 +255,10 @@ def _restored(leaf: Leaf, stored: Any) -> Array:
     return jax.random.wrap_key_data(stored) if key else jnp.asarray(stored)
 
 
-def load(
+def load_pruned(
     folder: str | os.PathLike, function: Callable | Network, like: PyTree, *inputs: PyTree
 ) -> Pruned:
-    """Reads what `save` wrote, to go on with it: evaluate, fine-tune, prune again.
+    """Reads what `save_pruned` wrote, to go on with it: evaluate, fine-tune, prune again.
 
     Args:
       function: the dense function, or its Network.

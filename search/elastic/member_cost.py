@@ -1,8 +1,8 @@
 """Multiply-adds of a supernet's members as an expression of their counts: a `Budget`'s cost.
 
-The costs of `jaxfm.search.trace.cost` are read from the function and know channel groups by their units.
-Logical axes give those groups their names, hence the counts of the supernet. Taps are no units: a
-convolution's multiply-adds are proportional to height times width of its kernel.
+The costs of `jaxfm.search.trace.cost` are read from the function and know channel groups by their
+units. Logical axes give those groups their names, hence the counts of the supernet. Taps are not
+units: the multiply-adds of a convolution are proportional to the area of its kernel.
 
     macs(counts) = Σ over products and convolutions of (k / K)² · Π of the kept sizes of their axes
 """
@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxfm.model import Model, PyTree, layers_of, unstack, with_layers
 from jaxfm.search.elastic.supernet import Supernet
-from jaxfm.search.subnets import axis_names, model_network
 from jaxfm.search.trace.cost import contractions, costs
 from jaxfm.search.trace.groups import Network
+from jaxfm.search.trace.models import axis_names, model_network
 
 
 def member_macs(net: Supernet, model: Model, *inputs: PyTree) -> Callable[[Any], Any]:
@@ -80,7 +80,7 @@ def _rows_of_groups(network: Network, names: dict, rows: dict) -> np.ndarray:
 def _rows_of_kernels(network: Network, names: dict, rows: dict) -> np.ndarray:
     """Which of the supernet's groups the kernel of each product or convolution is, -1 if none."""
     plan = network.plan(0, *network.example)
-    leaf = dict(zip(plan.program.inputs, network.leaves, strict=False))
+    leaf = dict(zip(plan.graph.inputs, network.leaves, strict=False))
     at = []
     for item in contractions(plan):
         read = item.op.inputs[1] if item.op.name == "conv_general_dilated" else None

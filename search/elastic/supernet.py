@@ -10,7 +10,7 @@ kernels of convolutions may be elastic, too: a group each, of which the centre i
 >>> import jax, numpy as np
 >>> from jaxfm.testing import random_variables, tiny_cnn
 >>> model = tiny_cnn()
->>> net = supernet(model, random_variables(model), ("conv1", "conv2"), multiple=2)
+>>> net = supernet(model, random_variables(model), ("conv1", "conv2"), channel_multiple=2)
 >>> small = net.extract(net.variables, net.smallest)
 >>> small.params["conv1"]["kernel"].shape
 (5, 5, 1, 2)
@@ -46,7 +46,7 @@ from jaxfm.subnet import Subnet, axis_sizes, centre, extract, is_taps, kernel_si
 from jaxfm.tasks import Task
 
 
-class Group(NamedTuple):
+class ElasticGroup(NamedTuple):
     """Channels, or the taps of a kernel, that are kept or cut together.
 
     Attributes:
@@ -54,7 +54,7 @@ class Group(NamedTuple):
         residual stream and norms come first. "kernel_..." is the height and width of a kernel.
       layer: which layer's, or None where all layers share the axis or there are none.
       size: channels; of a kernel, taps in a row.
-      multiple: counts are multiples of it, or the whole group.
+      channel_multiple: counts are multiples of it, or the whole group.
       least: the fewest that members keep.
       kernels: the counts that a kernel may have, ascending; () of channels.
     """
@@ -62,7 +62,7 @@ class Group(NamedTuple):
     axis: str
     layer: int | None
     size: int
-    multiple: int
+    channel_multiple: int
     least: int
     kernels: tuple[int, ...] = ()
 
@@ -87,7 +87,7 @@ class Supernet(NamedTuple):
     """
 
     variables: Variables
-    groups: tuple[Group, ...]
+    groups: tuple[ElasticGroup, ...]
     largest: np.ndarray
     smallest: np.ndarray
     mask: Callable[[Variables, Array], Variables]
@@ -105,7 +105,8 @@ def supernet(
     axes: Sequence[str],
     *,
     shared: Sequence[str] = ("embed",),
-    multiple: int | Mapping[str, int] = 1,
+    channel_multiple: int | Mapping[str, int] = 1,
+    multiple: int | None = None,  # its former name
     smallest: float = 0.25,
     kernels: Sequence[int] | Mapping[str, Sequence[int]] = (),
     importance: Callable[[PyTree, PyTree, str], Array] | None = None,
@@ -117,7 +118,7 @@ def supernet(
       variables: trained, and of equal layers.
       axes: which logical axes are elastic; "layer" for depth. May be () where kernels are.
       shared: those that all layers share; the others have a group a layer, where there are layers.
-      multiple: of counts, for all axes or by axis; depth and heads usually have 1.
+      channel_multiple: of counts, for all axes or by axis; depth and heads usually have 1.
       smallest: share of each group that every member keeps, in [0, 1); at least one step. Kernels
         are as small as `kernels` says.
       kernels: sizes, (5, 3) or (3, 1), of every kernel whose own size is the largest of some of
@@ -127,9 +128,12 @@ def supernet(
     Raises:
       ValueError: an axis that the model does not have, or a setting out of range.
     """
+    channel_multiple = channel_multiple if multiple is None else multiple
     if not 0 <= smallest < 1:
         raise ValueError(f"smallest={smallest} must be in [0, 1).")
-    groups = _groups(model, axis_sizes(variables, model.axes), axes, shared, multiple, smallest)
+    groups = _groups(
+        model, axis_sizes(variables, model.axes), axes, shared, channel_multiple, smallest
+    )
     groups += _kernel_groups(kernel_sizes(variables, model.axes), kernels)
     if not groups:
         raise ValueError("Nothing is elastic; give `axes`, `kernels` or both.")
@@ -277,28 +281,7 @@ def sandwich(
     return step
 
 
-def recalibrate(model: Model, variables: Variables, batches: PyTree) -> Variables:
-    """Running statistics measured anew over inputs [n, B, ...]; jittable, vmappable over members.
-
-    Statistics move by s + m (b - s). Run from zeros and from ones at once, the two ends tell how
-    much of the start is left, (1 - m)^n, whatever m is; without it the end is a weighted mean of
-    the batches alone. The network's work is not doubled: in training it does not read them.
-    """
-    if not variables.stats:
-        return variables
-    starts = jax.tree.map(
-        lambda s: jnp.stack([jnp.zeros_like(s), jnp.ones_like(s)]), variables.stats
-    )
-
-    def measure(stats, inputs):
-        move = lambda s: model.apply(variables._replace(stats=s), inputs, train=True)[1]
-        return jax.vmap(move)(stats), None
-
-    ends, _ = lax.scan(measure, starts, batches)
-    return variables._replace(stats=jax.tree.map(lambda s: s[0] / (1 - (s[1] - s[0])), ends))
-
-
-def _groups(model, sizes, axes, shared, multiple, smallest) -> tuple[Group, ...]:
+def _groups(model, sizes, axes, shared, multiples, smallest) -> tuple[ElasticGroup, ...]:
     if not set(axes) <= set(sizes):
         raise ValueError(f"axes={tuple(axes)} must be some of the model's axes, {sorted(sizes)}.")
     of_layers = {
@@ -314,21 +297,21 @@ def _groups(model, sizes, axes, shared, multiple, smallest) -> tuple[Group, ...]
     }
     groups = []
     for name in axes:
-        step = multiple if isinstance(multiple, int) else multiple.get(name, 1)
+        step = multiples if isinstance(multiples, int) else multiples.get(name, 1)
         if step < 1:
-            raise ValueError(f"multiple of {name!r} is {step}; give at least 1.")
+            raise ValueError(f"channel_multiple of {name!r} is {step}; give at least 1.")
         size = sizes[name]
         # Counted in steps, as the projection counts.
         steps = max(1, int(np.ceil(smallest * -(-size // step))))
         least = min(steps * step, size)
         layers: Sequence[int | None] = range(sizes["layer"]) if name in of_layers else [None]
-        groups += [Group(name, layer, size, step, least) for layer in layers]
+        groups += [ElasticGroup(name, layer, size, step, least) for layer in layers]
     return tuple(groups)
 
 
 def _kernel_groups(
     sizes: dict[str, int], kernels: Sequence[int] | Mapping[str, Sequence[int]]
-) -> tuple[Group, ...]:
+) -> tuple[ElasticGroup, ...]:
     if isinstance(kernels, Mapping):
         chosen = dict(kernels)
     else:
@@ -342,18 +325,18 @@ def _kernel_groups(
                 f"the model's kernels, that size among them: {sizes}."
             )
         choices = tuple(sorted({len(centre(sizes[name], k)) for k in own}))
-        groups.append(Group(name, None, sizes[name], 1, choices[0], choices))
+        groups.append(ElasticGroup(name, None, sizes[name], 1, choices[0], choices))
     if kernels and not groups:
         raise ValueError(f"kernels={kernels} leave no choice; the model's kernels are {sizes}.")
     return tuple(groups)
 
 
 def _steps(
-    groups: tuple[Group, ...], smallest: float
+    groups: tuple[ElasticGroup, ...], smallest: float
 ) -> tuple[np.ndarray, np.ndarray, Callable[[Array], Array]]:
     """The first and last step of each group, i32[G], and `(steps [..., G]) -> counts [..., G]`."""
     largest = np.array([g.size for g in groups], np.int32)
-    multiple = np.array([g.multiple for g in groups], np.int32)
+    multiple = np.array([g.channel_multiple for g in groups], np.int32)
     low = -(-np.array([g.least for g in groups], np.int32) // multiple)
     most = -(-largest // multiple)
     at = np.array([i for i, g in enumerate(groups) if g.kernels], np.int32)
@@ -383,7 +366,7 @@ def _steps(
     return low, most, to_counts
 
 
-def _rows(groups: tuple[Group, ...]) -> dict[str, list[int]]:
+def _rows(groups: tuple[ElasticGroup, ...]) -> dict[str, list[int]]:
     """Which groups belong to each axis, in the order of layers."""
     rows: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
@@ -391,7 +374,7 @@ def _rows(groups: tuple[Group, ...]) -> dict[str, list[int]]:
     return rows
 
 
-def _padded_keep(groups: tuple[Group, ...], counts: Array) -> dict[str, Array]:
+def _padded_keep(groups: tuple[ElasticGroup, ...], counts: Array) -> dict[str, Array]:
     """Index arrays of one shape for all members: the first k, or the centre, then padding."""
     keep = {}
     for name, at in _rows(groups).items():
@@ -404,7 +387,7 @@ def _padded_keep(groups: tuple[Group, ...], counts: Array) -> dict[str, Array]:
     return keep
 
 
-def _keep(groups: tuple[Group, ...], counts: np.ndarray) -> dict[str, Any]:
+def _keep(groups: tuple[ElasticGroup, ...], counts: np.ndarray) -> dict[str, Any]:
     keep: dict[str, Any] = {}
     for name, at in _rows(groups).items():
         size, of = groups[at[0]].size, is_taps(name)
@@ -414,7 +397,7 @@ def _keep(groups: tuple[Group, ...], counts: np.ndarray) -> dict[str, Any]:
     return keep
 
 
-def _checked(groups: tuple[Group, ...], counts: Any) -> np.ndarray:
+def _checked(groups: tuple[ElasticGroup, ...], counts: Any) -> np.ndarray:
     counts = np.asarray(counts)
     if counts.shape != (len(groups),):
         raise ValueError(
@@ -427,7 +410,9 @@ def _checked(groups: tuple[Group, ...], counts: Any) -> np.ndarray:
     return counts
 
 
-def _parameters(axes: PyTree, params: PyTree, groups: tuple[Group, ...], counts: Array) -> Array:
+def _parameters(
+    axes: PyTree, params: PyTree, groups: tuple[ElasticGroup, ...], counts: Array
+) -> Array:
     """Σ over leaves of the product of kept axes; stacked leaves layer by layer."""
     rows = _rows(groups)
     total = jnp.zeros(())
@@ -445,3 +430,10 @@ def _parameters(axes: PyTree, params: PyTree, groups: tuple[Group, ...], counts:
             )
         total = total + each.sum()
     return total
+
+
+def recalibrate(model: Model, variables: Variables, batches: PyTree) -> Variables:
+    """The former form of `jaxfm.search.recalibrate`."""
+    from jaxfm.search.recalibration import recalibrate as of_function
+
+    return of_function(lambda v, x: model.apply(v, x, train=True)[1], variables, batches)

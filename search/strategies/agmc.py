@@ -13,7 +13,7 @@ The paper writes the final reward to every transition: each Q_t then takes what 
 for noise, and at a few hundred episodes nothing is learned. Here the values of an episode add up to
 its reward (as in Sunehag et al. 2018, arXiv 1706.05296, over agents); every step has its own share,
 so nothing bootstraps and there are no target networks. Both networks have a few terms a group.
-`agmc_paper` keeps the published form,  Q_t -> r - b + γ Q'_{t+1}(s_{t+1}, μ'(s_{t+1})).
+`agmc_published` keeps the published form,  Q_t -> r - b + γ Q'_{t+1}(s_{t+1}, μ'(s_{t+1})).
 
 Source: Yu et al. 2021, AGMC (arXiv 2011.12641), section 3; Lillicrap et al. 2016 (DDPG).
 """
@@ -94,7 +94,7 @@ class Published(NamedTuple):
     mix: float
 
 
-def agmc_paper(
+def agmc_published(
     graph: PolicyGraph,
     *,
     batch: int = 16,

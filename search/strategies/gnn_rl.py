@@ -10,11 +10,12 @@ above its batch: L = E[min(ρ A, clip(ρ, 1 ± ε) A)] + entropy.
 
 Feasibility is by construction here, so an episode is one step and nothing bootstraps: no value
 network is needed, the batch mean is the baseline. Since the mean of a group is a function of its
-place in the graph, one policy serves any network: what `transferred` returns is the `policy` of the
-next search. A bias a group, of this network alone, gives the search the freedom of a direct one.
+place in the graph, one policy serves any network: what `transfer_policy` returns is the `policy` of
+the next search. One bias per group, which belongs to this network, gives the search the freedom of
+a direct one.
 
 Source: Yu et al. 2022, GNN-RL (arXiv 2102.03214), sections 3.1 to 3.3; Schulman et al. 2017 (PPO),
-equation 7. `gnn_rl_paper` keeps the published form.
+equation 7. `gnn_rl_published` keeps the published form.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def init_policy(key: Key) -> dict[str, Array]:
     return weights | {"head": jnp.zeros((_HIDDEN, 1)), "log_std": jnp.zeros(())}
 
 
-def embed(policy: PyTree, graph: PolicyGraph, counts: Array) -> Array:
+def embed_graph(policy: PyTree, graph: PolicyGraph, counts: Array) -> Array:
     """f32[G, D]: each group as the graph network sees it when groups keep counts f32[G]."""
     project = lambda name: graph.ops @ policy[name]
     stars = jax.vmap(motif)(
@@ -102,7 +103,8 @@ def gnn_rl(
     Args:
       graph: of `policy_graph`.
       batch: candidates an update.
-      policy: parameters to start from, as `transferred` returns them: of a search on any network.
+      policy: parameters to start from, as `transfer_policy` returns them for any network; None
+        starts at random.
       learning_rate: of Adam for biases and standard deviation; the graph network has a tenth of it.
       std: of the logits at the start.
       epochs: full-batch gradient steps an update.
@@ -128,7 +130,7 @@ def gnn_rl(
         return GnnRlState(own, bias, optimizer.init((own, bias)), jnp.int32(0))
 
     def gaussian(policy: PyTree, bias: Array) -> tuple[Array, Array]:
-        mean = (embed(policy, graph, graph.sizes) @ policy["head"])[:, 0] + bias
+        mean = (embed_graph(policy, graph, graph.sizes) @ policy["head"])[:, 0] + bias
         scale = jnp.exp(jnp.clip(policy["log_std"], *jnp.log(jnp.array(std_range))))
         return mean - mean.mean(), scale  # a common shift is the budget's business
 
@@ -158,13 +160,13 @@ def gnn_rl(
     return Strategy(init, ask, tell, batch)
 
 
-def transferred(state: GnnRlState) -> PyTree:
+def transfer_policy(state: GnnRlState) -> PyTree:
     """What a search learned that holds for other networks: the graph network's parameters."""
     return state.policy
 
 
 def save_policy(path: str | os.PathLike, policy: PyTree) -> None:
-    """Writes what `transferred` returns to a .safetensors file."""
+    """Writes what `transfer_policy` returns to a .safetensors file."""
     save_file({name: np.asarray(x) for name, x in policy.items()}, path)
 
 
@@ -204,7 +206,7 @@ def surrogate(ratio: Array, advantage: Array, clip: float) -> Array:
     return -jnp.minimum(ratio * advantage, clipped * advantage).mean()
 
 
-class PaperState(NamedTuple):
+class PublishedState(NamedTuple):
     """Actor, critic and the transitions between `ask` and `tell`."""
 
     weights: PyTree
@@ -215,7 +217,7 @@ class PaperState(NamedTuple):
     reached: Array  # bool[n]
 
 
-def gnn_rl_paper(
+def gnn_rl_published(
     graph: PolicyGraph,
     share: Callable[[Array], Array],
     target: float,
@@ -244,7 +246,7 @@ def gnn_rl_paper(
     num_groups = len(graph.sizes)
     optimizer = optax.adam(learning_rate)
 
-    def init(key: Key) -> PaperState:
+    def init(key: Key) -> PublishedState:
         actor, critic, head, read = jax.random.split(key, 4)
         draw = lambda k, a, b: jax.random.normal(k, (a, b)) / a**0.5
         weights = {
@@ -256,16 +258,16 @@ def gnn_rl_paper(
         }
         zero = jnp.zeros((batch, steps, num_groups))
         live = jnp.zeros((batch, steps))
-        return PaperState(
+        return PublishedState(
             weights, optimizer.init(weights), zero, zero, live, jnp.zeros(batch, bool)
         )
 
     def mean(weights: PyTree, counts: Array) -> Array:
-        z = embed(weights["actor"], graph, counts)
+        z = embed_graph(weights["actor"], graph, counts)
         return jnp.tanh(jax.nn.relu(z @ weights["w1"]) @ weights["w2"])[:, 0]
 
     def value(weights: PyTree, counts: Array) -> Array:
-        return (embed(weights["critic"], graph, counts).mean(0) @ weights["value"])[0]
+        return (embed_graph(weights["critic"], graph, counts).mean(0) @ weights["value"])[0]
 
     def episode(weights: PyTree, key: Key):
         def step(keep: Array, key: Key):
@@ -278,14 +280,14 @@ def gnn_rl_paper(
         keep, seen = lax.scan(step, jnp.ones(num_groups), jax.random.split(key, steps))
         return keep, seen, share(keep * graph.sizes) <= target
 
-    def ask(state: PaperState, key: Key) -> tuple[Array, PaperState]:
+    def ask(state: PublishedState, key: Key) -> tuple[Array, PublishedState]:
         keys = jax.random.split(key, batch)
         keep, (before, actions, live), reached = jax.vmap(lambda k: episode(state.weights, k))(keys)
         return to_logits(keep), state._replace(
             before=before, actions=actions, live=live, reached=reached
         )
 
-    def tell(state: PaperState, actions: Array, counts: Array, scores: Array) -> PaperState:
+    def tell(state: PublishedState, actions: Array, counts: Array, scores: Array) -> PublishedState:
         points = 100 * (scores - 1)  # accuracy - 100, where scores are accuracies
         worst = jnp.minimum(-100.0, jnp.where(state.reached, points, 0).min())
         reward = jnp.where(state.reached, points, worst)  # never better than who met the target

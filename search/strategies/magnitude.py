@@ -38,7 +38,7 @@ def magnitude(problem: Problem, importance: Sequence[Array], *, per_group: bool 
     kept = np.stack([[(s > t).sum() for s in values] for t in thresholds])
     kept = np.maximum(kept, 1)
     feasible = np.asarray(jax.vmap(problem.fits)(jnp.asarray(kept, jnp.float32)))
-    # With one channel left in every group it may still not fit, where `multiple` allows no fewer
-    # than the projection will give; the highest threshold is then the nearest wish.
+    # One channel in every group may still be too much where the projection, which rounds up to
+    # `channel_multiple`, gives more; the highest threshold is then the nearest wish.
     chosen = int(np.argmax(feasible)) if feasible.any() else len(thresholds) - 1
     return fixed(to_logits(jnp.asarray(kept[chosen] / problem.sizes, jnp.float32)))

@@ -17,8 +17,8 @@ import numpy as np
 from jaxfm.model import Array, PyTree
 from jaxfm.search.ranking import importance
 from jaxfm.search.trace.cost import contractions, costs, is_trained
-from jaxfm.search.trace.graph import Program, numbers
-from jaxfm.search.trace.groups import Network, Plan
+from jaxfm.search.trace.graph import Graph, numbers
+from jaxfm.search.trace.groups import AxisPlan, Network
 
 OP_FEATURES = 11
 GROUP_FEATURES = 6
@@ -89,7 +89,7 @@ def policy_graph(network: Network, params: PyTree) -> PolicyGraph:
     )
 
 
-def _sides(plan: Plan, op):
+def _sides(plan: AxisPlan, op):
     """Axes that a contraction adds up, and those that come out of it."""
     axes = plan.axes
     if op.name == "dot_general":
@@ -127,13 +127,13 @@ def _group_features(network: Network, params: PyTree, macs, rows) -> np.ndarray:
     return np.array(out)
 
 
-def _flow(plan: Plan, op_of: dict[int, int]) -> tuple[list[tuple[int, int]], list[float]]:
+def _flow(plan: AxisPlan, op_of: dict[int, int]) -> tuple[list[tuple[int, int]], list[float]]:
     """Edges from each contraction to the next ones, and which of them are shortcuts."""
     reach: dict[int, dict[int, bool]] = {}  # by value: sources, and whether past an addition
     edges: dict[tuple[int, int], bool] = {}
 
-    def visit(program: Program) -> None:
-        for op in program.ops:
+    def visit(graph: Graph) -> None:
+        for op in graph.ops:
             ins = [reach.get(i, {}) for i in numbers(op.inputs)]
             merged = {s: any(x.get(s, False) for x in ins) for x in ins for s in x}
             if op.outputs[0] in op_of:
@@ -162,7 +162,7 @@ def _flow(plan: Plan, op_of: dict[int, int]) -> tuple[list[tuple[int, int]], lis
             for out in op.outputs:
                 reach[out] = {s: late or (added and s != newest) for s, late in merged.items()}
 
-    visit(plan.program)
+    visit(plan.graph)
     return list(edges), [float(late) for late in edges.values()]
 
 

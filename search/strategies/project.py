@@ -22,6 +22,8 @@ import numpy as np
 from jax import lax
 
 from jaxfm.model import Array
+from jaxfm.search.trace.cost import Costs, Expression, costs
+from jaxfm.search.trace.groups import Network
 
 _WIDEST = 60.0  # sigmoid(±60) is 0 or 1 to the last bit of float32, for logits within ±40
 _HALVINGS = 40
@@ -44,6 +46,28 @@ class Budget(NamedTuple):
     limit: float
 
 
+def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
+    """Budgets by name: `macs`, `parameters`, `parameter_bytes`, `activation_bytes`.
+
+    A real number up to 1 that is no integer is a share of what the dense network costs; a larger
+    number is absolute. A latency is a Budget of its own (`jaxfm.search.latency`).
+
+    Raises:
+      ValueError: an unknown name or a limit that is not positive.
+    """
+    own, dense = costs(network), network.sizes.astype(np.int64)
+    out = []
+    for name, limit in limits.items():
+        if name not in Costs._fields[:-1]:
+            raise ValueError(f"There is no cost {name!r}; choose from {Costs._fields[:-1]}.")
+        if not limit > 0:
+            raise ValueError(f"{name}={limit} must be positive.")
+        cost: Expression = getattr(own, name)
+        share = np.asarray(limit).dtype.kind not in "iub" and limit <= 1
+        out.append(Budget(name, cost, float(limit) * (float(cost(dense)) if share else 1)))
+    return tuple(out)
+
+
 def within(budgets: Sequence[Budget], counts: Array) -> Array:
     """bool[]: whether counts f32[G] meet all budgets."""
     return jnp.all(jnp.stack([b.cost(counts) <= b.limit * (1 + _SLACK) for b in budgets]))
@@ -53,7 +77,8 @@ def projection(
     sizes: np.ndarray,
     budgets: Sequence[Budget],
     *,
-    multiple: int = 1,
+    channel_multiple: int = 1,
+    multiple: int | None = None,  # its former name
     smallest: float = 0.0,
     fill: bool = True,
 ) -> Callable[[Array], Array]:
@@ -62,37 +87,39 @@ def projection(
     Args:
       sizes: i32[G], channels of each group.
       budgets: all of them hold for every candidate.
-      multiple: counts are multiples of it, or the whole group where that is no multiple. A group
-        always keeps one step.
+      channel_multiple: counts are multiples of it, or the whole group where that is no multiple. A
+        group always keeps one step.
       smallest: the share of a group that is always kept, in [0, 1).
       fill: use up the budget. False only ever shrinks: ratios below the budget stay what they are,
         for searches over the whole Pareto front.
 
     Raises:
-      ValueError: a size, `multiple` or `smallest` is out of range; or a budget lies below what the
-        smallest network costs (it says how much that is).
+      ValueError: a size, `channel_multiple` or `smallest` is out of range, or a budget lies below
+        what the smallest network costs (the message says how much that is).
     """
+    channel_multiple = channel_multiple if multiple is None else multiple
     sizes = np.asarray(sizes, np.int32)
     if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1:
         raise ValueError(f"sizes={sizes.tolist()}: give one positive count a group.")
-    if multiple < 1 or not 0 <= smallest < 1:
+    if channel_multiple < 1 or not 0 <= smallest < 1:
         raise ValueError(
-            f"multiple={multiple} must be at least 1 and smallest={smallest} in [0, 1)."
+            f"channel_multiple={channel_multiple} must be at least 1 and smallest={smallest} in "
+            "[0, 1)."
         )
-    most = -(-sizes // multiple)  # steps of the whole group; the last one may be shorter
-    least = np.maximum(1, np.ceil(smallest * sizes / multiple)).astype(np.int32)
+    most = -(-sizes // channel_multiple)  # steps of the whole group; the last one may be shorter
+    least = np.maximum(1, np.ceil(smallest * sizes / channel_multiple)).astype(np.int32)
     least = np.minimum(least, most)
-    _check_reachable(budgets, np.minimum(least * multiple, sizes))
+    _check_reachable(budgets, np.minimum(least * channel_multiple, sizes))
     num_groups = len(sizes)
 
     def to_counts(steps: Array) -> Array:
-        return jnp.minimum(steps * multiple, sizes)
+        return jnp.minimum(steps * channel_multiple, sizes)
 
     def fits(steps: Array) -> Array:
         return within(budgets, to_counts(steps).astype(jnp.float32))
 
     def wish(logits: Array, shift: Array) -> Array:
-        return jnp.asarray(sizes, jnp.float32) / multiple * jax.nn.sigmoid(logits + shift)
+        return jnp.asarray(sizes, jnp.float32) / channel_multiple * jax.nn.sigmoid(logits + shift)
 
     def rounded(logits: Array, shift: Array) -> Array:
         steps = jnp.round(wish(logits, shift)).astype(jnp.int32)
@@ -152,5 +179,5 @@ def _check_reachable(budgets: Sequence[Budget], fewest: np.ndarray) -> None:
             raise ValueError(
                 f"The budget of {budget.limit:.6g} {budget.name} cannot be met: with "
                 f"{fewest.tolist()} channels, the fewest allowed, the network still costs "
-                f"{reachable:.6g}. Raise the budget, or lower `multiple` or `smallest`."
+                f"{reachable:.6g}. Raise the budget, or lower `channel_multiple` or `smallest`."
             )

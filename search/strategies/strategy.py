@@ -5,8 +5,8 @@ arrays only: group sizes, a projection onto the budget, scores. What the groups 
 network they belong to, is the business of `jaxfm.search.evaluation`.
 
 An *action* is one logit a group. All logits of a candidate are shifted together until the candidate
-meets its budget (`jaxfm.search.strategies.project`), so the strategy chooses proportions and the budget sets
-the level; equal logits are uniform pruning, whatever their value.
+meets its budget (`jaxfm.search.strategies.project`), so the strategy chooses proportions and the
+budget sets the level; equal logits are uniform pruning, whatever their value.
 
 A complete strategy, hill climbing from the best candidate so far:
 
@@ -90,11 +90,11 @@ def problem(
     evaluate: Callable[[PyTree, Array], Array],
     data: PyTree = (),
     *,
-    multiple: int = 1,
+    channel_multiple: int = 1,
     fill: bool = True,
     costs: Callable[[Array], Array] | None = None,
 ) -> Problem:
-    """A problem whose candidates meet `budgets`; `multiple` and `fill` as in `projection`.
+    """A problem whose candidates meet `budgets`; `channel_multiple` and `fill` as in `projection`.
 
     Without `costs`, these are the budgets' own, each divided by its limit.
     """
@@ -105,7 +105,7 @@ def problem(
 
     return Problem(
         sizes,
-        projection(sizes, budgets, multiple=multiple, fill=fill),
+        projection(sizes, budgets, channel_multiple=channel_multiple, fill=fill),
         lambda counts: within(budgets, counts),
         evaluate,
         data,

@@ -1,1 +1,1 @@
-"""Reading a function's jaxpr: its graph, its channel groups, their costs, masked and sliced runs."""
+"""What a function's jaxpr says: its graph, channel groups, costs, masked and sliced runs."""

@@ -3,7 +3,7 @@
     size of an axis   = Σ over terms of coefficient · Π kept units of the term's groups
     multiply-adds     = Σ over products and convolutions of Π of the sizes of their axes
     parameters, bytes = Σ over leaves of Π of the sizes of their axes
-    activations       = the most bytes that are alive at once, in the order of the program
+    activations       = the most bytes that are alive at once, in the order of the graph
 
 Exact, differentiable and vmappable; NumPy counts are evaluated in float64, where every integer up
 to 2^53 is exact. Nothing is compiled and no layer type is known.
@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.cost import body_flops
-from jaxfm.search.strategies.project import Budget
-from jaxfm.search.trace.graph import Op, Program, numbers
-from jaxfm.search.trace.groups import Group, Leaf, Network, Plan
+from jaxfm.search.trace.graph import Graph, Op, numbers
+from jaxfm.search.trace.groups import AxisPlan, Group, Leaf, Network
 from jaxfm.search.trace.labels import Axis, plain
 
 Expression = Callable[[Any], Any]  # (counts [G]) -> a number, or an array of them
@@ -72,12 +71,12 @@ def is_trained(leaf: Leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and not _STATISTIC.search(leaf.path)
 
 
-def contractions(plan: Plan) -> list[Contraction]:
-    """All products and convolutions in the order of the program, loop bodies included."""
+def contractions(plan: AxisPlan) -> list[Contraction]:
+    """All products and convolutions in the order of the graph, loop bodies included."""
     found: list[Contraction] = []
 
-    def visit(program: Program, times: int) -> None:
-        for op in program.ops:
+    def visit(graph: Graph, times: int) -> None:
+        for op in graph.ops:
             if op.body is not None:
                 visit(op.body, times * op.params["length"])
             elif op.name == "dot_general":
@@ -90,7 +89,7 @@ def contractions(plan: Plan) -> list[Contraction]:
                 out = [a for d, a in enumerate(plan.axes[op.outputs[0]]) if d != out_spec[1]]
                 found.append(Contraction(op, (*out, *_axes(plan, op.inputs[1])), times))
 
-    visit(plan.program, 1)
+    visit(plan.graph, 1)
     return found
 
 
@@ -109,14 +108,14 @@ def nominal_macs(network: Network, number: int = 0) -> Expression:
     return lambda counts: (left(counts) * whole.astype(left(counts).dtype)).sum()
 
 
-def _uncut(program: Program, times: int = 1) -> float:
+def _uncut(graph: Graph, times: int = 1) -> float:
     """Multiply-adds of what primitives without a rule call: nothing in there is cut."""
-    inner = [_uncut(op.body, op.params["length"]) for op in program.ops if op.body is not None]
-    own = [body_flops(op.name, op.params) / 2 for op in program.ops if op.body is None]
+    inner = [_uncut(op.body, op.params["length"]) for op in graph.ops if op.body is not None]
+    own = [body_flops(op.name, op.params) / 2 for op in graph.ops if op.body is None]
     return times * (sum(inner) + sum(own))
 
 
-def _axes(plan: Plan, atom: Any) -> tuple[Axis, ...]:
+def _axes(plan: AxisPlan, atom: Any) -> tuple[Axis, ...]:
     return plan.axes[atom] if isinstance(atom, int) else tuple(map(plain, np.shape(atom.value)))
 
 
@@ -137,7 +136,7 @@ def costs(network: Network, number: int = 0) -> Costs:
     held = table.products([x.axes for x in network.leaves], width)
     points, kinds, scales = _alive(plan, len(network.leaves))
     alive = table.products(kinds, [scale / batch for scale in scales])
-    fixed = _uncut(plan.program) / batch
+    fixed = _uncut(plan.graph) / batch
     return Costs(
         lambda counts: macs(counts).sum() + fixed,
         lambda counts: parameters(counts).sum(),
@@ -150,28 +149,6 @@ def costs(network: Network, number: int = 0) -> Costs:
 def counts_of(network: Network, kept: Sequence[np.ndarray]) -> np.ndarray:
     """i64[G]: the units that masks keep, a layer."""
     return np.array([np.atleast_2d(mask)[0].sum() for mask in kept], np.int64)
-
-
-def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
-    """Budgets by name: `macs`, `parameters`, `parameter_bytes`, `activation_bytes`.
-
-    A real number up to 1 that is no integer is a share of what the dense network costs; a larger
-    number is absolute. A latency is a Budget of its own (`jaxfm.search.latency`).
-
-    Raises:
-      ValueError: an unknown name or a limit that is not positive.
-    """
-    own, dense = costs(network), network.sizes.astype(np.int64)
-    out = []
-    for name, limit in limits.items():
-        if name not in Costs._fields[:-1]:
-            raise ValueError(f"There is no cost {name!r}; choose from {Costs._fields[:-1]}.")
-        if not limit > 0:
-            raise ValueError(f"{name}={limit} must be positive.")
-        cost: Expression = getattr(own, name)
-        share = np.asarray(limit).dtype.kind not in "iub" and limit <= 1
-        out.append(Budget(name, cost, float(limit) * (float(cost(dense)) if share else 1)))
-    return tuple(out)
 
 
 class AxisTable:
@@ -231,7 +208,9 @@ class AxisTable:
         return evaluate
 
 
-def _alive(plan: Plan, num_leaves: int) -> tuple[np.ndarray, list[tuple[Axis, ...]], list[float]]:
+def _alive(
+    plan: AxisPlan, num_leaves: int
+) -> tuple[np.ndarray, list[tuple[Axis, ...]], list[float]]:
     """How many values of each kind are alive at each point; the kinds' axes and bytes an item."""
     kinds: dict[Any, int] = {}
     items: list[tuple[tuple[Axis, ...], float]] = []
@@ -247,13 +226,13 @@ def _alive(plan: Plan, num_leaves: int) -> tuple[np.ndarray, list[tuple[Axis, ..
 
     points: list[Counter] = []
 
-    def visit(program: Program, around: Counter, free: set[int]) -> None:
+    def visit(graph: Graph, around: Counter, free: set[int]) -> None:
         last: dict[int, int] = {}
-        for t, op in enumerate(program.ops):
+        for t, op in enumerate(graph.ops):
             last.update(dict.fromkeys(numbers(op.inputs), t))
-        last.update(dict.fromkeys(numbers(program.outputs), len(program.ops)))
-        alive = {n for n in program.inputs if n not in free}
-        for t, op in enumerate(program.ops):
+        last.update(dict.fromkeys(numbers(graph.outputs), len(graph.ops)))
+        alive = {n for n in graph.inputs if n not in free}
+        for t, op in enumerate(graph.ops):
             alive.update(op.outputs)
             now = around + Counter(kind(n) for n in alive)
             points.append(now)
@@ -264,7 +243,7 @@ def _alive(plan: Plan, num_leaves: int) -> tuple[np.ndarray, list[tuple[Axis, ..
             alive = {n for n in alive if last.get(n, -1) > t}
 
     # Values computed from parameters alone are parameters in another form.
-    visit(plan.program, Counter(), set(plan.program.inputs[:num_leaves]))
+    visit(plan.graph, Counter(), set(plan.graph.inputs[:num_leaves]))
     matrix = np.zeros((len(points), len(items)), np.float32)
     for row, now in zip(matrix, points, strict=True):
         for k, n in now.items():
@@ -274,3 +253,11 @@ def _alive(plan: Plan, num_leaves: int) -> tuple[np.ndarray, list[tuple[Axis, ..
 
 def _concrete(dtype: Any) -> Any:
     return np.dtype(np.uint32) if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype
+
+
+def __getattr__(name: str) -> Any:  # the former place of `budgets`
+    if name != "budgets":
+        raise AttributeError(name)
+    from jaxfm.search.strategies.project import budgets
+
+    return budgets

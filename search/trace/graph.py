@@ -5,8 +5,8 @@ output needs is dropped, and scalars and indices that are known are folded. No l
 and no code for one model: whatever JAX can trace can be read.
 
 >>> import jax, jax.numpy as jnp
->>> program, values = flatten(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), jnp.ones((3, 4)))
->>> [op.name for op in program.ops]
+>>> graph, values = flatten(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), jnp.ones((3, 4)))
+>>> [op.name for op in graph.ops]
 ['dot_general', 'max']
 """
 
@@ -25,16 +25,16 @@ from jax.extend.core import Literal as JaxLiteral
 from jaxfm.model import PyTree
 
 
-class Known(NamedTuple):
+class Constant(NamedTuple):
     """A value that is known when tracing."""
 
     value: Any
 
 
-Atom = int | Known  # a value by its number, or a known one
+Atom = int | Constant  # a value by its number, or a constant
 
 
-class Program(NamedTuple):
+class Graph(NamedTuple):
     """Operations in an order in which they can run.
 
     Attributes:
@@ -68,7 +68,7 @@ class Op(NamedTuple):
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
     params: dict[str, Any]
-    body: Program | None = None
+    body: Graph | None = None
 
 
 class Values(NamedTuple):
@@ -107,18 +107,18 @@ _CALLS = {
 
 def flatten(
     function: Callable, *args: PyTree, values: Values | None = None
-) -> tuple[Program, Values]:
+) -> tuple[Graph, Values]:
     """Traces `function(*args)`, arrays or their shapes, and flattens its jaxpr.
 
     Args:
-      values: numbers are taken from it, so that several programs can share one numbering.
+      values: numbers are taken from it, so that several graphs can share one numbering.
     """
     values = Values([], []) if values is None else values
     closed = jax.make_jaxpr(function)(*args)
-    return _program(closed.jaxpr, closed.consts, values), values
+    return _read_jaxpr(closed.jaxpr, closed.consts, values), values
 
 
-def _program(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Program:
+def _read_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Graph:
     env: dict[Any, Atom] = {}
     inputs = tuple(values.new(var.aval) for var in jaxpr.invars)
     env.update(zip(jaxpr.invars, inputs, strict=True))
@@ -129,7 +129,7 @@ def _program(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Program:
     _inline(jaxpr, env, values, ops, held)
     outputs = tuple(_read(env, atom) for atom in jaxpr.outvars)
     ops = _permutations(ops, outputs, values)
-    return Program(_needed(ops, outputs), inputs, held, outputs)
+    return Graph(_needed(ops, outputs), inputs, held, outputs)
 
 
 def _plain(value: Any) -> Any:
@@ -142,14 +142,14 @@ def _plain(value: Any) -> Any:
 def _constant(const: Any, aval: Any, values: Values, held: dict[int, Any]) -> Atom:
     const = _plain(const)
     if math.prod(aval.shape) == 1 and not aval.shape:
-        return Known(const)
+        return Constant(const)
     number = values.new(aval)
     held[number] = const
     return number
 
 
 def _read(env: dict[Any, Atom], atom: Any) -> Atom:
-    return Known(_plain(atom.val)) if isinstance(atom, JaxLiteral) else env[atom]
+    return Constant(_plain(atom.val)) if isinstance(atom, JaxLiteral) else env[atom]
 
 
 def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[int, Any]) -> None:
@@ -177,20 +177,20 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
         if name == "gather" and (found := _picked(eqn, inputs, outputs, held)) is not None:
             ops.append(found)
             continue
-        body_program = None
+        loop_body = None
         if name == "scan":
             closed = eqn.params["jaxpr"]
-            body_program = _program(closed.jaxpr, closed.consts, values)
-        ops.append(Op(name, eqn.primitive, inputs, outputs, dict(eqn.params), body_program))
+            loop_body = _read_jaxpr(closed.jaxpr, closed.consts, values)
+        ops.append(Op(name, eqn.primitive, inputs, outputs, dict(eqn.params), loop_body))
 
 
 def _fold(eqn: Any, inputs: tuple[Atom, ...], held: dict[int, Any]) -> list[np.ndarray] | None:
     """The values of scalars and of indices made from known ones; None where it is another op."""
     if not inputs or not all(_is_small(var.aval) for var in eqn.outvars):
         return None
-    if not all(isinstance(atom, Known) or atom in held for atom in inputs):
+    if not all(isinstance(atom, Constant) or atom in held for atom in inputs):
         return None
-    known = [atom.value if isinstance(atom, Known) else held[atom] for atom in inputs]
+    known = [atom.value if isinstance(atom, Constant) else held[atom] for atom in inputs]
     if any(isinstance(value, jax.core.Tracer) for value in known):  # an outer trace's
         return None
     with jax.ensure_compile_time_eval():

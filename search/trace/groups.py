@@ -1,9 +1,9 @@
 """Channel groups of any model: which indices of which parameters must be cut together.
 
-`network` traces a function, reads its operations (`jaxfm.search.trace.rules`) and collects the units that
-may be cut. A unit is one channel, head or dimension with everything that belongs to it, wherever it
-occurs; a group holds the units that play the same role and so are chosen among. Source: Fang et
-al. 2023 (DepGraph, arXiv 2301.12900) for the idea of groups by dependency; here they follow from
+`network` traces a function, reads its operations (`jaxfm.search.trace.rules`) and collects the units
+that may be cut. A unit is one channel, head or dimension with everything that belongs to it,
+wherever it occurs; a group holds the units of one role, among which a search chooses. Source: Fang
+et al. 2023 (DepGraph, arXiv 2301.12900) for the idea of groups by dependency; here they follow from
 the jaxpr alone.
 
 >>> import jax, jax.numpy as jnp
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jaxfm.model import PyTree
-from jaxfm.search.trace.graph import Program, Values, flatten, numbers
+from jaxfm.search.trace.graph import Graph, Values, flatten, numbers
 from jaxfm.search.trace.labels import Axis, Labels
 from jaxfm.search.trace.rules import Divisor, Reading, read, reading
 
@@ -77,17 +77,17 @@ class Leaf(NamedTuple):
     axes: tuple[Axis, ...]
 
 
-class Plan(NamedTuple):
+class AxisPlan(NamedTuple):
     """A function at given input shapes, with the units of every value.
 
     Attributes:
-      program, values: its operations.
+      graph, values: its operations.
       axes: of units, by value.
       divisors: quotients by the size of a sum over units, by output value.
       data: values that depend on more than the parameters.
     """
 
-    program: Program
+    graph: Graph
     values: Values
     axes: dict[int, tuple[Axis, ...]]
     divisors: dict[int, Divisor]
@@ -105,7 +105,7 @@ class Network(NamedTuple):
       frozen: by "path:axis", why an axis of a parameter cannot be cut.
       unknown: primitives without a rule; what they touch is frozen.
       example: shapes of the inputs of the first function.
-      plan: `(function's number, *inputs) -> Plan`, remembered by the shapes of the inputs.
+      plan: `(function's number, *inputs) -> AxisPlan`, remembered by the shapes of the inputs.
     """
 
     functions: tuple[Callable, ...]
@@ -115,7 +115,7 @@ class Network(NamedTuple):
     frozen: dict[str, str]
     unknown: dict[str, int]
     example: tuple[PyTree, ...]
-    plan: Callable[..., Plan]
+    plan: Callable[..., AxisPlan]
 
     @property
     def sizes(self) -> np.ndarray:
@@ -136,7 +136,7 @@ def network(
     Args:
       function: `(params, *inputs) -> output`, traceable; no axis of its output is cut.
       params: arrays or shapes, any pytree.
-      inputs: example arrays or shapes; programs for other shapes are made as they are needed.
+      inputs: example arrays or shapes; graphs for other shapes are made as they are needed.
       also: further functions of the same arguments, such as the model in training mode; outputs of
         theirs may be cut (statistics of batch norm).
       ignore: patterns as of `fnmatch` over "path" or "path:axis" of what must not be cut.
@@ -193,11 +193,11 @@ def _first_reading(functions, treedef, shapes, inputs, paths, ignore, ties):
             raise ValueError(f"ties={(one, other)}: there is no such axis; give 'path:axis'.")
         notes.labels.unify(place[one], place[other], "it is tied to an axis that cannot be cut")
     for i, function in enumerate(functions):
-        program, values = flatten(function, jax.tree.unflatten(treedef, shapes), *inputs)
-        _enter(program, values, leaf_axes, notes)
-        read(program, values, notes)
+        graph, values = flatten(function, jax.tree.unflatten(treedef, shapes), *inputs)
+        _enter(graph, values, leaf_axes, notes)
+        read(graph, values, notes)
         if i == 0:
-            for number in numbers(program.outputs):
+            for number in numbers(graph.outputs):
                 for axis in notes.axes[number]:
                     notes.labels.freeze(axis, "it is an output of the model")
         keep = [axis for axes in notes.axes.values() for axis in axes]
@@ -210,10 +210,10 @@ def _leaf_axis(size: int, labels: Labels) -> Axis:
     return labels.fresh(size) if size > 1 else np.zeros((size, 0), np.int64)
 
 
-def _enter(program: Program, values: Values, leaf_axes: list[list[Axis]], notes: Reading) -> None:
+def _enter(graph: Graph, values: Values, leaf_axes: list[list[Axis]], notes: Reading) -> None:
     held = len(leaf_axes)
-    notes.axes.update(zip(program.inputs[:held], leaf_axes, strict=True))
-    for number in program.inputs[held:]:
+    notes.axes.update(zip(graph.inputs[:held], leaf_axes, strict=True))
+    for number in graph.inputs[held:]:
         notes.axes[number] = [np.zeros((n, 0), np.int64) for n in values.shapes[number]]
 
 
@@ -353,11 +353,13 @@ def _renumber(axis: Axis, units: dict[int, int]) -> Axis:
     return out[:, out.any(0)]
 
 
-def _planner(functions, treedef, leaves: tuple[Leaf, ...], num_units: int) -> Callable[..., Plan]:
-    made: dict[Any, Plan] = {}
+def _planner(
+    functions, treedef, leaves: tuple[Leaf, ...], num_units: int
+) -> Callable[..., AxisPlan]:
+    made: dict[Any, AxisPlan] = {}
     params = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
 
-    def plan(number: int, *inputs: PyTree) -> Plan:
+    def plan(number: int, *inputs: PyTree) -> AxisPlan:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), inputs)
         flat, form = jax.tree.flatten(shapes)
         key = (number, form, tuple((x.shape, str(x.dtype)) for x in flat))
@@ -368,13 +370,13 @@ def _planner(functions, treedef, leaves: tuple[Leaf, ...], num_units: int) -> Ca
     return plan
 
 
-def _plan(function, params, inputs, leaves: tuple[Leaf, ...], num_units: int) -> Plan:
+def _plan(function, params, inputs, leaves: tuple[Leaf, ...], num_units: int) -> AxisPlan:
     """Reads the function again, its parameters labelled with units."""
-    program, values = flatten(function, params, *inputs)
+    graph, values = flatten(function, params, *inputs)
     notes = reading()
     notes.labels.fresh(num_units)  # ids 1, 2, ... are the units
-    _enter(program, values, [list(leaf.axes) for leaf in leaves], notes)
-    read(program, values, notes)
+    _enter(graph, values, [list(leaf.axes) for leaf in leaves], notes)
+    read(graph, values, notes)
     everyone = np.arange(1, num_units + 1)
     if not np.array_equal(notes.labels.find(everyone), everyone):
         raise ValueError(
@@ -393,15 +395,15 @@ def _plan(function, params, inputs, leaves: tuple[Leaf, ...], num_units: int) ->
         for number, d in notes.divisors.items()
         if any(own(axis).shape[1] for axis in d.axes)
     }
-    return Plan(program, values, axes, divisors, _data(program, len(leaves)))
+    return AxisPlan(graph, values, axes, divisors, _data(graph, len(leaves)))
 
 
-def _data(program: Program, num_leaves: int) -> set[int]:
+def _data(graph: Graph, num_leaves: int) -> set[int]:
     """Values that depend on the inputs, loop bodies included."""
-    found = set(program.inputs[num_leaves:])
+    found = set(graph.inputs[num_leaves:])
 
-    def visit(program: Program) -> None:
-        for op in program.ops:
+    def visit(graph: Graph) -> None:
+        for op in graph.ops:
             ins = [a for a in op.inputs if isinstance(a, int)]
             depends = bool(found.intersection(ins))
             if op.body is not None:
@@ -414,5 +416,5 @@ def _data(program: Program, num_leaves: int) -> set[int]:
             if depends:
                 found.update(op.outputs)
 
-    visit(program)
+    visit(graph)
     return found

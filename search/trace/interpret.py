@@ -25,8 +25,8 @@ from jax import lax
 
 from jaxfm.conv import conv2d
 from jaxfm.model import Array, PyTree
-from jaxfm.search.trace.graph import Atom, Known, Op, Program, bind
-from jaxfm.search.trace.groups import Group, Kept, Network, Plan
+from jaxfm.search.trace.graph import Atom, Constant, Graph, Op, bind
+from jaxfm.search.trace.groups import AxisPlan, Group, Kept, Network
 from jaxfm.search.trace.labels import Axis
 
 
@@ -143,7 +143,7 @@ def record(
     plan = network.plan(0, *inputs)
     seen: list[tuple[Op, PyTree]] = []
     arguments = [*_leaves(network, params, None), *jax.tree.leaves(inputs)]
-    _run(plan.program, arguments, _Tapped(tap, seen), None)
+    _run(plan.graph, arguments, _Tapped(tap, seen), None)
     return seen
 
 
@@ -160,9 +160,9 @@ def _leaves(network: Network, params: PyTree, kept: Kept | None) -> list[Any]:
     return flat
 
 
-def _call(network, number: int, plan: Plan, how: Any, leaves, inputs: PyTree) -> PyTree:
+def _call(network, number: int, plan: AxisPlan, how: Any, leaves, inputs: PyTree) -> PyTree:
     units = how.units()
-    out = _run(plan.program, [*leaves, *jax.tree.leaves(inputs)], how, units)
+    out = _run(plan.graph, [*leaves, *jax.tree.leaves(inputs)], how, units)
     params = jax.tree.unflatten(
         network.treedef, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in network.leaves]
     )
@@ -170,14 +170,14 @@ def _call(network, number: int, plan: Plan, how: Any, leaves, inputs: PyTree) ->
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
-def _run(program: Program, arguments: Sequence[Any], how: Any, units: Any) -> list[Any]:
+def _run(graph: Graph, arguments: Sequence[Any], how: Any, units: Any) -> list[Any]:
     """Runs the operations in order; `units` says which ones are there (in this layer)."""
-    env: dict[int, Any] = dict(zip(program.inputs, arguments, strict=True))
-    env.update((i, how.const(i, x, units)) for i, x in program.consts.items())
-    read = lambda atom: atom.value if isinstance(atom, Known) else env[atom]
-    for op in program.ops:
+    env: dict[int, Any] = dict(zip(graph.inputs, arguments, strict=True))
+    env.update((i, how.const(i, x, units)) for i, x in graph.consts.items())
+    read = lambda atom: atom.value if isinstance(atom, Constant) else env[atom]
+    for op in graph.ops:
         env.update(zip(op.outputs, how.step(op, list(map(read, op.inputs)), units), strict=True))
-    return list(map(read, program.outputs))
+    return list(map(read, graph.outputs))
 
 
 def _scan(op: Op, inputs: list[Any], how: Any, layered: Any) -> list[Any]:
@@ -252,7 +252,7 @@ class _Tapped(NamedTuple):
 class _Masked(NamedTuple):
     """Dense shapes; what is cut is zeroed where it would be added up."""
 
-    plan: Plan
+    plan: AxisPlan
     groups: tuple[Group, ...]
     masks: tuple[Array, ...]
 
@@ -318,7 +318,7 @@ def _present(axis: Axis, units: Any) -> Any:
     return units[axis].all(1)
 
 
-def summed_axes(op: Op, plan: Plan) -> tuple[int, tuple[int, ...]]:
+def summed_axes(op: Op, plan: AxisPlan) -> tuple[int, tuple[int, ...]]:
     """Which operand's axes an operation adds up: the operand to be masked, and its axes.
 
     Of a product, the operand that depends on data, so that no weight is ever batched over
@@ -346,7 +346,7 @@ def summed_axes(op: Op, plan: Plan) -> tuple[int, tuple[int, ...]]:
 class _Sliced(NamedTuple):
     """Shapes of what is kept; every shape in an operation's parameters is derived anew."""
 
-    plan: Plan
+    plan: AxisPlan
     groups: tuple[Group, ...]
     kept: Kept
 

@@ -41,7 +41,7 @@ def merge(axes: list[Axis]) -> Axis:
 
 
 class Labels:
-    """The union-find; grows while a program is read."""
+    """The union-find; grows while a graph is read."""
 
     def __init__(self) -> None:
         self._parent = np.zeros(1024, np.int64)

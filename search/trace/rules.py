@@ -2,7 +2,7 @@
 
 A rule unifies the axes that must be cut together and says what the axes of the result are. A
 primitive without a rule freezes all that it touches and is reported. Three things are noted on the
-way for those who run the program: which axes a contraction or a sum runs over, and which numbers
+way for those that run the graph: which axes a contraction or a sum runs over, and which numbers
 are the sizes of sums (a mean over a cut axis divides by what is left of it).
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.search.trace.graph import Atom, Known, Op, Program, Values, numbers
+from jaxfm.search.trace.graph import Atom, Constant, Graph, Op, Values, numbers
 from jaxfm.search.trace.labels import Axis, Labels, columns, merge, plain
 
 
@@ -31,7 +31,7 @@ class Divisor(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What reading a program collects; filled by `read`.
+    """What reading a graph collects; filled by `read`.
 
     Attributes:
       labels: the union-find.
@@ -57,13 +57,13 @@ def reading() -> Reading:
     return Reading(Labels(), {}, {}, {}, Counter(), {}, [])
 
 
-def read(program: Program, values: Values, to: Reading, depth: int = 0) -> None:
-    """Reads a program whose inputs have their axes in `to`."""
-    for number in program.consts:
+def read(graph: Graph, values: Values, to: Reading, depth: int = 0) -> None:
+    """Reads a graph whose inputs have their axes in `to`."""
+    for number in graph.consts:
         to.axes[number] = [_fresh(n, to) for n in values.shapes[number]]
         _outside(to, to.axes[number])
-    context = _Context(to, values, _uniform(program), depth)
-    for op in program.ops:
+    context = _Context(to, values, _uniform(graph), depth)
+    for op in graph.ops:
         rule = _RULES.get(op.name)
         if rule is None:
             to.unknown[op.name] += 1
@@ -81,7 +81,7 @@ class _Context(NamedTuple):
     depth: int
 
     def axes(self, atom: Atom) -> list[Axis]:
-        if isinstance(atom, Known):
+        if isinstance(atom, Constant):
             return [plain(n) for n in np.shape(atom.value)]
         return self.to.axes[atom]
 
@@ -559,10 +559,10 @@ def _number(value: Any) -> float | None:
     return float(value) if np.ndim(value) == 0 and real else None
 
 
-def _uniform(program: Program) -> dict[int, float]:
+def _uniform(graph: Graph) -> dict[int, float]:
     """Values that are one known number everywhere."""
     found: dict[int, float] = {}
-    for op in program.ops:
+    for op in graph.ops:
         if op.name in ("broadcast_in_dim", "reshape", "convert_element_type") and op.inputs:
             (atom,) = op.inputs[:1]
             if isinstance(atom, int):

@@ -12,7 +12,7 @@ from jaxfm import hub
 from jaxfm.data.federation import merge
 from jaxfm.launch import search as script
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
-from jaxfm.search import load, model_network
+from jaxfm.search import load_pruned, model_network
 from jaxfm.search.trace.cost import counts_of
 
 
@@ -54,7 +54,7 @@ def test_the_folder_holds_a_model_that_goes_on(finished):
         {name: leaf[:8] for name, leaf in merge(setting.data.train).items()}, None
     )[0]
     network = model_network(setting.model, setting.variables, inputs)
-    model = load(finished / "pruned", network, setting.variables)
+    model = load_pruned(finished / "pruned", network, setting.variables)
     assert (counts_of(network, model.kept) <= network.sizes).all()
     logits = jax.jit(model.apply)(model.params, inputs)
     assert logits.shape == (8, 10) and np.isfinite(np.asarray(logits)).all()
@@ -115,7 +115,7 @@ def test_wrong_settings_are_refused(tmp_path):
     for changes, message in (
         ({"macs": 0.0}, "--macs=0.5"),
         ({"macs": 1.5}, "share from 0 to 1"),
-        ({"strategy": "gnn_rl_paper", "macs": 0.0, "parameters": 0.5}, "gnn_rl_paper"),
+        ({"strategy": "gnn_rl_published", "macs": 0.0, "parameters": 0.5}, "gnn_rl_published"),
         ({"evaluations": 0}, "evaluations=0"),
     ):
         with pytest.raises(ValueError, match=message):

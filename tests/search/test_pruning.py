@@ -19,7 +19,7 @@ from jaxfm.search import (
     costs,
     halving,
     importance,
-    load,
+    load_pruned,
     masked,
     masks,
     model_network,
@@ -29,7 +29,7 @@ from jaxfm.search import (
     pruned,
     ranks,
     repair,
-    save,
+    save_pruned,
     sliced,
     split_rows,
     task_problem,
@@ -112,8 +112,8 @@ def test_random_keys_and_statistics_of_a_users_model(tmp_path):
     assert scale[first].min() >= scale[~first].max()
     scores = importance(small.network, params, "l2")
     assert np.asarray(scores[1])[mid].min() >= np.asarray(scores[1])[~mid].max()
-    save(tmp_path, small)
-    again = load(tmp_path, run, params, x)
+    save_pruned(tmp_path, small)
+    again = load_pruned(tmp_path, run, params, x)
     chex.assert_trees_all_equal(again.apply(again.params, x), small.apply(small.params, x))
 
 
@@ -166,9 +166,9 @@ def test_a_strategy_finds_what_uniform_pruning_misses():
 
 def test_saved_loaded_exported_fine_tuned_and_pruned_again(tmp_path):
     small = prune(mlp, WIDE, X, macs_ratio=0.5)
-    save(tmp_path, small)
+    save_pruned(tmp_path, small)
     shapes = jax.eval_shape(lambda: WIDE)
-    again = load(tmp_path, mlp, shapes, X)
+    again = load_pruned(tmp_path, mlp, shapes, X)
     chex.assert_trees_all_equal(again.params, small.params)
     output = small.apply(small.params, X)
     chex.assert_trees_all_equal(again.apply(again.params, X), output)
@@ -187,7 +187,7 @@ def test_saved_loaded_exported_fine_tuned_and_pruned_again(tmp_path):
     assert smaller.apply(smaller.params, X).shape == (6, 3)
     assert smaller.table()["macs"][0] == small.table()["macs"][1]
     with pytest.raises(ValueError, match="another network"):
-        load(tmp_path, again.apply, again.params, X)
+        load_pruned(tmp_path, again.apply, again.params, X)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -196,8 +196,8 @@ def test_groups_of_one_axis_are_saved_apart(tmp_path, fused):
     small = prune(case.function, case.params, case.x, budget={"parameters": 0.6})
     names = [group.name for group in small.network.groups]
     assert len(set(names)) == len(names) == len(small.ratios())
-    save(tmp_path, small)
-    again = load(tmp_path, case.function, case.params, case.x)
+    save_pruned(tmp_path, small)
+    again = load_pruned(tmp_path, case.function, case.params, case.x)
     chex.assert_trees_all_equal(again.kept, small.kept)
     x = jnp.asarray(case.x)
     chex.assert_trees_all_equal(again.apply(again.params, x), small.apply(small.params, x))
@@ -206,13 +206,13 @@ def test_groups_of_one_axis_are_saved_apart(tmp_path, fused):
 def test_what_was_ignored_is_ignored_when_it_is_loaded(tmp_path):
     small = prune(mlp, WIDE, X, macs_ratio=0.6, ignore=["up"])
     assert small.params["up"].shape == (5, 16) and small.params["mid"].shape[1] < 12
-    save(tmp_path, small)
-    again = load(tmp_path, mlp, WIDE, X)
+    save_pruned(tmp_path, small)
+    again = load_pruned(tmp_path, mlp, WIDE, X)
     chex.assert_trees_all_equal(again.apply(again.params, X), small.apply(small.params, X))
     with pytest.raises(ValueError, match="ignore it there"):
         prune(NET, WIDE, X, macs_ratio=0.6, ignore=["up"])
     with pytest.raises(ValueError, match="give the Network that was cut"):
-        load(tmp_path, NET, WIDE, X)
+        load_pruned(tmp_path, NET, WIDE, X)
 
 
 def test_a_parameter_that_is_used_twice_is_not_mended():

@@ -11,7 +11,8 @@ from jaxfm import count_parameters
 from jaxfm.cost import count_flops
 from jaxfm.search.elastic.evolve import evolve, fit_predictor, rank_correlation
 from jaxfm.search.elastic.member_cost import member_macs
-from jaxfm.search.elastic.supernet import recalibrate, sandwich, supernet
+from jaxfm.search.elastic.supernet import sandwich, supernet
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.project import Budget
 from jaxfm.tasks import classification
 from jaxfm.testing import (
@@ -35,7 +36,9 @@ FAMILIES = {
 KERNELS = {"mobilenet": (3, 1)}  # depthwise ones, of which one has stride 2
 DRAWN = {name: random_variables(model) for name, (model, *_) in FAMILIES.items()}
 NETS = {
-    name: supernet(model, DRAWN[name], axes, multiple=multiple, kernels=KERNELS.get(name, ()))
+    name: supernet(
+        model, DRAWN[name], axes, channel_multiple=multiple, kernels=KERNELS.get(name, ())
+    )
     for name, (model, axes, multiple, _) in FAMILIES.items()
 }
 APPLY = {name: jax.jit(model.apply) for name, (model, *_) in FAMILIES.items()}
@@ -118,7 +121,8 @@ def test_sandwich_training_brings_small_members_to_the_largest():
 
 def test_statistics_measured_anew_are_those_of_the_batches():
     net = NETS["resnet"]
-    measured = recalibrate(RESNET, net.variables, jnp.asarray(IMAGES)[None])
+    run = lambda v, x: RESNET.apply(v, x, train=True)[1]
+    measured = recalibrate(run, net.variables, jnp.asarray(IMAGES)[None])
     train, _ = RESNET.apply(net.variables, IMAGES, train=True)
     evaluated, _ = APPLY["resnet"](measured, IMAGES)
     mean = measured.stats["stem"]["norm"]["mean"]

@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from jaxfm.search import (
     agmc,
-    agmc_paper,
+    agmc_published,
     counts_of,
     cut,
     full,
     gnn_rl,
-    gnn_rl_paper,
+    gnn_rl_published,
     load_policy,
     network,
     policy_graph,
     save_policy,
     sliced,
-    transferred,
+    transfer_policy,
 )
-from jaxfm.search.strategies.gnn_rl import embed, standardised
+from jaxfm.search.strategies.gnn_rl import embed_graph, standardised
 from jaxfm.search.strategies.loop import run
 from jaxfm.search.strategies.policy_graph import at_groups, chain, kept_channels, motif, spread
 from jaxfm.search.strategies.strategy import separable
@@ -150,23 +150,25 @@ def by_share(num_groups):
 def test_a_policy_serves_a_network_of_another_size():
     """What it learned on a chain of 7 is worth more than uniform pruning on a chain of 12, before
     anything is evaluated there."""
-    learned = transferred(run(by_share(6), gnn_rl(chain(7)), 480, KEY).state.strategy)
+    learned = transfer_policy(run(by_share(6), gnn_rl(chain(7)), 480, KEY).state.strategy)
     graph, there = chain(12), by_share(11)
     start = gnn_rl(graph, policy=learned).init(KEY)
     jax.tree.map(
-        np.testing.assert_array_equal, transferred(start) | {"log_std": 0}, learned | {"log_std": 0}
+        np.testing.assert_array_equal,
+        transfer_policy(start) | {"log_std": 0},
+        learned | {"log_std": 0},
     )
 
     @jax.jit
     def score(logits):
         return there.evaluate(there.data, there.project(logits)[None])[0]
 
-    mean = (embed(start.policy, graph, graph.sizes) @ start.policy["head"])[:, 0]
+    mean = (embed_graph(start.policy, graph, graph.sizes) @ start.policy["head"])[:, 0]
     assert score(mean) > 0.25 * score(jnp.zeros(11))
 
 
 def test_a_policy_is_written_and_read_again(tmp_path):
-    policy = transferred(gnn_rl(chain(5)).init(KEY))
+    policy = transfer_policy(gnn_rl(chain(5)).init(KEY))
     save_policy(tmp_path / "policy.safetensors", policy)
     again = load_policy(tmp_path / "policy.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, policy)
@@ -186,7 +188,7 @@ def test_gradients_reach_encoder_decoder_and_policy():
         assert jnp.abs(after.actor[name] - old).max() > 1e-5, name
 
 
-@pytest.mark.parametrize("make", [agmc, agmc_paper])
+@pytest.mark.parametrize("make", [agmc, agmc_published])
 def test_what_is_sampled_from_the_memory_depends_on_the_key_of_the_search(make):
     made = make(chain(5), batch=16, warm_up=16, updates=2, sample=4)
     before, other = (jax.jit(made.init)(jax.random.key(k)) for k in (0, 1))
@@ -219,7 +221,7 @@ def test_steps_after_the_end_of_an_episode_teach_nothing():
     scores = jnp.array([0.9, 0.2, 0.5, 0.4])
 
     def change(more: int) -> np.ndarray:
-        made = gnn_rl_paper(chain(5), jnp.mean, 0.5, batch=4, steps=3 + more, epochs=1)
+        made = gnn_rl_published(chain(5), jnp.mean, 0.5, batch=4, steps=3 + more, epochs=1)
         pad = lambda x: jnp.asarray(np.concatenate([x, x[:, :1].repeat(more, 1)], 1), jnp.float32)
         start = jax.jit(made.init)(KEY)
         alive = pad(live).at[:, 3:].set(0)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.checkpoint import Checkpointer
-from jaxfm.search.strategies.agmc import agmc, agmc_paper
+from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_paper
+from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published
 from jaxfm.search.strategies.loop import run, search
 from jaxfm.search.strategies.magnitude import magnitude
 from jaxfm.search.strategies.nsga2 import nsga2
@@ -30,9 +30,11 @@ LEARNING = {
     "cma_es": cma_es(GROUPS, batch=8),
     "nsga2": nsga2(PROBLEM.sizes, batch=8),
     "gnn_rl": gnn_rl(GRAPH, batch=8),
-    "gnn_rl_paper": gnn_rl_paper(GRAPH, lambda counts: PROBLEM.costs(counts)[0], 1.0, batch=8),
+    "gnn_rl_published": gnn_rl_published(
+        GRAPH, lambda counts: PROBLEM.costs(counts)[0], 1.0, batch=8
+    ),
     "agmc": agmc(GRAPH, batch=8, warm_up=16, updates=4, memory=64, sample=16),
-    "agmc_paper": agmc_paper(GRAPH, batch=8, warm_up=16, updates=4, memory=64, sample=16),
+    "agmc_published": agmc_published(GRAPH, batch=8, warm_up=16, updates=4, memory=64, sample=16),
 }
 compiled = functools.cache(lambda name: search(PROBLEM, LEARNING[name], 160))
 start = lambda name: compiled(name).init(jax.random.key(0))
@@ -43,7 +45,7 @@ def whole(name):
     return compiled(name).result(compiled(name).advance(start(name), 20))
 
 
-published = ("agmc_paper", "gnn_rl_paper")  # the same programs but for some terms
+published = ("agmc_published", "gnn_rl_published")  # the same programs but for some terms
 everyone = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in published else n for n in LEARNING]
 )
@@ -61,7 +63,7 @@ BUDGETS = tuple(
     Budget(name, cost, 0.4 * float(cost(jnp.asarray(SIZES, jnp.float32))))
     for name, cost in (("linear", lambda c: (c * WEIGHTS).sum()), ("products", quadratic))
 )
-PROJECT = {m: jax.jit(projection(SIZES, BUDGETS, multiple=m)) for m in (1, 4)}
+PROJECT = {m: jax.jit(projection(SIZES, BUDGETS, channel_multiple=m)) for m in (1, 4)}
 
 
 @given(st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4), st.sampled_from([1, 4]))
@@ -81,8 +83,8 @@ def test_a_budget_below_the_smallest_network_is_refused():
     tight = (Budget("linear", BUDGETS[0].cost, 2.0),)
     with pytest.raises(ValueError, match="linear"):
         projection(SIZES, tight)
-    with pytest.raises(ValueError, match="multiple=0"):
-        projection(SIZES, BUDGETS, multiple=0)
+    with pytest.raises(ValueError, match="channel_multiple=0"):
+        projection(SIZES, BUDGETS, channel_multiple=0)
 
 
 @everyone

@@ -1,4 +1,4 @@
-"""The laws of reading: what a program holds, and which channels must be cut together."""
+"""The laws of reading: what a graph holds, and which channels must be cut together."""
 
 import chex
 import jax
@@ -23,9 +23,9 @@ from random_networks import (
 from jaxfm import extract
 from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.search import cut, model_network, network, to_subnet
-from jaxfm.search.subnets import axis_names
-from jaxfm.search.trace.graph import Known, flatten
+from jaxfm.search.trace.graph import Constant, flatten
 from jaxfm.search.trace.labels import Labels, merge, plain
+from jaxfm.search.trace.models import axis_names
 from jaxfm.search.trace.rules import segments
 from jaxfm.subnet import is_taps
 from jaxfm.testing import random_variables, tiny_cnn, tiny_decoder, tiny_resnet, tiny_vit
@@ -49,17 +49,17 @@ def test_calls_are_inlined_and_what_nobody_needs_is_dropped():
         jnp.cos(x)  # needed by no output
         return inner(x) * jnp.sqrt(jnp.float32(4.0))
 
-    program, values = flatten(function, shape(3))
-    assert [op.name for op in program.ops] == ["sin", "max", "square", "mul"]
-    (scale,) = [a.value for a in program.ops[-1].inputs if isinstance(a, Known)]
+    graph, values = flatten(function, shape(3))
+    assert [op.name for op in graph.ops] == ["sin", "max", "square", "mul"]
+    (scale,) = [a.value for a in graph.ops[-1].inputs if isinstance(a, Constant)]
     assert scale == 2.0
-    assert values.shapes[program.outputs[0]] == (3,)
+    assert values.shapes[graph.outputs[0]] == (3,)
 
 
 def test_a_loop_keeps_its_body():
     layer = lambda x, w: (jnp.tanh(x @ w), jax.jit(jnp.sum)(x))
-    program, values = flatten(lambda x, w: lax.scan(layer, x, w), shape(2, 4), shape(3, 4, 4))
-    (loop,) = program.ops
+    graph, values = flatten(lambda x, w: lax.scan(layer, x, w), shape(2, 4), shape(3, 4, 4))
+    (loop,) = graph.ops
     assert [op.name for op in loop.body.ops if op.name != "reduce_sum"] == ["dot_general", "tanh"]
     assert values.shapes[loop.body.inputs[1]] == (4, 4)
 
@@ -67,13 +67,13 @@ def test_a_loop_keeps_its_body():
 def test_a_channel_shuffle_is_one_permutation():
     swap = lambda x: x.swapaxes(1, 2).reshape(2, 15)
     function = lambda x: swap(x.reshape(2, 3, 5))
-    program, _ = flatten(function, shape(2, 15))
-    (op,) = program.ops
+    graph, _ = flatten(function, shape(2, 15))
+    (op,) = graph.ops
     x = np.arange(30.0).reshape(2, 15)
     np.testing.assert_array_equal(x.take(op.params["index"], op.params["axis"]), function(x))
     # A value in between that is used elsewhere must stay.
-    program, _ = flatten(lambda x: (between := x.reshape(2, 3, 5), swap(between)), shape(2, 15))
-    assert [op.name for op in program.ops] == ["reshape", "transpose", "reshape"]
+    graph, _ = flatten(lambda x: (between := x.reshape(2, 3, 5), swap(between)), shape(2, 15))
+    assert [op.name for op in graph.ops] == ["reshape", "transpose", "reshape"]
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
