@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxfm.launch.compare_page import COLUMNS, plus_minus
 from jaxfm.launch.report import main_metric, write_report
-from jaxfm.launch.setup import load_results, open_run, save_results
 from jaxfm.log import read_metrics
+from jaxfm.run_folder import load_results, open_run, save_results
 
 if TYPE_CHECKING:
     from jaxfm.launch.federate import FederateConfig

@@ -27,19 +27,12 @@ import optax
 from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.config import check, option
+from jaxfm.data.dealing import subsample
 from jaxfm.distillation import distill
 from jaxfm.launch import federate
 from jaxfm.launch.federate import FederateConfig, Setting, Trained
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    open_run,
-    save_results,
-    spread,
-    use_cores,
-)
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, use_cores
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.families.decoder import decoder, resized
 from jaxfm.parallel.cache import decoding_layout
@@ -48,6 +41,7 @@ from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
 from jaxfm.parallel.generation import generate, stream
+from jaxfm.run_folder import open_run, save_results
 from jaxfm.subnet import axis_sizes
 from jaxfm.tokenizer import Tokenizer
 
@@ -147,7 +141,7 @@ def make_draft(
     model, data, parent = setting.model, setting.data, trained.state.server.variables
     cut = setting.algorithm.buckets[-1].personal(trained.state.server, ())
     small = decoder(resized(model.config, axis_sizes(cut, model.axes)))
-    test = jnp.asarray(spread(data.test, 256)["tokens"][:, :-1])
+    test = jnp.asarray(subsample(data.test, 256)["tokens"][:, :-1])
     rate = optax.cosine_decay_schedule(2e-3, config.distill_steps)
     variables, losses = distill(
         small, cut, jax.tree_util.Partial(_logits, model.apply, parent), data.task,

@@ -25,6 +25,7 @@ from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
+from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
 from jaxfm.launch.report import write_report
@@ -36,15 +37,13 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     make_optimizer,
-    open_run,
-    save_results,
-    spread,
     use_cores,
 )
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
 from jaxfm.optimizer import apply_gradients
 from jaxfm.parallel.mesh import make_mesh
+from jaxfm.run_folder import open_run, save_results
 from jaxfm.tasks import Task, evaluate
 
 
@@ -130,7 +129,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     program = functools.cache(  # by the number of steps: the last chunk may be shorter
         lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
     )
-    validation = spread(data.validation, config.eval_examples)
+    validation = subsample(data.validation, config.eval_examples)
     with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
         done = 0
         if checkpoints.latest_step() is not None:

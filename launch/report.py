@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from jaxfm import config as configs
 from jaxfm.config import check, option
 from jaxfm.launch.compare_page import best_cards, comparison
-from jaxfm.launch.setup import load_results
 from jaxfm.log import read_metrics
 from jaxfm.report import (
     Card,
@@ -32,6 +31,7 @@ from jaxfm.report import (
     text_panel,
     write,
 )
+from jaxfm.run_folder import load_results
 
 LOWER_IS_BETTER = ("bits_per_byte", "loss")
 

@@ -32,6 +32,7 @@ from jaxfm import config as configs
 from jaxfm import hub, search, tasks
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
+from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
 from jaxfm.hub import torch_vision
@@ -45,13 +46,11 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     make_optimizer,
-    open_run,
-    save_results,
-    spread,
     use_cores,
 )
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
+from jaxfm.run_folder import open_run, save_results
 from jaxfm.search.latency import fit_latency, latency_of, measure
 from jaxfm.search.ranking import gradient
 from jaxfm.search.recalibration import recalibrate
@@ -179,7 +178,7 @@ def prepare(config: SearchConfig) -> Setting:
                 f"data.source={config.data.source}: no {part} rows are left to judge by; give more "
                 "data."
             )
-    few = spread(reward, config.reward_examples)
+    few = subsample(reward, config.reward_examples)
     return Setting(data, task, model, variables, train, reward, few, report)
 
 
@@ -289,7 +288,7 @@ class Found(NamedTuple):
 def find(config: SearchConfig, setting: Setting) -> Found:
     """Traces the model, searches, and goes on from the run's checkpoints where it was stopped."""
     model, variables, task = setting.model, setting.variables, setting.task
-    calibration = spread(setting.train, config.calibration_examples)
+    calibration = subsample(setting.train, config.calibration_examples)
     rows = min(config.batch_size, len(next(iter(calibration.values()))))
     inputs = task.prepare(_rows(calibration, np.arange(rows)), None)[0]
     # A config of its family says one size of all heads.
@@ -342,7 +341,7 @@ def _final(config: SearchConfig, setting: Setting, result: search.Result, judged
         return result.best_counts
 
     def again(count: int):
-        more = judged_on(spread(setting.aside, min(count, rows)))
+        more = judged_on(subsample(setting.aside, min(count, rows)))
         return lambda counts: jax.jit(more.evaluate)(more.data, counts)
 
     stages = [(again(4 * few), max(1, config.finalists // 4)), (again(16 * few), 1)]
@@ -386,7 +385,7 @@ def finish(config: SearchConfig, setting: Setting, found: Found) -> dict[str, An
     """
     network, kept, task = found.network, found.kept, setting.task
     variables = setting.variables
-    calibration = spread(setting.train, config.calibration_examples)
+    calibration = subsample(setting.train, config.calibration_examples)
     prepared = task.prepare(calibration, None)[0]
     small = search.pruned(network, variables, kept)
     train = search.sliced(network, kept, 1)

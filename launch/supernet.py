@@ -31,6 +31,7 @@ from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
+from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.launch.pretrain import TrainState, train_steps
 from jaxfm.launch.report import main_metric, write_report
@@ -43,13 +44,11 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     make_optimizer,
-    open_run,
-    save_results,
-    spread,
-    width_axes,
 )
 from jaxfm.model import Array, Model, Variables, count_parameters
+from jaxfm.models.by_name import width_axes
 from jaxfm.parallel.mesh import make_mesh
+from jaxfm.run_folder import open_run, save_results
 from jaxfm.search import Budget, member_macs
 from jaxfm.search.elastic.evolve import evolve, fit_predictor
 from jaxfm.search.elastic.supernet import Supernet, sandwich, supernet
@@ -220,10 +219,10 @@ def judge(config: SupernetConfig, data: Data, model: Model, trained: Trained) ->
     net, task = trained.net, data.task
     metric, sign = ("accuracy", 1) if "label" in data.validation else ("loss", -1)
     number = config.calibration_batches * BATCH
-    prepared = task.prepare(spread(merge(data.train), number), None)[0]
+    prepared = task.prepare(subsample(merge(data.train), number), None)[0]
     whole = len(jax.tree.leaves(prepared)[0]) // BATCH * BATCH
     batches = jax.tree.map(lambda x: x[:whole].reshape(-1, BATCH, *x.shape[1:]), prepared)
-    rows = jax.tree.map(jnp.asarray, dict(spread(data.validation, config.score_examples)))
+    rows = jax.tree.map(jnp.asarray, dict(subsample(data.validation, config.score_examples)))
     train = lambda v, x: model.apply(v, x, train=True)[1]
     measured = jax.jit(lambda v: recalibrate(train, v, batches))
 

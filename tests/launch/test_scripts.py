@@ -19,16 +19,10 @@ from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
 from jaxfm.launch import search as search_script
 from jaxfm.launch.algorithms import DistilConfig
-from jaxfm.launch.setup import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    load_data,
-    make_optimizer,
-    open_run,
-)
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, make_optimizer
 from jaxfm.log import read_metrics
 from jaxfm.parallel.mesh import make_mesh
+from jaxfm.run_folder import open_run
 from jaxfm.testing import tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -170,8 +164,14 @@ def test_no_rate_or_share_is_negative_or_nan(config, name, value):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DataConfig(source="digits", partition="natural"), "digits has no natural owners"),
-        (DataConfig(partition="dirichlet"), "deals by label, which stdlib lacks"),
+        (
+            DataConfig(source="digits", partition="natural"),
+            "digits: These rows have no natural owners",
+        ),
+        (
+            DataConfig(partition="dirichlet"),
+            "stdlib: The partition dirichlet deals rows out by",
+        ),
     ],
 )
 def test_partitions_that_do_not_fit_say_so(config, message):
@@ -196,6 +196,8 @@ def test_noise_for_public_images():
 def test_data_need_a_folder():
     with pytest.raises(ValueError, match=r"give --data\.folder"):
         DataConfig(source="mnist")
+    with pytest.raises(ValueError, match=r"QMNIST's writers; give --data\.writers"):
+        DataConfig(source="mnist", folder="x", partition="natural")
 
 
 def test_families_fit_their_data():

@@ -1,0 +1,74 @@
+"""Image classifiers by the name of a family and a depth, sized for the images at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from jaxfm.model import Model
+from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
+from jaxfm.models.families.resnet import resnet, resnet_config
+from jaxfm.models.families.vgg import vgg, vgg_config
+from jaxfm.models.families.vit import VitConfig, vit
+
+ImageFamily = Literal[
+    "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32", "resnet34", "resnet44",
+    "resnet56", "resnet110", "vgg11", "vgg16",
+]  # fmt: skip
+
+
+def image_classifier(
+    family: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    dtype: str = "float32",
+    **sizes: Any,
+) -> Model:
+    """Returns a classifier of small images; resnet* and vgg* are those for 32x32 images.
+
+    Args:
+      family: one of `ImageFamily`.
+      image_shape: height, width and channels.
+      num_classes: number of logits.
+      dtype: of parameters and computation; an mlp is always float32.
+      **sizes: fields of `VitConfig`; ignored by the other families.
+    Raises:
+      ValueError: an unknown family, or images that the family cannot take.
+    """
+    height, width, channels = image_shape
+    common: dict[str, Any] = {"num_channels": channels, "num_classes": num_classes, "dtype": dtype}
+    if family == "cnn":
+        return cnn(CnnConfig(image_size=(height, width), **common))
+    if family == "mlp":
+        return mlp((height * width * channels, 200, num_classes))
+    if family == "vit":
+        patch = max(2, height // 8)
+        image = {"image_size": (height, width), "patch_size": (patch, patch)}
+        return vit(VitConfig(**image, **common, **sizes))
+    if family not in get_args(ImageFamily):
+        raise ValueError(
+            f"family={family!r} is unknown; choose one of {', '.join(get_args(ImageFamily))}."
+        )
+    kind = family.rstrip("0123456789")
+    depth = int(family.removeprefix(kind))
+    if kind == "resnet":
+        return resnet(resnet_config(depth, stem="cifar", **common))
+    if height != width or height < 32:
+        raise ValueError(
+            f"The family {family} halves its images five times: it takes squares of 32x32 or "
+            f"more, and these are {height}x{width}. Choose a resnet, or cnn."
+        )
+    return vgg(vgg_config(depth, cifar=True, image_size=height, **common))
+
+
+def width_axes(family: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the axes that a narrower model of this family is cut along.
+
+    Args:
+      family: as of `image_classifier`, or "decoder".
+      sizes: of all axes of the model (`jaxfm.axis_sizes`).
+    """
+    if family in ("decoder", "vit"):
+        return ("embed", "mlp", "kv_heads")
+    return tuple(sorted(sizes.keys() - {"input", "channel", "class"}))
