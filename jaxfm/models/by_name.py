@@ -44,8 +44,11 @@ def image_classifier(
         return mlp((height * width * channels, 200, num_classes))
     if family == "vit":
         patch = max(2, height // 8)
-        image = {"image_size": (height, width), "patch_size": (patch, patch)}
-        return vit(VitConfig(**image, **common, **sizes))
+        return vit(
+            VitConfig(
+                image_size=(height, width), patch_size=(patch, patch), **common, **sizes
+            )
+        )  # fmt: skip
     if family not in get_args(ImageFamily):
         raise ValueError(
             f"family={family!r} is unknown; choose one of {', '.join(get_args(ImageFamily))}."
