@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxfm.launch.compare_page import COLUMNS, plus_minus
-from jaxfm.launch.report import main_metric, write_report
+from jaxfm.launch.report import write_report
 from jaxfm.log import read_metrics
+from jaxfm.report.sections import main_metric
 from jaxfm.run_folder import load_results, open_run, save_results
 
 if TYPE_CHECKING:

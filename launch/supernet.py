@@ -34,7 +34,7 @@ from jaxfm.config import check, option
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.launch.pretrain import TrainState, train_steps
-from jaxfm.launch.report import main_metric, write_report
+from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     Data,
     DataConfig,
@@ -48,6 +48,7 @@ from jaxfm.launch.setup import (
 from jaxfm.model import Array, Model, Variables, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.parallel.mesh import make_mesh
+from jaxfm.report.sections import main_metric
 from jaxfm.run_folder import open_run, save_results
 from jaxfm.search import Budget, member_macs
 from jaxfm.search.elastic.evolve import evolve, fit_predictor

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from jaxfm import report
+from jaxfm.report import sections
 from jaxfm.report.page import Card, Report
 from jaxfm.report.plot import show
 
@@ -150,3 +151,19 @@ def test_the_file_appears_whole(tmp_path):
     report.write(Report("Title", "under it", (report.paragraph("text ÷ µ"),)), path)
     assert "text ÷ µ" in path.read_text(encoding="utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_sections_come_in_their_order_and_a_part_has_one():
+    part = lambda text: lambda values: [report.paragraph(f"{text} {values}")]
+    sections.section("test-b", order=1002, title="B")(part("second"))
+    sections.section("test-a", order=1001, title="A")(part("first"))
+    sections.section("test-c", order=1003)(part("third"))
+    results = {"test-b": 2, "test-c": 3, "test-a": 1, "unknown": 4}
+    assert sections.result_sections(results) == [
+        "<p>first 1</p>", "<p>second 2</p>", "<p>third 3</p>"
+    ]  # fmt: skip
+    assert sections.page_title(results) == "B"
+    assert sections.page_title({"unknown": 4}, "none") == "none"
+    assert sections.result_cards(results) == []
+    with pytest.raises(ValueError, match="'test-a' of results.json is registered already"):
+        sections.section("test-a", order=1)(part("again"))

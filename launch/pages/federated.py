@@ -1,0 +1,91 @@
+"""The report of a federated run, and of algorithms side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxfm.launch.compare_page import best_cards, comparison
+from jaxfm.report import Card, Html, bar_plot, heading, row, table
+from jaxfm.report.sections import (
+    LOWER_IS_BETTER,
+    figures,
+    main_metric,
+    metric_label,
+    section,
+)
+
+
+@section("federate", order=10, title="A federated run")
+def clients(part: Mapping) -> list[Html]:
+    """The three metrics, the tiers, the bytes on the wire and the sizes of clients."""
+    test, tiers, totals = part["test"], part["tiers"], part["totals"]
+    metric = main_metric(list(test))
+    best = min if metric in LOWER_IS_BETTER else max
+    three = table(
+        ["whose model, on which test set", metric_label(metric)],
+        [
+            ["the global model, on the global test set", test.get(f"global/{metric}")],
+            ["each client's own, on its own (mean)", test[f"personal/{metric}"]],
+            ["the worst tenth of clients", test[f"worst_decile/{metric}"]],
+        ],
+    )
+    largest = max(tier["parameters"] for tier in tiers)
+    rows = [
+        [
+            f"{100 * tier['parameters'] / largest:.0f}%",
+            tier["clients"], tier["parameters"], tier["memory_bytes"] / 1e6,
+            tier["bytes_up"] / 1e6, tier["flops_per_step"] / 1e9, tier[metric],
+        ]
+        for tier in tiers
+    ]  # fmt: skip
+    columns = ["size", "clients", "parameters", "memory, MB", "upload, MB", "GFLOP a step",
+               f"test {metric_label(metric)}"]  # fmt: skip
+    traffic = {
+        "up": totals["bytes_up"] / 1e6,
+        "up, full model everywhere": part["full_model"]["bytes_up"] / 1e6,
+        "down": totals["bytes_down"] / 1e6,
+        "down, full model everywhere": part["full_model"]["bytes_down"] / 1e6,
+    }
+    wire = bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds")
+    sizes = {client["name"]: client["examples"] for client in part["clients"][:24]}
+    return [
+        heading("Clients", "Unequal machines, unequal data; data never leave their owner."),
+        table(columns, rows, best={columns[-1]: best}),
+        row(
+            Html(f"<div>{three}{wire}</div>"),
+            bar_plot(sizes, unit="rows", title="training rows of each client"),
+        ),
+    ]
+
+
+@figures("federate")
+def client_figures(part: Mapping) -> list[Card]:
+    """The main metric, the clients served worst, bytes and, where simulated, time."""
+    metric = main_metric(list(part["test"]))
+    own, overall = (part["test"].get(f"{w}/{metric}") for w in ("personal", "global"))
+    if overall is None:
+        first = Card(metric_label(metric), own, "clients' own models on their own test data")
+    else:
+        first = Card(metric_label(metric), overall, "global test set")
+    worst = part["test"][f"worst_decile/{metric}"]
+    up, full = part["totals"]["bytes_up"], part["full_model"]["bytes_up"]
+    note = f"{up / max(full, 1):.0%} of what full models would be"
+    cards = [
+        first,
+        Card("worst decile", worst, "of clients, on their own test data"),
+        Card("MB uploaded", up / 1e6, note),
+    ]
+    if "seconds" in part["totals"]:
+        note = f"{part['totals']['joules']:,.0f} J of all clients, simulated"
+        cards.append(Card("hours", part["totals"]["seconds"] / 3600, note))
+    return cards
+
+
+section("compare", order=20, title="Federated algorithms side by side")(comparison)
+
+
+@figures("compare")
+def comparison_figures(part: Mapping) -> list[Card]:
+    """Which algorithm is best by each column."""
+    metric = next(iter(part["algorithms"].values()))["metric"]
+    return best_cards(part, metric in LOWER_IS_BETTER)
