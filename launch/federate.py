@@ -32,7 +32,6 @@ from jaxfm import config as configs
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, option
 from jaxfm.cost import num_bytes
-from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import summary
 from jaxfm.federated.accounting.ledger import (
     ClientCost,
@@ -78,13 +77,15 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     make_optimizer,
+    open_run,
+    save_results,
+    spread,
     use_cores,
+    width_axes,
 )
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Model, PyTree, Variables, count_parameters
-from jaxfm.models.by_name import width_axes
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.run_folder import open_run, save_results
 from jaxfm.subnet import Subnet, axis_sizes, width
 from jaxfm.tasks import evaluate
 
@@ -273,7 +274,7 @@ def prepare(config: FederateConfig) -> Setting:
     is_last = last_layer(model)
     parts = Parts(
         model, variables, data.task, local, len(counts), is_last, tiers, axes, tier_of,
-        data.public, subsample(data.validation, 2),
+        data.public, spread(data.validation, 2),
         NUM_CLASSES if "label" in data.validation else None,
     )  # fmt: skip
     algorithm, start, bucket = make_algorithm(config, parts)
@@ -473,7 +474,7 @@ def validate(config: FederateConfig, setting: Setting, state: RunState) -> dict[
     With local validation rows the mean of clients' own metrics on these, too.
     """
     data = setting.data
-    some = subsample(data.validation, config.eval_examples)
+    some = spread(data.validation, config.eval_examples)
     line: dict[str, float] = {}
     for b in watched(setting):
         prefix = f"validation/bucket{b}" if b else "validation"
@@ -508,7 +509,7 @@ def measure(
 ) -> tuple[dict[str, float], list[dict[str, float]], dict[str, np.ndarray]]:
     """The three metrics on the test sets, those of each bucket, and those of each client."""
     algorithm, bucket_of = setting.algorithm, setting.population.bucket
-    test = subsample(setting.data.test, config.test_examples)
+    test = spread(setting.data.test, config.test_examples)
     own = setting.personal(state, setting.data.local_test)
 
     def of_bucket(b: int) -> dict[str, float]:

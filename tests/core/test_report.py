@@ -165,5 +165,5 @@ def test_sections_come_in_their_order_and_a_part_has_one():
     assert sections.page_title(results) == "B"
     assert sections.page_title({"unknown": 4}, "none") == "none"
     assert sections.result_cards(results) == []
-    with pytest.raises(ValueError, match="'test-a' of results.json is registered already"):
+    with pytest.raises(ValueError, match=r"'test-a' of results\.json is registered already"):
         sections.section("test-a", order=1)(part("again"))
