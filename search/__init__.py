@@ -32,9 +32,10 @@ from jaxfm.search.strategies.random_search import random_search
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
 from jaxfm.search.strategies.uniform import uniform
 from jaxfm.search.trace.cost import Costs, costs, counts_of, nominal_macs
-from jaxfm.search.trace.groups import Group, Network, network
+from jaxfm.search.trace.groups import Network, network
 from jaxfm.search.trace.interpret import coverage, cut, full, masked, place, sliced
 from jaxfm.search.trace.models import model_network, to_subnet
+from jaxfm.search.trace.roles import Group
 
 __all__ = [
     "Budget",

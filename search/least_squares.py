@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from jaxfm.model import Array, PyTree
 from jaxfm.search.trace.graph import Graph, Op, numbers
-from jaxfm.search.trace.groups import AxisPlan, Network
+from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.interpret import group_units, record
+from jaxfm.search.trace.plan import AxisPlan
 
 
 class _Site(NamedTuple):

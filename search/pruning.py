@@ -30,8 +30,9 @@ from jaxfm.search.strategies.loop import Result, run
 from jaxfm.search.strategies.project import Budget, budgets
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
 from jaxfm.search.trace.cost import Costs, costs, counts_of
-from jaxfm.search.trace.groups import IGNORED, Kept, Leaf, Network, network
+from jaxfm.search.trace.groups import IGNORED, Kept, Network, network
 from jaxfm.search.trace.interpret import check, cut, full, masked, sliced
+from jaxfm.search.trace.plan import Leaf
 
 MakeStrategy = Callable[[Problem], Strategy]
 Score = Callable[[Callable, PyTree], Array]

@@ -30,9 +30,11 @@ import numpy as np
 
 from jaxfm.model import Array, PyTree
 from jaxfm.search.trace.cost import is_trained
-from jaxfm.search.trace.groups import Group, Kept, Leaf, Network
+from jaxfm.search.trace.groups import Kept, Network
 from jaxfm.search.trace.interpret import record, summed_axes
 from jaxfm.search.trace.labels import Axis
+from jaxfm.search.trace.plan import Leaf
+from jaxfm.search.trace.roles import Group
 from jaxfm.search.trace.rules import LOOPED
 
 Scores = tuple[Array, ...]

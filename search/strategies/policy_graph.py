@@ -18,7 +18,8 @@ from jaxfm.model import Array, PyTree
 from jaxfm.search.ranking import importance
 from jaxfm.search.trace.cost import contractions, costs, is_trained
 from jaxfm.search.trace.graph import Graph, numbers
-from jaxfm.search.trace.groups import AxisPlan, Network
+from jaxfm.search.trace.groups import Network
+from jaxfm.search.trace.plan import AxisPlan
 
 OP_FEATURES = 11
 GROUP_FEATURES = 6

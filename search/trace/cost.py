@@ -1,12 +1,12 @@
-"""What a network costs as array expressions of the units that each group keeps.
+"""What a traced function costs, as array expressions of the units that each group keeps.
 
     size of an axis   = Σ over terms of coefficient · Π kept units of the term's groups
     multiply-adds     = Σ over products and convolutions of Π of the sizes of their axes
     parameters, bytes = Σ over leaves of Π of the sizes of their axes
     activations       = the most bytes that are alive at once, in the order of the graph
 
-Exact, differentiable and vmappable; NumPy counts are evaluated in float64, where every integer up
-to 2^53 is exact. Nothing is compiled and no layer type is known.
+The expressions are exact, differentiable and vmappable; NumPy counts are evaluated in float64,
+where every integer up to 2^53 is exact. Nothing is compiled, and no layer type is known.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import numpy as np
 
 from jaxfm.cost import body_flops
 from jaxfm.search.trace.graph import Graph, Op, numbers
-from jaxfm.search.trace.groups import AxisPlan, Group, Leaf, Network
+from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.labels import Axis, plain
+from jaxfm.search.trace.plan import AxisPlan, Leaf
+from jaxfm.search.trace.roles import Group
 
 Expression = Callable[[Any], Any]  # (counts [G]) -> a number, or an array of them
 
@@ -34,7 +36,7 @@ class Contraction(NamedTuple):
 
     Attributes:
       op: the operation.
-      axes: whose sizes multiply to its multiply-adds.
+      axes: axes whose sizes multiply to its multiply-adds.
       times: how often it runs (in loops over layers).
     """
 
@@ -44,15 +46,15 @@ class Contraction(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Costs of one example, each `(counts [G]) -> []`; arrays of JAX or NumPy.
+    """Costs per example, each `(counts [G]) -> []` of JAX or NumPy arrays.
 
     Attributes:
       macs: multiply-adds of all products and convolutions.
-      parameters: trained values.
+      parameters: number of trained values.
       parameter_bytes: bytes of all leaves, statistics included.
-      activation_bytes: the most that are alive at once.
-      each: `(counts) -> [O]`, multiply-adds of each contraction; what `cond` and `while` call is
-        frozen and counts as `jaxfm.cost` has it, in `macs` alone.
+      activation_bytes: the most bytes of activations that are alive at once.
+      each: `(counts) -> [O]`, multiply-adds of each contraction. What `cond` and `while` call is
+        frozen; it counts only in `macs`, as in `jaxfm.cost`.
     """
 
     macs: Expression
@@ -66,13 +68,16 @@ _STATISTIC = re.compile(r"^(stats|live|masks|batch_stats)/|(^|/)(mean|var)(/valu
 
 
 def is_trained(leaf: Leaf) -> bool:
-    """False for integers and random keys, and for statistics of batch norm by their path: those of
-    `jaxfm.Variables`, of Linen ("batch_stats/") and of NNX ("mean", "var")."""
+    """Whether a parameter is trained: it is neither an integer, a random key nor a statistic.
+
+    Statistics of batch norm are known by their path in `jaxfm.Variables`, in Linen ("batch_stats/")
+    and in NNX ("mean", "var").
+    """
     return jnp.issubdtype(leaf.dtype, jnp.floating) and not _STATISTIC.search(leaf.path)
 
 
 def contractions(plan: AxisPlan) -> list[Contraction]:
-    """All products and convolutions in the order of the graph, loop bodies included."""
+    """Returns all products and convolutions in the order of the graph, loop bodies included."""
     found: list[Contraction] = []
 
     def visit(graph: Graph, times: int) -> None:
@@ -94,10 +99,11 @@ def contractions(plan: AxisPlan) -> list[Contraction]:
 
 
 def nominal_macs(network: Network, number: int = 0) -> Expression:
-    """`(counts [G]) -> []`: multiply-adds as published counters have them, for comparison.
+    """Returns `(counts [G]) -> []`: multiply-adds as published counters count them, for comparison.
 
-    Each product counts by what is left of its output; that its input is smaller, too, is not seen
-    (AGMC, section 3.3: F(a) = sum of a_l F_l). A budget held by this number is not held in truth.
+    Each product counts by what is left of its output; that its input is smaller, too, is ignored
+    (AGMC, section 3.3: F(a) = sum of a_l F_l). A network within a budget by this number is not
+    within it by its true multiply-adds.
     """
     plan = network.plan(number, *network.example)
     table, found = AxisTable(network.groups), contractions(plan)
@@ -109,7 +115,7 @@ def nominal_macs(network: Network, number: int = 0) -> Expression:
 
 
 def _uncut(graph: Graph, times: int = 1) -> float:
-    """Multiply-adds of what primitives without a rule call: nothing in there is cut."""
+    """Returns the multiply-adds of what primitives without a rule call; nothing there is cut."""
     inner = [_uncut(op.body, op.params["length"]) for op in graph.ops if op.body is not None]
     own = [body_flops(op.name, op.params) / 2 for op in graph.ops if op.body is None]
     return times * (sum(inner) + sum(own))
@@ -120,7 +126,7 @@ def _axes(plan: AxisPlan, atom: Any) -> tuple[Axis, ...]:
 
 
 def costs(network: Network, number: int = 0) -> Costs:
-    """The costs of one of the network's functions at the shapes of its example.
+    """Returns the costs of one of the network's functions at the shapes of its example.
 
     Multiply-adds and activations are divided by the first axis of the first input, the batch.
     """
@@ -147,12 +153,12 @@ def costs(network: Network, number: int = 0) -> Costs:
 
 
 def counts_of(network: Network, kept: Sequence[np.ndarray]) -> np.ndarray:
-    """i64[G]: the units that masks keep, a layer."""
+    """Returns the number of units that masks keep, i64[G], per layer."""
     return np.array([np.atleast_2d(mask)[0].sum() for mask in kept], np.int64)
 
 
 class AxisTable:
-    """The sizes of axes and products of them, tabled once for vectorised evaluation."""
+    """The sizes of axes and products of them, tabulated once for vectorised evaluation."""
 
     def __init__(self, groups: tuple[Group, ...]):
         self.groups = groups
@@ -161,7 +167,7 @@ class AxisTable:
             self.group_of[group.first : group.first + group.size] = g
 
     def terms(self, axis: Axis) -> list[tuple[float, tuple[int, ...]]]:
-        """(coefficient, groups) of each term of an axis' size."""
+        """Returns (coefficient, groups) of each term of an axis' size."""
         rows = np.sort(self.group_of[axis], axis=1)
         out = []
         for row, times in Counter(map(tuple, rows.tolist())).items():
@@ -170,7 +176,7 @@ class AxisTable:
         return out
 
     def products(self, items: Sequence[tuple[Axis, ...]], scales: Sequence[float]) -> Expression:
-        """`(counts [G]) -> [N]`: of each item the scaled product of its axes' sizes."""
+        """Returns `(counts [G]) -> [N]`, the scaled product of the sizes of each item's axes."""
         constant, place = np.array(scales, np.float64), []
         kinds: dict[Any, tuple[int, Axis]] = {}
         for n, axes in enumerate(items):
@@ -211,7 +217,7 @@ class AxisTable:
 def _alive(
     plan: AxisPlan, num_leaves: int
 ) -> tuple[np.ndarray, list[tuple[Axis, ...]], list[float]]:
-    """How many values of each kind are alive at each point; the kinds' axes and bytes an item."""
+    """Returns how many values of each kind are alive [points, kinds], and their axes and bytes."""
     kinds: dict[Any, int] = {}
     items: list[tuple[tuple[Axis, ...], float]] = []
 

@@ -1,8 +1,8 @@
 """A function as a flat list of primitive operations, read from its jaxpr.
 
 Calls (`jit`, `custom_jvp`, `custom_vjp`, `remat`, ...) are inlined, `scan` keeps its body, what no
-output needs is dropped, and scalars and indices that are known are folded. No list of layer types
-and no code for one model: whatever JAX can trace can be read.
+output needs is dropped, and constant scalars and indices are folded. There is no list of layer
+types and no code for a particular model: whatever JAX can trace can be read.
 
 >>> import jax, jax.numpy as jnp
 >>> graph, values = flatten(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), jnp.ones((3, 4)))
@@ -26,7 +26,7 @@ from jaxfm.model import PyTree
 
 
 class Constant(NamedTuple):
-    """A value that is known when tracing."""
+    """A value that is known while tracing."""
 
     value: Any
 
@@ -38,7 +38,7 @@ class Graph(NamedTuple):
     """Operations in an order in which they can run.
 
     Attributes:
-      ops: what is computed.
+      ops: the operations.
       inputs: numbers of the arguments.
       consts: arrays that the function closes over, by number.
       outputs: what is returned.
@@ -54,13 +54,13 @@ class Op(NamedTuple):
     """One primitive operation.
 
     Attributes:
-      name: of the primitive, or "permute": entries of one axis in an order that is known, of a
-        gather or of a reshape, transposition and reshape (channel shuffle), with params "axis"
-        and "index".
-      primitive: JAX's own; None for "permute".
-      inputs, outputs: values.
-      params: of the primitive.
-      body: of a `scan`.
+      name: name of the primitive, or "permute", which puts the entries of one axis into a constant
+        order. It stands for a gather or for a reshape, transposition and reshape (a channel
+        shuffle) and has params "axis" and "index".
+      primitive: JAX's primitive; None for "permute".
+      inputs, outputs: its values.
+      params: parameters of the primitive.
+      body: the body of a `scan`, else None.
     """
 
     name: str
@@ -72,18 +72,18 @@ class Op(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What is known of each numbered value; numbers are shared with all loop bodies.
+    """Shapes and dtypes by the number of a value; numbers are shared with all loop bodies.
 
     Attributes:
-      shapes: by number.
-      dtypes: by number.
+      shapes: shape of each value.
+      dtypes: dtype of each value.
     """
 
     shapes: list[tuple[int, ...]]
     dtypes: list[Any]
 
     def new(self, aval: Any) -> int:
-        """The number of a new value."""
+        """Returns the number of a new value."""
         self.shapes.append(tuple(aval.shape))
         self.dtypes.append(aval.dtype)
         return len(self.shapes) - 1
@@ -111,7 +111,8 @@ def flatten(
     """Traces `function(*args)`, arrays or their shapes, and flattens its jaxpr.
 
     Args:
-      values: numbers are taken from it, so that several graphs can share one numbering.
+      values: numbers are taken from it, so that several graphs can share one numbering; None
+        begins a new one.
     """
     values = Values([], []) if values is None else values
     closed = jax.make_jaxpr(function)(*args)
@@ -133,7 +134,7 @@ def _read_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], values: Values) -> Graph:
 
 
 def _plain(value: Any) -> Any:
-    """A constant of no mesh: a trace within `jax.shard_map` would hold those of its own."""
+    """Returns a constant without a mesh; a trace inside `jax.shard_map` would keep its own."""
     if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
         return value
     return value if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) else np.asarray(value)
@@ -185,27 +186,27 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
 
 
 def _fold(eqn: Any, inputs: tuple[Atom, ...], held: dict[int, Any]) -> list[np.ndarray] | None:
-    """The values of scalars and of indices made from known ones; None where it is another op."""
+    """Returns the values of scalars and indices made from constants; None for any other op."""
     if not inputs or not all(_is_small(var.aval) for var in eqn.outvars):
         return None
     if not all(isinstance(atom, Constant) or atom in held for atom in inputs):
         return None
     known = [atom.value if isinstance(atom, Constant) else held[atom] for atom in inputs]
-    if any(isinstance(value, jax.core.Tracer) for value in known):  # an outer trace's
+    if any(isinstance(value, jax.core.Tracer) for value in known):  # of an outer trace
         return None
     with jax.ensure_compile_time_eval():
         return [np.asarray(x) for x in bind(eqn.primitive, known, eqn.params)]
 
 
 def _is_small(aval: Any) -> bool:
-    """A scalar or indices, and no random key."""
+    """Whether a value is a scalar or an array of indices, and not a random key."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
         return False
     return aval.shape == () or not jax.dtypes.issubdtype(aval.dtype, np.inexact)
 
 
 def _picked(eqn: Any, inputs: tuple[Atom, ...], outputs: tuple[int, ...], held) -> Op | None:
-    """A gather that only picks known entries of one axis; None if it is another one."""
+    """Returns a gather that picks constant entries of one axis as "permute"; None for others."""
     where, p = eqn.params["dimension_numbers"], eqn.params
     index = held.get(inputs[1]) if isinstance(inputs[1], int) else None
     shape = eqn.invars[0].aval.shape
@@ -225,7 +226,7 @@ def _picked(eqn: Any, inputs: tuple[Atom, ...], outputs: tuple[int, ...], held) 
 
 
 def bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """Applies a primitive; always a list of results."""
+    """Applies a primitive and returns the list of its results."""
     given = primitive.get_bind_params(params)
     functions, params = given if isinstance(given, tuple) else ((), given)
     out = primitive.bind(*functions, *inputs, **params)
@@ -233,7 +234,7 @@ def bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[
 
 
 def numbers(atoms: Sequence[Atom]) -> list[int]:
-    """Those of `atoms` that are no known values."""
+    """Returns those of `atoms` that are not constants."""
     return [atom for atom in atoms if isinstance(atom, int)]
 
 
@@ -248,7 +249,7 @@ def _needed(ops: list[Op], outputs: Sequence[Atom]) -> tuple[Op, ...]:
 
 
 def _permutations(ops: list[Op], outputs: Sequence[Atom], values: Values) -> list[Op]:
-    """Replaces reshape, transpose, reshape by a permutation of one axis, where they are one."""
+    """Replaces reshape, transpose, reshape by a permutation of one axis where that is the same."""
     uses = Counter(i for op in ops for i in numbers(op.inputs)) + Counter(numbers(outputs))
     maker = {op.outputs[0]: op for op in ops}
 

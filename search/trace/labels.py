@@ -1,11 +1,11 @@
-"""Which indices of which axes live and die together: union-find over the indices of all axes.
+"""Which entries of which axes are cut together: union-find over the entries of all axes.
 
-Every index of an axis that might be cut carries the ids of the units that it needs: none if it is
-always there, one for a plain channel, several for an axis that merges others (index (h, k) of a
-flattened [heads, head dim] is there if head h and dimension k are). An axis of n indices is an
-array i64[n, m] of ids, m columns; 0 stands for "always there", and m = 0 is an axis that is never
-cut. Two axes that meet in an operation are unified; a reshape that splits an axis binds its ids to
-pairs of new ones. What cannot be decided is frozen, with the reason.
+Every entry of an axis that might be cut carries the ids of the units that it needs: none if it is
+always present, one for a plain channel, several for an axis that merges others (entry (h, k) of a
+flattened [heads, head dim] is present if head h and dimension k are). An axis of n entries is an
+array i64[n, m] of ids in m columns; 0 stands for "always present", and m = 0 is an axis that is
+never cut. Two axes that meet in an operation are unified; a reshape that splits an axis binds its
+ids to tuples of new ones. What cannot be decided is frozen, with the reason.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ FROZEN = 0
 
 
 def plain(size: int) -> Axis:
-    """An axis that is never cut."""
+    """Returns an axis that is never cut."""
     return np.zeros((size, 0), np.int64)
 
 
 def columns(*parts: Axis) -> Axis:
-    """Axes one after the other, with as many columns as the widest."""
+    """Returns axes concatenated, with as many columns as the widest has."""
     most = max(part.shape[1] for part in parts)
     pad = lambda part: np.pad(part, ((0, 0), (0, most - part.shape[1])))
     return np.concatenate([pad(part) for part in parts])
 
 
 def merge(axes: list[Axis]) -> Axis:
-    """The axis of all index combinations, the first the slowest."""
+    """Returns the axis of all combinations of entries; the first axis varies slowest."""
     shape = [len(axis) for axis in axes]
     spread = []
     for i, axis in enumerate(axes):
@@ -41,7 +41,7 @@ def merge(axes: list[Axis]) -> Axis:
 
 
 class Labels:
-    """The union-find; grows while a graph is read."""
+    """The union-find; it grows while a graph is read."""
 
     def __init__(self) -> None:
         self._parent = np.zeros(1024, np.int64)
@@ -51,7 +51,7 @@ class Labels:
         self._reason: dict[int, str] = {}
 
     def fresh(self, size: int) -> Axis:
-        """An axis of new ids, i64[size, 1]."""
+        """Returns an axis of new ids, i64[size, 1]."""
         first, self._size = self._size, self._size + size
         while self._size > len(self._parent):
             self._parent = np.concatenate([self._parent, np.zeros_like(self._parent)])
@@ -61,7 +61,7 @@ class Labels:
         return ids[:, None]
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """The representatives of ids."""
+        """Returns the representatives of ids."""
         while True:
             up = self._parent[ids]
             if np.array_equal(up, ids):
@@ -69,7 +69,7 @@ class Labels:
             ids = up
 
     def reason(self, ids: np.ndarray) -> str | None:
-        """Why the first frozen one of ids is; None if none is."""
+        """Returns why the first frozen id is frozen; None if none is."""
         for i in ids.reshape(-1).tolist():
             while i and self._parent[i] != i:
                 if self._parent[i] == FROZEN:
@@ -82,23 +82,26 @@ class Labels:
         return None
 
     def resolve(self, axis: Axis) -> Axis:
-        """The axis in representatives, bound ids replaced by what they are bound to."""
+        """Returns the axis in representatives; bound ids become what they are bound to."""
         axis = self.find(axis)
         while axis.size and self._is_bound[axis].any():
             axis = self.find(np.concatenate([self._expand(column) for column in axis.T], 1))
         axis = axis.copy()
-        for j in range(1, axis.shape[1]):  # an id that stands twice in a row counts once
+        for j in range(1, axis.shape[1]):  # an id that occurs twice in a row counts once
             axis[:, j][(axis[:, :j] == axis[:, j : j + 1]).any(1)] = FROZEN
         if axis.shape[1] > 1 and (np.count_nonzero(axis, 1) <= 1).all():
-            axis = axis.max(1, keepdims=True)  # one id a row is one column, wherever it stood
+            axis = axis.max(1, keepdims=True)  # one id per row fits into one column
         return axis[:, axis.any(0)]
 
     def balance(self, axis: Axis, blocks: int, why: str) -> bool:
-        """Joins ids until each one stands equally often in all of an axis's equal blocks.
+        """Joins ids until each occurs equally often in all equal blocks of an axis.
 
-        Ids that do already stay single. The others are joined by how they are spread: of each kind
-        one, or as many as make all of them up in equal shares, are even together, since all are.
-        True if anything was joined or frozen.
+        Ids that already do are left alone. The others are sorted into kinds by how often they occur
+        in each block. All of them together are even; so equal shares of every kind, as many shares
+        as the numbers of ids of all kinds allow, are even too, and each share becomes one id.
+
+        Returns:
+          Whether anything was joined or frozen.
         """
         axis = self.resolve(axis)
         if axis.shape[1] > 1:
@@ -133,7 +136,7 @@ class Labels:
         return table[inverse]
 
     def union(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
-        """Joins ids pair by pair; joined with 0 an id is frozen."""
+        """Joins ids pair by pair; an id that is joined with 0 is frozen."""
         pairs = np.unique(np.stack([self.find(a), self.find(b)], 1), axis=0)
         for x, y in pairs.tolist():
             low, high = sorted((self._top(x), self._top(y)))
@@ -160,13 +163,13 @@ class Labels:
         self._is_bound[i] = False
 
     def freeze(self, ids: np.ndarray, why: str) -> None:
-        """All ids are always there from now on."""
+        """Makes all ids always present."""
         for i in np.unique(self.find(ids)).tolist():
             if self._top(i) != FROZEN:
                 self._freeze_one(self._top(i), why)
 
     def unify(self, a: Axis, b: Axis, why: str) -> None:
-        """Two axes of one size become one: index i of a is there where index i of b is."""
+        """Makes two axes of equal size one: entry i of `a` is present where entry i of `b` is."""
         a, b = self.resolve(a), self.resolve(b)
         if a.shape == b.shape and np.array_equal(a, b):
             return
@@ -184,7 +187,7 @@ class Labels:
         self.freeze(b[:, rest_b], why)
 
     def _bind(self, column: np.ndarray, others: Axis) -> bool:
-        """Each id of a column becomes the conjunction of its row; False where it has several."""
+        """Binds each id of a column to the ids of its row; returns False where rows differ."""
         column, others = self.find(column), self.find(others)
         unique, first = np.unique(column, return_index=True)
         lookup = np.searchsorted(unique, column)
@@ -197,11 +200,13 @@ class Labels:
             if len(ids) > 1:
                 self._bound[i], self._is_bound[i] = ids, True
             else:
-                self.union(np.array([i]), np.array([ids[0] if ids else FROZEN]), "always there")
+                self.union(
+                    np.array([i]), np.array([ids[0] if ids else FROZEN]), "it is always present"
+                )
         return True
 
     def split(self, axis: Axis, shape: list[int], why: str) -> list[Axis]:
-        """The axes of a reshape of one axis to `shape`."""
+        """Returns the axes of a reshape of one axis to `shape`."""
         out: list[list[np.ndarray]] = [[] for _ in shape]
         for column in self.resolve(axis).T:
             grid = column.reshape(shape)
@@ -226,7 +231,7 @@ class Labels:
 
 
 def _match(a: Axis, b: Axis) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Columns that distinguish the same indices, paired; identical ones first."""
+    """Returns pairs of columns that distinguish the same entries, and the columns left over."""
     pattern = lambda column: np.unique(column, return_index=True, return_inverse=True)[1:]
 
     def same(i: int, j: int) -> bool:

@@ -1,4 +1,4 @@
-"""Our own models as networks: groups agree with logical axes, kept units become a `Subnet`."""
+"""Models of this library as networks: groups follow logical axes, kept units become a `Subnet`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def model_network(
     ignore: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> Network:
-    """The network of `model.apply`; its second function is the model in training mode.
+    """Returns the network of `model.apply`; its second function is the model in training mode.
 
-    Stacked layers keep equal numbers, but units of their own; unstacked ones (`model.unstack`) have
-    groups of their own. Which channels of a norm are live is tied to the norm's scale. Axes
-    that `jaxfm.subnet` cannot cut are ignored.
+    Stacked layers keep equal numbers of units, each layer its own; unstacked layers
+    (`model.unstack`) have separate groups. The mask of a norm's live channels is tied to the norm's
+    scale. Axes that `jaxfm.subnet` cannot cut are ignored.
 
     Args:
-      model: with logical axes.
-      variables: arrays or shapes.
+      model: a model with logical axes.
+      variables: its arrays or their shapes.
       inputs: one example of what `apply` takes.
       ignore: further patterns, as in `network`.
-      whole: logical axes that are not cut, either: what heads have in common ("qk_dim", "v_dim")
-        where the slice is to be a config of its family.
+      whole: further logical axes that are not cut, such as the sizes that all heads share
+        ("qk_dim", "v_dim"), so that the slice has a config of its family.
     Raises:
       ValueError: as `network`.
     """
@@ -60,7 +60,7 @@ def model_network(
 
 
 def axis_names(model: Model, variables: Variables) -> dict[str, tuple[str | None, ...]]:
-    """The logical names of every leaf's axes by path; those of unstacked layers without "layer"."""
+    """Returns the logical axis names of every leaf by path; unstacked layers lack "layer"."""
     join = lambda path: "/".join(map(key_name, path))
     flat, _ = jax.tree_util.tree_flatten_with_path(model.axes, is_leaf=is_axes)
     known = {join(path): names for path, names in flat}
@@ -73,14 +73,16 @@ def axis_names(model: Model, variables: Variables) -> dict[str, tuple[str | None
 
 
 def to_subnet(network: Network, model: Model, variables: Variables, kept: Kept) -> Subnet:
-    """The kept units as indices of the model's logical axes, for `jaxfm.extract` and clients.
+    """Returns the kept units as indices of logical axes, for `jaxfm.extract` and clients.
 
     Args:
-      network: of `model_network`.
-      variables: as the network was made from; the Subnet is one of the stacked model.
+      network: what `model_network` returned.
+      model: the model.
+      variables: what the network was made from; the Subnet is one of the stacked model.
+      kept: the units that stay.
     Raises:
-      ValueError: a cut group lies on an axis without a name; `interpret.cut` and `sliced` need
-        none.
+      ValueError: a cut group lies on an axis without a logical name (`cut` and `sliced` need no
+        names).
     """
     kept = check(network, kept)
     names = axis_names(model, variables)
@@ -95,14 +97,16 @@ def to_subnet(network: Network, model: Model, variables: Variables, kept: Kept) 
             if name is None:
                 if index.shape[-1] < len(axis):
                     raise ValueError(
-                        f"{leaf.path}:{d} is cut, but has no logical axis; use `cut` and `sliced`, "
+                        f"{leaf.path}:{d} is cut but has no logical axis; use `cut` and `sliced`, "
                         "or ignore it."
                     )
                 continue
             own = layered.setdefault(name, {}) if layer and name != "embed" else keep
             place: Any = int(layer[1]) if own is not keep and layer else name
             if place in own and not np.array_equal(own[place], index):
-                raise ValueError(f"{leaf.path}:{d} is cut unlike other axes named {name!r}.")
+                raise ValueError(
+                    f"{leaf.path}:{d} is cut differently from other axes named {name!r}."
+                )
             own[place] = index.astype(np.int32)
     for name, rows in layered.items():
         found = [rows[i] for i in sorted(rows)]

@@ -26,7 +26,7 @@ from jaxfm.search import cut, model_network, network, to_subnet
 from jaxfm.search.trace.graph import Constant, flatten
 from jaxfm.search.trace.labels import Labels, merge, plain
 from jaxfm.search.trace.models import axis_names
-from jaxfm.search.trace.rules import segments
+from jaxfm.search.trace.shape_rules import segments
 from jaxfm.subnet import is_taps
 from jaxfm.testing import random_variables, tiny_cnn, tiny_decoder, tiny_resnet, tiny_vit
 
@@ -327,17 +327,17 @@ def test_to_prune_what_is_frozen_names_the_axis_and_the_reason():
     model = tiny_resnet()
     variables = random_variables(model)
     net = model_network(model, variables, shape(2, 8, 8, 3))
-    with pytest.raises(ValueError, match=r"params/[a-z0-9/]+:\d is cut, but has no logical axis"):
+    with pytest.raises(ValueError, match=r"params/[a-z0-9/]+:\d is cut but has no logical axis"):
         to_subnet(net, model, variables, keep_some(net, 0))
 
 
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x / x.max(-1, keepdims=True), "'reduce_max' looks at all of it"),
+        (lambda x: x / x.max(-1, keepdims=True), "'reduce_max' reduces over all of it"),
         (lambda x: jnp.sort(x, -1), "it is sorted"),
         (lambda x: jnp.cumsum(x, -1), "'cumsum' runs along it"),
-        (lambda x: lax.top_k(x, 8)[0], "the largest of it are taken"),
+        (lambda x: lax.top_k(x, 8)[0], "top_k selects along it"),
         (lambda x: x + jnp.ones((4, 1)), None),
         (lambda x: x * jnp.arange(8.0)[None], None),
     ],
@@ -353,7 +353,7 @@ def test_what_is_ignored_stays_and_what_is_tied_goes_together():
     assert {g.name for g in network(chain(jnp.tanh), CHAIN, shape(4, 3)).groups} == both
     net = network(chain(jnp.tanh), CHAIN, shape(4, 3), ignore=["a"])
     assert [g.name for g in net.groups] == ["b:1"]
-    assert net.frozen["a:1"] == "it is ignored, as asked"
+    assert net.frozen["a:1"] == "it is ignored, as requested"
     net = network(chain(jnp.tanh), CHAIN, shape(4, 3), ignore=["b:1"])
     assert [g.name for g in net.groups] == ["a:1"]
     (group,) = network(chain(jnp.tanh), CHAIN, shape(4, 3), ties=[("a:1", "b:1")]).groups
