@@ -40,11 +40,10 @@ class Checkpointer:
     """Saves and restores numbered checkpoints of one run. In one folder, one writer at a time.
 
     Args:
-        folder: where they are; made on the first save.
-        keep: how many of the newest stay; None keeps all.
-
+      folder: where they are; made on the first save.
+      keep: how many of the newest stay; None keeps all.
     Raises:
-        ValueError: keep < 1.
+      ValueError: keep < 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3):
@@ -81,12 +80,11 @@ class Checkpointer:
         waited for; if it failed (a full disk), its error is raised here.
 
         Args:
-            step: non-negative, beyond every readable checkpoint in the folder.
-            tree: leaves are arrays, typed keys or Python numbers.
-
+          step: non-negative, beyond every readable checkpoint in the folder.
+          tree: leaves are arrays, typed keys or Python numbers.
         Raises:
-            ValueError: the folder holds a checkpoint of this step or a later one.
-            TypeError: a leaf is none of the above; it names the leaf.
+          ValueError: the folder holds a checkpoint of this step or a later one.
+          TypeError: a leaf is none of the above; it names the leaf.
         """
         if step < 0:
             raise ValueError(f"step={step}: a checkpoint is numbered from 0.")
@@ -118,16 +116,14 @@ class Checkpointer:
         A checkpoint that cannot be read is passed over with a warning that names it.
 
         Args:
-            like: a tree of arrays or `jax.ShapeDtypeStruct`s with the names, shapes and dtypes
-                saved. Arrays come back with the sharding of its leaves; NumPy arrays and Python
-                numbers come back as such.
-
+          like: a tree of arrays or `jax.ShapeDtypeStruct`s with the names, shapes and dtypes
+            saved. Arrays come back with the sharding of its leaves; NumPy arrays and Python
+            numbers come back as such.
         Returns:
-            (step, tree).
-
+          (step, tree).
         Raises:
-            FileNotFoundError: there is no checkpoint, or none that can be read.
-            ValueError: the checkpoint holds another tree; it names the leaves and both shapes.
+          FileNotFoundError: there is no checkpoint, or none that can be read.
+          ValueError: the checkpoint holds another tree; it names the leaves and both shapes.
         """
         self.wait()
         names, leaves, structure = _flatten(like)

@@ -59,21 +59,19 @@ def conv2d(
     """Convolve images with a kernel: ``y[b,h,w,o] = sum_ijc x[b,h*s+i,w*s+j,c] kernel[i,j,c,o]``.
 
     Args:
-        x: images [B, H, W, C].
-        kernel: weights [height, width, C, O], of the dtype of `x`.
-        strides: step of the window, one number or (vertical, horizontal).
-        padding: ``"SAME"``, ``"VALID"`` or ((top, bottom), (left, right)).
-        method: ``"direct"`` is ``lax.conv_general_dilated`` as JAX differentiates it.
-            ``"canonical"`` gives the same values and gradients, with each gradient written as
-            another NHWC convolution, and a vmap over kernels run one after the other; it has no
-            forward-mode derivative (``jax.jvp``). None: canonical on CPU, direct elsewhere.
-
+      x: images [B, H, W, C].
+      kernel: weights [height, width, C, O], of the dtype of `x`.
+      strides: step of the window, one number or (vertical, horizontal).
+      padding: ``"SAME"``, ``"VALID"`` or ((top, bottom), (left, right)).
+      method: ``"direct"`` is ``lax.conv_general_dilated`` as JAX differentiates it.
+        ``"canonical"`` gives the same values and gradients, with each gradient written as
+        another NHWC convolution, and a vmap over kernels run one after the other; it has no
+        forward-mode derivative (``jax.jvp``). None: canonical on CPU, direct elsewhere.
     Returns:
-        images [B, H', W', O].
-
+      images [B, H', W', O].
     Raises:
-        ValueError: shapes, strides, padding or method that do not fit.
-        TypeError: dtypes that differ.
+      ValueError: shapes, strides, padding or method that do not fit.
+      TypeError: dtypes that differ.
     """
     method = method or ("canonical" if jax.default_backend() == "cpu" else "direct")
     if method not in METHODS:
@@ -107,10 +105,9 @@ def max_pool(x: Array, size: int) -> Array:
     whole step above takes a quarter longer on a CPU. Equal maxima share the gradient.
 
     Returns:
-        images [B, H // size, W // size, C].
-
+      images [B, H // size, W // size, C].
     Raises:
-        ValueError: `x` is not [B, H, W, C], or is smaller than one block.
+      ValueError: `x` is not [B, H, W, C], or is smaller than one block.
     """
     if x.ndim != 4 or not 0 < size <= min(x.shape[1:3]):
         raise ValueError(f"max_pool takes images [B, H, W, C] of at least {size=}, not {x.shape}")

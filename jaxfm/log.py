@@ -35,10 +35,10 @@ class RunLog:
     """Appends metrics to the files of one run folder. Only process 0 writes.
 
     Args:
-        folder: the run folder, made if it is not there.
-        resume_step: the step whose checkpoint the run goes on from. Later lines, which a run that
-            died left behind, are dropped, so a curve has each step once. None starts anew.
-        tensorboard: also write `folder/tensorboard`.
+      folder: the run folder, made if it is not there.
+      resume_step: the step whose checkpoint the run goes on from. Later lines, which a run that
+        died left behind, are dropped, so a curve has each step once. None starts anew.
+      tensorboard: also write `folder/tensorboard`.
     """
 
     def __init__(
@@ -71,12 +71,11 @@ class RunLog:
         """Appends one line and one scalar each.
 
         Args:
-            step: of the run; the next is larger.
-            metrics: numbers or arrays of one element. Reading an array waits for the device, so
-                write every so many steps, not within a compiled loop.
-
+          step: of the run; the next is larger.
+          metrics: numbers or arrays of one element. Reading an array waits for the device, so
+            write every so many steps, not within a compiled loop.
         Raises:
-            TypeError: a value is not a number; it names the metric.
+          TypeError: a value is not a number; it names the metric.
         """
         if self._file is None:
             return

@@ -197,7 +197,6 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
     Args:
       path_or_name: a folder with tokenizer.json or a SentencePiece tokenizer.model, such a file
         itself, or a name on the Hugging Face hub (needs the network, or the hub's local cache).
-
     Raises:
       FileNotFoundError: nothing there, or a name that cannot be fetched.
       ValueError: a file that cannot be read as a tokenizer.

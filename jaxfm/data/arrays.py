@@ -18,7 +18,6 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
       leaves: leaf name -> key in the file, such as {"image": "train_images"}; by default every key
         under its own name. A leaf "client" becomes the rows' owners. Labels, and integers of more
         than 32 bits, become i32; f64 becomes f32.
-
     Raises:
       FileNotFoundError: no such file.
       ValueError: damaged; a key is missing; leading sizes differ; a number does not fit in i32.

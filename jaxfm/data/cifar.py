@@ -36,7 +36,6 @@ def cifar10(folder: str | Path) -> dict[str, Source]:
     Args:
       folder: holds data_batch_1 ... data_batch_5 and test_batch, all with or all without ".bin"; or
         is an .npz file of train_images, train_labels, test_images and test_labels.
-
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or holds anything but such a data set.

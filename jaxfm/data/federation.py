@@ -34,7 +34,6 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
       examples: arrays of equal leading size N.
       partition: for each client the rows that it owns, each i[n]; may be empty (count 0). Clients
         may share rows.
-
     Raises:
       ValueError: unequal leading sizes, no client, rows that are not in [0, N).
       TypeError: row numbers that are not integers.

@@ -28,7 +28,6 @@ def huggingface(
       config: the data set's configuration, where it has several.
       client: the column that says whose a row is.
       options: passed on to `datasets.load_dataset`.
-
     Raises:
       ImportError: the `datasets` library is not installed.
       ValueError: no such data set here or on the hub, no such column, rows of unequal shape.

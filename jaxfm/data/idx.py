@@ -60,7 +60,6 @@ def mnist(folder: str | Path, *, writers: str | Path | None = None) -> dict[str,
       writers: a folder with QMNIST's extended labels, qmnist-{train,test}-labels-idx2-int, gzipped
         or not; then each row has its writer as client, the natural federated split. The writers of
         the two splits are different people, numbered apart.
-
     Raises:
       FileNotFoundError, ValueError: as `read_idx`, and files that do not belong together.
     """

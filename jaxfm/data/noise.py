@@ -21,10 +21,8 @@ def smooth_noise(
       num: images.
       shape: height, width (at least 2) and channels.
       dtype, high: of the values, which are 0 or between high / 2 and high.
-
     Returns:
       dtype[num, *shape].
-
     Raises:
       ValueError: num below 1, or a shape too small.
     """

@@ -85,7 +85,6 @@ def dirichlet(
         `num_draws` times, until the promise holds; if it never does, the last draw is repaired:
         clients that are short are given random examples of the client that then is the largest.
       balanced: clients that already hold N / C examples get nothing of the classes still to come.
-
     Raises:
       ValueError: fewer than `num_clients * min_examples` examples, beta not above 0.
 

@@ -40,7 +40,6 @@ def stdlib_documents(root: str | Path | None = None, *, tiny: bool = False) -> l
     Args:
       root: the library's folder; by default that of the running Python.
       tiny: a few files (some 50 kB) only, for tests.
-
     Raises:
       FileNotFoundError: the running Python keeps its library as a zip file or without sources.
     """

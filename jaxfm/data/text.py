@@ -57,7 +57,6 @@ def read_folder(
       client: maps the path below the root to its owner's name; by default the top-level folder,
         or for a file right in the root the file itself, without its suffix.
       encoding: of the files; bytes that cannot be decoded become U+FFFD.
-
     Raises:
       NotADirectoryError, FileNotFoundError: no such folder, no such file in it.
     """
@@ -102,7 +101,6 @@ def corpus(
       num_clients: how many of the largest owners become clients. The others' training text is left
         out; their held-out text stays in, as nobody's (-1): text from places never trained on.
       held_out: as in `split_of`.
-
     Raises:
       ValueError: no training text, fewer owners than `num_clients`.
     """

@@ -87,7 +87,7 @@ def table(
     """A table; `best={"loss": min}` marks the best number of a column.
 
     Raises:
-        ValueError: a row of another length than columns, or a name in `best` that is no column.
+      ValueError: a row of another length than columns, or a name in `best` that is no column.
     """
     best = best or {}
     for name in best:
@@ -134,11 +134,10 @@ def text_panel(
     """Text or code in a fixed-width face, parts of it coloured by kind.
 
     Args:
-        spans: (text, kind) one after the other; kind "" is plain.
-        legend: kind -> what it means; its order gives the colours.
-
+      spans: (text, kind) one after the other; kind "" is plain.
+      legend: kind -> what it means; its order gives the colours.
     Raises:
-        ValueError: a span's kind is not in the legend.
+      ValueError: a span's kind is not in the legend.
     """
     legend = legend or {}
     colors = {kind: f"c{i % NUM_COLORS}" for i, kind in enumerate(legend)}

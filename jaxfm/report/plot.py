@@ -47,11 +47,10 @@ def line_plot(
     """Curves over one pair of axes, a legend above them, values on hovering.
 
     Args:
-        series: name -> (xs, ys). What is not finite, and what is not positive on a logarithmic
-            axis, leaves a gap.
-
+      series: name -> (xs, ys). What is not finite, and what is not positive on a logarithmic
+        axis, leaves a gap.
     Raises:
-        ValueError: xs and ys of a curve differ in length; it names the curve.
+      ValueError: xs and ys of a curve differ in length; it names the curve.
     """
     curves = {}
     for name, (xs, ys) in series.items():
@@ -80,7 +79,7 @@ def bar_plot(values: Mapping[str, float], *, unit: str = "", title: str = "") ->
     """Horizontal bars from zero, each with its name and value.
 
     Raises:
-        ValueError: a value is negative or not finite; it names the bar.
+      ValueError: a value is negative or not finite; it names the bar.
     """
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
@@ -101,8 +100,8 @@ def grid_plot(
     """A row of cells for each name, coloured by kind: who did what when.
 
     Args:
-        rows: name -> kind of each cell.
-        kinds: kind -> what it means; its order gives the colours. Other kinds stay blank.
+      rows: name -> kind of each cell.
+      kinds: kind -> what it means; its order gives the colours. Other kinds stay blank.
     """
     columns = max((len(cells) for cells in rows.values()), default=0)
     if not columns:

@@ -36,10 +36,8 @@ def evaluate(
       batch_size: rows at a time.
       count: only the first `count` rows are real (others pad); not part of what is compiled.
       key: for tasks that draw (masked_lm); batch number i gets fold_in(key, i).
-
     Returns:
       total / count of each metric; NaN where nothing has weight.
-
     Raises:
       ValueError: no examples, leaves that disagree on N, a count above N, batch_size below 1.
     """
@@ -76,7 +74,6 @@ def metric_totals(
       rows: i32[n], which examples, in this order; all by default. With `count` this is one client
         of a `Federation`: `rows=federation.index[c], count=federation.count[c]`.
       count: how many of the rows are real.
-
     Returns:
       For each metric (total f32[num_batches], count f32[num_batches]).
     """
