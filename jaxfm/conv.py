@@ -75,23 +75,23 @@ def conv2d(
     """
     method = method or ("canonical" if jax.default_backend() == "cpu" else "direct")
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; choose one of {METHODS}, or None for the default")
+        raise ValueError(f"method is {method!r}; choose one of {METHODS}, or None for the default.")
     if x.ndim != 4 or kernel.ndim != 4:
         raise ValueError(
             f"conv2d takes images [B, H, W, C] and a kernel [height, width, C, O], "
-            f"not shapes {x.shape} and {kernel.shape}; vmap over further axes"
+            f"not shapes {x.shape} and {kernel.shape}; vmap over further axes."
         )
     if x.shape[3] != kernel.shape[2]:
         raise ValueError(
-            f"images {x.shape} have {x.shape[3]} channels, but kernel {kernel.shape} reads "
+            f"Images {x.shape} have {x.shape[3]} channels, but kernel {kernel.shape} reads "
             f"{kernel.shape[2]}; grouped convolution is not supported here, "
-            "use jax.lax.conv_general_dilated with feature_group_count"
+            "use jax.lax.conv_general_dilated with feature_group_count."
         )
     if x.dtype != kernel.dtype:
-        raise TypeError(f"images are {x.dtype}, the kernel is {kernel.dtype}; cast one of them")
+        raise TypeError(f"Images are {x.dtype}, the kernel is {kernel.dtype}; cast one of them.")
     steps = (strides, strides) if isinstance(strides, int) else tuple(strides)
     if len(steps) != 2 or min(steps) < 1:
-        raise ValueError(f"strides are {strides!r}; give a positive number or two of them")
+        raise ValueError(f"strides are {strides!r}; give a positive number or two of them.")
     window = _Window(steps, _pads(padding, x.shape, kernel.shape, steps), (1, 1), (1, 1))
     if method == "direct":
         return _apply(x, kernel, window)
@@ -110,7 +110,7 @@ def max_pool(x: Array, size: int) -> Array:
       ValueError: `x` is not [B, H, W, C], or is smaller than one block.
     """
     if x.ndim != 4 or not 0 < size <= min(x.shape[1:3]):
-        raise ValueError(f"max_pool takes images [B, H, W, C] of at least {size=}, not {x.shape}")
+        raise ValueError(f"max_pool takes images [B, H, W, C] of at least {size=}, not {x.shape}.")
     batch, height, width, channels = x.shape
     high, wide = height // size, width // size
     blocks = x[:, : high * size, : wide * size].reshape(batch, high, size, wide, size, channels)
@@ -125,11 +125,11 @@ def _pads(
 ) -> _Pads:
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
-            raise ValueError(f"padding is {padding!r}; give 'SAME', 'VALID' or pairs of numbers")
+            raise ValueError(f"padding is {padding!r}; give 'SAME', 'VALID' or pairs of numbers.")
         return tuple(lax.padtype_to_pads(x_shape[1:3], kernel_shape[:2], strides, padding))
     pads = tuple((int(low), int(high)) for low, high in padding)
     if len(pads) != 2:
-        raise ValueError(f"padding is {padding!r}; give ((top, bottom), (left, right))")
+        raise ValueError(f"padding is {padding!r}; give ((top, bottom), (left, right)).")
     return pads
 
 

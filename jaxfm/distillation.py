@@ -71,7 +71,7 @@ def distill(
         out of range.
     """
     if leading_size(examples) == 0:
-        raise ValueError("There are no examples to distil on.")
+        raise ValueError("There are no examples to distill on.")
     if steps < 1 or batch_size < 1 or temperature <= 0:
         raise ValueError(
             f"steps and batch_size must be at least 1 and temperature above 0; got {steps}, "

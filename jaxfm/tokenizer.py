@@ -76,7 +76,7 @@ class ByteTokenizer:
         """
         ids = [int(token) for token in ids]
         if wrong := [token for token in ids if not 0 <= token < self.vocab_size]:
-            raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}; got {wrong[0]}")
+            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}; got {wrong[0]}.")
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
     def token_bytes(self) -> list[bytes]:
@@ -89,14 +89,14 @@ class HuggingFaceTokenizer:
     def __init__(self, inner: Any):
         if getattr(inner, "backend_tokenizer", None) is None:
             raise TypeError(
-                f"a tokenizer with a Rust backend is needed; got {type(inner).__name__}"
+                f"A tokenizer with a Rust backend is needed; got {type(inner).__name__}."
             )
         self.inner = inner
         self.vocab: dict[str, int] = inner.get_vocab()
         # Given files that it does not know, transformers makes an empty tokenizer and says nothing.
         if len(self.vocab) <= len(inner.all_special_ids):
             raise ValueError(
-                f"the vocabulary is empty: {inner.name_or_path!r} has no tokenizer files"
+                f"The vocabulary is empty: {inner.name_or_path!r} has no tokenizer files."
             )
         self.vocab_size: int = max(self.vocab.values()) + 1
         self.bos_id: int | None = inner.bos_token_id
@@ -177,7 +177,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
 
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest}; got {vocab_size}")
+        raise ValueError(f"vocab_size must be at least {smallest}; got {vocab_size}.")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -206,7 +206,7 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
     path = Path(path_or_name)
     try:
         if path.is_dir() and not any(path.glob("tokenizer*")) and not (path / "vocab.txt").exists():
-            raise FileNotFoundError(f"{path} holds no tokenizer.json and no tokenizer.model")
+            raise FileNotFoundError(f"{path} holds no tokenizer.json and no tokenizer.model.")
         if path.is_file() and path.suffix == ".json":
             return HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_file=str(path)))
         model = path if path.suffix == ".model" else path / "tokenizer.model"
@@ -217,11 +217,13 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
         raise
     except OSError as error:
         raise FileNotFoundError(
-            f"no tokenizer {str(path_or_name)!r}: it is neither a folder here nor in the local "
-            f"cache of the Hugging Face hub, and could not be fetched ({_first_line(error)})"
+            f"No tokenizer {str(path_or_name)!r}: it is neither a folder here nor in the local "
+            f"cache of the Hugging Face hub, and could not be fetched ({_first_line(error)})."
         ) from error
     except Exception as error:
-        raise ValueError(f"{path_or_name} cannot be read as a tokenizer: {error}") from error
+        raise ValueError(
+            f"{path_or_name} cannot be read as a tokenizer: {str(error).rstrip('.')}."
+        ) from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -230,8 +232,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         tokenizer = _byte_backend(tokenizer)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise TypeError(
-            f"only ByteTokenizer and HuggingFaceTokenizer have a form that Hugging Face reads; "
-            f"got {type(tokenizer).__name__}"
+            f"Only ByteTokenizer and HuggingFaceTokenizer have a form that Hugging Face reads; "
+            f"got {type(tokenizer).__name__}."
         )
     tokenizer.inner.save_pretrained(str(folder))
 

@@ -24,15 +24,16 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist.")
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             leaves = dict(leaves or {key: key for key in file.files})
             if missing := sorted(set(leaves.values()) - set(file.files)):
-                raise ValueError(f"there is no {missing}; found {sorted(file.files)}")
+                raise ValueError(f"There is no {missing}; found {sorted(file.files)}.")
             examples = {name: _narrow(name, file[key]) for name, key in leaves.items()}
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes found): {error}") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{path} ({path.stat().st_size} bytes found): {reason}.") from error
     owners = examples.pop("client", None)
     source = Source(examples) if owners is None else with_clients(Source(examples), owners)
     return checked(source, path)
@@ -70,7 +71,7 @@ def _narrow(name: str, array: np.ndarray) -> np.ndarray:
         limits = np.iinfo(np.int32)
         if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
             raise ValueError(
-                f"{name} holds {array.min()}..{array.max()}, which does not fit in i32"
+                f"{name} holds {array.min()}..{array.max()}, which does not fit in i32."
             )
         return array.astype(np.int32)
     return array

@@ -24,7 +24,7 @@ def pad_crop_flip(images: Array, key: Array, *, pad: int = 4, flip: bool = True)
     batch, height, width, channels = images.shape
     if pad:
         if min(height, width) <= pad:
-            raise ValueError(f"images of {height} x {width} are too small to reflect {pad} pixels")
+            raise ValueError(f"Images of {height} x {width} are too small to reflect {pad} pixels.")
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
         corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * pad + 1)
 
@@ -52,7 +52,7 @@ def image_transform(
     first augmented by `pad_crop_flip`.
     """
     if (mean is None) != (std is None):
-        raise ValueError(f"give both of mean and std or neither; got mean={mean}, std={std}")
+        raise ValueError(f"Give both of mean and std or neither; got mean={mean}, std={std}.")
 
     def transform(images: Array, key: Array | None = None) -> Array:
         if key is not None and (pad or flip):

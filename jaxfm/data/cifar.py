@@ -57,7 +57,7 @@ def _npz(path: Path) -> dict[str, Source]:
         names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
         missing = sorted(set(names) - set(file.files))
         if missing:
-            raise ValueError(f"{path} lacks {missing}; it holds {sorted(file.files)}")
+            raise ValueError(f"{path} lacks {missing}; it holds {sorted(file.files)}.")
         images = {split: file[f"{split}_images"] for split in ("train", "test")}
         labels = {split: file[f"{split}_labels"].astype(np.int32) for split in ("train", "test")}
     sources = {
@@ -80,7 +80,7 @@ def _load(
             elif (folder / name).is_file():
                 parts.append(read_python(folder / name))
             else:
-                raise FileNotFoundError(f"neither {folder / name} nor {binary.name} exists")
+                raise FileNotFoundError(f"Neither {folder / name} nor {binary.name} exists.")
         pixels = np.concatenate([pixels for pixels, _ in parts])
         labels = np.concatenate([labels for _, labels in parts])
         images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
@@ -95,7 +95,7 @@ def read_binary(path: Path, label_bytes: int = 1) -> tuple[np.ndarray, np.ndarra
     data = np.fromfile(path, np.uint8)
     if data.size == 0 or data.size % record:
         raise ValueError(
-            f"{path} should have a multiple of {record} bytes (one record); {data.size} found"
+            f"{path} should have a multiple of {record} bytes (one record); {data.size} found."
         )
     data = data.reshape(-1, record)
     return data[:, label_bytes:], data[:, label_bytes - 1].astype(np.int32)
@@ -108,19 +108,22 @@ def read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
             batch = _ArrayUnpickler(file, encoding="bytes").load()
     except Exception as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes found) cannot be read as a pickled batch: {error}"
+            f"{path} ({path.stat().st_size} bytes found) cannot be read as a pickled batch: "
+            f"{str(error).rstrip('.')}."
         ) from error
     if not isinstance(batch, dict):
-        raise ValueError(f"{path} should hold a dict; found {type(batch).__name__}")
+        raise ValueError(f"{path} should hold a dict; found {type(batch).__name__}.")
     batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     labels = batch.get("fine_labels", batch.get("labels"))
     pixels = batch.get("data")
     if labels is None or not isinstance(pixels, np.ndarray):
-        raise ValueError(f"{path} should hold 'data' and 'labels'; found {sorted(map(str, batch))}")
+        raise ValueError(
+            f"{path} should hold 'data' and 'labels'; found {sorted(map(str, batch))}."
+        )
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise ValueError(
             f"{path} should hold uint8 data of shape {(len(labels), PIXELS)}; "
-            f"found {pixels.dtype} {pixels.shape}"
+            f"found {pixels.dtype} {pixels.shape}."
         )
     return pixels, np.asarray(labels, np.int32)
 
@@ -129,5 +132,5 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core", "numpy._core")  # its name before NumPy 2
         if (module, name) not in SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
+            raise pickle.UnpicklingError(f"It asks for {module}.{name}, which is not an array.")
         return super().find_class(module, name)

@@ -45,7 +45,7 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
     num_examples = leading_size(examples)
     rows = [np.asarray(client) for client in partition]
     if not rows:
-        raise ValueError("the partition has no client; give one array of rows for each client")
+        raise ValueError("The partition has no client; give one array of rows for each client.")
     for number, client in enumerate(rows):
         _check_rows(number, client, num_examples)
     count = np.array([len(client) for client in rows], np.int32)
@@ -59,12 +59,12 @@ def leading_size(examples: Mapping[str, Any]) -> int:
     """The number of examples, having checked that every leaf agrees on it."""
     if not examples:
         raise ValueError(
-            "there is no leaf among the examples; give a dict of arrays, each [N, ...]"
+            "There is no leaf among the examples; give a dict of arrays, each [N, ...]."
         )
     shapes = {name: np.shape(leaf) for name, leaf in examples.items()}
     sizes = {shape[0] if shape else None for shape in shapes.values()}
     if len(sizes) != 1 or None in sizes:
-        raise ValueError(f"every leaf must have the same leading size; got shapes {shapes}")
+        raise ValueError(f"Every leaf must have the same leading size; got shapes {shapes}.")
     return next(iter(shapes.values()))[0]
 
 
@@ -73,7 +73,9 @@ def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) 
     num_clients = len(federation.count)
     clients = np.asarray(clients, np.int64)
     if clients.size == 0 or clients.min() < 0 or clients.max() >= num_clients:
-        raise ValueError(f"clients must be a non-empty list of 0..{num_clients - 1}; got {clients}")
+        raise ValueError(
+            f"clients must be a non-empty list of 0..{num_clients - 1}; got {clients}."
+        )
     count = np.asarray(federation.count)[clients]
     index = np.asarray(federation.index)[clients, : max(1, count.max())]
     return Federation(federation.examples, index, count)
@@ -104,7 +106,7 @@ def summary(
     """
     index, count = np.asarray(federation.index), np.asarray(federation.count)
     if names is not None and len(names) != len(count):
-        raise ValueError(f"{len(names)} names for {len(count)} clients; give one for each")
+        raise ValueError(f"{len(names)} names for {len(count)} clients; give one for each.")
     lines = [
         f"{'clients':<22}{len(count):>10,}",
         f"{'examples':<22}{count.sum():>10,}",
@@ -146,13 +148,15 @@ def _label_lines(index: np.ndarray, count: np.ndarray, labels: np.ndarray) -> li
 
 def _check_rows(number: int, client: np.ndarray, num_examples: int) -> None:
     if client.ndim != 1:
-        raise ValueError(f"client {number}: rows must be one-dimensional; got shape {client.shape}")
+        raise ValueError(
+            f"Client {number}: rows must be one-dimensional; got shape {client.shape}."
+        )
     if client.size == 0:
         return
     if not np.issubdtype(client.dtype, np.integer):
-        raise TypeError(f"client {number}: rows must be integers; got dtype {client.dtype}")
+        raise TypeError(f"Client {number}: rows must be integers; got dtype {client.dtype}.")
     if client.min() < 0 or client.max() >= num_examples:
         raise ValueError(
-            f"client {number}: rows must be in 0..{num_examples - 1}; "
-            f"got {client.min()}..{client.max()}"
+            f"Client {number}: rows must be in 0..{num_examples - 1}; "
+            f"got {client.min()}..{client.max()}."
         )

@@ -66,18 +66,18 @@ def _load(name: str, split: str, config: str | None, columns: list[str], options
         import datasets
     except ImportError as error:
         raise ImportError(
-            "data sets of the Hugging Face hub need the `datasets` library: "
-            "pip install 'jaxfm[data]'"
+            "Data sets of the Hugging Face hub need the `datasets` library: "
+            "pip install 'jaxfm[data]'."
         ) from error
     try:
         data = datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:
         raise ValueError(
-            f"cannot load data set {name!r} (split {split!r}, config {config!r}): it is neither "
-            f"here nor in the local cache, or the hub cannot be reached: {error}"
+            f"Cannot load data set {name!r} (split {split!r}, config {config!r}): it is neither "
+            f"here nor in the local cache, or the hub cannot be reached: {str(error).rstrip('.')}."
         ) from error
     if missing := [column for column in columns if column not in data.column_names]:
-        raise ValueError(f"{name} has no column {missing}; it has {data.column_names}")
+        raise ValueError(f"{name} has no column {missing}; it has {data.column_names}.")
     return data
 
 
@@ -88,7 +88,7 @@ def _stack(name: str, column: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name}: rows of {column!r} differ in shape: {sorted(shapes)[:4]} ...")
     stacked = np.stack(arrays)
     if stacked.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: column {column!r} holds {stacked.dtype}, not numbers or images")
+        raise ValueError(f"{name}: column {column!r} holds {stacked.dtype}, not numbers or images.")
     if stacked.dtype == np.uint8:
         return stacked if stacked.ndim == 4 else stacked[..., None]
     return stacked.astype(np.float32 if stacked.dtype.kind == "f" else np.int32)

@@ -32,20 +32,20 @@ def read_idx(path: str | Path) -> np.ndarray:
     data = _read_bytes(Path(path))
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in TYPES or data[3] == 0:
         raise ValueError(
-            f"{path} is not an IDX file: it starts with the bytes {data[:4].hex(' ')!r}"
+            f"{path} is not an IDX file: it starts with the bytes {data[:4].hex(' ')!r}."
         )
     dtype, num_axes = TYPES[data[2]], data[3]
     start = 4 + 4 * num_axes
     if len(data) < start:
         raise ValueError(
-            f"{path} is cut off: a header of {start} bytes expected, {len(data)} found"
+            f"{path} is cut off: a header of {start} bytes expected, {len(data)} found."
         )
     shape = struct.unpack(f">{num_axes}I", data[4:start])
     expected = start + dtype.itemsize * int(np.prod(shape, dtype=object))
     if len(data) != expected:
         raise ValueError(
             f"{path} should have {expected} bytes for shape {shape} of {dtype.name}; "
-            f"{len(data)} found"
+            f"{len(data)} found."
         )
     return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
@@ -71,7 +71,8 @@ def mnist(folder: str | Path, *, writers: str | Path | None = None) -> dict[str,
         images, labels = read_idx(image_path), read_idx(label_path).astype(np.int32)
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
-                f"{image_path} {images.shape} and {label_path} {labels.shape} do not fit each other"
+                f"{image_path} {images.shape} and {label_path} {labels.shape} do not fit "
+                "each other."
             )
         source = Source({"image": images[..., None], "label": labels})
         if writers is not None:
@@ -85,13 +86,15 @@ def _writers(folder: Path, split: str, labels: np.ndarray) -> np.ndarray:
     path = _either(folder / f"qmnist-{split}-labels-idx2-int")
     table = read_idx(path)
     if table.ndim != 2 or table.shape[1] < 3 or len(table) < len(labels):
-        raise ValueError(f"{path} should hold {len(labels)} rows or more of 8; found {table.shape}")
+        raise ValueError(
+            f"{path} should hold {len(labels)} rows or more of 8; found {table.shape}."
+        )
     table = table[: len(labels)]
     if (table[:, 0] != labels).any():
         row = int(np.argmax(table[:, 0] != labels))
         raise ValueError(
             f"{path} labels row {row} as {table[row, 0]}, the images' labels say {labels[row]}: "
-            f"not the writers of this data set"
+            f"not the writers of this data set."
         )
     return table[:, 2]
 
@@ -100,7 +103,7 @@ def _either(path: Path) -> Path:
     zipped = path.with_name(path.name + ".gz")
     found = [candidate for candidate in (path, zipped) if candidate.is_file()]
     if not found:
-        raise FileNotFoundError(f"neither {path} nor {zipped.name} exists")
+        raise FileNotFoundError(f"Neither {path} nor {zipped.name} exists.")
     return found[0]
 
 
@@ -111,4 +114,4 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({len(data)} bytes found): {error}") from error
+        raise ValueError(f"{path} is damaged ({len(data)} bytes found): {error}.") from error

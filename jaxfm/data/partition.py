@@ -23,14 +23,14 @@ def natural(keys: np.ndarray | Sequence, num_clients: int | None = None) -> Part
     """
     keys = np.asarray(keys)
     if keys.ndim != 1:
-        raise ValueError(f"keys must be [N], one owner for each example; got shape {keys.shape}")
+        raise ValueError(f"keys must be [N], one owner for each example; got shape {keys.shape}.")
     if num_clients is None:
         names, keys = np.unique(keys, return_inverse=True)
         num_clients = len(names)
     elif not np.issubdtype(keys.dtype, np.integer):
-        raise TypeError(f"with num_clients, keys must be client numbers; got dtype {keys.dtype}")
+        raise TypeError(f"With num_clients, keys must be client numbers; got dtype {keys.dtype}.")
     elif keys.size and keys.max() >= num_clients:
-        raise ValueError(f"keys must be below num_clients={num_clients}; got {keys.max()}")
+        raise ValueError(f"keys must be below num_clients={num_clients}; got {keys.max()}.")
     order = np.argsort(keys, kind="stable")
     cuts = np.searchsorted(keys[order], np.arange(num_clients + 1))
     return [order[start:stop] for start, stop in pairwise(cuts)]
@@ -52,7 +52,7 @@ def shards(
     """
     labels = _check_labels(labels)
     if shards_per_client < 1:
-        raise ValueError(f"shards_per_client must be at least 1; got {shards_per_client}")
+        raise ValueError(f"shards_per_client must be at least 1; got {shards_per_client}.")
     num_shards = num_clients * shards_per_client
     _check_enough(len(labels), num_clients, shards_per_client)
     rng = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def holdout(partition: Partition, fraction: float, *, seed: int) -> tuple[Partit
     fewer holds out none.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1; got {fraction}")
+        raise ValueError(f"fraction must be between 0 and 1; got {fraction}.")
     rng = np.random.default_rng(seed)
     rest, held = [], []
     for rows in partition:
@@ -204,20 +204,20 @@ def _repair(clients: Partition, min_examples: int, rng: np.random.Generator) -> 
 def _check_labels(labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.size == 0:
-        raise ValueError(f"labels must be [N] with N above 0; got shape {labels.shape}")
+        raise ValueError(f"labels must be [N] with N above 0; got shape {labels.shape}.")
     return labels
 
 
 def _check_positive(beta: float) -> None:
     if not beta > 0:
-        raise ValueError(f"beta must be above 0; got {beta}")
+        raise ValueError(f"beta must be above 0; got {beta}.")
 
 
 def _check_enough(num_examples: int, num_clients: int, min_examples: int) -> None:
     if num_clients < 1:
-        raise ValueError(f"num_clients must be at least 1; got {num_clients}")
+        raise ValueError(f"num_clients must be at least 1; got {num_clients}.")
     if num_examples < num_clients * min_examples:
         raise ValueError(
             f"{num_examples} examples cannot give each of {num_clients} clients {min_examples}; "
-            f"use at most {num_examples // max(1, min_examples)} clients"
+            f"use at most {num_examples // max(1, min_examples)} clients."
         )

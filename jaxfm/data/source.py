@@ -35,7 +35,7 @@ def checked(source: Source, origin: str | Path) -> Source:
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     if source.client is not None and len(source.client) != size:
-        raise ValueError(f"{origin}: {size} examples but {len(source.client)} client numbers")
+        raise ValueError(f"{origin}: {size} examples but {len(source.client)} client numbers.")
     label = source.examples.get("label")
     if (
         source.classes
@@ -45,7 +45,7 @@ def checked(source: Source, origin: str | Path) -> Source:
     ):
         raise ValueError(
             f"{origin}: labels must be in 0..{len(source.classes) - 1}; "
-            f"found {label.min()}..{label.max()}"
+            f"found {label.min()}..{label.max()}."
         )
     return source
 
@@ -60,8 +60,8 @@ def federation_of(source: Source) -> Federation:
     """The source with its natural clients, in their order; one without rows here is empty."""
     if source.client is None:
         raise ValueError(
-            "the examples have no natural owners (client is None); choose a partition from "
-            "jaxfm.data.partition and join it with federate(source.examples, partition)"
+            "The examples have no natural owners (client is None); choose a partition from "
+            "jaxfm.data.partition and join it with federate(source.examples, partition)."
         )
     return federate(source.examples, natural(source.client, len(source.clients)))
 

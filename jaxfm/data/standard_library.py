@@ -50,7 +50,7 @@ def stdlib_documents(root: str | Path | None = None, *, tiny: bool = False) -> l
     if not names:
         raise FileNotFoundError(
             f"{root} holds no Python source files (a zipped or stripped standard library?); "
-            f"give the folder of another Python's as root"
+            f"give the folder of another Python's as root."
         )
     return [Document(name.as_posix(), top_level(name), _read(root / name)) for name in names]
 

@@ -36,7 +36,7 @@ def split_of(name: str, held_out: float = 0.1) -> str:
     does not change sides when others come or go.
     """
     if not 0 <= held_out < 0.5:
-        raise ValueError(f"held_out must be in [0, 0.5), as two splits get it; got {held_out}")
+        raise ValueError(f"held_out must be in [0, 0.5), as two splits get it; got {held_out}.")
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if place < held_out else "validation" if place < 2 * held_out else "train"
@@ -62,12 +62,12 @@ def read_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder; give the root of the text files")
+        raise NotADirectoryError(f"{folder} is not a folder; give the root of the text files.")
     patterns = [pattern] if isinstance(pattern, str) else pattern
     found = {path for each in patterns for path in folder.glob(each)}
     paths = sorted(path for path in found if path.is_file())
     if not paths:
-        raise FileNotFoundError(f"{folder} has no file that matches {pattern!r}")
+        raise FileNotFoundError(f"{folder} has no file that matches {pattern!r}.")
     names = [path.relative_to(folder) for path in paths]
     client = client or top_level
     return [
@@ -105,7 +105,7 @@ def corpus(
       ValueError: no training text, fewer owners than `num_clients`.
     """
     if length < 1:
-        raise ValueError(f"length must be at least 1 token; got {length}")
+        raise ValueError(f"length must be at least 1 token; got {length}.")
     documents = list(documents)
     sides = [split_of(document.name, held_out) for document in documents]
     sizes = Counter[str]()
@@ -113,9 +113,9 @@ def corpus(
         if side == "train" and document.text:
             sizes[document.client] += len(document.text.encode("utf-8", "surrogatepass"))
     if not sizes:
-        raise ValueError(f"none of {len(documents)} documents is training text; give more")
+        raise ValueError(f"None of {len(documents)} documents is training text; give more.")
     if num_clients is not None and not 1 <= num_clients <= len(sizes):
-        raise ValueError(f"num_clients must be in 1..{len(sizes)}; got {num_clients}")
+        raise ValueError(f"num_clients must be in 1..{len(sizes)}; got {num_clients}.")
     ranked = sorted(sizes, key=lambda name: (-sizes[name], name))[:num_clients]
     number = {name: place for place, name in enumerate(ranked)}
 
@@ -139,7 +139,7 @@ def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> np.ndarray:
     """Texts in one stream, cut into rows i32[n, length + 1] that overlap by one token."""
     separator = tokenizer.eos_id
     if separator is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_id) to separate documents")
+        raise ValueError("The tokenizer has no end-of-text token (eos_id) to separate documents.")
     stream = [separator]
     for text in texts:
         stream.extend(tokenizer.encode(text))

@@ -29,9 +29,9 @@ def classification(
         are scaled to 0..1 and anything else is left as it is.
     """
     if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2; got {num_classes}")
+        raise ValueError(f"num_classes must be at least 2; got {num_classes}.")
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
 
     def prepare(batch, key=None):
         values = leaf(batch, inputs)
@@ -58,7 +58,7 @@ def classification(
     def _checked(outputs, targets, weight):
         if outputs.shape[-1] != num_classes:
             raise ValueError(
-                f"the model gives {outputs.shape[-1]} logits; the task has {num_classes} classes"
+                f"The model gives {outputs.shape[-1]} logits; the task has {num_classes} classes."
             )
         return cross_entropy(outputs, targets, weight)
 

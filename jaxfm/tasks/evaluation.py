@@ -43,11 +43,11 @@ def evaluate(
     """
     size = leading_size(examples)
     if size == 0:
-        raise ValueError("there is no example to evaluate on")
+        raise ValueError("There is no example to evaluate on.")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     if count is not None and not 0 <= count <= size:
-        raise ValueError(f"count must be in 0..{size}; got {count}")
+        raise ValueError(f"count must be in 0..{size}; got {count}.")
     count = size if count is None else count
     totals = _compiled(apply, task, batch_size, variables, dict(examples), np.int32(count), key)
     sums = jax.tree.map(lambda leaf: np.sum(np.asarray(leaf), dtype=np.float64), totals)

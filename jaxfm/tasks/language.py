@@ -58,16 +58,18 @@ def masked_lm(
     """
     special = {int(token) for token in special_ids} | {int(mask_id)}
     if wrong := sorted(token for token in special if not 0 <= token < vocab_size):
-        raise ValueError(f"mask_id and special_ids must be in 0..{vocab_size - 1}; got {wrong}")
+        raise ValueError(f"mask_id and special_ids must be in 0..{vocab_size - 1}; got {wrong}.")
     if not 0 < rate < 1:
-        raise ValueError(f"rate must be between 0 and 1; got {rate}")
+        raise ValueError(f"rate must be between 0 and 1; got {rate}.")
     ordinary = np.array(sorted(set(range(vocab_size)) - special), np.int32)
     if not ordinary.size:
-        raise ValueError("every id of the vocabulary is special; there is nothing to predict")
+        raise ValueError("Every id of the vocabulary is special; there is nothing to predict.")
 
     def prepare(batch, key=None):
         if key is None:
-            raise ValueError("masked_lm chooses tokens at random: give prepare (or evaluate) a key")
+            raise ValueError(
+                "masked_lm chooses tokens at random: give prepare (or evaluate) a key."
+            )
         tokens = leaf(batch, "tokens")
         choose_key, how_key, random_key = jax.random.split(key, 3)
         eligible = jnp.isin(tokens, np.array(sorted(special), np.int32), invert=True)
@@ -91,7 +93,7 @@ def cross_entropy(logits: Array, targets: Array, weight: Array) -> Ratio:
     """(weighted sum of -log softmax(logits)[target] in nats, sum of weights), computed in f32."""
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"logits {logits.shape} do not fit targets {targets.shape}; one row of logits each"
+            f"Logits {logits.shape} do not fit targets {targets.shape}; one row of logits each."
         )
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -65,7 +65,7 @@ def row_weight(batch: dict[str, Array], targets: Array) -> Array:
 def leaf(batch: dict[str, Array], name: str) -> Array:
     """A leaf of the batch, or an error that says which leaves there are."""
     if name not in batch:
-        raise ValueError(f"the batch has no leaf {name!r}; it has {sorted(batch)}")
+        raise ValueError(f"The batch has no leaf {name!r}; it has {sorted(batch)}.")
     return batch[name]
 
 

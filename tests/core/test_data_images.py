@@ -212,7 +212,7 @@ def test_npz_that_cannot_serve_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"file\.npz.*allow_pickle"):
         npz(path, {"label": "z"})
     np.savez(path, x=np.ones((3, 2)), y=np.ones(2))
-    with pytest.raises(ValueError, match=r"file\.npz: every leaf must have the same leading size"):
+    with pytest.raises(ValueError, match=r"file\.npz: Every leaf must have the same leading size"):
         npz(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"file\.npz \(100 bytes found\)"):
@@ -281,7 +281,7 @@ def test_hub_columns_become_leaves_and_owners():
 
 @pytest.mark.usefixtures("fake_datasets")
 def test_hub_errors_name_what_was_asked_for():
-    with pytest.raises(ValueError, match=r"cannot load data set 'other' .*no network"):
+    with pytest.raises(ValueError, match=r"Cannot load data set 'other' .*no network"):
         huggingface("other", columns={"label": "label"})
     with pytest.raises(ValueError, match=r"known has no column \['age'\]; it has"):
         huggingface("known", columns={"label": "age"})

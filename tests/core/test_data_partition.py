@@ -148,14 +148,14 @@ def test_match_labels_follows_each_clients_mix():
         (lambda: natural(np.array([0, 5]), 5), "keys must be below num_clients=5; got 5"),
         (lambda: holdout([], 1.0, seed=0), "fraction must be between 0 and 1; got 1.0"),
         (lambda: federate({}, []), "no leaf among the examples"),
-        (lambda: federate({"a": np.zeros(2)}, []), "the partition has no client"),
+        (lambda: federate({"a": np.zeros(2)}, []), "The partition has no client"),
         (
             lambda: federate({"a": np.zeros(2), "b": np.zeros((3, 1))}, [np.array([0])]),
             r"same leading size; got shapes \{'a': \(2,\), 'b': \(3, 1\)\}",
         ),
         (
             lambda: federate({"a": np.zeros(2)}, [np.array([0]), np.array([1, 2])]),
-            r"client 1: rows must be in 0\.\.1; got 1\.\.2",
+            r"Client 1: rows must be in 0\.\.1; got 1\.\.2",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_impossible_requests_say_what_is_possible(call, message):
 
 
 def test_rows_must_be_integers():
-    with pytest.raises(TypeError, match="client 0: rows must be integers; got dtype float64"):
+    with pytest.raises(TypeError, match="Client 0: rows must be integers; got dtype float64"):
         federate({"a": np.zeros(2)}, [np.array([0.0])])
 
 

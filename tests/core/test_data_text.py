@@ -108,7 +108,7 @@ def test_a_corpus_that_cannot_be_made_says_why():
     documents = documents_of({"a": 10})
     with pytest.raises(ValueError, match=r"num_clients must be in 1\.\.1; got 2"):
         corpus(documents, BYTES, length=8, num_clients=2)
-    with pytest.raises(ValueError, match="none of 0 documents is training text"):
+    with pytest.raises(ValueError, match="None of 0 documents is training text"):
         corpus([], BYTES, length=8)
     with pytest.raises(ValueError, match="length must be at least 1 token; got 0"):
         corpus(documents, BYTES, length=0)

@@ -51,7 +51,7 @@ def test_a_cut_student_comes_to_agree_with_its_parent():
 @pytest.mark.parametrize(
     ("examples", "changes", "message"),
     [
-        ({"tokens": np.zeros((0, 9), np.int32)}, {}, "no examples to distil on"),
+        ({"tokens": np.zeros((0, 9), np.int32)}, {}, "no examples to distill on"),
         ({"tokens": np.zeros((4, 9), np.int32)}, {"steps": 0}, "steps and batch_size must be"),
         ({"a": np.zeros(4), "b": np.zeros(3)}, {}, "same leading size"),
     ],

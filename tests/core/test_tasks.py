@@ -173,7 +173,7 @@ def test_classification_transforms_in_training_and_evaluation():
     [
         (lambda: masked_lm(V, V), rf"mask_id and special_ids must be in 0\.\.10; got \[{V}\]"),
         (lambda: masked_lm(0, V, rate=1.0), "rate must be between 0 and 1; got 1.0"),
-        (lambda: masked_lm(0, 2, [1]), "every id of the vocabulary is special"),
+        (lambda: masked_lm(0, 2, [1]), "Every id of the vocabulary is special"),
         (lambda: masked_lm(0, V).prepare({"tokens": tokens_of()}), "give prepare .* a key"),
         (
             lambda: causal_lm().prepare({"text": np.zeros(2)}),
@@ -181,13 +181,13 @@ def test_classification_transforms_in_training_and_evaluation():
         ),
         (
             lambda: causal_lm().loss(np.zeros((2, 4, V)), np.zeros((2, 5), int), 1.0),
-            r"logits \(2, 4, 11\) do not fit targets \(2, 5\)",
+            r"Logits \(2, 4, 11\) do not fit targets \(2, 5\)",
         ),
         (lambda: classification(1), "num_classes must be at least 2; got 1"),
         (lambda: classification(3, label_smoothing=1), r"label_smoothing must be in \[0, 1\)"),
         (
             lambda: classification(3).loss(np.zeros((2, V)), np.zeros(2, int), np.ones(2)),
-            "the model gives 11 logits; the task has 3 classes",
+            "The model gives 11 logits; the task has 3 classes",
         ),
     ],
 )

@@ -173,7 +173,7 @@ def test_wordpiece_tokens_have_their_bytes(tmp_path: Path):
 def test_what_cannot_be_opened_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer 'jaxfm-tests/no-such-model'"):
+    with pytest.raises(FileNotFoundError, match="No tokenizer 'jaxfm-tests/no-such-model'"):
         load_tokenizer("jaxfm-tests/no-such-model")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "nonsense"}))
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
