@@ -44,7 +44,7 @@ from jaxfm.data.noise import smooth_noise
 from jaxfm.data.partition import dirichlet
 from jaxfm.federated import (
     Algorithm,
-    Distil,
+    Distill,
     Local,
     Population,
     client_costs,
@@ -132,7 +132,7 @@ def contenders(
 ) -> dict[str, Callable[[], Contender]]:
     """By name, made when its turn comes."""
     local = Local(optax.sgd(rate, momentum=0.9), 20, 3)
-    distil = Distil(optax.adam(distil_rate), 100, 64)
+    distil = Distill(optax.adam(distil_rate), 100, 64)
     width = lambda *hidden: mlp((work.inputs, *hidden, 10))
     small, large, other = width(32), width(256), width(128, 64)
     one, two = np.zeros(work.num_clients, int), np.arange(work.num_clients) % 2
@@ -145,7 +145,7 @@ def contenders(
     def kemf(public, bits: int | None = None) -> Contender:
         algorithm = fed_kemf(small, [large, other], TASK, local, distil, vote=VOTE)
         if bits is not None:
-            algorithm = compressed(algorithm, quantised(bits, block=256), down=bits)
+            algorithm = with_compression(algorithm, quantised(bits, block=256), down=bits)
         return Contender(algorithm, small, two, public, True)
 
     def member(public) -> Contender:
@@ -201,7 +201,7 @@ def global_variables(contender: Contender, server, work: Work, seed: int) -> Var
     """The global model's; where only logits travel, those of a network that learned them."""
     if contender.algorithm.model is not None:
         return server.variables
-    distil, key = Distil(optax.adam(2e-3), 1000, 64), jax.random.key(seed)
+    distil, key = Distill(optax.adam(2e-3), 1000, 64), jax.random.key(seed)
     return learn(
         contender.start, server.variables, TASK, work.public, server.consensus, distil, key
     )[0]
@@ -213,7 +213,7 @@ def measure(
     """Mean accuracies over seeds, and the bytes of a round."""
     machines = profiles(work.num_clients)
     people = [Population(f, machines, contender.bucket) for f in federations]
-    engine = rounds(
+    engine = compile_rounds(
         contender.algorithm, people[0], cohort_size=work.num_clients // 2,
         public=contender.public,
     )  # fmt: skip

@@ -144,16 +144,16 @@ def published_bytes() -> dict[str, Any]:
         select = saliency(model_network(model, variables, jnp.zeros((1, 32, 32, 3))), {"macs": 0.6})
         made = {
             "fed_avg": fed_avg(model, TASK, local),
-            "fed_avg_4bit": compressed(fed_avg(model, TASK, local), quantised(4, block=256)),
-            "fed_avg_4bit_both": compressed(
+            "fed_avg_4bit": with_compression(fed_avg(model, TASK, local), quantised(4, block=256)),
+            "fed_avg_4bit_both": with_compression(
                 fed_avg(model, TASK, local), quantised(4, block=256), down=4
             ),
             "fed_nova": fed_nova(model, TASK, local),
             "scaffold": scaffold(model, TASK, local, num_clients=10),
             "spatl": spatl(model, TASK, local, select, num_clients=10, is_personal=head),
         }
-        made["spatl_topk8"] = compressed(made["spatl"], top_k(0.05, bits=8))
-        made["spatl_narrow"] = compressed(made["spatl"], quantised(8, block=256), down=8)
+        made["spatl_topk8"] = with_compression(made["spatl"], top_k(0.05, bits=8))
+        made["spatl_narrow"] = with_compression(made["spatl"], quantised(8, block=256), down=8)
         row = {}
         for other, algorithm in made.items():
             (cost,) = client_costs(algorithm, people, variables)

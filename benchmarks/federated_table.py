@@ -274,8 +274,8 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
     pruning = lambda *a, **kw: adp(work.network, *a, **gates, **kw).algorithm
     everything: dict[str, Make] = {
         "fed_avg": fed_avg,
-        "fed_avg_topk8": lambda *a: compressed(fed_avg(*a), top_k(0.1, bits=8)),
-        "fed_avg_4bit": lambda *a: compressed(fed_avg(*a), quantised(4, block=256)),
+        "fed_avg_topk8": lambda *a: with_compression(fed_avg(*a), top_k(0.1, bits=8)),
+        "fed_avg_4bit": lambda *a: with_compression(fed_avg(*a), quantised(4, block=256)),
         "fed_prox": lambda *a: fed_prox(*a, mu=0.01),
         "fed_adam": lambda *a: fed_adam(*a, learning_rate=0.01),
         "fed_nova": fed_nova,
@@ -286,17 +286,17 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "hetero_fl": lambda *a: hetero_fl(*a, work.tiers),
         "hetero_fl_scaled": lambda *a: hetero_fl(*a, work.tiers, scaler=True),
         "fed_rolex": lambda *a: fed_rolex(*a, work.tiers),
-        "raffm": lambda *a: raffm(*a, work.tiers, distil=0.5),
-        "raffm_low": lambda *a: raffm(*a, tiers_of(work.model, LOW_RATIOS), distil=0.5),
+        "raffm": lambda *a: raffm(*a, work.tiers, distill=0.5),
+        "raffm_low": lambda *a: raffm(*a, tiers_of(work.model, LOW_RATIOS), distill=0.5),
         "adp": pruning,
         "adp_federated": lambda *a: pruning(*a, gates="federated"),
         "spatl": lambda *a: shared(*a),
         "spatl_once": lambda *a: shared(*a, select_times=1),
-        "spatl_topk8": lambda *a: compressed(shared(*a), top_k(0.1, bits=8)),
-        "spatl_narrow": lambda *a: compressed(shared(*a), quantised(8, block=256), down=8),
-        "fed_avg_narrow": lambda *a: compressed(fed_avg(*a), quantised(8, block=256), down=8),
+        "spatl_topk8": lambda *a: with_compression(shared(*a), top_k(0.1, bits=8)),
+        "spatl_narrow": lambda *a: with_compression(shared(*a), quantised(8, block=256), down=8),
+        "fed_avg_narrow": lambda *a: with_compression(fed_avg(*a), quantised(8, block=256), down=8),
         "spatl_personal": lambda *a: personal(*a),
-        "spatl_personal_narrow": lambda *a: compressed(
+        "spatl_personal_narrow": lambda *a: with_compression(
             personal(*a), quantised(8, block=256), down=8
         ),
     }  # fmt: skip
@@ -334,7 +334,7 @@ def play(make: Make, name: str, rate: float, work: Work, config: Config, seeds: 
     algorithm = make(work.model, TASK, local)
     bucket = np.arange(clients) % len(algorithm.buckets)
     people = [Population(f, profiles(clients), bucket) for f in work.train]
-    engine = rounds(algorithm, people[0], cohort_size=cohort)
+    engine = compile_rounds(algorithm, people[0], cohort_size=cohort)
     own = client_metrics(algorithm, bucket, TASK, batch_size=64)
     personal, curves, ends, wire = name in PERSONAL, [], [], []
 

@@ -43,7 +43,8 @@ from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import Local, local_fit
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Model, Variables
 from jaxfm.models.families.cnn import cnn, mlp
 from jaxfm.parallel.mesh import make_mesh
@@ -124,7 +125,7 @@ def engine_of(work: Work, algorithm: Algorithm, devices: int = 1, width: int | N
     num_clients = len(work.federation.count)
     people = Population(work.federation, profiles(num_clients), np.zeros(num_clients, np.int32))
     mesh = make_mesh(clients=devices, devices=jax.devices()[:devices])
-    return rounds(algorithm, people, cohort_size=work.cohort_size, mesh=mesh, width=width)
+    return compile_rounds(algorithm, people, cohort_size=work.cohort_size, mesh=mesh, clients_at_once=width)
 
 
 def compare(work: Work, repeats: int) -> dict:

@@ -1,7 +1,9 @@
 """Training over clients whose data stay where they are.
 
-An algorithm is a factory of pure functions (`Algorithm`, `Bucket`); `rounds` compiles whole rounds
-of any of them over a device mesh; `client_costs` and `round_costs` count what they take.
+An algorithm is a factory of pure functions (`Algorithm`, `Bucket`); `compile_rounds` compiles whole
+rounds of any of them over a device mesh; `train` is a whole run; `client_costs` and `round_costs`
+count what it takes. The factories of all registered algorithms (`jaxfm.federated.registry`) are
+reached here by name: `jaxfm.federated.fed_avg`.
 """
 
 from jaxfm.federated.accounting.ledger import (
@@ -28,131 +30,162 @@ from jaxfm.federated.accounting.resources import (
     profiles,
     simulated,
 )
+
+# The contract, and what authors of algorithms build on.
 from jaxfm.federated.algorithm import (
     Algorithm,
     Bucket,
     ClientData,
+    Exact,
+    Info,
     Known,
     Mean,
     Profile,
+    Spent,
+    client_variables,
     mean,
     scaled,
+    weighted,
+    wire_bytes,
 )
-from jaxfm.federated.algorithms.adp import Adp, adp
-from jaxfm.federated.algorithms.fed_avg import fed_avg
-from jaxfm.federated.algorithms.fed_df import fed_df
-from jaxfm.federated.algorithms.fed_dp import fed_dp
-from jaxfm.federated.algorithms.fed_dyn import fed_dyn
-from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_paper
-from jaxfm.federated.algorithms.fed_md import fed_md
-from jaxfm.federated.algorithms.fed_nova import fed_nova
-from jaxfm.federated.algorithms.fed_opt import fed_adam, fed_avg_m, fed_opt, fed_yogi
-from jaxfm.federated.algorithms.fed_per import fed_per
-from jaxfm.federated.algorithms.fed_prox import fed_prox
-from jaxfm.federated.algorithms.fed_rolex import fed_rolex
-from jaxfm.federated.algorithms.hetero_fl import hetero_fl
-from jaxfm.federated.algorithms.lg_fed_avg import lg_fed_avg
-from jaxfm.federated.algorithms.raffm import prioritised, raffm, raffm_published
-from jaxfm.federated.algorithms.rafl import Rafl, held_search, rafl, rafl_published
-from jaxfm.federated.algorithms.scaffold import scaffold
-from jaxfm.federated.algorithms.spatl import client_model, nothing, spatl, transferred
+from jaxfm.federated.averaging import (
+    Movement,
+    averaging_bucket,
+    averaging_client,
+    difference,
+    moved,
+)
+
+# Runs.
+from jaxfm.federated.client import client_data, client_key, python_round, run_client
+from jaxfm.federated.cohort import Cohort, RoundInfo, Status, draw
 from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.federated.partition import either, head, norms, outside, statistics, under
+
+# Partitions of the parameter tree.
+from jaxfm.federated.partition import (
+    check_partition,
+    either,
+    head,
+    norms,
+    nothing,
+    outside,
+    statistics,
+    under,
+)
+
+# Parts that several algorithms take.
+from jaxfm.federated.parts.channel_gates import Gates, channel_gates
 from jaxfm.federated.parts.channel_selection import Select, agent, everything, saliency
 from jaxfm.federated.parts.ensemble import (
-    Distil,
+    Distill,
     Vote,
     coverage_vote,
     entropy_vote,
     max_vote,
     mean_vote,
 )
-from jaxfm.federated.rounds import Population, Rounds, RunState, draw, rounds
-from jaxfm.federated.wrappers.compress import compressed, quantised, top_k
+from jaxfm.federated.placement import Placement, place, wanted_steps
+from jaxfm.federated.population import Population
+from jaxfm.federated.registry import Setting, entries, register
+from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
+from jaxfm.federated.run import TrainedRun, train
+from jaxfm.federated.slices import slice_bucket
+from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 
 __all__ = [
     "DEVICES",
-    "Adp",
     "Algorithm",
     "Bucket",
     "ClientCost",
     "ClientData",
+    "Cohort",
     "Device",
-    "Distil",
+    "Distill",
+    "Exact",
+    "Gates",
+    "Info",
     "Known",
     "Local",
     "Mean",
+    "Movement",
+    "Placement",
     "Plan",
     "Population",
     "Profile",
-    "Rafl",
+    "RoundInfo",
     "Rounds",
     "RunState",
     "Select",
+    "Setting",
+    "Spent",
+    "Status",
+    "TrainedRun",
     "Vote",
     "Work",
-    "adp",
     "agent",
     "assign",
+    "averaging_bucket",
+    "averaging_client",
+    "channel_gates",
+    "check_partition",
     "client_costs",
+    "client_data",
+    "client_key",
     "client_metrics",
-    "client_model",
+    "client_variables",
     "client_work",
-    "compressed",
+    "compile_rounds",
     "coverage_vote",
+    "difference",
     "draw",
     "either",
+    "entries",
     "entropy_vote",
     "everything",
-    "fed_adam",
-    "fed_avg",
-    "fed_avg_m",
-    "fed_df",
-    "fed_dp",
-    "fed_dyn",
-    "fed_kemf",
-    "fed_kemf_paper",
-    "fed_md",
-    "fed_nova",
-    "fed_opt",
-    "fed_per",
-    "fed_prox",
-    "fed_rolex",
-    "fed_yogi",
     "fleet",
     "fleet_profiles",
     "global_metrics",
     "head",
-    "held_search",
-    "hetero_fl",
-    "lg_fed_avg",
     "local_fit",
     "max_vote",
     "mean",
     "mean_vote",
+    "moved",
     "norms",
     "nothing",
     "objective",
     "outside",
+    "place",
     "plan",
-    "prioritised",
     "profiles",
+    "python_round",
     "quantised",
-    "raffm",
-    "raffm_published",
-    "rafl",
-    "rafl_published",
+    "register",
     "round_costs",
-    "rounds",
+    "run_client",
     "saliency",
-    "scaffold",
     "scaled",
     "simulated",
-    "spatl",
+    "slice_bucket",
     "statistics",
     "three_metrics",
     "top_k",
-    "transferred",
+    "train",
     "under",
+    "wanted_steps",
+    "weighted",
+    "wire_bytes",
+    "with_compression",
     "worst_decile",
 ]
+
+
+def __getattr__(name: str):
+    known = {} if name.startswith("_") else entries()
+    if name not in known:
+        raise AttributeError(f"module 'jaxfm.federated' has no attribute {name!r}")
+    return known[name].factory
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *entries()])

@@ -1,6 +1,6 @@
 """The contract of a federated algorithm: pure functions, hyper-parameters in the closure.
 
-A server broadcasts, clients train, sums come back:
+One round: the server sends, clients train, and what they upload is added up.
 
     download = bucket.send(server, public)
     upload, memory, info = bucket.client(download, memory, data, profile, key)    # many clients
@@ -8,33 +8,60 @@ A server broadcasts, clients train, sums come back:
     totals = sum of bucket.lift(server, sums) over buckets
     server, info = algorithm.server(server, totals, public, key)
 
-What is added up is a pytree of *sums* (numerators and denominators: `Mean`), so that one all-reduce
-aggregates and secure aggregation stays possible; narrow dtypes are summed in 32 bits. Clients of
-one shape form a bucket, with one compiled program; buckets may hold slices of one network or
-different architectures, as long as `lift` brings their sums to the same coordinates. A complete
-algorithm, federated averaging of one number:
+Received uploads are pytrees of *sums* (numerators and denominators, see `Mean`), so that one
+all-reduce aggregates them and secure aggregation stays possible; narrow dtypes are summed in 32
+bits. An aggregation that is not a sum, such as a median, asks for the uploads stacked
+(`Bucket.combine`). Clients of one shape form a bucket, which is one compiled program; buckets may
+hold slices of one network or different architectures, as long as `lift` brings their sums to the
+same coordinates.
 
->>> import jax.numpy as jnp
+A complete algorithm, the mean of all clients' numbers:
+
+>>> from typing import NamedTuple
+>>> import jax, jax.numpy as jnp, numpy as np
+>>> from jaxfm.data.federation import federate
+>>> from jaxfm.federated import Population, compile_rounds, profiles
+>>> from jaxfm.model import Variables
+>>> class State(NamedTuple):
+...     variables: Variables
 >>> def client(download, memory, data, profile, key):
-...     n = data.count.astype(jnp.float32)
-...     own = data.examples["x"][data.index].mean()
-...     return Mean(n * (own - download), n), memory, {}
->>> toy = Algorithm(
-...     init=lambda variables: variables,
-...     buckets=(Bucket(model=None, send=lambda server, public: server, client=client),),
-...     server=lambda server, totals, public, key: (server + mean(totals), {}),
-... )
+...     real = (jnp.arange(data.index.shape[0]) < data.count).astype(jnp.float32)
+...     x, n = data.examples["x"][data.index], data.count.astype(jnp.float32)
+...     gap = (x - download) * real  # rows past `count` only fill the table
+...     upload = weighted(n, gap.sum() / jnp.maximum(n, 1))
+...     info = Info(Spent(steps=jnp.ones(())), examples=n, loss_total=gap @ gap, loss_count=n)
+...     return upload, memory, info
+>>> def server(state, totals, public, key):
+...     x = state.variables.params["x"] + mean(totals)
+...     return State(state.variables._replace(params={"x": x})), {}
+>>> send = lambda state, public: state.variables.params["x"]
+>>> toy = Algorithm(init=State, buckets=(Bucket(None, send, client),), server=server)
+
+Three clients of unequal size hold the numbers 1 to 6:
+
+>>> rows = [np.array([0]), np.array([1, 2]), np.array([3, 4, 5])]
+>>> data = federate({"x": np.arange(1.0, 7.0, dtype=np.float32)}, rows)
+>>> people = Population(data, profiles(3), bucket=np.zeros(3, np.int32))
+>>> engine = compile_rounds(toy, people, cohort_size=3)
+>>> zero = Variables({"x": jnp.zeros(())}, {}, {})
+>>> state, info = engine.run(engine.init(zero, jax.random.key(0)))
+>>> float(state.server.variables.params["x"])
+3.5
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfm.model import Array, Key, Model, PyTree, Variables
+
+# Of the path of a leaf, ("classifier", "bias"): whether it stays with the clients.
+IsPersonal = Callable[[tuple[str, ...]], bool]
 
 
 class Profile(NamedTuple):
@@ -61,16 +88,16 @@ class ClientData(NamedTuple):
       examples: leaves [N, ...].
       index: i32[M], the client's rows; padded.
       count: i32[], how many of them are real; 0 for an empty or absent client.
-      held_index, held_count: the same of rows that the client holds back from training, to select
-        by; None where the population holds none back.
+      validation_index, validation_count: the same for the rows that the client holds back from
+        training and may select by; None where the population holds none back.
     """
 
     examples: Mapping[str, Array]
     # These two names hide methods of tuple that nobody needs here.
     index: Array  # type: ignore[assignment]
     count: Array  # type: ignore[assignment]
-    held_index: Array | None = None
-    held_count: Array | None = None
+    validation_index: Array | None = None
+    validation_count: Array | None = None
 
 
 class Mean(NamedTuple):
@@ -79,7 +106,7 @@ class Mean(NamedTuple):
     Attributes:
       num: a tree, the sum of weight * value.
       den: the sum of weights: f32[], or a tree like num where coordinates have weights of their
-        own (coverage).
+        own (coverage). In an upload it is `Exact`.
     """
 
     num: PyTree
@@ -87,7 +114,7 @@ class Mean(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A part of a download that its clients have already (public data): the ledger counts nothing.
+    """A part of a download that clients already have (public data, say): it costs no bytes.
 
     Attributes:
       value: what they have.
@@ -96,16 +123,73 @@ class Known(NamedTuple):
     value: PyTree
 
 
+class Exact(NamedTuple):
+    """A part of an upload or download that no wrapper may round or leave out.
+
+    Weights that are divided by, and statistics such as variances, which rounding or a late update
+    may make zero or negative.
+
+    Attributes:
+      value: a tree that travels as it is.
+    """
+
+    value: PyTree
+
+
+def exact(part: Any) -> Any:
+    """The tree without its `Exact` markers."""
+    is_exact = lambda x: isinstance(x, Exact)
+    return jax.tree.map(lambda x: x.value if is_exact(x) else x, part, is_leaf=is_exact)
+
+
+class Spent(NamedTuple):
+    """The work of a client in one round, which counts though its update may be left out.
+
+    Attributes:
+      steps: f32[], local steps.
+      flops: f32[], operations of the whole call, where they depend on the data; None: the ledger
+        counts them by steps.
+      bytes_up: f32[], bytes of the upload, where they depend on the data; None: the ledger counts
+        them by shape.
+    """
+
+    steps: Array
+    flops: Array | None = None
+    bytes_up: Array | None = None
+
+
+class Info(NamedTuple):
+    """What one client reports of a round, for logs and for the ledger; `local_fit` makes one.
+
+    Attributes:
+      spent: its work.
+      examples: f32[], rows it trained on.
+      loss_total, loss_count: f32[]; total / count is its mean training loss.
+      extra: f32[] by name, an algorithm's own figures; they are summed over clients.
+    """
+
+    spent: Spent
+    examples: Array
+    loss_total: Array
+    loss_count: Array
+    extra: Mapping[str, Array] | None = None
+
+    def measured(self, **spent: Array) -> Info:
+        """The report with `flops` or `bytes_up` as the client itself measured them."""
+        return self._replace(spent=self.spent._replace(**spent))
+
+
 def mean(sums: Mean) -> PyTree:
-    """num / den, and zero where den is zero: a coordinate nobody covered does not move."""
+    """num / den, and zero where den is zero: a coordinate that nobody covered does not move."""
 
     def ratio(num, den):
         den = den.astype(num.dtype)
         return jnp.where(den > 0, num / jnp.where(den > 0, den, 1), 0)
 
-    if jax.tree_util.all_leaves([sums.den]):
-        return jax.tree.map(lambda num: ratio(num, sums.den), sums.num)
-    return jax.tree.map(ratio, sums.num, sums.den)
+    den = sums.den.value if isinstance(sums.den, Exact) else sums.den
+    if jax.tree_util.all_leaves([den]):
+        return jax.tree.map(lambda num: ratio(num, den), sums.num)
+    return jax.tree.map(ratio, sums.num, den)
 
 
 def scaled(weight: Array, tree: PyTree) -> PyTree:
@@ -119,36 +203,63 @@ def scaled(weight: Array, tree: PyTree) -> PyTree:
     return jax.tree.map(times, tree)
 
 
+def weighted(weight: Array, tree: PyTree) -> Mean:
+    """One client's summand of a weighted mean: weight * tree over the weight f32[]."""
+    return Mean(scaled(weight, tree), Exact(weight))
+
+
+def anybody(weights: PyTree) -> Array:
+    """bool[]: whether any of the summed weights is positive, that is, whether anybody reported."""
+    return jnp.array([(weight > 0).any() for weight in jax.tree.leaves(weights)]).any()
+
+
+def _global_variables(server: Any) -> Variables:
+    return server.variables
+
+
 class Bucket(NamedTuple):
     """Clients that run the same program.
 
     Attributes:
-      model: what these clients train; its `apply` evaluates `personal`.
+      model: what these clients train; its `apply` evaluates their variables.
       send: `(server_state, public) -> download`: all that a client gets to see.
       client: `(download, memory, data: ClientData, profile: Profile, key)
-        -> (upload, memory, info)`. `upload` is a tree of sums, weights included. `info` is a dict
-        of f32 scalars, summed over clients; "bytes_up" in it replaces the size of the upload in
-        the ledger (for uploads whose length depends on the data), "flops" the operations of the
-        whole call. Every client reports "steps", "loss_total" and "loss_count" (`local_fit` does),
-        for the ledger and for logs.
+        -> (upload, memory, info: Info)`. `upload` is a tree of sums, weights included.
       init_client: `(download, data, profile, key) -> memory`: what a client keeps between rounds.
-      receive: `(server_state, public, upload) -> sums`: what the server makes of one upload before
-        it is added up (decompression, scattering, predictions on public data). The ledger counts
-        the upload, its length in bytes by shape.
-      lift: `(server_state, sum of what was received) -> sum in the coordinates of all buckets`.
-      personal: `(server_state, memory) -> Variables` with which such a client predicts.
+      receive: `(server_state, public, upload) -> received`: what the server makes of one upload
+        before it is added up (decompression, scattering, predictions on public data). The ledger
+        counts the upload, in bytes by shape.
+      combine: `(server_state, received, counted bool[n]) -> sums`, of the received uploads of n
+        clients stacked along a leading axis, of which only those that are `counted` are valid;
+        None: they are added up, and never stand side by side in memory.
+      lift: `(server_state, sums) -> sums in the coordinates of all buckets`.
+      shared: `(server_state) -> Variables` that all clients of the bucket predict with.
+      personal: `(server_state, memory) -> Variables` that one client predicts with; None: clients
+        have no models of their own, and `shared` is what they predict with.
       travels: `(upload) -> tree like it of f32[]`: the share of each leaf's bytes that a wire
         needs, where a mask in the upload leaves some out; None: all of it.
+      sends_predictions: the upload holds predictions, in which small entries matter as much as
+        large ones, and not movements, whose rest may be sent later.
     """
 
     model: Model | None
     send: Callable[[PyTree, PyTree], PyTree]
-    client: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
+    client: Callable[..., tuple[PyTree, PyTree, Info]]
     init_client: Callable[..., PyTree] = lambda download, data, profile, key: ()
     receive: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda server, public, upload: upload
+    combine: Callable[[PyTree, PyTree, Array], PyTree] | None = None
     lift: Callable[[PyTree, PyTree], PyTree] = lambda server, sums: sums
-    personal: Callable[[PyTree, PyTree], Variables] = lambda server, memory: server.variables
+    shared: Callable[[PyTree], Variables] = _global_variables
+    personal: Callable[[PyTree, PyTree], Variables] | None = None
     travels: Callable[[PyTree], PyTree] | None = None
+    sends_predictions: bool = False
+
+
+def client_variables(bucket: Bucket, server: PyTree, memory: PyTree) -> Variables:
+    """The variables that a client with this memory predicts with."""
+    if bucket.personal is None:
+        return bucket.shared(server)
+    return bucket.personal(server, memory)
 
 
 def wire_bytes(upload: PyTree, shares: PyTree) -> Array:
@@ -163,12 +274,20 @@ class Algorithm(NamedTuple):
     Attributes:
       init: `(variables) -> server_state`, a NamedTuple with a field `variables`: the global model.
       buckets: the kinds of client, one compiled program each.
-      server: `(server_state, totals, public, key) -> (server_state, info)`, with `totals` the sum
-        of all lifted uploads; all zeros when nobody took part.
-      model: the network of the global model, to evaluate it by.
+      server: `(server_state, totals, public, key) -> (server_state, figures)`, with `totals` the
+        sum of all lifted uploads, all zeros when nobody took part, and `figures` f32[] by name.
+      model: the network of the global model, to evaluate it by; its `init` is where a run starts.
+        None: there is no global model.
+      is_personal: which leaves of the model stay with the clients; None: none does.
+      needs_public: whether rounds cannot run without public data.
+      assignment: i32[C], the bucket of each client, where the algorithm itself has planned it;
+        None: any client may be in any bucket.
     """
 
     init: Callable[[Variables], PyTree]
     buckets: tuple[Bucket, ...]
     server: Callable[[PyTree, PyTree, PyTree, Key], tuple[PyTree, dict[str, Array]]]
     model: Model | None = None
+    is_personal: IsPersonal | None = None
+    needs_public: bool = False
+    assignment: np.ndarray | None = None

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.algorithm import ClientData, Info, Spent
 from jaxfm.model import Array, Key, Model, PyTree, Variables
-from jaxfm.tasks import Task
+from jaxfm.optimizer import apply_gradients
+from jaxfm.tasks import Task, prepare_weighted
+
+UNLIMITED_STEPS = 2**30  # a `max_steps` that no client reaches
 
 
 class Local(NamedTuple):
@@ -44,8 +47,7 @@ def objective(model: Model, task: Task) -> Objective:
     """The task's mean loss over the real rows of a batch."""
 
     def loss(params, variables: Variables, batch, real: Array, key: Key):
-        inputs, targets, weight = task.prepare(batch, key)
-        weight = weight * lax.expand_dims(real, range(1, weight.ndim))
+        inputs, targets, weight = prepare_weighted(task, batch, real, key)
         output, stats = model.apply(variables._replace(params=params), inputs, train=True, key=key)
         total, count = task.loss(output, targets, weight)
         return total / jnp.where(count > 0, count, 1), (stats, total, count)
@@ -61,10 +63,10 @@ class _Carry(NamedTuple):
 
 
 def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) -> Callable:
-    """Returns `fit(variables, data, max_steps, key) -> (variables, info)`.
+    """Returns `fit(variables, data, max_steps, key) -> (variables, info: Info)`.
 
-    `info` holds sums: "loss_total" and "loss_count" over all batches, "steps", "examples" (rows of
-    the client). Numbers of steps and examples are arrays: they never recompile. Under `vmap` all
+    Only `variables.params` are trained; frozen parameters are in no gradient and no optimizer
+    state. Numbers of steps and examples are arrays, so they never recompile. Under `vmap` all
     clients run as many steps as the longest, and those that are done keep their values.
 
     Raises:
@@ -89,9 +91,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
                 params, carry.variables, batch, real, jax.random.fold_in(key, i)
             )
             grads = grads if grad_hook is None else grad_hook(grads, params)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-                updates, opt_state = local.optimizer.update(grads, carry.opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params, opt_state = apply_gradients(local.optimizer, grads, carry.opt_state, params)
             variables = carry.variables._replace(params=params, stats=stats)
             return _Carry(variables, opt_state, carry.total + total, carry.count + count)
 
@@ -108,13 +108,9 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
         else:  # as many as there is time for
             epochs = jnp.clip(-(-max_steps // jnp.maximum(steps_per_epoch, 1)), 0, local.epochs)
             carry = lax.fori_loop(0, epochs, epoch, carry)
-        info = {
-            "loss_total": carry.total,
-            "loss_count": carry.count,
-            "steps": jnp.minimum(max_steps, local.epochs * steps_per_epoch).astype(jnp.float32),
-            "examples": data.count.astype(jnp.float32),
-        }
-        return carry.variables, info
+        steps = jnp.minimum(max_steps, local.epochs * steps_per_epoch).astype(jnp.float32)
+        examples = data.count.astype(jnp.float32)
+        return carry.variables, Info(Spent(steps), examples, carry.total, carry.count)
 
     return fit
 

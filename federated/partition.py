@@ -1,25 +1,20 @@
 """Which part of the parameter tree is shared, and which never leaves its owner.
 
-A partition is a predicate of paths: `is_personal(("classifier", "bias"))`. The two parts of a tree
-are trees with the same names and without each other's branches; `join_tree` puts them together.
+A partition is a predicate of paths: `is_personal(("classifier", "bias"))`.
 
+>>> from jaxfm.trees import split_tree
 >>> shared, personal = split_tree({"stem": {"kernel": 1}, "head": {"bias": 2}}, head)
 >>> shared, personal
 ({'stem': {'kernel': 1}}, {'head': {'bias': 2}})
->>> join_tree(shared, personal) == {"stem": {"kernel": 1}, "head": {"bias": 2}}
-True
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import jax
 
-from jaxfm.model import Model, PyTree, Variables
-
-Path = tuple[str, ...]
-IsPersonal = Callable[[Path], bool]
+from jaxfm.federated.algorithm import IsPersonal
+from jaxfm.model import Model, Variables
+from jaxfm.trees import Path, join_tree, split_tree
 
 _HEADS = ("head", "classifier")
 
@@ -44,6 +39,11 @@ def either(*predicates: IsPersonal) -> IsPersonal:
     return lambda path: any(predicate(path) for predicate in predicates)
 
 
+def nothing(path: Path) -> bool:
+    """No leaf: the partition without a personal part."""
+    return False
+
+
 def under(*names: str) -> IsPersonal:
     """All that stands under one of these names at the top of the tree: `under("dense2")`."""
     return lambda path: path[0] in names
@@ -54,64 +54,19 @@ def outside(predicate: IsPersonal) -> IsPersonal:
     return lambda path: not predicate(path)
 
 
-def split_tree(tree: PyTree, is_personal: IsPersonal) -> tuple[PyTree, PyTree]:
-    """(shared, personal): the leaves of nested dicts by their paths, empty branches left out.
-
-    Args:
-      tree: nested dicts with string keys; a leaf is what is not a dict.
-      is_personal: of the path of a leaf.
-    """
-
-    def part(node: Mapping, path: Path, wanted: bool) -> dict:
-        out = {}
-        for name, value in node.items():
-            here = (*path, name)
-            if isinstance(value, Mapping):
-                below = part(value, here, wanted)
-                if below:
-                    out[name] = below
-            elif is_personal(here) == wanted:
-                out[name] = value
-        return out
-
-    return part(tree, (), False), part(tree, (), True)
-
-
-def join_tree(shared: PyTree, personal: PyTree) -> PyTree:
-    """The inverse of `split_tree`.
-
-    Raises:
-      ValueError: both parts have the same leaf.
-    """
-
-    def join(a: Mapping, b: Mapping, path: Path) -> dict:
-        out = dict(a)
-        for name, value in b.items():
-            here = (*path, name)
-            if name not in a:
-                out[name] = value
-            elif isinstance(value, Mapping) and isinstance(a[name], Mapping):
-                out[name] = join(a[name], value, here)
-            else:
-                raise ValueError(f"Both parts have {'.'.join(here)!r}: a leaf has one place.")
-        return out
-
-    return join(shared, personal, ())
-
-
 def split_variables(variables: Variables, is_personal: IsPersonal) -> tuple[Variables, Variables]:
-    """(shared, personal) of parameters and statistics; `live`, structure, stays with shared."""
+    """(shared, personal) of parameters and statistics; all else stays with the shared part."""
     params = split_tree(variables.params, is_personal)
     stats = split_tree(variables.stats, is_personal)
-    return Variables(params[0], stats[0], variables.live), Variables(params[1], stats[1], {})
+    shared = variables._replace(params=params[0], stats=stats[0])
+    return shared, Variables(params[1], stats[1], {})
 
 
 def join_variables(shared: Variables, personal: Variables) -> Variables:
     """The inverse of `split_variables`."""
-    return Variables(
-        join_tree(shared.params, personal.params),
-        join_tree(shared.stats, personal.stats),
-        shared.live,
+    return shared._replace(
+        params=join_tree(shared.params, personal.params),
+        stats=join_tree(shared.stats, personal.stats),
     )
 
 

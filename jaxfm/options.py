@@ -22,7 +22,7 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxfm.config import check, section
@@ -103,10 +103,27 @@ def options_config(
     Raises:
       ValueError: `skip` or `defaults` has a name that is not an option's.
     """
-    options = options_of(function, skip)
+    doc = (inspect.getdoc(_inner(function)) or f"Options of {_name(function)}.").splitlines()[0]
+    return config_of(name or _name(function), options_of(function, skip), doc, defaults)
+
+
+def config_of(
+    name: str, options: Iterable[Option], doc: str, defaults: Mapping[str, Any] = {}
+) -> type:
+    """A frozen config class with a field for each of some options; see `options_config`.
+
+    Args:
+      name: of the class.
+      options: of one function, or of several.
+      doc: one sentence that --help shows over them.
+      defaults: values that replace the functions' defaults.
+    Raises:
+      ValueError: `defaults` has a name that is not an option's.
+    """
+    options = list(options)
     unknown = sorted(set(defaults) - {option.name for option in options})
     if unknown:
-        raise ValueError(f"{_name(function)} has no option {unknown[0]!r} to set a default of.")
+        raise ValueError(f"{name} has no option {unknown[0]!r} to set a default of.")
     fields: list[tuple[str, Any, dataclasses.Field]] = []
     for option in options:
         default = defaults.get(option.name, option.default)
@@ -119,11 +136,8 @@ def options_config(
                 metadata={"help": option.help, "required": required},
             ),
         ))  # fmt: skip
-    doc = (inspect.getdoc(_inner(function)) or f"Options of {_name(function)}.").splitlines()[0]
-    namespace = {"__doc__": doc, "__post_init__": check, "__module__": _inner(function).__module__}
-    return dataclasses.make_dataclass(
-        name or _name(function), fields, frozen=True, namespace=namespace
-    )
+    namespace = {"__doc__": doc, "__post_init__": check, "__module__": __name__}
+    return dataclasses.make_dataclass(name, fields, frozen=True, namespace=namespace)
 
 
 def with_options(choice: str | tuple[str, ...], configs: Mapping[str, type]) -> Callable[[C], C]:

@@ -6,7 +6,6 @@ costs are those times who took part, as the round itself reports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.cost import count_flops, loop_bytes, loop_flops, num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known
-from jaxfm.federated.rounds import Population
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, client_variables
+from jaxfm.federated.cohort import RoundInfo, Status
+from jaxfm.federated.population import Population
 from jaxfm.model import PyTree, Variables, count_parameters
 
 
@@ -29,6 +29,7 @@ class ClientCost(NamedTuple):
         and one gradient; activations come on top.
       flops_per_step: of one local step.
       flops_per_round: beside them, once a round: a search, predictions on public data.
+      bytes_once: of frozen parameters, which only a client's first download holds.
     """
 
     bytes_down: int
@@ -37,6 +38,7 @@ class ClientCost(NamedTuple):
     memory_bytes: int
     flops_per_step: int
     flops_per_round: int = 0
+    bytes_once: int = 0
 
 
 class Work(NamedTuple):
@@ -82,9 +84,9 @@ def client_shapes(
     profile = jax.tree.map(lambda x: shape((), jnp.asarray(x).dtype), population.profiles)
     key = jax.eval_shape(lambda: jax.random.key(0))
     download = jax.eval_shape(bucket.send, server, public)
-    if population.held is not None:
-        rows = shape(population.held.index.shape[1:], jnp.int32)
-        data = data._replace(held_index=rows, held_count=data.count)
+    if population.local_validation is not None:
+        rows = shape(population.local_validation.index.shape[1:], jnp.int32)
+        data = data._replace(validation_index=rows, validation_count=data.count)
     memory = jax.eval_shape(bucket.init_client, download, data, profile, key)
     return download, memory, data, profile, key
 
@@ -93,92 +95,118 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
     args = client_shapes(bucket, population, server, public)
     download, memory = args[:2]
     upload, _, _ = jax.eval_shape(bucket.client, *args)
-    personal = jax.eval_shape(bucket.personal, server, memory)
+    own = jax.eval_shape(lambda s, m: client_variables(bucket, s, m), server, memory)
+    structure = (own.live, own.frozen, own.masks)
     a_step = loop_flops(bucket.client, *args)
-    sent = jax.tree.map(_travels, download, is_leaf=lambda x: isinstance(x, Variables | Known))
+    is_part = lambda x: isinstance(x, Variables | Known)
+    parts = jax.tree.leaves(download, is_leaf=is_part)
+    sent = jax.tree.map(_travels, download, is_leaf=is_part)
     return ClientCost(
         bytes_down=num_bytes(sent),
         bytes_up=num_bytes(upload),
-        parameters=count_parameters(personal.params),
-        memory_bytes=loop_bytes(bucket.client, *args) + num_bytes((personal.params, personal.live)),
+        parameters=count_parameters(own.params),
+        memory_bytes=loop_bytes(bucket.client, *args) + num_bytes((own.params, structure)),
         flops_per_step=a_step,
         flops_per_round=count_flops(bucket.client, *args) - a_step,
+        bytes_once=num_bytes([part.frozen for part in parts if isinstance(part, Variables)]),
     )
 
 
 def _travels(part: Any) -> Any:
-    """What of a part of a download goes over the wire."""
+    """What of a part of a download goes over the wire in every round."""
     if isinstance(part, Known):
         return ()
-    # Which channels are live is structure, known to both sides.
+    # Masks are structure, known to both sides; frozen parameters are sent once.
     return (part.params, part.stats) if isinstance(part, Variables) else part
 
 
-def round_costs(costs: tuple[ClientCost, ...], info: Mapping) -> dict[str, float]:
+def round_costs(
+    costs: tuple[ClientCost, ...], info: RoundInfo, first: np.ndarray | None = None
+) -> dict[str, float]:
     """Bytes and operations of the rounds that `info` (of `Rounds.run`) reports, summed.
 
     Whoever was selected got the download; whoever reported, with a finite update or not, sent an
-    upload. A bucket that reports "bytes_up" or "flops" of its own is believed.
+    upload. Values that a bucket reports (`Spent`) take precedence.
 
+    Args:
+      costs: by bucket.
+      info: of any number of rounds.
+      first: f64[buckets], clients that got their first download; None: frozen parameters are not
+        counted.
     Returns:
       "bytes_down", "bytes_up", "flops": of all clients together.
     """
-    return {name: float(part.sum()) for name, part in _spent(costs, info)._asdict().items()}
+    totals = {name: float(part.sum()) for name, part in _spent(costs, info)._asdict().items()}
+    if first is not None:
+        totals["bytes_down"] += float(first @ np.array([cost.bytes_once for cost in costs]))
+    return totals
 
 
-def _spent(costs: tuple[ClientCost, ...], info: Mapping) -> Work:
+def first_downloads(
+    info: RoundInfo, bucket: np.ndarray, served: np.ndarray, num_buckets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts the clients that were drawn for the first time.
+
+    Args:
+      info: of any number of rounds.
+      bucket: i32[C].
+      served: bool[C], who was drawn in earlier rounds.
+    Returns:
+      f64[buckets], those clients by bucket, for `round_costs`, and the new `served`.
+    """
+    drawn = np.unique(np.asarray(info.cohort.client))
+    new = drawn[~served[drawn]]
+    now = served.copy()
+    now[new] = True
+    return np.bincount(np.asarray(bucket)[new], minlength=num_buckets).astype(np.float64), now
+
+
+def _spent(costs: tuple[ClientCost, ...], info: RoundInfo) -> Work:
     """What the clients of each bucket did together, f64[buckets]."""
-    per_bucket = lambda name: np.asarray(info[name], np.float64).reshape(-1, len(costs)).sum(0)
-    selected = per_bucket("selected")
-    reported = per_bucket("clients") + per_bucket("non_finite")
-    own = lambda name: per_bucket(name) if name in info else np.zeros(len(costs))
-    up = np.where(own("bytes_up") > 0, own("bytes_up"), reported * [c.bytes_up for c in costs])
-    flops = own("steps") * [cost.flops_per_step for cost in costs]
+    per_bucket = lambda x: np.asarray(x, np.float64).reshape(-1, len(costs)).sum(0)
+    selected, measured = per_bucket(info.selected), jax.tree.map(per_bucket, info.spent)
+    reported = per_bucket(info.counted) + per_bucket(info.non_finite)
+    flops = measured.steps * [cost.flops_per_step for cost in costs]
     flops = flops + reported * [cost.flops_per_round for cost in costs]
+    sent = reported * [cost.bytes_up for cost in costs]
     return Work(
         bytes_down=selected * [cost.bytes_down for cost in costs],
-        flops=np.where(own("flops") > 0, own("flops"), flops),
-        bytes_up=up,
+        flops=np.where(measured.flops > 0, measured.flops, flops),
+        bytes_up=np.where(measured.bytes_up > 0, measured.bytes_up, sent),
     )
 
 
-def client_work(
-    costs: tuple[ClientCost, ...],
-    bucket: np.ndarray,
-    steps: np.ndarray,
-    drawn: np.ndarray,
-    reports: np.ndarray,
-    info: Mapping,
-) -> Work:
-    """Deals what `round_costs` says of one round out to the clients of each bucket.
+def client_work(costs: tuple[ClientCost, ...], bucket: np.ndarray, info: RoundInfo) -> Work:
+    """Deals what `round_costs` says of one round out to its clients.
 
-    Operations go by local steps, those of `flops_per_round` and uploads evenly; whoever fails has
-    downloaded in vain. The sums over clients are those of `round_costs`.
+    Operations go by local steps, those of `flops_per_round` and uploads evenly; a client that fails
+    has downloaded in vain. The sums over clients are those of `round_costs`.
 
     Args:
+      costs: by bucket.
       bucket: i32[C].
-      steps: i32[C], local steps of a client in a round; 0 without data.
-      drawn, reports: of `rounds.draw`.
       info: of one round.
     Raises:
       ValueError: the rounds of `info` are several.
     """
-    shape = np.shape(info["selected"])
-    if int(np.prod(shape)) != len(costs):
+    if np.size(info.selected) != len(costs):
         raise ValueError(
-            f"info['selected'] has shape {shape}; give one round of {len(costs)} buckets at a time."
+            f"info.selected has shape {np.shape(info.selected)}; give one round of {len(costs)} "
+            "buckets at a time."
         )
-    bucket, steps = np.asarray(bucket), np.asarray(steps, np.float64)
-    is_drawn = np.zeros(len(bucket), bool)
-    is_drawn[np.asarray(drawn)] = True
-    present = is_drawn & np.asarray(reports) & (steps > 0)
+    bucket = np.asarray(bucket)
+    column = lambda x: np.asarray(x).reshape(-1)
+    drawn, status, steps = map(column, info.cohort[:3])
     spent, work = _spent(costs, info), Work(*np.zeros((3, len(bucket))))
+    measured = column(info.spent.flops) > 0
     for b, cost in enumerate(costs):
-        took = present & (bucket == b)
-        work.bytes_down[is_drawn & (bucket == b)] = cost.bytes_down
-        if took.any():
-            each = 0 if "flops" in info else cost.flops_per_round
-            by_step = spent.flops[b] - each * took.sum()
-            work.flops[took] = by_step * steps[took] / steps[took].sum() + each
-            work.bytes_up[took] = spent.bytes_up[b] / took.sum()
+        mine = bucket[drawn] == b
+        work.bytes_down[drawn[mine]] = cost.bytes_down
+        worked = mine & (status != Status.ABSENT)
+        if worked.any():
+            each = 0 if measured[b] else cost.flops_per_round
+            by_step = spent.flops[b] - each * worked.sum()
+            share = steps[worked] / max(steps[worked].sum(), 1e-30)
+            work.flops[drawn[worked]] = by_step * share + each
+            work.bytes_up[drawn[worked]] = spent.bytes_up[b] / worked.sum()
     return work

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxfm.data.federation import Federation
-from jaxfm.federated.algorithm import Algorithm, Bucket
+from jaxfm.federated.algorithm import Algorithm, Bucket, client_variables
 from jaxfm.federated.rounds import RunState
 from jaxfm.model import Key, PyTree
 from jaxfm.tasks import Task
@@ -86,7 +86,7 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int, key: Key | None) 
         def one(_, client):
             memory, rows, count = client
             rows = jnp.pad(rows, (0, -rows.shape[0] % batch_size))
-            variables = bucket.personal(server, memory)
+            variables = client_variables(bucket, server, memory)
 
             def step(i, sums):
                 own = lax.dynamic_slice(rows, (i * batch_size,), (batch_size,))
@@ -147,10 +147,10 @@ def global_metrics(
     if bucket is None:
         model, variables = algorithm.model, state.server.variables
     else:
-        if jax.tree.leaves(state.memories[bucket]):
-            raise ValueError(f"Clients of bucket {bucket} differ; measure them by client_metrics.")
         chosen = algorithm.buckets[bucket]
-        model, variables = chosen.model, chosen.personal(state.server, ())
+        if chosen.personal is not None:
+            raise ValueError(f"Clients of bucket {bucket} differ; measure them by client_metrics.")
+        model, variables = chosen.model, chosen.shared(state.server)
     if model is None:
         raise ValueError("There is no network to evaluate by; give Algorithm and Bucket a model.")
     return evaluate(model.apply, variables, task, examples, batch_size, key=key)

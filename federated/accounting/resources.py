@@ -18,9 +18,8 @@ import numpy as np
 
 from jaxfm.federated.accounting.ledger import ClientCost, Work
 from jaxfm.federated.algorithm import Profile
+from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.model import Array
-
-UNLIMITED_STEPS = 2**30
 
 
 class Device(NamedTuple):

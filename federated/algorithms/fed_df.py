@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
-from jaxfm.federated.algorithms.fed_avg import difference
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Exact, Profile
+from jaxfm.federated.averaging import difference
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.ensemble import (
-    Distil,
-    Upload,
+    Distill,
+    PredictionUpload,
     Vote,
-    check_distil,
+    check_distill,
+    distill_for,
     fusion,
     mean_vote,
     public_inputs,
+    vote_for,
 )
+from jaxfm.federated.registry import register
 from jaxfm.model import Key, Model, Variables
 from jaxfm.tasks import Task
 
@@ -33,8 +36,9 @@ class FedDfState(NamedTuple):
     variables: Variables
 
 
+@register(like="fed_kemf", distill=distill_for, vote=vote_for)
 def fed_df(
-    model: Model, task: Task, local: Local, distil: Distil, *, vote: Vote | None = None
+    model: Model, task: Task, local: Local, distill: Distill, *, vote: Vote | None = None
 ) -> Algorithm:
     """Federated averaging, then ensemble distillation on `rounds(public={leaf: [P, ...]})`.
 
@@ -45,15 +49,15 @@ def fed_df(
       model: what all clients train.
       task: its loss.
       local: optimizer, batch size and epochs on the client.
-      distil: the same on the server.
+      distill: how the server distils.
       vote: how the clients' logits make the teacher's; None: their mean, as in the paper.
     Raises:
       ValueError: settings of distillation out of range; no public data in `rounds`.
     """
-    check_distil(distil)
+    check_distill(distill)
     vote = mean_vote() if vote is None else vote
     fit = local_fit(objective(model, task), local)
-    receive, server = fusion(model, task, distil, vote)
+    receive, server = fusion(model, task, distill, vote)
 
     def send(state: FedDfState, public) -> Variables:
         public_inputs(task, public)  # raises where there is none
@@ -62,6 +66,7 @@ def fed_df(
     def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
         trained, info = fit(download, data, profile.max_steps, key)
         move = difference(trained, download)
-        return Upload(move, info["examples"], vote.known(data)), memory, info
+        return PredictionUpload(move, Exact(info.examples), Exact(vote.known(data))), memory, info
 
-    return Algorithm(FedDfState, (Bucket(model, send, client, receive=receive),), server, model)
+    bucket = Bucket(model, send, client, receive=receive)
+    return Algorithm(FedDfState, (bucket,), server, model, needs_public=True)

@@ -15,13 +15,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, scaled
-from jaxfm.federated.algorithms.fed_avg import difference, fed_avg
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Info,
+    Profile,
+    Spent,
+    weighted,
+)
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.federated.averaging import difference, send_variables
 from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
 
+@register(like="fed_avg")
 def fed_dp(model: Model, task: Task, local: Local, *, threshold: float = 1e-3) -> Algorithm:
     """Federated averaging of clients that zero small weights; threshold 0 zeroes none.
 
@@ -29,12 +40,13 @@ def fed_dp(model: Model, task: Task, local: Local, *, threshold: float = 1e-3) -
     one, which has no momentum, might.
 
     Args:
-      threshold: tau.
+      model, task, local: as in `fed_avg`.
+      threshold: tau, below which a weight becomes zero after a local epoch.
     Raises:
-      ValueError: threshold is negative.
+      ValueError: threshold is negative or not finite.
     """
-    if threshold < 0:
-        raise ValueError(f"threshold must not be negative, got {threshold}.")
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold={threshold} must be a number of at least 0.")
     fit = local_fit(objective(model, task), local._replace(epochs=1))
 
     def sparse(params: PyTree) -> PyTree:
@@ -44,7 +56,7 @@ def fed_dp(model: Model, task: Task, local: Local, *, threshold: float = 1e-3) -
     def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
         per_epoch = jnp.maximum(-(-data.count // local.batch_size), 1)
 
-        def epoch(e: Array, carry: tuple[Variables, dict[str, Array]]):
+        def epoch(e: Array, carry: tuple[Variables, Info]):
             variables, so_far = carry
             left = profile.max_steps - e * per_epoch
             trained, info = fit(variables, data, left, jax.random.fold_in(key, e))
@@ -54,11 +66,11 @@ def fed_dp(model: Model, task: Task, local: Local, *, threshold: float = 1e-3) -
         epochs = jnp.clip(-(-profile.max_steps // per_epoch), 0, local.epochs)
         epochs = jnp.where(data.count > 0, epochs, 0)
         zero = jnp.zeros((), jnp.float32)
-        sums = dict.fromkeys(("loss_total", "loss_count", "steps", "examples"), zero)
-        trained, info = lax.fori_loop(0, epochs, epoch, (download, sums))
-        examples = data.count.astype(jnp.float32)
-        upload = Mean(scaled(examples, difference(trained, download)), examples)
-        return upload, memory, info | {"examples": examples}
+        trained, info = lax.fori_loop(
+            0, epochs, epoch, (download, Info(Spent(zero), zero, zero, zero))
+        )
+        info = info._replace(examples=data.count.astype(jnp.float32))  # of one epoch, not of all
+        return weighted(info.examples, difference(trained, download)), memory, info
 
-    send = lambda server, public: server.variables
-    return fed_avg(model, task, local)._replace(buckets=(Bucket(model, send, client),))
+    bucket = Bucket(model, send_variables, client)
+    return fed_avg(model, task, local)._replace(buckets=(bucket,))

@@ -15,10 +15,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.algorithms.fed_avg import difference, moved
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Exact,
+    Mean,
+    Profile,
+    mean,
+    weighted,
+)
+from jaxfm.federated.averaging import difference, moved, send_variables
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.control_variates import check_num_clients
+from jaxfm.federated.registry import register
 from jaxfm.model import Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
@@ -38,6 +48,12 @@ class FedDynUpload(NamedTuple):
     stats: Mean
 
 
+@register(
+    breaks={
+        "identical_clients": "The drift h is divided by all clients, absent ones too.",
+        "one_step": "The server adds h / alpha to the movement.",
+    },
+)
 def fed_dyn(
     model: Model, task: Task, local: Local, *, num_clients: int, alpha: float = 0.01
 ) -> Algorithm:
@@ -47,6 +63,7 @@ def fed_dyn(
     memory. Statistics are averaged by examples.
 
     Args:
+      model, task: as in `fed_avg`.
       local: any optimizer; the closer clients come to their minimum, the closer this is to the
         paper's method.
       num_clients: N, all clients there are, also those who never take part.
@@ -55,13 +72,10 @@ def fed_dyn(
       ValueError: alpha is not positive; num_clients below 1.
     """
     check_num_clients(num_clients)
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}.")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha} must be a weight above 0.")
     loss = objective(model, task)
     zeros = lambda variables: jax.tree.map(jnp.zeros_like, variables.params)
-
-    def send(server: FedDynState, public) -> Variables:
-        return server.variables
 
     def init_client(download: Variables, data, profile, key) -> PyTree:
         return zeros(download)
@@ -73,9 +87,8 @@ def fed_dyn(
         trained, info = local_fit(loss, local, bend)(download, data, profile.max_steps, key)
         params, stats = difference(trained, download)
         slope = jax.tree.map(lambda s, d: s - alpha * d, slope, params)
-        examples = info["examples"]
-        here = jnp.ones((), jnp.float32)
-        upload = FedDynUpload(Mean(params, here), Mean(scaled(examples, stats), examples))
+        here = Exact(jnp.ones((), jnp.float32))
+        upload = FedDynUpload(Mean(params, here), weighted(info.examples, stats))
         return upload, slope, info
 
     def server(state: FedDynState, totals: FedDynUpload, public, key: Key):
@@ -88,12 +101,12 @@ def fed_dyn(
         step = jax.tree.map(pull, mean(totals.params), drift)
         new = FedDynState(moved(state.variables, (step, mean(totals.stats))), drift)
         # Without a report h would go on pulling.
-        anybody = totals.params.den > 0
-        return jax.tree.map(lambda a, b: jnp.where(anybody, a, b), new, state), {}
+        came = totals.params.den.value > 0
+        return jax.tree.map(lambda a, b: jnp.where(came, a, b), new, state), {}
 
     return Algorithm(
         lambda variables: FedDynState(variables, zeros(variables)),
-        (Bucket(model, send, client, init_client),),
+        (Bucket(model, send_variables, client, init_client),),
         server,
         model,
     )

@@ -20,10 +20,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.cost import count_flops
-from jaxfm.federated.accounting.resources import UNLIMITED_STEPS
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, Mean, Profile, mean
-from jaxfm.federated.local import Local, Objective, local_fit, objective
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Known,
+    Mean,
+    Profile,
+    mean,
+)
+from jaxfm.federated.local import UNLIMITED_STEPS, Local, Objective, local_fit, objective
 from jaxfm.federated.parts.ensemble import predict, public_inputs
+from jaxfm.federated.registry import Setting, register
 from jaxfm.model import Array, Key, Model, Variables
 from jaxfm.tasks import Task
 
@@ -40,15 +48,26 @@ class FedMdState(NamedTuple):
     consensus: Array
 
 
-class Download(NamedTuple):
+class FedMdDownload(NamedTuple):
     """The consensus, and the public data that it is about."""
 
     consensus: Array
     public: Known
 
 
+def public_logits(setting: Setting) -> tuple[int, ...]:
+    """The shape of the outputs of a run's model on all public data."""
+    says = lambda variables: predict(setting.model, variables, setting.public_inputs)
+    return jax.eval_shape(says, setting.variables).shape
+
+
+@register(
+    digest=lambda setting: setting.local._replace(epochs=1),
+    logits=public_logits,
+    breaks=dict.fromkeys(("one_step", "statistics"), "Only predictions of a network travel."),
+)
 def fed_md(
-    models: Sequence[Model], task: Task, local: Local, digest: Local, logits: tuple[int, ...]
+    models: Sequence[Model], task: Task, local: Local, digest: Local, *, logits: tuple[int, ...]
 ) -> Algorithm:
     """Agreement by logits; one bucket an architecture.
 
@@ -75,7 +94,8 @@ def fed_md(
         consensus = jnp.where(totals.den > 0, mean(totals), state.consensus)
         return state._replace(consensus=consensus), {}
 
-    return Algorithm(init, tuple(_bucket(m, task, local, digest, logits) for m in models), server)
+    buckets = tuple(_bucket(model, task, local, digest, logits) for model in models)
+    return Algorithm(init, buckets, server, needs_public=True)
 
 
 def digest_objective(model: Model) -> Objective:
@@ -99,19 +119,19 @@ def _bucket(
     revisit = local_fit(objective(model, task), local)
     agree = local_fit(digest_objective(model), digest)
 
-    def send(state: FedMdState, public) -> Download:
+    def send(state: FedMdState, public) -> FedMdDownload:
         inputs, _ = public_inputs(task, public)
         if inputs.shape[0] != logits[0]:
             raise ValueError(
                 f"There are {inputs.shape[0]} public examples; fed_md was told logits of shape "
                 f"{logits}. Give logits=({inputs.shape[0]}, ...)."
             )
-        return Download(state.consensus, Known(public))
+        return FedMdDownload(state.consensus, Known(public))
 
     def init_client(download, data: ClientData, profile: Profile, key: Key) -> Variables:
         return model.init(key)
 
-    def client(download: Download, memory: Variables, data: ClientData, profile, key: Key):
+    def client(download: FedMdDownload, memory: Variables, data: ClientData, profile, key: Key):
         digest_key, revisit_key = jax.random.split(key)
         inputs, weight = public_inputs(task, download.public.value)
         rows = {"inputs": inputs, "consensus": download.consensus, "weight": weight}
@@ -125,9 +145,11 @@ def _bucket(
         trained, info = revisit(*second)
         said = predict(model, trained, inputs).astype(jnp.float32)
         one = lambda f, *args: float(count_flops(f, *args))
-        info["flops"] = about["steps"] * one(agree, *first) + info["steps"] * one(revisit, *second)
-        info["flops"] += one(lambda v, x: predict(model, v, x), trained, inputs)
-        return said, trained, info | {"digest_steps": about["steps"]}
+        digested = about.spent.steps
+        flops = digested * one(agree, *first) + info.spent.steps * one(revisit, *second)
+        flops += one(lambda v, x: predict(model, v, x), trained, inputs)
+        info = info.measured(flops=flops)._replace(extra={"digest_steps": digested})
+        return said, trained, info
 
     def receive(state: FedMdState, public, said: Array) -> Mean:
         return Mean(said, jnp.ones((), jnp.float32))
@@ -135,4 +157,6 @@ def _bucket(
     def personal(state: FedMdState, memory: Variables) -> Variables:
         return memory
 
-    return Bucket(model, send, client, init_client, receive, personal=personal)
+    return Bucket(
+        model, send, client, init_client, receive, personal=personal, sends_predictions=True
+    )

@@ -3,9 +3,9 @@
     x <- x + (sum_i p_i a_i) sum_i p_i (y_i - x) / a_i,   p_i = n_i / sum n
 
 with a_i = a(K_i) the steps of client i, weighted as momentum accumulates them
-(`jaxfm.federated.parts.sgd`). With equal steps it is federated averaging; with unequal ones federated
-averaging minimises another objective than the clients' mean. One number more than federated
-averaging goes up.
+(`jaxfm.federated.parts.sgd`). With equal steps it is federated averaging; with unequal ones
+federated averaging minimises another objective than the clients' mean. One number more than in
+federated averaging is uploaded.
 Source: Wang et al. 2020, section 4.
 """
 
@@ -16,10 +16,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.algorithms.fed_avg import FedAvgState, Movement, difference, moved
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Exact,
+    Mean,
+    Profile,
+    mean,
+    scaled,
+)
+from jaxfm.federated.algorithms.fed_avg import FedAvgState
+from jaxfm.federated.averaging import Movement, difference, moved, send_variables
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.sgd import accumulated, sgd_of
+from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, Variables
 from jaxfm.tasks import Task
 
@@ -31,12 +42,14 @@ class FedNovaUpload(NamedTuple):
     steps: Array
 
 
+@register(like="fed_avg")
 def fed_nova(model: Model, task: Task, local: Local) -> Algorithm:
     """Federated averaging of normalised movements.
 
     Partition: parameters and statistics are shared; statistics are averaged as they are.
 
     Args:
+      model, task: as in `fed_avg`.
       local: with an optimizer that is gradient descent, with or without momentum.
     Raises:
       ValueError: another optimizer.
@@ -44,16 +57,13 @@ def fed_nova(model: Model, task: Task, local: Local) -> Algorithm:
     momentum = sgd_of(local.optimizer, "fed_nova").momentum
     fit = local_fit(objective(model, task), local)
 
-    def send(server: FedAvgState, public) -> Variables:
-        return server.variables
-
     def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
         trained, info = fit(download, data, profile.max_steps, key)
-        examples, steps = info["examples"], accumulated(info["steps"], momentum)
+        examples, steps = info.examples, accumulated(info.spent.steps, momentum)
         params, stats = difference(trained, download)
         each = examples / jnp.where(steps > 0, steps, 1)
-        movement = Mean(Movement(scaled(each, params), scaled(examples, stats)), examples)
-        return FedNovaUpload(movement, examples * steps), memory, info
+        movement = Movement(scaled(each, params), scaled(examples, stats))
+        return FedNovaUpload(Mean(movement, Exact(examples)), examples * steps), memory, info
 
     def server(state: FedAvgState, totals: FedNovaUpload, public, key: Key):
         params, stats = mean(totals.movement)
@@ -61,4 +71,4 @@ def fed_nova(model: Model, task: Task, local: Local) -> Algorithm:
         params = jax.tree.map(lambda d: steps.astype(d.dtype) * d, params)
         return FedAvgState(moved(state.variables, (params, stats))), {}
 
-    return Algorithm(FedAvgState, (Bucket(model, send, client),), server, model)
+    return Algorithm(FedAvgState, (Bucket(model, send_variables, client),), server, model)

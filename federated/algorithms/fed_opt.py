@@ -14,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfm.federated.algorithm import Algorithm, Mean, mean
-from jaxfm.federated.algorithms.fed_avg import averaging_bucket, moved
+from jaxfm.federated.algorithm import Algorithm, Mean, anybody, mean
+from jaxfm.federated.averaging import averaging_bucket, moved
 from jaxfm.federated.local import Local
+from jaxfm.federated.registry import Setting, register
 from jaxfm.model import Key, Model, PyTree, Variables
+from jaxfm.optimizer import update
 from jaxfm.tasks import Task
+
+_OWN_STEP = {"one_step": "The server's optimizer makes another step of the mean movement."}
 
 
 class FedOptState(NamedTuple):
@@ -28,6 +32,16 @@ class FedOptState(NamedTuple):
     opt_state: PyTree
 
 
+def adagrad(setting: Setting, *, learning_rate: float = 0.1) -> optax.GradientTransformation:
+    """The server's optimizer of a run by name: Adagrad, as in the paper's FedAdagrad.
+
+    Args:
+      learning_rate: of the server's steps.
+    """
+    return optax.adagrad(learning_rate, initial_accumulator_value=0.0, eps=1e-3)
+
+
+@register(like="fed_adam", breaks=_OWN_STEP, optimizer=adagrad)
 def fed_opt(
     model: Model, task: Task, local: Local, optimizer: optax.GradientTransformation
 ) -> Algorithm:
@@ -35,8 +49,11 @@ def fed_opt(
 
     Partition: parameters and statistics are shared; statistics are averaged, not optimised. A
     round without a single upload changes nothing, the optimizer's moments included.
-    """
 
+    Args:
+      model, task, local: as in `fed_avg`.
+      optimizer: of the server; `optax.sgd(1.0)` is federated averaging.
+    """
     init, server = server_optimizer(optimizer)
     return Algorithm(init, (averaging_bucket(model, task, local),), server, model)
 
@@ -55,38 +72,78 @@ def server_optimizer(optimizer: optax.GradientTransformation):
         gradient = jax.tree.map(
             lambda d, x: -d.astype(x.dtype), params_step, state.variables.params
         )
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
+        updates, opt_state = update(optimizer, gradient, state.opt_state, state.variables.params)
         new = FedOptState(moved(state.variables, (updates, stats_step)), opt_state)
-        anybody = jnp.array([(den > 0).any() for den in jax.tree.leaves(totals.den)]).any()
-        return jax.tree.map(lambda a, b: jnp.where(anybody, a, b), new, state), {}
+        came = anybody(totals.den)
+        return jax.tree.map(lambda a, b: jnp.where(came, a, b), new, state), {}
 
     return init, server
 
 
+@register(breaks=_OWN_STEP)
 def fed_adam(
     model: Model, task: Task, local: Local, *,
     learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3,
 ) -> Algorithm:  # fmt: skip
-    """FedAdam: m and v without bias correction, as in the paper; tau is the adaptivity."""
+    """FedAdam: m and v without bias correction, as in the paper.
+
+    Args:
+      model, task, local: as in `fed_avg`.
+      learning_rate: of the server's steps.
+      b1, b2: decay of the moments m and v.
+      tau: adaptivity, which is added to the root of v.
+    Raises:
+      ValueError: a value out of range.
+    """
+    _check(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
     adam = optax.chain(_moments(b1, b2, tau, _adam_v), optax.scale(-learning_rate))
     return fed_opt(model, task, local, adam)
 
 
+@register(like="fed_adam", breaks=_OWN_STEP)
 def fed_yogi(
     model: Model, task: Task, local: Local, *,
     learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3,
 ) -> Algorithm:  # fmt: skip
-    """FedYogi: like FedAdam, with a v that moves by the sign of v - d²."""
+    """FedYogi: like FedAdam, with a v that moves by the sign of v - d².
+
+    Args:
+      model, task, local: as in `fed_avg`.
+      learning_rate: of the server's steps.
+      b1, b2: decay of the moments m and v.
+      tau: adaptivity, which is added to the root of v.
+    Raises:
+      ValueError: a value out of range.
+    """
+    _check(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
     yogi = optax.chain(_moments(b1, b2, tau, _yogi_v), optax.scale(-learning_rate))
     return fed_opt(model, task, local, yogi)
 
 
+@register(like="fed_adam")
 def fed_avg_m(
     model: Model, task: Task, local: Local, *, learning_rate: float = 1.0, momentum: float = 0.9
 ) -> Algorithm:
-    """FedAvgM: server momentum; momentum 0 and learning rate 1 are federated averaging."""
+    """FedAvgM: server momentum; momentum 0 and learning rate 1 are federated averaging.
+
+    Args:
+      model, task, local: as in `fed_avg`.
+      learning_rate: of the server's steps.
+      momentum: share of the last step that the server keeps.
+    Raises:
+      ValueError: a value out of range.
+    """
+    _check(learning_rate=learning_rate, momentum=momentum)
     return fed_opt(model, task, local, optax.sgd(learning_rate, momentum))
+
+
+def _check(*, learning_rate: float, tau: float = 1.0, **decays: float) -> None:
+    for name, value in {"learning_rate": learning_rate, "tau": tau}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be a number above 0.")
+    for name, value in decays.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must be a number from 0 and below 1.")
 
 
 class _Moments(NamedTuple):
@@ -109,9 +166,9 @@ def _moments(b1: float, b2: float, tau: float, next_v) -> optax.GradientTransfor
         full = lambda value: jax.tree.map(lambda x: jnp.full_like(x, value), params)
         return _Moments(full(0.0), full(tau**2))
 
-    def update(d, state: _Moments, params=None):
+    def step(d, state: _Moments, params=None):
         m = jax.tree.map(lambda m, d: b1 * m + (1 - b1) * d, state.m, d)
         v = jax.tree.map(lambda v, d: next_v(v, d, b2), state.v, d)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v), _Moments(m, v)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, step)

@@ -14,32 +14,30 @@ from jaxfm.federated.algorithm import (
     Algorithm,
     Bucket,
     ClientData,
+    IsPersonal,
     Known,
     Mean,
     Profile,
     mean,
-    scaled,
+    weighted,
 )
-from jaxfm.federated.algorithms.fed_avg import FedAvgState, difference, moved
+from jaxfm.federated.algorithms.fed_avg import FedAvgState
+from jaxfm.federated.averaging import difference, moved
 from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.federated.partition import (
-    IsPersonal,
-    check_partition,
-    head,
-    join_variables,
-    split_variables,
-)
+from jaxfm.federated.partition import check_partition, head, join_variables, split_variables
+from jaxfm.federated.registry import register
 from jaxfm.model import Key, Model, Variables
 from jaxfm.tasks import Task
 
 
-class PartialDownload(NamedTuple):
+class FedPerDownload(NamedTuple):
     """The shared part, and the personal part as all clients have it before their first round."""
 
     shared: Variables
     first: Known
 
 
+@register(is_personal=lambda setting: setting.is_last)
 def fed_per(model: Model, task: Task, local: Local, *, is_personal: IsPersonal = head) -> Algorithm:
     """Federated averaging of a part of the tree.
 
@@ -48,6 +46,7 @@ def fed_per(model: Model, task: Task, local: Local, *, is_personal: IsPersonal =
     from; the global model keeps that part, so look at the personal metrics.
 
     Args:
+      model, task, local: as in `fed_avg`.
       is_personal: of the path of a leaf, see `jaxfm.federated.partition`.
     Raises:
       ValueError: nothing is personal, or nothing is shared.
@@ -55,22 +54,20 @@ def fed_per(model: Model, task: Task, local: Local, *, is_personal: IsPersonal =
     check_partition(model, is_personal)
     fit = local_fit(objective(model, task), local)
 
-    def send(server: FedAvgState, public) -> PartialDownload:
+    def send(server: FedAvgState, public) -> FedPerDownload:
         shared, first = split_variables(server.variables, is_personal)
-        return PartialDownload(shared, Known(first))
+        return FedPerDownload(shared, Known(first))
 
-    def init_client(download: PartialDownload, data, profile, key) -> Variables:
+    def init_client(download: FedPerDownload, data, profile, key) -> Variables:
         return download.first.value
 
     def client(
-        download: PartialDownload, own: Variables, data: ClientData, profile: Profile, key: Key
+        download: FedPerDownload, own: Variables, data: ClientData, profile: Profile, key: Key
     ):
         start = join_variables(download.shared, own)
         trained, info = fit(start, data, profile.max_steps, key)
         shared, own = split_variables(trained, is_personal)
-        examples = info["examples"]
-        upload = Mean(scaled(examples, difference(shared, download.shared)), examples)
-        return upload, own, info
+        return weighted(info.examples, difference(shared, download.shared)), own, info
 
     def server(state: FedAvgState, totals: Mean, public, key: Key):
         shared, first = split_variables(state.variables, is_personal)
@@ -80,4 +77,4 @@ def fed_per(model: Model, task: Task, local: Local, *, is_personal: IsPersonal =
         return join_variables(split_variables(server.variables, is_personal)[0], own)
 
     bucket = Bucket(model, send, client, init_client, personal=personal)
-    return Algorithm(FedAvgState, (bucket,), server, model)
+    return Algorithm(FedAvgState, (bucket,), server, model, is_personal)

@@ -9,22 +9,28 @@ from __future__ import annotations
 import jax
 
 from jaxfm.federated.algorithm import Algorithm
-from jaxfm.federated.algorithms.fed_avg import averaging_bucket, fed_avg
+from jaxfm.federated.algorithms.fed_avg import fed_avg
+from jaxfm.federated.averaging import averaging_bucket
 from jaxfm.federated.local import Local
+from jaxfm.federated.registry import register
 from jaxfm.model import Model, Variables
 from jaxfm.tasks import Task
 
 
+@register(like="fed_avg")
 def fed_prox(model: Model, task: Task, local: Local, *, mu: float = 0.01) -> Algorithm:
     """Federated averaging of proximal clients; mu = 0 is federated averaging.
 
     Partition: as in federated averaging.
 
+    Args:
+      model, task, local: as in `fed_avg`.
+      mu: weight of the proximal term.
     Raises:
-      ValueError: mu is negative.
+      ValueError: mu is negative or not finite.
     """
-    if mu < 0:
-        raise ValueError(f"mu must not be negative, got {mu}.")
+    if not 0 <= mu < float("inf"):
+        raise ValueError(f"mu={mu} must be a weight of at least 0.")
 
     def towards(download: Variables):
         return lambda grads, params: jax.tree.map(

@@ -1,11 +1,11 @@
-"""HeteroFL: each client trains the slice of the model that its machine can carry.
+"""HeteroFL: each client trains the widest slice of the model that its machine can hold.
 
 A tier is a `Subnet`: the window of each axis that its clients hold. The server averages each
 coordinate over those who covered it; a coordinate that nobody covered keeps its value. Slices are
-physically extracted, so small tiers are really faster, and lighter on the wire.
+physically extracted, so small tiers are really faster and cost fewer bytes.
 Source: Diao et al. 2021, algorithm 1 and, with `scaler`, section 3's 1 / ratio on activations.
-Norms count the channels that are there and need none; without norms a slice's activations are
-smaller than the whole network's. The paper's masked loss and post-hoc statistics are left out.
+Norms divide by the channels that are there and need no scaler; without norms a slice's activations
+are smaller than the whole network's. The paper's masked loss and post-hoc statistics are left out.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from collections.abc import Sequence
 import jax
 import optax
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, scaled
-from jaxfm.federated.algorithms.fed_avg import Movement, difference
-from jaxfm.federated.algorithms.fed_opt import FedOptState, server_optimizer
+from jaxfm.federated.algorithm import Algorithm, Bucket
+from jaxfm.federated.algorithms.fed_opt import server_optimizer
 from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.model import Key, Model, Variables, is_axes
-from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract
+from jaxfm.federated.registry import register
+from jaxfm.federated.slices import check_tiers, slice_bucket
+from jaxfm.model import Model, Variables, is_axes
+from jaxfm.subnet import Subnet, extract
 from jaxfm.tasks import Task
 
 
+@register(optimizer=None)
 def hetero_fl(
     model: Model,
     task: Task,
     local: Local,
     tiers: Sequence[Subnet],
-    optimizer: optax.GradientTransformation | None = None,
     *,
+    optimizer: optax.GradientTransformation | None = None,
     scaler: bool = False,
 ) -> Algorithm:
     """Width-heterogeneous federated averaging, one bucket a tier.
@@ -41,48 +43,29 @@ def hetero_fl(
 
     Args:
       model: of full width; its `apply` runs the slices too.
+      task, local: as in `fed_avg`.
       tiers: what the clients of each bucket hold.
       optimizer: on the server, as in `fed_opt`; None: plain averaging.
-      scaler: for networks of convolutions and dense layers without norms (`scaled_slice`).
+      scaler: scale activations of slices up, for networks of convolutions and dense layers without
+        norms (`scaled_slice`).
     Raises:
       ValueError: no tier, or one that does not fit the model.
     """
     check_tiers(model, tiers, "hetero_fl")
     init, server = server_optimizer(optimizer or optax.sgd(1.0))
-    runs = lambda subnet: scaled_slice(model, subnet) if scaler else model
-    buckets = tuple(_tier(runs(subnet), task, local, subnet) for subnet in tiers)
-    return Algorithm(init, buckets, server, model)
 
+    def tier(subnet: Subnet) -> Bucket:
+        runs = scaled_slice(model, subnet) if scaler else model
+        return slice_bucket(runs, local_fit(objective(runs, task), local), lambda server: subnet)
 
-def _tier(model: Model, task: Task, local: Local, subnet: Subnet) -> Bucket:
-    fit = local_fit(objective(model, task), local)
-    sent_axes = Movement(model.axes.params, model.axes.stats)
-    full = jax.eval_shape(model.init, jax.random.key(0))
-    like = Movement(full.params, full.stats)
-
-    def send(server: FedOptState, public) -> Variables:
-        return extract(server.variables, model.axes, subnet)
-
-    def client(download: Variables, memory, data: ClientData, profile: Profile, key: Key):
-        trained, info = fit(download, data, profile.max_steps, key)
-        examples = info["examples"]
-        return Mean(scaled(examples, difference(trained, download)), examples), memory, info
-
-    def lift(server: FedOptState, sums: Mean) -> Mean:
-        num = embed(sums.num, sent_axes, subnet, like)
-        return Mean(num, scaled(sums.den, cover(sent_axes, subnet, like)))
-
-    def personal(server: FedOptState, memory) -> Variables:
-        return send(server, None)
-
-    return Bucket(model, send, client, lift=lift, personal=personal)
+    return Algorithm(init, tuple(map(tier, tiers)), server, model)
 
 
 def scaled_slice(model: Model, subnet: Subnet) -> Model:
-    """The model for slices whose every layer hears as much as in the whole network.
+    """The model for slices, with each layer's inputs scaled up to the whole network's level.
 
-    A kernel's last axis is what it writes, the others are what it reads: it is times full / held
-    units of these, which, as relu and pooling pass factors on, is the paper's scaler.
+    A kernel's last axis is what it writes, the others are what it reads: it is multiplied by full /
+    held units of these, which, as relu and pooling pass factors on, is the paper's scaler.
     """
     full = jax.eval_shape(model.init, jax.random.key(0))
     held = jax.eval_shape(lambda v: extract(v, model.axes, subnet), full)
@@ -98,18 +81,3 @@ def scaled_slice(model: Model, subnet: Subnet) -> Model:
         return model.apply(variables._replace(params=params), *inputs, **options)
 
     return model._replace(apply=apply)
-
-
-def check_tiers(model: Model, tiers: Sequence[Subnet], who: str) -> None:
-    """Raises ValueError where an algorithm, `who`, has no tier, or one that does not fit."""
-    if not tiers:
-        raise ValueError(f"{who} needs at least one tier; Subnet({{}}) is the whole model.")
-    full = jax.eval_shape(model.init, jax.random.key(0))
-    sizes = axis_sizes(full, model.axes)
-    for number, subnet in enumerate(tiers):
-        for name in subnet.keep:
-            if name not in sizes:
-                raise ValueError(
-                    f"Tier {number} names the axis {name!r}; the model has {sorted(sizes)}."
-                )
-        jax.eval_shape(lambda v, subnet=subnet: extract(v, model.axes, subnet), full)

@@ -7,14 +7,20 @@ Source: Liang et al. 2020 (Think Locally, Act Globally), algorithm 1.
 
 from __future__ import annotations
 
-from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.algorithm import Algorithm, IsPersonal
 from jaxfm.federated.algorithms.fed_per import fed_per
 from jaxfm.federated.local import Local
-from jaxfm.federated.partition import IsPersonal, head, outside
+from jaxfm.federated.partition import head, outside
+from jaxfm.federated.registry import register
 from jaxfm.model import Model
 from jaxfm.tasks import Task
 
 
+@register(
+    like="fed_per",
+    is_shared=lambda setting: setting.is_last,
+    breaks={"statistics": "Those of the representation stay with the clients."},
+)
 def lg_fed_avg(
     model: Model, task: Task, local: Local, *, is_shared: IsPersonal = head
 ) -> Algorithm:
@@ -23,6 +29,7 @@ def lg_fed_avg(
     Partition: what `is_shared` names is shared, all else is a client's memory.
 
     Args:
+      model, task, local: as in `fed_avg`.
       is_shared: of the path of a leaf, see `jaxfm.federated.partition`.
     Raises:
       ValueError: nothing is personal, or nothing is shared.

@@ -5,7 +5,7 @@
 
 Clients are grouped into a few tiers, one compiled program each; a tier's limits are the smallest of
 its clients', so every client is within its own. Without public data the server averages (RaFL-(a));
-with them it averages and distils (RaFL-(e)).
+with public data it averages and distils (RaFL-(e)).
 Source: Yu et al. 2022 (arXiv 2211.05716), where a member is the first of random ones that fits.
 """
 
@@ -23,64 +23,57 @@ from jaxfm.data.federation import Federation, merge, select_clients
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.algorithms.fed_kemf import fed_kemf
 from jaxfm.federated.local import Local
-from jaxfm.federated.parts.ensemble import Distil, Vote, max_vote
-from jaxfm.model import Array, Key, Model, Variables
+from jaxfm.federated.parts.ensemble import Distill, Vote, distill_for, max_vote, vote_for
+from jaxfm.federated.registry import Setting, register
+from jaxfm.model import Array, Key, Model, Variables, count_parameters
 from jaxfm.search.elastic.evolve import evolve
-from jaxfm.search.elastic.supernet import Supernet, recalibrate
+from jaxfm.search.elastic.supernet import Supernet, recalibrate, supernet
 from jaxfm.search.strategies.project import Budget, within
+from jaxfm.subnet import axis_sizes, extract
 from jaxfm.tasks import Task
 
 # (budgets of a tier, its clients i64[n]) -> counts i32[G]
 Search = Callable[[Sequence[Budget], np.ndarray], np.ndarray]
 
 
-class Rafl(NamedTuple):
-    """A plan for a population.
+class Members(NamedTuple):
+    """Which member of a supernet each client of a population trains.
 
     Attributes:
-      algorithm: one bucket a distinct member.
-      bucket: i32[C], for `Population`.
-      members: i32[buckets, G], the counts of each bucket's member.
-      start: the smallest member's variables, for `Rounds.init`.
+      counts: i32[buckets, G], the counts of each bucket's member.
+      assignment: i32[C], the bucket of each client.
+      variables: by bucket, the weights that its clients' member starts from.
+      smallest: those of the smallest member.
     """
 
-    algorithm: Algorithm
-    bucket: np.ndarray
-    members: np.ndarray
-    start: Variables
+    counts: np.ndarray
+    assignment: np.ndarray
+    variables: tuple[Variables, ...]
+    smallest: Variables
 
 
-def rafl(
+def plan_members(
     net: Supernet,
     model: Model,
-    task: Task,
-    local: Local,
-    distil: Distil,
     budgets: Sequence[Budget],
     *,
     num_tiers: int = 3,
     search: Search | None = None,
     scratch: Key | None = None,
-    vote: Vote | None = None,
-    mutual: float = 1.0,
-    average: bool = True,
-) -> Rafl:
-    """Plans members for clients and returns the algorithm that trains them.
-
-    Partition: the smallest member is shared, the clients' members are personal.
+) -> Members:
+    """Plans the members of a population's clients.
 
     Args:
       net: a supernet of `model`.
       model: its `apply` runs all members.
-      task, local, distil, vote, mutual, average: as in `fed_kemf`.
       budgets: costs of a member, each with limits f32[C], one a client (or one number for all).
-      num_tiers: at most so many different members.
-      search: picks the member of a tier; None: the uniformly shrunk one (`held_search` selects).
-      scratch: weights are drawn anew with this key, the knowledge network's, too; None: all
-        inherit the supernet's.
+      num_tiers: the most different members.
+      search: picks the member of a tier, as `validation_search` does; None: shrinks uniformly.
+      scratch: draw weights anew with this key, the smallest member's, too; None: all inherit the
+        supernet's.
     Raises:
       ValueError: limits that are no arrays of one length, a client below the smallest member, a
-        member outside of its tier's budgets, num_tiers below 1; and what `fed_kemf` raises.
+        member outside of its tier's budgets, num_tiers below 1.
     """
     limits = client_limits(budgets)
     _check_reachable(net, budgets, limits)
@@ -92,28 +85,80 @@ def rafl(
         tightest = limits[clients].min(0).tolist()
         own = [b._replace(limit=limit) for b, limit in zip(budgets, tightest, strict=True)]
         found.append(_searched(search, own, clients))
-    members, of_tier = np.unique(np.stack(found), axis=0, return_inverse=True)
+    counts, of_tier = np.unique(np.stack(found), axis=0, return_inverse=True)
     source = net.variables if scratch is None else model.init(scratch)
-    networks = [_member(model, net.extract(source, counts)) for counts in members]
-    start = net.extract(source, net.smallest)
+    return Members(
+        counts=counts,
+        assignment=of_tier.reshape(-1)[tier].astype(np.int32),
+        variables=tuple(net.extract(source, own) for own in counts),
+        smallest=net.extract(source, net.smallest),
+    )
+
+
+def members_for(setting: Setting) -> Members:
+    """The members of a run: of as many parameters as the tier that a client's machine holds."""
+    model, full = setting.model, setting.variables
+    sizes = axis_sizes(full, model.axes)
+    shares = [len(kept) / sizes[name] for name, kept in setting.tiers[-1].keep.items()]
+    net = supernet(model, full, setting.axes, smallest=min(0.5, *shares))
+    floor = float(net.parameters(jnp.asarray(net.smallest, jnp.float32)))
+    parameters = np.array(
+        [count_parameters(extract(full, model.axes, tier).params) for tier in setting.tiers]
+    )
+    limits = np.maximum(parameters[setting.tier_of()], floor)
+    budget = Budget("parameters", net.parameters, limits)
+    return plan_members(net, model, [budget], num_tiers=len(setting.tiers))
+
+
+_SUPERNET = {"statistics": "Members belong to a supernet, which has statistics of its own."}
+
+
+@register(members=members_for, distill=distill_for, vote=vote_for, breaks=_SUPERNET)
+def rafl(
+    model: Model,
+    task: Task,
+    local: Local,
+    members: Members,
+    distill: Distill,
+    *,
+    vote: Vote | None = None,
+    mutual: float = 1.0,
+    average: bool = True,
+) -> Algorithm:
+    """Mutual learning of each client's member with the smallest one, which travels.
+
+    Partition: the smallest member is shared, the clients' members are personal.
+
+    Args:
+      model: its `apply` runs all members.
+      task, local, distill, vote, mutual, average: as in `fed_kemf`.
+      members: of `plan_members`; one bucket a distinct member.
+    Raises:
+      ValueError: what `fed_kemf` raises.
+    """
     algorithm = fed_kemf(
-        _member(model, start), networks, task, local, distil,
+        _member(model, members.smallest), task, local,
+        [_member(model, own) for own in members.variables], distill,
         vote=vote, mutual=mutual, average=average,
     )  # fmt: skip
-    return Rafl(algorithm, of_tier.reshape(-1)[tier].astype(np.int32), members, start)
+    return algorithm._replace(assignment=members.assignment)
 
 
+@register(like="fed_kemf", members=members_for, distill=distill_for, breaks=_SUPERNET)
 def rafl_published(
-    net: Supernet, model: Model, task: Task, local: Local, distil: Distil,
-    budgets: Sequence[Budget], **options,
-) -> Rafl:  # fmt: skip
+    model: Model, task: Task, local: Local, members: Members, distill: Distill, *,
+    mutual: float = 1.0,
+) -> Algorithm:  # fmt: skip
     """RaFL-(e) with the fusion of the authors' program, to explain its figures.
 
     The teacher is the maximum, and the loss `entropy_divergence`, which makes the student unsure
     of everything: there averaging alone was five points better. `rafl` minimises KL instead.
+
+    Args:
+      model, task, local, members, distill, mutual: as in `rafl`.
     """
-    how = distil._replace(divergence=entropy_divergence)
-    return rafl(net, model, task, local, how, budgets, vote=max_vote(), **options)
+    how = distill._replace(divergence=entropy_divergence)
+    return rafl(model, task, local, members, how, vote=max_vote(), mutual=mutual)
 
 
 def entropy_divergence(
@@ -130,35 +175,35 @@ def entropy_divergence(
     return jnp.sum(jnp.where(weight > 0, value * weight, 0)), jnp.sum(weight)
 
 
-def held_search(
+def validation_search(
     net: Supernet,
     model: Model,
     task: Task,
-    held: Federation,
+    validation: Federation,
     key: Key,
     *,
     num_rows: int = 256,
     population: int = 16,
     generations: int = 8,
 ) -> Search:
-    """Evolution on the rows that a tier's clients hold back, never on those they train or test on.
+    """Evolution on validation rows of a tier's clients, never on rows that they train or test on.
 
     The score is minus the loss of the masked member, a ratio of sums over clients; statistics are
     measured anew for each candidate on the same inputs.
 
     Args:
-      held: as in `Population`.
+      validation: the clients' validation rows, as in `Population.local_validation`.
       num_rows: at most so many of a tier's rows, drawn at random.
       population, generations: of `evolve`.
     Raises:
-      ValueError: from the search: a tier whose clients hold nothing back.
+      ValueError: from the search: a tier whose clients have no validation rows.
     """
 
     def search(budgets: Sequence[Budget], clients: np.ndarray) -> np.ndarray:
-        rows = merge(select_clients(held, clients))
+        rows = merge(select_clients(validation, clients))
         size = len(next(iter(rows.values())))
         if not size:
-            raise ValueError(f"Clients {clients.tolist()} hold no rows back to select by.")
+            raise ValueError(f"Clients {clients.tolist()} have no validation rows to select by.")
         rows_key, search_key = jax.random.split(jax.random.fold_in(key, int(clients[0])))
         some = np.asarray(jax.random.permutation(rows_key, size))[:num_rows]
         inputs, targets, weight = task.prepare({n: jnp.asarray(x[some]) for n, x in rows.items()})

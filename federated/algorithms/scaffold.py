@@ -3,10 +3,10 @@
     y <- y - r (g - c_i + c);   x <- x + sum_i n_i (y_i - x) / sum_i n_i
     c_i <- c_i - c + (x - y_i) (1 - m) / (K r);   c <- c + sum_i (change of c_i) / N
 
-over those who report, with N all clients (`jaxfm.federated.parts.control_variates`). Movements are weighted as
-in federated averaging, so that without variates it is federated averaging; variates are the
-paper's plain mean. A client downloads x and c, twice the bytes of federated averaging, and uploads
-the change of c_i alone: the server reads y_i off it.
+over those who report, with N all clients (`jaxfm.federated.parts.control_variates`). Movements are
+weighted as in federated averaging, so that without variates it is federated averaging; variates
+are the paper's plain mean. A client downloads x and c, twice the bytes of federated averaging, and
+uploads only the change of c_i, from which the server recovers y_i.
 Source: Karimireddy et al. 2020, algorithm 1, option II.
 """
 
@@ -17,8 +17,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, Profile, mean, scaled
-from jaxfm.federated.algorithms.fed_avg import moved
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Exact,
+    Mean,
+    Profile,
+    mean,
+    scaled,
+    weighted,
+)
+from jaxfm.federated.averaging import moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.control_variates import (
     check_num_clients,
@@ -30,6 +40,7 @@ from jaxfm.federated.parts.control_variates import (
     run_length,
 )
 from jaxfm.federated.parts.sgd import sgd_of
+from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
@@ -46,15 +57,13 @@ class ScaffoldUpload(NamedTuple):
 
     Attributes:
       gain: the change of c_i, like the parameters.
-      length: f32[], K r / (1 - m), by which the gain says where the client ended.
-      stats: n_i times the movement of the statistics.
-      examples: f32[], n_i.
+      length: f32[], K r / (1 - m); with it the gain says where the client ended.
+      stats: the movement of the statistics, weighted by n_i.
     """
 
     gain: PyTree
     length: Array
-    stats: PyTree
-    examples: Array
+    stats: Mean
 
 
 class ScaffoldSums(NamedTuple):
@@ -64,6 +73,7 @@ class ScaffoldSums(NamedTuple):
     gain: PyTree
 
 
+@register(breaks={"identical_clients": "The variate c is divided by all clients, absent ones too."})
 def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Algorithm:
     """Federated averaging of clients that correct their drift; full gradient information by c.
 
@@ -71,6 +81,7 @@ def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Alg
     averaged, and have no variates.
 
     Args:
+      model, task: as in `fed_avg`.
       local: with an optimizer that is gradient descent, with or without momentum. Where it clips,
         a variate is the mean of clipped gradients.
       num_clients: N, all clients there are, also those who never take part.
@@ -94,14 +105,16 @@ def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Alg
         start, common = download
         fit = local_fit(loss, local, corrected(own, common))
         trained, info = fit(start, data, profile.max_steps, key)
-        new = next_variate(own, common, start.params, trained.params, info["steps"], sgd)
+        steps = info.spent.steps
+        new = next_variate(own, common, start.params, trained.params, steps, sgd)
         gain, stats = jax.tree.map(jnp.subtract, (new, trained.stats), (own, start.stats))
-        length, examples = run_length(info["steps"], sgd), info["examples"]
-        return ScaffoldUpload(gain, length, scaled(examples, stats), examples), new, info
+        stats = weighted(info.examples, Exact(stats))
+        return ScaffoldUpload(gain, run_length(steps, sgd), stats), new, info
 
     def receive(server: ScaffoldState, public, upload: ScaffoldUpload) -> ScaffoldSums:
-        move = scaled(upload.examples, movement(upload.gain, server.variate, upload.length))
-        return ScaffoldSums(Mean((move, upload.stats), upload.examples), upload.gain)
+        stats, examples = upload.stats.num, upload.stats.den.value
+        move = scaled(examples, movement(upload.gain, server.variate, upload.length))
+        return ScaffoldSums(Mean((move, stats), examples), upload.gain)
 
     def server(state: ScaffoldState, totals: ScaffoldSums, public, key: Key):
         variate = common_variate(state.variate, totals.gain, num_clients)

@@ -1,19 +1,20 @@
-"""SPATL: a shared encoder, personal predictors, control variates, and salient channels alone go up.
+"""SPATL: shared encoder, personal predictors, control variates, uploads of salient channels only.
 
     client   (y, p_i) <- (x, p_i): local steps along g - c_i + c on the encoder, along g on p_i
              m_i <- salient coordinates of the trained encoder
              d_i = change of c_i as in SCAFFOLD, c_i <- c_i + m_i d_i
-    up       m_i d_i and which channels these are; m_i (y_i - x) follows from it (`variates`)
+    up       m_i d_i and which channels these are; m_i (y_i - x) follows from it
+             (`jaxfm.federated.parts.control_variates`)
     server   x[k] <- x[k] + sum_i n_i m_i[k] (y_i - x)[k] / sum_i n_i m_i[k]
              c[k] <- c[k] + sum_i m_i[k] d_i[k] / N
 
 over those who report, with N all clients; a coordinate that nobody sends does not move. Statistics
 of norms are averaged whole: what flows into a channel changes though nobody sends its weights. The
-predictor p_i never leaves its client: `transferred` trains one for who joins late. Masks are whole
-channels, so `client_model` is a really smaller network.
+predictor p_i never leaves its client: `train_predictor` trains one for clients that join late.
+Masks are whole channels, so `client_model` is a really smaller network.
 
-A client's variate moves only where the server hears of it; so c stays the mean of all c_i, which
-the published form, with c_i whole and c in parts, breaks (`paper=True`).
+A client's variate moves only where the server hears of it, so that c stays the mean of all c_i. In
+the published form c_i moves everywhere and c in parts, and it does not (`published=True`).
 Source: Yu et al. 2022 (SPATL, arXiv 2111.14345), section 4 and equations 3 to 13.
 """
 
@@ -30,24 +31,24 @@ from jaxfm.federated.algorithm import (
     Algorithm,
     Bucket,
     ClientData,
+    Exact,
+    IsPersonal,
     Known,
     Mean,
     mean,
     scaled,
     wire_bytes,
 )
-from jaxfm.federated.algorithms.fed_avg import moved
-from jaxfm.federated.local import Local, Objective, local_fit, objective
+from jaxfm.federated.averaging import moved
+from jaxfm.federated.local import UNLIMITED_STEPS, Local, Objective, local_fit, objective
 from jaxfm.federated.partition import (
-    IsPersonal,
     check_partition,
     head,
-    join_tree,
     join_variables,
-    split_tree,
+    nothing,
     split_variables,
 )
-from jaxfm.federated.parts.channel_selection import Select
+from jaxfm.federated.parts.channel_selection import Select, select_for
 from jaxfm.federated.parts.control_variates import (
     check_num_clients,
     common_variate,
@@ -58,12 +59,14 @@ from jaxfm.federated.parts.control_variates import (
     run_length,
 )
 from jaxfm.federated.parts.sgd import sgd_of
+from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.search.evaluation import recalibrated
 from jaxfm.search.least_squares import repair
 from jaxfm.search.pruning import Pruned, pruned
 from jaxfm.search.trace.interpret import coverage, sliced
 from jaxfm.tasks import Task
+from jaxfm.trees import join_tree, split_tree
 
 _SELECT = 2**31 - 1  # no epoch's number, whose keys `local_fit` folds
 
@@ -91,7 +94,7 @@ class SpatlUpload(NamedTuple):
 
     Attributes:
       gain: m_i d_i, like the encoder's parameters.
-      length: f32[], by which the gain says where the client ended.
+      length: f32[]; with it the gain says where the client ended.
       stats: n_i times the movement of the encoder's statistics.
       weight: f32[], n_i.
       masks: the channels of m_i.
@@ -99,7 +102,7 @@ class SpatlUpload(NamedTuple):
 
     gain: PyTree
     length: Array
-    stats: PyTree
+    stats: Exact
     weight: Array
     masks: tuple[Array, ...]
 
@@ -129,11 +132,14 @@ class SpatlMemory(NamedTuple):
     choices: Array
 
 
-def nothing(path: tuple[str, ...]) -> bool:
-    """The partition without a personal part: SPATL without transfer."""
-    return False
-
-
+@register(
+    select=select_for,
+    is_personal=lambda setting: setting.is_last,
+    breaks={
+        "identical_clients": "The variate c is divided by all clients, absent ones too.",
+        "one_step": "Only the salient part of a movement is uploaded.",
+    },
+)
 def spatl(
     model: Model,
     task: Task,
@@ -143,7 +149,7 @@ def spatl(
     num_clients: int,
     is_personal: IsPersonal = head,
     select_times: int | None = None,
-    paper: bool = False,
+    published: bool = False,
 ) -> Algorithm:
     """Salient parameter aggregation and transfer learning.
 
@@ -151,13 +157,14 @@ def spatl(
     everything salient and `is_personal=nothing` this is SCAFFOLD.
 
     Args:
+      model, task: as in `fed_avg`.
       local: with an optimizer that is gradient descent, with or without momentum.
       select: which channels are salient, of `jaxfm.federated.parts.channel_selection`.
       num_clients: N, all clients there are.
       is_personal: of the path of a leaf.
       select_times: how often a client chooses; then its channels stay, as they must where its
         model has been sliced. None: in every round.
-      paper: c_i moves everywhere, not only where it is sent, and clients count alike.
+      published: move c_i everywhere, not only where it is sent, and let clients count alike.
     Raises:
       ValueError: another optimizer; nothing is shared; numbers below 1.
     """
@@ -166,7 +173,7 @@ def spatl(
         raise ValueError(f"select_times={select_times}: a client chooses at least once.")
     if is_personal is not nothing:
         check_partition(model, is_personal)
-    bucket = _bucket(model, task, local, select, is_personal, select_times, paper)
+    bucket = _bucket(model, task, local, select, is_personal, select_times, published)
 
     def init(variables: Variables) -> SpatlState:
         return SpatlState(variables, no_variates(split_tree(variables.params, is_personal)[0]))
@@ -176,12 +183,12 @@ def spatl(
         variables = join_variables(moved(encoder, mean(totals.movement)), first)
         return SpatlState(variables, common_variate(state.variate, totals.gain, num_clients)), {}
 
-    return Algorithm(init, (bucket,), server, model)
+    return Algorithm(init, (bucket,), server, model, is_personal)
 
 
 def _bucket(
     model: Model, task: Task, local: Local, select: Select, is_personal: IsPersonal,
-    select_times: int | None, paper: bool,
+    select_times: int | None, published: bool,
 ) -> Bucket:  # fmt: skip
     sgd = sgd_of(local.optimizer, "spatl")
     loss = objective(model, task)
@@ -217,17 +224,18 @@ def _bucket(
         encoder, predictor = split_variables(trained, is_personal)
         new = next_variate(
             memory.variate, download.variate, download.encoder.params, encoder.params,
-            info["steps"], sgd,
+            info.spent.steps, sgd,
         )  # fmt: skip
         masks, selector = choose(memory, trained, data, select_key)
         covered = split_variables(coverage(network, masks), is_personal)[0]
         gain = _where(covered.params, jax.tree.map(jnp.subtract, new, memory.variate))
-        kept = new if paper else jax.tree.map(jnp.add, memory.variate, gain)
+        kept = new if published else jax.tree.map(jnp.add, memory.variate, gain)
         # An empty client weighs nothing, and clients that count alike weigh one.
-        weight = jnp.sign(info["examples"]) if paper else info["examples"]
+        weight = jnp.sign(info.examples) if published else info.examples
         stats = scaled(weight, jax.tree.map(jnp.subtract, encoder.stats, download.encoder.stats))
-        upload = SpatlUpload(gain, run_length(info["steps"], sgd), stats, weight, masks)
-        info = info | {"bytes_up": wire_bytes(upload, travels(upload))}
+        length = run_length(info.spent.steps, sgd)
+        upload = SpatlUpload(gain, length, Exact(stats), weight, masks)
+        info = info.measured(bytes_up=wire_bytes(upload, travels(upload)))
         memory = SpatlMemory(predictor, kept, masks, selector, memory.choices + 1)
         return upload, memory, info
 
@@ -261,7 +269,9 @@ def _where(covered: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), covered, tree)
 
 
-def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPersonal = head) -> Any:
+def train_predictor(
+    model: Model, task: Task, local: Local, *, is_personal: IsPersonal = head
+) -> Any:
     """Returns `train(variables, data, key) -> Variables`: a predictor for an encoder held fixed.
 
     For clients that come late, or that no round ever selected: they download the encoder and train
@@ -279,7 +289,7 @@ def transferred(model: Model, task: Task, local: Local, *, is_personal: IsPerson
             return value, (split_tree(stats, is_personal)[1], total, count)
 
         fixed: Objective = loss
-        own, _ = local_fit(fixed, local)(predictor, data, jnp.int32(2**30), key)
+        own, _ = local_fit(fixed, local)(predictor, data, jnp.int32(UNLIMITED_STEPS), key)
         return join_variables(encoder, own)
 
     return train
@@ -295,9 +305,9 @@ def client_model(
 ) -> Pruned:
     """A client's network with only its salient channels: `model.apply(model.params, inputs)`.
 
-    Statistics of batch norm are those of the whole network, with which a slice predicts little.
-    Give inputs, and they are measured anew; `repaired`, and what is left makes up for what is cut,
-    by least squares.
+    Without inputs, statistics of batch norm are those of the whole network, with which a slice
+    predicts poorly. If inputs are given, statistics are re-estimated; with `repaired`, what is left
+    is also fitted by least squares to make up for what is cut.
 
     Args:
       variables: what `Bucket.personal` gives for it.
@@ -305,13 +315,13 @@ def client_model(
       inputs: of the client's own training rows, in batches: [n, B, ...].
       repaired: by these inputs (`jaxfm.search.least_squares`).
     Raises:
-      ValueError: to be repaired without inputs.
+      ValueError: `repaired` without inputs.
     """
     kept = tuple(np.asarray(m) for m in memory.masks)
     network = select.network
     if inputs is None:
         if repaired:
-            raise ValueError("A client's model is repaired by its inputs: give some.")
+            raise ValueError("repaired=True needs inputs of the client's own: give some.")
         return pruned(network, variables, kept)
     if repaired:
         rows = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), inputs)

@@ -15,7 +15,7 @@ the judge; here a client judges by rows that it holds back, and without any it k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,14 @@ import numpy as np
 from jax import lax
 
 from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.registry import Setting
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.search.ranking import Scores, has_scales, importance, masks, ranks
+from jaxfm.search.strategies.gnn_rl import gnn_rl, load_policy
+from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.search.strategies.project import Budget, projection, within
 from jaxfm.search.strategies.strategy import Strategy, ratios, to_logits
+from jaxfm.search.subnets import model_network
 from jaxfm.search.trace.cost import budgets as make_budgets
 from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.interpret import masked
@@ -104,7 +108,7 @@ def threshold_counts(scores: tuple[Array, ...], sizes: np.ndarray, limits: tuple
     return above(start).astype(jnp.int32)
 
 
-class Tuned(NamedTuple):
+class AgentState(NamedTuple):
     """What an agent remembers: its strategy's state, and the best counts so far."""
 
     strategy: Any
@@ -142,21 +146,22 @@ def agent(
     project = projection(network.sizes, limits)
     run = masked(network)
 
-    def init(key: Key) -> Tuned:
-        return Tuned(strategy.init(key), jnp.zeros(len(network.groups), jnp.int32))
+    def init(key: Key) -> AgentState:
+        return AgentState(strategy.init(key), jnp.zeros(len(network.groups), jnp.int32))
 
-    def choose(state: Tuned, variables: Variables, data: ClientData, key: Key):
-        if data.held_index is None or data.held_count is None:
+    def choose(state: AgentState, variables: Variables, data: ClientData, key: Key):
+        if data.validation_index is None or data.validation_count is None:
             raise ValueError(
-                "An agent judges by rows held back from training: give Population(held=...)."
+                "An agent judges by rows that clients hold back from training: give "
+                "Population(local_validation=...)."
             )
         ask_key, row_key, task_key = jax.random.split(key, 3)
         scores = _scores(network, variables, kind)
         order = ranks(scores)
         first = project(to_logits(ratios(threshold_counts(scores, network.sizes, limits),
                                          network.sizes)))  # fmt: skip
-        held = jnp.maximum(data.held_count, 1)
-        chosen = data.held_index[jax.random.randint(row_key, (rows,), 0, held)]
+        size = jnp.maximum(data.validation_count, 1)
+        chosen = data.validation_index[jax.random.randint(row_key, (rows,), 0, size)]
         batch = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), dict(data.examples))
         inputs, targets, weight = task.prepare(batch, task_key)
 
@@ -171,14 +176,14 @@ def agent(
         worth = lax.map(judge, candidates)
         worth = jnp.where(jnp.isfinite(worth), worth, -jnp.float32(1e9))
         # A client that holds nothing back has nothing to learn its policy by.
-        some = data.held_count > 0
+        some = data.validation_count > 0
         own = jax.tree.map(
             lambda new, old: jnp.where(some, new, old),
             strategy.tell(own, actions, proposed, worth[:-2]),
             state.strategy,
         )
         best = jnp.where(some, candidates[jnp.argmax(worth)], first)
-        return masks(order, best), Tuned(own, best)
+        return masks(order, best), AgentState(own, best)
 
     return Select(network, init, choose)
 
@@ -210,3 +215,31 @@ def _limits(network: Network, budget: Mapping[str, float]) -> tuple[Budget, ...]
     limits = make_budgets(network, **budget)
     projection(network.sizes, limits)  # raises where the budget is out of reach
     return limits
+
+
+def select_for(
+    setting: Setting,
+    *,
+    keep: float = 0.5,
+    select: Literal["saliency", "agent"] = "saliency",
+    policy: str = "",
+) -> Select:
+    """How the clients of a run select channels.
+
+    Args:
+      keep: share of the multiply-adds that the selected channels take.
+      select: by a threshold on weights (saliency), or by an agent that learns on each client's own
+        validation rows, which --data.local_validation holds back.
+      policy: policy.safetensors of a search, from which all agents start; empty: from nothing.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} must be a share above 0 and up to 1.")
+    if policy and select != "agent":
+        raise ValueError(f"policy={policy!r} requires select=agent.")
+    network = model_network(setting.model, setting.variables, setting.inputs)
+    budget = {"macs": keep}
+    if select == "saliency":
+        return saliency(network, budget)
+    start = load_policy(policy) if policy else None
+    strategy = gnn_rl(policy_graph(network, setting.variables), batch=8, policy=start)
+    return agent(network, budget, strategy, setting.task)

@@ -12,7 +12,7 @@ Source: Lin et al. 2020 (FedDF), algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,16 @@ from jax import lax
 
 from jaxfm.data.federation import leading_size
 from jaxfm.distillation import distill, kl_divergence
-from jaxfm.federated.algorithm import ClientData, Mean, mean, scaled
-from jaxfm.federated.algorithms.fed_avg import moved
+from jaxfm.federated.algorithm import ClientData, Exact, Mean, mean, weighted
+from jaxfm.federated.averaging import moved
+from jaxfm.federated.registry import Setting
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
 
 _CHUNK = 512  # public rows at a time; bounds the memory of a prediction
 
 
-class Distil(NamedTuple):
+class Distill(NamedTuple):
     """How the server learns from an ensemble in one round.
 
     Attributes:
@@ -131,7 +132,7 @@ def coverage_vote(num_classes: int, label: str = "label") -> Vote:
     return Vote(ballot, known=known)
 
 
-class Upload(NamedTuple):
+class PredictionUpload(NamedTuple):
     """What a client sends that trained a network for an ensemble.
 
     Attributes:
@@ -141,12 +142,12 @@ class Upload(NamedTuple):
     """
 
     move: PyTree
-    examples: Array
-    known: PyTree
+    examples: Exact
+    known: Exact
 
 
-class Received(NamedTuple):
-    """Sums of the server's over uploads.
+class EnsembleSums(NamedTuple):
+    """Sums over uploads, which the server makes of them.
 
     Attributes:
       move: of movements, weighted by examples.
@@ -157,8 +158,8 @@ class Received(NamedTuple):
     votes: PyTree
 
 
-def fusion(model: Model, task: Task, how: Distil, vote: Vote, *, average: bool = True):
-    """Returns `(receive, server)` of an algorithm with `Upload`s: average, then distil.
+def fusion(model: Model, task: Task, how: Distill, vote: Vote, *, average: bool = True):
+    """Returns `(receive, server)` of an algorithm with `PredictionUpload`s: average, then distil.
 
     Without public data the average is all.
 
@@ -167,18 +168,18 @@ def fusion(model: Model, task: Task, how: Distil, vote: Vote, *, average: bool =
       average: whether distillation starts from the clients' average; if not, from where it was.
     """
 
-    def receive(state, public, upload: Upload) -> Received:
-        move = Mean(scaled(upload.examples, upload.move), upload.examples)
+    def receive(state, public, upload: PredictionUpload) -> EnsembleSums:
+        move = weighted(upload.examples.value, upload.move)
         if public is None:
-            return Received(move, ())
+            return EnsembleSums(move, ())
         network = moved(state.variables, upload.move)
         logits = predict(model, network, public_inputs(task, public)[0])
-        num, den = vote.ballot(logits.astype(jnp.float32), upload.known)
+        num, den = vote.ballot(logits.astype(jnp.float32), upload.known.value)
         # Finite weights can still overflow: whoever does has no vote.
         sound = jnp.isfinite(num).all() & jnp.isfinite(den).all()
-        return Received(move, Mean(jnp.where(sound, num, 0), jnp.where(sound, den, 0)))
+        return EnsembleSums(move, Mean(jnp.where(sound, num, 0), jnp.where(sound, den, 0)))
 
-    def server(state, totals: Received, public, key: Key):
+    def server(state, totals: EnsembleSums, public, key: Key):
         averaged = moved(state.variables, mean(totals.move))
         if public is None:
             return state._replace(variables=averaged), {}
@@ -226,7 +227,7 @@ def predict(model: Model, variables: Variables, inputs: Array) -> Array:
 
 
 def learn(
-    model: Model, variables: Variables, task: Task, public, teacher: Array, how: Distil, key: Key
+    model: Model, variables: Variables, task: Task, public, teacher: Array, how: Distill, key: Key
 ) -> tuple[Variables, Array]:
     """The variables after `how.steps` of distillation, and the loss of each step.
 
@@ -251,10 +252,54 @@ def learn(
     )  # fmt: skip
 
 
-def check_distil(how: Distil) -> None:
+def check_distill(how: Distill) -> None:
     """Raises ValueError for settings of distillation that are out of range."""
     if how.steps < 1 or how.batch_size < 1 or not how.temperature > 0:
         raise ValueError(
-            "Distil needs steps and batch_size of at least 1 and a temperature above 0, got "
+            "Distill needs steps and batch_size of at least 1 and a temperature above 0, got "
             f"{how.steps}, {how.batch_size}, {how.temperature}."
         )
+
+
+def distill_for(
+    setting: Setting,
+    *,
+    distill_steps: int = 20,
+    distill_batch_size: int = 32,
+    distill_learning_rate: float = 1e-3,
+    distill_temperature: float = 1.0,
+) -> Distill:
+    """How the server of a run distils, with Adam.
+
+    Args:
+      distill_steps: steps of the server in a round.
+      distill_batch_size: public rows of such a step.
+      distill_learning_rate: of Adam, which starts anew in every round.
+      distill_temperature: of teacher and student.
+    """
+    if not 0 < distill_learning_rate < float("inf"):
+        raise ValueError(f"distill_learning_rate={distill_learning_rate} must be above 0.")
+    how = Distill(
+        optax.adam(distill_learning_rate), distill_steps, distill_batch_size, distill_temperature
+    )
+    check_distill(how)
+    return how
+
+
+def vote_for(
+    setting: Setting, *, vote: Literal["auto", "mean", "max", "entropy", "coverage"] = "auto"
+) -> Vote:
+    """How the clients' predictions become those of the teacher of a run.
+
+    Args:
+      vote: mean of logits, max of log-probabilities, mean weighted by certainty (entropy), or by
+        the classes that a client has seen, which it tells the server (coverage); auto: coverage
+        where there are labels, else mean.
+    """
+    if vote == "auto":
+        vote = "mean" if setting.num_classes is None else "coverage"
+    if vote != "coverage":
+        return {"mean": mean_vote, "max": max_vote, "entropy": entropy_vote}[vote]()
+    if setting.num_classes is None:
+        raise ValueError("vote=coverage counts labels, which text lacks; choose mean.")
+    return coverage_vote(setting.num_classes)

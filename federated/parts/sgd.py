@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxfm.model import Array
+from jaxfm.optimizer import update
 
 
 class Sgd(NamedTuple):
@@ -58,11 +58,10 @@ def sgd_of(optimizer: optax.GradientTransformation, who: str) -> Sgd:
 def _moves(optimizer: optax.GradientTransformation, gradients: list[float]) -> np.ndarray:
     """f64: how far a number at zero goes down in each step."""
     x, moves = jnp.zeros(()), []
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-        state = optimizer.init(x)
-        for gradient in gradients:
-            update, state = optimizer.update(jnp.float32(gradient), state, x)
-            moves.append(-float(update))
+    state = optimizer.init(x)
+    for gradient in gradients:
+        step, state = update(optimizer, jnp.float32(gradient), state, x)
+        moves.append(-float(step))
     return np.array(moves, np.float64)
 
 

@@ -1,8 +1,8 @@
 """Salience: which units of a network matter by its weights alone, and which axes may be reordered.
 
-`salience` is an `importance` of `jaxfm.search.elastic.supernet.reorder`: per layer, and inside heads per
-head. Source: the ranking of queries and keys in Yu et al. 2023 (arXiv 2310.00247), salient
-parameter prioritisation, carried over to all axes that lie between two linear maps.
+`salience` is an `importance` of `jaxfm.search.elastic.supernet.reorder`: per layer, and inside
+heads per head. Source: the ranking of queries and keys in Yu et al. 2023 (arXiv 2310.00247),
+salient parameter prioritisation, carried over to all axes that lie between two linear maps.
 """
 
 from __future__ import annotations

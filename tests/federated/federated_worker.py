@@ -67,7 +67,8 @@ def main() -> None:
     from jaxfm.federated.accounting.resources import profiles
     from jaxfm.federated.algorithms.hetero_fl import hetero_fl
     from jaxfm.federated.local import Local
-    from jaxfm.federated.rounds import Population, rounds
+    from jaxfm.federated.population import Population
+    from jaxfm.federated.rounds import compile_rounds
     from jaxfm.models.families.cnn import mlp
     from jaxfm.subnet import Subnet
     from jaxfm.tasks import classification
@@ -84,7 +85,7 @@ def main() -> None:
     algorithm = hetero_fl(model, task, Local(optax.sgd(0.1), 4, 2), tiers, optax.adam(0.02))
     bucket = np.arange(7) % 2
     people = Population(data, profiles(7, max_steps=np.array([1, 9, 2, 9, 3, 9, 9])), bucket)
-    engine = rounds(algorithm, people, cohort_size=5, num_rounds=2, drop_rate=0.1)
+    engine = compile_rounds(algorithm, people, cohort_size=5, num_rounds=2, drop_rate=0.1)
     state = engine.init(model.init(jax.random.key(1)), jax.random.key(2))
     print(
         "rounds on", len(jax.devices()), "devices of", jax.process_count(), "processes", flush=True

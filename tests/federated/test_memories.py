@@ -14,7 +14,8 @@ from jaxfm.federated.accounting.metrics import client_metrics
 from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, mean, scaled
 from jaxfm.federated.local import Local, local_fit
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Variables
 from jaxfm.models.families.cnn import mlp
 from jaxfm.parallel.mesh import make_mesh
@@ -74,8 +75,8 @@ def test_memories_stay_with_their_clients(devices, width):
     data = federate({"t": targets, "owner": owners}, [np.array([i]) for i in range(CLIENTS)])
     pulls, bucket = (1.0, 3.0), np.arange(CLIENTS) % 3 % 2
     people = Population(data, profiles(CLIENTS, max_steps=owners), bucket)
-    engine = rounds(
-        scaffold(pulls), people, cohort_size=4, drop_rate=0.2, width=width,
+    engine = compile_rounds(
+        scaffold(pulls), people, cohort_size=4, drop_rate=0.2, clients_at_once=width,
         mesh=make_mesh(clients=devices),
     )  # fmt: skip
     state = engine.init(jnp.ones(2), jax.random.key(0))
@@ -90,7 +91,7 @@ def test_memories_stay_with_their_clients(devices, width):
             np.testing.assert_array_equal(memory.owner, owners[bucket == b])
         cohort = np.flatnonzero(seen - visits)
         assert (seen - visits)[cohort].tolist() == [1] * len(cohort)
-        assert len(cohort) == info["clients"].sum() and info["stray"][0] == 0
+        assert len(cohort) == info.counted.sum() and info["stray"][0] == 0
         visits = seen
         moves, controls = [], []
         for i in cohort:
@@ -115,9 +116,9 @@ def test_the_memory_of_a_client_that_fails_is_kept():
     targets[1] = np.inf
     data = federate({"t": targets, "owner": np.arange(1, 4)}, [np.array([i]) for i in range(3)])
     people = Population(data, profiles(3, max_steps=np.arange(1, 4)), np.zeros(3, int))
-    engine = rounds(scaffold((1.0,)), people, cohort_size=3)
+    engine = compile_rounds(scaffold((1.0,)), people, cohort_size=3)
     state, info = engine.run(engine.init(jnp.ones(2), jax.random.key(0)))
-    assert info["non_finite"].sum() == 1
+    assert info.non_finite.sum() == 1
     assert state.memories[0].visits.tolist() == [1, 0, 1]
     assert np.isfinite(state.server.variables).all() and np.isfinite(state.server.c).all()
 
@@ -155,7 +156,7 @@ def mutual(models) -> Algorithm:
             both = Variables({"own": memory.params, "shared": download.params}, {}, {})
             trained, info = fit(both, data, profile.max_steps, key)
             move = jax.tree.map(jnp.subtract, trained.params["shared"], download.params)
-            upload = Mean(scaled(info["examples"], move), info["examples"])
+            upload = Mean(scaled(info.examples, move), info.examples)
             return upload, memory._replace(params=trained.params["own"]), info
 
         return Bucket(
@@ -179,7 +180,7 @@ def test_clients_of_other_architectures_share_what_they_know():
     bucket = np.array([0, 1, 1, 0, 1])
     algorithm = mutual((mlp((6, 8, 3)), mlp((6, 5, 4, 3))))
     people = Population(data, profiles(5, max_steps=np.array([9, 8, 7, 6, 5])), bucket)
-    engine = rounds(algorithm, people, cohort_size=5)
+    engine = compile_rounds(algorithm, people, cohort_size=5)
     key, first = jax.random.key(0), SHARED.init(jax.random.key(1))
     state, _ = engine.run(engine.init(first, key))
 

@@ -12,7 +12,8 @@ from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.ledger import client_costs, round_costs
 from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Algorithm, Bucket, Mean, mean
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Variables
 
 SIZE = 8
@@ -52,7 +53,7 @@ def algorithm(*buckets: Bucket) -> Algorithm:
 
 def run(algorithm: Algorithm, population: Population, num_rounds: int = 1, **changes):
     settings = {"cohort_size": len(PARTS), "num_rounds": num_rounds} | changes
-    engine = rounds(algorithm, population, **settings)
+    engine = compile_rounds(algorithm, population, **settings)
     return engine.run(engine.init(jnp.zeros(SIZE), jax.random.key(0)))
 
 
@@ -111,7 +112,7 @@ def test_memories_start_from_the_clients_own_data_and_key():
 
     send = lambda server, public: server.variables
     toy = algorithm(Bucket(None, send, plain_client, init_client))
-    engine = rounds(toy, people(), cohort_size=2)
+    engine = compile_rounds(toy, people(), cohort_size=2)
     means, draws = engine.init(jnp.zeros(SIZE), jax.random.key(0)).memories[0]
     np.testing.assert_allclose(means, [VALUES[rows].mean() for rows in PARTS])
     assert len(set(np.asarray(draws).tolist())) == len(PARTS)
@@ -144,7 +145,7 @@ def test_a_memory_that_is_not_finite_is_not_kept():
     send = lambda server, public: server.variables
     state, info = run(algorithm(Bucket(None, send, client, init_client)), people())
     np.testing.assert_array_equal(state.memories[0], [1, 0, 1, 1])
-    assert info["non_finite"].tolist() == [[1]]
+    assert info.non_finite.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -160,7 +161,7 @@ def test_empty_slots_are_never_run(width):
     toy = algorithm(*[Bucket(None, send, client) for _ in range(3)])
     mesh = jax.make_mesh((1,), ("clients",), devices=jax.devices()[:1],
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
-    state, _ = run(toy, people((0, 0, 1, 2)), mesh=mesh, width=width)
+    state, _ = run(toy, people((0, 0, 1, 2)), mesh=mesh, clients_at_once=width)
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert sorted(calls) == sorted(len(rows) for rows in PARTS)

@@ -12,7 +12,8 @@ from jaxfm.federated.accounting.resources import assign, profiles
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.algorithms.hetero_fl import hetero_fl
 from jaxfm.federated.local import Local
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification
@@ -87,7 +88,7 @@ def test_rounds_cost_what_their_clients_cost():
     data = people.federation
     people = people._replace(federation=data._replace(examples=data.examples | {"x": x}))
     costs = client_costs(algorithm, people, variables())
-    engine = rounds(algorithm, people, cohort_size=5, num_rounds=3, drop_rate=0.4)
+    engine = compile_rounds(algorithm, people, cohort_size=5, num_rounds=3, drop_rate=0.4)
     _, info = engine.run(engine.init(variables(), jax.random.key(0)))
     total = round_costs(costs, info)
     selected, clients, failed, steps = (
@@ -110,7 +111,7 @@ def test_a_client_may_report_its_own_bytes():
 
     algorithm = algorithm._replace(buckets=(bucket._replace(client=client),))
     people = population()
-    engine = rounds(algorithm, people, cohort_size=4)
+    engine = compile_rounds(algorithm, people, cohort_size=4)
     _, info = engine.run(engine.init(variables(), jax.random.key(0)))
     costs = client_costs(algorithm, people, variables())
     assert round_costs(costs, info)["bytes_up"] == 4 * 7

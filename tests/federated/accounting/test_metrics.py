@@ -16,7 +16,7 @@ from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import Bucket
 from jaxfm.federated.algorithms.hetero_fl import hetero_fl
 from jaxfm.federated.local import Local
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification

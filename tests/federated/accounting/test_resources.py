@@ -22,8 +22,10 @@ from jaxfm.federated.accounting.resources import (
     simulated,
 )
 from jaxfm.federated.algorithms.hetero_fl import hetero_fl
+from jaxfm.federated.cohort import draw
 from jaxfm.federated.local import Local
-from jaxfm.federated.rounds import Population, draw, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification
@@ -115,7 +117,7 @@ def test_what_clients_did_adds_up_to_the_ledger():
     people = Population(data, fleet_profiles(machines), np.arange(5) % 2)
     variables, key = model.init(jax.random.key(0)), jax.random.key(3)
     costs = client_costs(algorithm, people, variables)
-    engine = rounds(algorithm, people, cohort_size=3, drop_rate=0.4)
+    engine = compile_rounds(algorithm, people, cohort_size=3, drop_rate=0.4)
     state = engine.init(variables, key)
     failed = 0
     for number in range(6):

@@ -16,8 +16,9 @@ from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.algorithms.adp import Adp, activity, adp
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import Local
-from jaxfm.federated.rounds import Population, rounds
-from jaxfm.federated.wrappers.compress import compressed, quantised
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
+from jaxfm.federated.wrappers.compression import quantised, with_compression
 from jaxfm.models.families.cnn import mlp
 from jaxfm.search.subnets import model_network
 from jaxfm.search.trace.cost import costs, counts_of
@@ -93,7 +94,7 @@ def test_a_target_of_one_is_fed_avg():
     full_width = [make(target=1.0, gates=gates).algorithm for gates in ("personal", "federated")]
     ends = []
     for algorithm in (fed_avg(MODEL, TASK, LOCAL), *full_width):
-        engine = rounds(algorithm, population(), cohort_size=3, num_rounds=RAMP + 2)
+        engine = compile_rounds(algorithm, population(), cohort_size=3, num_rounds=RAMP + 2)
         ends.append(engine.run(start(engine))[0].server.variables)
     chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)
 
@@ -118,7 +119,7 @@ def test_clients_narrow_round_by_round_and_send_less():
     spent = np.array([[macs(run().kept(t, c)) for c in range(5)] for t in range(RAMP + 2)])
     assert (spent[0] == DENSE).all() and (spent[RAMP:] <= 0.5 * DENSE).all()
     assert (np.diff(spent[: RAMP + 1], axis=0) <= 0).all()
-    sent = [info["bytes_up"].sum() for info in run().infos]
+    sent = [info.spent.bytes_up.sum() for info in run().infos]
     dense = sum(x.size * 4 for x in jax.tree.leaves((VARIABLES.params, VARIABLES.stats))) + 4
     assert sent[0] == 4 * (dense + NETWORK.sizes.sum() / 8) > sent[1] > sent[RAMP]
     counts, batch = np.asarray(population().federation.count), LOCAL.batch_size
@@ -128,15 +129,17 @@ def test_clients_narrow_round_by_round_and_send_less():
         row = np.array([macs(run().kept(t + 1, c, round=np.int32(t))) for c in range(5)])
         # Forward and back through the slice, and one look at all rows through the dense network.
         flops = (6 * row * steps * batch + 2 * DENSE * counts)[counts > 0].sum()
-        assert info["flops"].sum() == pytest.approx(flops, rel=1e-5)
+        assert info.spent.flops.sum() == pytest.approx(flops, rel=1e-5)
     assert [s.round for s, _ in run().seen] == list(range(RAMP + 2))
 
 
 def test_what_is_rounded_is_smaller_on_the_wire_and_lands_where_it_is_covered():
     plan = make()
-    engine = rounds(compressed(plan.algorithm, quantised(8)), population(), cohort_size=5)
+    engine = compile_rounds(
+        with_compression(plan.algorithm, quantised(8)), population(), cohort_size=5
+    )
     state, info = engine.run(start(engine))
-    assert 0 < info["bytes_up"].sum() < 0.4 * run().infos[0]["bytes_up"].sum()
+    assert 0 < info.spent.bytes_up.sum() < 0.4 * run().infos[0]["bytes_up"].sum()
     server, reference = state.server.variables, run().seen[1][0].variables
     chex.assert_trees_all_close(server.params, reference.params, atol=0.02)
 

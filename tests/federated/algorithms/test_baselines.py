@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_contract import BATCH_NORM, batch_norm_step, federation, population, run_new
+from laws import BATCH_NORM, batch_norm_step, federation, population, run_new
 
 from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.resources import profiles
@@ -23,7 +23,8 @@ from jaxfm.federated.algorithms.scaffold import scaffold
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import either, statistics, under
 from jaxfm.federated.parts.sgd import accumulated, sgd_of
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Model, Variables
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
@@ -63,7 +64,7 @@ def play(make, num_rounds: int, cohort: int = CLIENTS, momentum: float = 0.0, st
     """(x after every round, the last state)."""
     model, task = springs()
     algorithm = make(model, task, Local(optax.sgd(LR, momentum=momentum), 1, STEPS))
-    engine = rounds(algorithm, people(steps), cohort_size=cohort)
+    engine = compile_rounds(algorithm, people(steps), cohort_size=cohort)
     state, path = engine.init(model.init(None), jax.random.key(1)), []
     for _ in range(num_rounds):
         state, _ = engine.run(state)
@@ -127,7 +128,7 @@ def test_with_its_variates_held_at_zero_scaffold_stays_federated_averaging():
     local = Local(optax.sgd(LR), 1, STEPS)
     plain, held = fed_avg(model, task, local), scaffold(model, task, local, num_clients=CLIENTS)
     for name, algorithm in (("plain", plain), ("held", held)):
-        engine = rounds(algorithm, people(), cohort_size=CLIENTS)
+        engine = compile_rounds(algorithm, people(), cohort_size=CLIENTS)
         state = engine.init(model.init(None), jax.random.key(1))
         for _ in range(4):
             if name == "held":
@@ -188,7 +189,7 @@ def sent_names(algorithm) -> set[str]:
     server = algorithm.init(NET.init(jax.random.key(0)))
     bucket = algorithm.buckets[0]
     population = Population(data, profiles(1), np.zeros(1, int))
-    engine = rounds(algorithm, population, cohort_size=1)
+    engine = compile_rounds(algorithm, population, cohort_size=1)
     state = engine.init(NET.init(jax.random.key(0)), jax.random.key(0))
     memory = jax.tree.map(lambda x: x[0], state.memories[0])
     client = ClientData(data.examples, data.index[0], data.count[0])
@@ -206,13 +207,13 @@ def test_small_weights_are_zero_after_an_epoch():
     plain, _ = run_new(fed_avg(NET, TASK, local), people)
     none, info = run_new(fed_dp(NET, TASK, local, threshold=0.0), people)
     chex.assert_trees_all_close(none.server, plain.server, rtol=1e-5, atol=1e-6)
-    assert info["steps"].sum() == 3 and info["examples"].sum() == 10
+    assert info.spent.steps.sum() == 3 and info.examples.sum() == 10
     alone = population("fed_avg", federation((6,)))
     state, info = run_new(
         fed_dp(NET, TASK, Local(optax.sgd(0.1), 4, 2), threshold=0.3), alone, cohort_size=1
     )
     params = state.server.variables.params
-    assert info["steps"].sum() == 4
+    assert info.spent.steps.sum() == 4
     for name in ("dense1", "dense2"):
         kernel, bias = np.abs(params[name]["kernel"]), np.abs(params[name]["bias"])
         # A movement is added to where it started from, which rounds.
@@ -256,7 +257,9 @@ def test_a_rolling_window_of_full_width_is_hetero_fl():
     ends = []
     tiers = [Subnet({}), Subnet({"hidden1": np.arange(8)})]
     for make in (fed_rolex, hetero_fl):
-        engine = rounds(make(NET, TASK, PLAIN, tiers), population, cohort_size=2, num_rounds=2)
+        engine = compile_rounds(
+            make(NET, TASK, PLAIN, tiers), population, cohort_size=2, num_rounds=2
+        )
         state, _ = engine.run(engine.init(NET.init(jax.random.key(0)), jax.random.key(0)))
         ends.append(state.server.variables)
     chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)

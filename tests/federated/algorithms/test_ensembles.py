@@ -18,12 +18,12 @@ from jaxfm.federated.accounting.metrics import global_metrics
 from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import ClientData, Mean
 from jaxfm.federated.algorithms.fed_df import FedDfState, fed_df
-from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_paper, mutual_objective
+from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_published, mutual_objective
 from jaxfm.federated.algorithms.fed_md import fed_md
 from jaxfm.federated.local import Local
 from jaxfm.federated.parts import ensemble
 from jaxfm.federated.parts.ensemble import (
-    Distil,
+    Distill,
     Upload,
     coverage_vote,
     entropy_vote,
@@ -34,7 +34,8 @@ from jaxfm.federated.parts.ensemble import (
     public_inputs,
     ratio,
 )
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Variables
 from jaxfm.models.families.cnn import mlp
 from jaxfm.tasks import classification
@@ -42,7 +43,7 @@ from jaxfm.tasks import classification
 RNG = np.random.default_rng(0)
 KNOWLEDGE, TASK = mlp((6, 4, 3)), classification(3, inputs="x")
 OWN = (mlp((6, 8, 3)), mlp((6, 20, 7, 3)))
-LOCAL, DISTIL = Local(optax.sgd(0.1), 4, 2), Distil(optax.sgd(0.1), 2, 4)
+LOCAL, DISTILL = Local(optax.sgd(0.1), 4, 2), Distill(optax.sgd(0.1), 2, 4)
 PUBLIC = {"x": RNG.normal(size=(7, 6)).astype(np.float32)}
 LOGITS = RNG.normal(size=(2, 5, 3)).astype(np.float32) * 2  # clients, rows, classes
 COUNTS = np.array([[8.0, 0.0, 2.0], [1.0, 5.0, 0.0]], np.float32)
@@ -125,7 +126,7 @@ def test_class_counts_are_of_real_rows():
 
 @every_vote
 def test_a_network_that_overflows_has_no_vote(name):
-    receive, server = fusion(KNOWLEDGE, TASK, DISTIL, VOTES[name])
+    receive, server = fusion(KNOWLEDGE, TASK, DISTILL, VOTES[name])
     state = FedDfState(KNOWLEDGE.init(jax.random.key(0)))
     move = jax.tree.map(lambda x: 1e30 + 0 * x, (state.variables.params, {}))
     sums = receive(state, PUBLIC, Upload(move, jnp.ones(()), jnp.ones(3)))
@@ -140,7 +141,7 @@ def test_distillation_starts_from_the_average_or_where_it_was():
     """Without a step's length the start is what remains."""
     state = FedDfState(KNOWLEDGE.init(jax.random.key(0)))
     move = jax.tree.map(jnp.ones_like, (state.variables.params, {}))
-    still = DISTIL._replace(optimizer=optax.sgd(0.0))
+    still = DISTILL._replace(optimizer=optax.sgd(0.0))
     for average, moved in ((True, 1.0), (False, 0.0)):
         receive, server = fusion(KNOWLEDGE, TASK, still, mean_vote(), average=average)
         sums = receive(state, PUBLIC, Upload(move, jnp.asarray(2.0), ()))
@@ -197,7 +198,7 @@ def test_traffic_is_the_knowledge_networks_whatever_the_clients_own():
     variables = KNOWLEDGE.init(jax.random.key(0))
     size = 4 * count_parameters(variables.params)
     for extra, vote in ((0, None), (4 * 3, coverage_vote(3))):
-        algorithm = fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTIL, vote=vote)
+        algorithm = fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTILL, vote=vote)
         first, second = client_costs(algorithm, people(), variables, PUBLIC)
         assert first.bytes_down == second.bytes_down == size
         assert first.bytes_up == second.bytes_up == size + 4 + extra
@@ -221,7 +222,9 @@ def test_fed_md_sends_only_logits():
 
 
 def run(algorithm, population: Population, calls: int = 1, variables=None, public=PUBLIC):
-    engine = rounds(algorithm, population, cohort_size=len(population.bucket), public=public)
+    engine = compile_rounds(
+        algorithm, population, cohort_size=len(population.bucket), public=public
+    )
     variables = Variables({}, {}, {}) if variables is None else variables
     state, infos = engine.init(variables, jax.random.key(3)), []
     for _ in range(calls):
@@ -235,7 +238,7 @@ def test_clients_of_fed_md_come_to_agree():
     still, digest = Local(optax.sgd(0.0), 4), Local(optax.sgd(0.03), 7, 10)
     population = people()
     algorithm = fed_md(OWN, TASK, still, digest, (7, 3))
-    engine = rounds(algorithm, population, cohort_size=3, public=PUBLIC)
+    engine = compile_rounds(algorithm, population, cohort_size=3, public=PUBLIC)
     state = engine.init(Variables({}, {}, {}), jax.random.key(3))
 
     def gap(state) -> float:
@@ -258,12 +261,12 @@ def test_clients_of_fed_md_come_to_agree():
     ("call", "message"),
     [
         (lambda: max_vote(0.0), "sharpness=0.0 must be positive"),
-        (lambda: fed_df(KNOWLEDGE, TASK, LOCAL, DISTIL._replace(steps=0)), "at least 1 .* got 0"),
-        (lambda: fed_kemf(KNOWLEDGE, [], TASK, LOCAL, DISTIL), "needs at least one model"),
-        (lambda: fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTIL, mutual=-1.0), "not be negative"),
+        (lambda: fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL._replace(steps=0)), "at least 1 .* got 0"),
+        (lambda: fed_kemf(KNOWLEDGE, [], TASK, LOCAL, DISTILL), "needs at least one model"),
+        (lambda: fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTILL, mutual=-1.0), "not be negative"),
         (lambda: fed_md([], TASK, LOCAL, LOCAL, (7, 3)), "needs at least one model"),
         (
-            lambda: run(fed_df(KNOWLEDGE, TASK, LOCAL, DISTIL), people((3,)), public=None),
+            lambda: run(fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL), people((3,)), public=None),
             r"give rounds\(public=",
         ),
         (
@@ -292,12 +295,12 @@ def test_distillation_beats_averaging_on_clients_of_few_classes():
     clients, public, validation = non_iid_digits()
     knowledge, own, task = mlp((64, 24, 10)), mlp((64, 48, 10)), classification(10)
     local = Local(optax.sgd(0.05, momentum=0.9), 16, 3)
-    distil = Distil(optax.adam(3e-3), 100, 64)
+    distil = Distill(optax.adam(3e-3), 100, 64)
     population = Population(clients, profiles(10), np.zeros(10, int))
     algorithm = fed_kemf(knowledge, [own], task, local, distil, vote=coverage_vote(10))
     accuracy = {}
     for name, data in (("average", None), ("distilled", public)):
-        engine = rounds(algorithm, population, cohort_size=5, public=data)
+        engine = compile_rounds(algorithm, population, cohort_size=5, public=data)
         state, scores = engine.init(knowledge.init(jax.random.key(0)), jax.random.key(1)), []
         for _ in range(6):
             state, _ = engine.run(state)
@@ -308,8 +311,8 @@ def test_distillation_beats_averaging_on_clients_of_few_classes():
 
 
 def test_as_published_the_last_knowledge_is_the_start():
-    still = DISTIL._replace(optimizer=optax.sgd(0.0))
+    still = DISTILL._replace(optimizer=optax.sgd(0.0))
     before = KNOWLEDGE.init(jax.random.key(0))
-    state, infos = run(fed_kemf_paper(KNOWLEDGE, OWN, TASK, LOCAL, still), people(), 1, before)
+    state, infos = run(fed_kemf_published(KNOWLEDGE, OWN, TASK, LOCAL, still), people(), 1, before)
     chex.assert_trees_all_equal(state.server.variables, KNOWLEDGE.init(jax.random.key(0)))
     assert infos[0]["clients"].sum() == 3

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_contract import (
+from laws import (
     LOCAL,
     MODEL,
     TASK,
@@ -28,10 +28,10 @@ from jaxfm.data.federation import federate
 from jaxfm.distillation import kl_divergence
 from jaxfm.federated.accounting.ledger import client_costs
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithms.raffm import distilled, prioritised, raffm, raffm_published
+from jaxfm.federated.algorithms.raffm import distilled, prioritise, raffm, raffm_published
 from jaxfm.federated.local import Local, objective
 from jaxfm.federated.parts.unit_salience import free_axes, mean_norm, salience
-from jaxfm.federated.rounds import Population
+from jaxfm.federated.population import Population
 from jaxfm.model import count_parameters
 from jaxfm.subnet import Subnet, axis_sizes, embed, extract, mask, width
 from jaxfm.tasks import classification
@@ -62,7 +62,7 @@ def test_order_changes_no_output(name):
     variables = random_variables(model)
     axes = free_axes(model)
     assert {"embed", "kv_heads", "q_per_kv", "mlp", "v_dim"} <= set(axes)
-    order = jax.jit(lambda v: (prioritised(model, v), prioritised(model, v, axes)))
+    order = jax.jit(lambda v: (prioritise(model, v), prioritise(model, v, axes)))
     apply = jax.jit(lambda v: model.apply(v, inputs)[0])
     for ordered in order(variables):
         chex.assert_trees_all_close(apply(ordered), apply(variables), atol=2e-5, rtol=1e-5)
@@ -99,7 +99,7 @@ def test_heads_move_whole_and_units_stay_in_their_head():
     layers = variables.params["layers"] | {"attention": attention}
     tagged = variables._replace(params=variables.params | {"layers": layers})
     expected = 100 * np.array([[4], [3], [2], [1]]) + np.array([20, 15, 10, 5])
-    ordered = prioritised(model, tagged, ("kv_heads", "qk_dim", "v_dim"))
+    ordered = prioritise(model, tagged, ("kv_heads", "qk_dim", "v_dim"))
     for part in ("q", "k", "v", "o"):
         axes = names[part]["kernel"]
         leaf = np.asarray(ordered.params["layers"]["attention"][part]["kernel"])
@@ -144,13 +144,13 @@ def test_order_in_between_changes_nothing_but_the_order():
     variables, plain = state.server.variables, two_rounds("fed_avg")[0].server.variables
     in_order = lambda v: bool((np.diff(v.params["dense1"]["bias"]) <= 0).all())
     assert in_order(variables) and not in_order(plain) and int(state.server.round) == 2
-    again = prioritised(MODEL, plain, importance=bias)
+    again = prioritise(MODEL, plain, importance=bias)
     chex.assert_trees_all_close(variables, again, rtol=1e-5, atol=1e-6)
 
 
 def test_a_coordinate_that_nobody_covers_does_not_move():
-    state, _ = run_new(raffm(MODEL, TASK, LOCAL, TIERS[1:], distil=1.0), tiers_of(2), 2)
-    before, after = prioritised(MODEL, start()), state.server.variables
+    state, _ = run_new(raffm(MODEL, TASK, LOCAL, TIERS[1:], distill=1.0), tiers_of(2), 2)
+    before, after = prioritise(MODEL, start()), state.server.variables
     inside = lambda v: mask(v, MODEL.axes, TIERS[1])
     outside = lambda v: jax.tree.map(jnp.subtract, v, inside(v))
     chex.assert_trees_all_equal(outside(after), outside(before))
@@ -170,7 +170,7 @@ def test_the_published_mean_shrinks_what_not_all_hold():
 
 
 def test_bytes_of_a_tier_are_those_of_its_slice():
-    algorithm = raffm(MODEL, TASK, LOCAL, TIERS, distil=1.0)
+    algorithm = raffm(MODEL, TASK, LOCAL, TIERS, distill=1.0)
     costs = client_costs(algorithm, tiers_of(3), start())
     assert [cost.bytes_down for cost in costs] == [4 * (10 * h + 3) for h in (8, 4, 2)]
     assert [cost.bytes_up - cost.bytes_down for cost in costs] == [4] * 3  # how many examples
@@ -186,7 +186,7 @@ def test_slices_of_heads_and_stream_cost_what_they_are():
     people = Population(data, profiles(1), np.zeros(1, int))
     task, local = classification(5), Local(optax.sgd(0.1), 3)
     plain, taught = (
-        client_costs(raffm(model, task, local, tiers, distil=distil), people, like)
+        client_costs(raffm(model, task, local, tiers, distill=distil), people, like)
         for distil in (0.0, 1.0)
     )
     for tier, cost, more in zip(tiers, plain, taught, strict=True):
@@ -239,7 +239,7 @@ def test_a_slice_that_nobody_trained_alone_speaks_for_the_whole():
     gaps = []
     for distil in (0.0, 1.0):
         algorithm = raffm(
-            MODEL, TASK, LOCAL, TIERS[:1], axes=["hidden1"], distil=distil, student=TIERS[1]
+            MODEL, TASK, LOCAL, TIERS[:1], axes=["hidden1"], distill=distil, student=TIERS[1]
         )
         state, _ = run_new(algorithm, tiers_of(1), num_rounds=30)
         whole = state.server.variables

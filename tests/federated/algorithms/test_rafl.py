@@ -16,21 +16,21 @@ from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithms.rafl import (
     client_limits,
     entropy_divergence,
-    held_search,
     rafl,
     rafl_published,
     tiers,
+    validation_search,
 )
 from jaxfm.federated.local import Local
-from jaxfm.federated.parts.ensemble import Distil
-from jaxfm.federated.rounds import Population, rounds
+from jaxfm.federated.parts.ensemble import Distill
+from jaxfm.federated.population import Population
 from jaxfm.models.families.cnn import mlp
 from jaxfm.search.elastic.supernet import supernet
 from jaxfm.search.strategies.project import Budget
 from jaxfm.tasks import classification
 
 MODEL, TASK = mlp((6, 32, 16, 3)), classification(3, inputs="x")
-LOCAL, DISTIL = Local(optax.sgd(0.1), 4), Distil(optax.sgd(0.1), 2, 4)
+LOCAL, DISTILL = Local(optax.sgd(0.1), 4), Distill(optax.sgd(0.1), 2, 4)
 NET = supernet(
     MODEL, MODEL.init(jax.random.key(0)), ("hidden1", "hidden2"), multiple=2, smallest=0.125
 )
@@ -58,7 +58,7 @@ def some_budgets(num_clients: int = 12) -> list[Budget]:
 
 
 def make(given, **options):
-    return rafl(NET, MODEL, TASK, LOCAL, DISTIL, given, **options)
+    return rafl(NET, MODEL, TASK, LOCAL, DISTILL, given, **options)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_clients_train_the_member_they_were_given_and_send_the_smallest(plan):
         assert (cost.bytes_down, cost.bytes_up) == (4 * smallest, 4 * smallest + 4)
     engine = rounds(plan.algorithm, people, cohort_size=num_clients, public=PUBLIC)
     _, info = engine.run(engine.init(plan.start, jax.random.key(0)))
-    assert info["clients"].sum() == num_clients and np.isfinite(info["distil_loss"]).all()
+    assert info.counted.sum() == num_clients and np.isfinite(info["distil_loss"]).all()
 
 
 def test_members_inherit_the_supernets_weights_or_start_anew():
@@ -130,7 +130,9 @@ def test_the_search_reads_held_rows_of_the_tier_alone():
     x = (rng.normal(size=(40, 6)) + label[:, None]).astype(np.float32)
     x[:20] = np.nan  # rows to train on, and held rows of client 0
     held = federate({"x": x, "label": label}, [np.arange(10, 20), np.arange(20, 40)])
-    search = held_search(NET, MODEL, TASK, held, jax.random.key(0), population=8, generations=2)
+    search = validation_search(
+        NET, MODEL, TASK, held, jax.random.key(0), population=8, generations=2
+    )
     own = [Budget("parameters", NET.parameters, 0.5 * LARGEST)]
     counts = search(own, np.array([1]))
     score = lambda counts: TASK.loss(
@@ -141,7 +143,7 @@ def test_the_search_reads_held_rows_of_the_tier_alone():
     assert score(counts) <= score(shrunk)
     nobody = federate({"x": x, "label": label}, [np.array([], int), np.arange(20, 40)])
     with pytest.raises(ValueError, match=r"Clients \[0\] hold no rows back"):
-        held_search(NET, MODEL, TASK, nobody, jax.random.key(0))(own, np.array([0]))
+        validation_search(NET, MODEL, TASK, nobody, jax.random.key(0))(own, np.array([0]))
 
 
 def test_the_published_fusion_maximises_entropy_and_ours_does_not():
@@ -164,7 +166,7 @@ def test_the_published_fusion_maximises_entropy_and_ours_does_not():
 
 def test_the_published_variant_is_a_variant():
     options = {"search": lambda budgets, clients: np.array([8, 4])}
-    plan = rafl_published(NET, MODEL, TASK, LOCAL, DISTIL, budgets([LARGEST], [9.0]), **options)
+    plan = rafl_published(NET, MODEL, TASK, LOCAL, DISTILL, budgets([LARGEST], [9.0]), **options)
     assert plan.members.tolist() == [[8, 4]] and plan.bucket.tolist() == [0]
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_contract import BATCH_NORM, batch_norm_step, federation, population, run_new
+from laws import BATCH_NORM, batch_norm_step, federation, population, run_new
 
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.cost import count_flops
@@ -19,8 +19,9 @@ from jaxfm.federated.algorithms.spatl import SpatlMemory, client_model, nothing,
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import under
 from jaxfm.federated.parts.channel_selection import agent, everything, saliency, threshold_counts
-from jaxfm.federated.rounds import Population, rounds
-from jaxfm.federated.wrappers.compress import compressed, quantised, top_k
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
+from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.model import Variables
 from jaxfm.models.families.cnn import mlp
 from jaxfm.search import budgets, costs, gnn_rl, model_network, policy_graph
@@ -58,7 +59,7 @@ ENGINES: dict = {}  # one program an algorithm; its key keeps it alive
 def engine(algorithm, held: bool = False):
     key = (id(algorithm), held)
     if key not in ENGINES:
-        ENGINES[key] = (algorithm, rounds(algorithm, people(held), cohort_size=CLIENTS))
+        ENGINES[key] = (algorithm, compile_rounds(algorithm, people(held), cohort_size=CLIENTS))
     return ENGINES[key][1]
 
 
@@ -82,7 +83,7 @@ def test_all_channels_without_transfer_are_scaffold():
     chex.assert_trees_all_close(tuple(ours.server), tuple(theirs.server), rtol=1e-5, atol=1e-6)
     # A bit for each channel is what it costs more.
     costs = client_costs(scaffold(MODEL, TASK, LOCAL, num_clients=CLIENTS), people(), START)
-    assert info["bytes_up"].sum() == CLIENTS * (costs[0].bytes_up + 20 / 8)
+    assert info.spent.bytes_up.sum() == CLIENTS * (costs[0].bytes_up + 20 / 8)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_resumed_with_memories_it_ends_with_the_same_bits(half, tmp_path):
 
 @pytest.mark.parametrize("method", [None, quantised(4), top_k(0.2)], ids=["full", "4bit", "top_k"])
 def test_no_upload_has_the_predictor(half, method):
-    algorithm = half[1] if method is None else compressed(half[1], method)
+    algorithm = half[1] if method is None else with_compression(half[1], method)
     (bucket,) = algorithm.buckets
     shapes = client_shapes(bucket, people(), jax.eval_shape(algorithm.init, START))
     upload, _, _ = jax.eval_shape(bucket.client, *shapes)
@@ -172,7 +173,7 @@ def test_bytes_are_those_of_the_covered_values(half):
         own = coverage(NET, [m[client] for m in state.memories[0].masks])
         sent = sum(int(m.sum()) for name in ("dense1", "dense2") for m in own.params[name].values())
         up += 4 * sent + 20 / 8 + 8
-    assert info["bytes_up"].sum() == pytest.approx(up)
+    assert info.spent.bytes_up.sum() == pytest.approx(up)
     costs = client_costs(algorithm, people(), START)
     full = client_costs(make(everything(NET)), people(), START)
     assert round_costs(costs, info)["bytes_up"] == pytest.approx(up)
@@ -282,7 +283,7 @@ def test_statistics_are_averaged_though_nobody_sends_their_channels():
 
 
 def test_what_is_rounded_travels_as_far_as_it_is_covered(half):
-    _, info = play(compressed(half[1], quantised(8)), 1)
+    _, info = play(with_compression(half[1], quantised(8)), 1)
     state, plain = play(half[1], 1)
     up = 0
     for client in range(CLIENTS):
@@ -291,7 +292,7 @@ def test_what_is_rounded_travels_as_far_as_it_is_covered(half):
             # A byte for each value, and the step of a leaf.
             up += sum(m.mean() * (m.size + 4) for m in own.params[name].values())
         up += 20 / 8 + 8
-    assert info["bytes_up"].sum() == pytest.approx(float(up), rel=1e-5)
+    assert info.spent.bytes_up.sum() == pytest.approx(float(up), rel=1e-5)
     assert up < plain["bytes_up"].sum() / 3
 
 

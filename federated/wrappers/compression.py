@@ -26,12 +26,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.cost import num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, Profile, wire_bytes
-from jaxfm.model import Array, Key, PyTree
-
-# Fields that travel as they are: weights (`Mean`, `Upload`), which are divided by, and the few
-# statistics of norms, where a variance that comes late or rounded may fall to zero or below.
-EXACT = ("den", "known", "stats")
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Exact,
+    Known,
+    Profile,
+    wire_bytes,
+)
+from jaxfm.model import Array, Key, PyTree, Variables
 
 
 class Method(NamedTuple):
@@ -66,28 +70,35 @@ class CompressMemory(NamedTuple):
     residual: tuple[Array, ...]
 
 
-def compressed(
-    algorithm: Algorithm, method: Method, *, down: int | None = None, block: int = 256
+def with_compression(
+    algorithm: Algorithm, method: Method | None, *, down: int | None = None, block: int = 256
 ) -> Algorithm:
     """The algorithm with compressed uploads; server and personal parts stay the same.
 
     Floating leaves are compressed one by one, where that makes them smaller; scalars, integers and
-    weights and statistics (`EXACT`) travel exactly. A client without data sends zeros and keeps its
-    residual. "bytes_up" is of what now travels: with feedback all that was packed, whichever
-    entries it holds; else, of a leaf that the algorithm sends in part (`Bucket.travels`), that
-    part.
+    what the algorithm marks as `Exact` (weights, statistics) travel exactly. A client without data
+    sends zeros and keeps its residual. `Spent.bytes_up` counts what now travels: with feedback all
+    that was packed, whichever entries it holds; else, of a leaf that the algorithm sends in part
+    (`Bucket.travels`), that part.
 
     Args:
       algorithm: any; clients draw the same random numbers as without compression. With feedback
         its uploads should be movements: what is left out comes later.
-      method: `top_k` or `quantised`.
-      down: 8 or 4, bits of downloaded values; what clients know already, and which channels are
-        live, is left alone. None: downloads stay the same.
+      method: `top_k` or `quantised`; None: uploads stay the same.
+      down: 8 or 4, bits of downloaded values; what clients know already and what is exact is left
+        alone. None: downloads stay the same.
       block: values of a download that share a step.
     Raises:
-      ValueError: other bits; block below 1.
+      ValueError: other bits; block below 1; feedback for uploads of predictions.
     """
-    buckets = tuple(_compressed(b, method) for b in algorithm.buckets)
+    if method and method.feedback and any(bucket.sends_predictions for bucket in algorithm.buckets):
+        raise ValueError(
+            "This algorithm uploads predictions, whose small entries matter as much as the others; "
+            "top_k, which sends them later, is for movements. Use quantised, or no method."
+        )
+    buckets = algorithm.buckets
+    if method is not None:
+        buckets = tuple(_compressed(b, method) for b in buckets)
     if down is not None:
         buckets = tuple(_narrow(b, quantised(down, block)) for b in buckets)
     return algorithm._replace(buckets=buckets)
@@ -160,17 +171,39 @@ def quantised(bits: int, block: int | None = None) -> Method:
     return Method(pack, unpack, feedback=False)
 
 
+def named_compression(
+    algorithm: Algorithm, *, upload: str = "full", download: str = "full", top_share: float = 0.1
+) -> Algorithm:
+    """Compression by name, as scripts take it.
+
+    Args:
+      algorithm: any.
+      upload: "full", "8bit", "4bit", or "top_k": only the largest entries, in 8 bits.
+      download: "full", "8bit" or "4bit".
+      top_share: the share of entries that "top_k" sends.
+    """
+    bits = {"full": None, "8bit": 8, "4bit": 4}
+    if upload == download == "full":
+        return algorithm
+    if upload == "top_k":
+        method: Method | None = top_k(top_share, bits=8)
+    else:
+        width = bits[upload]
+        method = None if width is None else quantised(width, block=256)
+    return with_compression(algorithm, method, down=bits[download])
+
+
 def _compressed(bucket: Bucket, method: Method) -> Bucket:
     def init_client(download, data: ClientData, profile: Profile, key: Key) -> CompressMemory:
         own = bucket.init_client(download, data, profile, key)
         upload, _, _ = jax.eval_shape(bucket.client, download, own, data, profile, key)
-        leaves = jax.tree.leaves(upload)
+        leaves = jax.tree.leaves(upload, is_leaf=_is_exact)
         chosen = [leaves[i] for i in _chosen(method, upload)] if method.feedback else []
         return CompressMemory(own, tuple(jnp.zeros(x.shape, _wide(x)) for x in chosen))
 
     def client(download, memory: CompressMemory, data: ClientData, profile: Profile, key: Key):
         upload, own, info = bucket.client(download, memory.own, data, profile, key)
-        (leaves, tree), residual = jax.tree.flatten(upload), []
+        (leaves, tree), residual = jax.tree.flatten(upload, is_leaf=_is_exact), []
         key = jax.random.fold_in(key, 2**32 - 1)  # no algorithm counts so far
         for number, i in enumerate(_chosen(method, upload)):
             x = leaves[i]
@@ -181,11 +214,9 @@ def _compressed(bucket: Bucket, method: Method) -> Bucket:
             if method.feedback:
                 error = whole - _restored(method, leaves[i]).astype(whole.dtype)
                 residual.append(jnp.where(data.count > 0, error, left))
-        info = {name: value for name, value in info.items() if name != "bytes_up"}
         packed = jax.tree.unflatten(tree, leaves)
-        if travels is not None:
-            info["bytes_up"] = wire_bytes(packed, travels(packed))
-        return packed, CompressMemory(own, tuple(residual)), info
+        sent = None if travels is None else wire_bytes(packed, travels(packed))
+        return packed, CompressMemory(own, tuple(residual)), info.measured(bytes_up=sent)
 
     def receive(server, public, upload):
         return bucket.receive(server, public, _whole(method, upload))
@@ -198,17 +229,21 @@ def _compressed(bucket: Bucket, method: Method) -> Bucket:
         return jax.tree.map(split, upload, own, is_leaf=_is_packed)
 
     travels = None if bucket.travels is None else shares
+    personal = None
+    if bucket.personal is not None:
+        personal = lambda server, memory: bucket.personal(server, memory.own)
     return bucket._replace(
-        client=client, init_client=init_client, receive=receive, travels=travels,
-        personal=lambda server, memory: bucket.personal(server, memory.own),
-    )  # fmt: skip
+        client=client, init_client=init_client, receive=receive, travels=travels, personal=personal
+    )
 
 
 def _narrow(bucket: Bucket, method: Method) -> Bucket:
-    """The bucket with rounded downloads; `Known` parts do not travel."""
+    """The bucket with rounded downloads: parameters, and floats of the algorithm's own."""
 
-    def narrow(path, x: Any) -> Any:
-        if isinstance(x, Known) or _is_exact(path, x) or not x.size:
+    def narrow(x: Any) -> Any:
+        if isinstance(x, Variables):  # statistics travel exactly, and structure not at all
+            return x._replace(params=jax.tree.map(narrow, x.params))
+        if isinstance(x, Known | Exact) or not _is_float(x) or not x.size:
             return x
         payload = method.pack(x.astype(_wide(x)).reshape(-1), x.dtype, None)
         return Packed(payload, x.shape, x.dtype) if num_bytes(payload) < num_bytes(x) else x
@@ -216,9 +251,8 @@ def _narrow(bucket: Bucket, method: Method) -> Bucket:
     wide = lambda download: _whole(method, download)
 
     def send(server, public):
-        is_known = lambda x: isinstance(x, Known)
-        download = bucket.send(server, public)
-        return jax.tree_util.tree_map_with_path(narrow, download, is_leaf=is_known)
+        is_part = lambda x: isinstance(x, Variables | Known | Exact)
+        return jax.tree.map(narrow, bucket.send(server, public), is_leaf=is_part)
 
     return bucket._replace(
         send=send,
@@ -230,19 +264,22 @@ def _narrow(bucket: Bucket, method: Method) -> Bucket:
 def _chosen(method: Method, upload: PyTree) -> list[int]:
     """Which leaves of an upload, arrays or shapes, are compressed."""
 
-    def is_chosen(path, x) -> bool:
-        if _is_exact(path, x) or not x.ndim or not x.size:
+    def is_chosen(x) -> bool:
+        if _is_exact(x) or not _is_float(x) or not x.ndim or not x.size:
             return False
         packed = lambda: method.pack(jnp.zeros(x.size, _wide(x)), x.dtype, jax.random.key(0))
         return num_bytes(jax.eval_shape(packed)) < num_bytes(x)
 
-    leaves = enumerate(jax.tree_util.tree_leaves_with_path(upload))
-    return [i for i, leaf in leaves if is_chosen(*leaf)]
+    leaves = jax.tree.leaves(upload, is_leaf=_is_exact)
+    return [i for i, leaf in enumerate(leaves) if is_chosen(leaf)]
 
 
-def _is_exact(path, x: Any) -> bool:
-    named = any(getattr(step, "name", None) in EXACT for step in path)
-    return named or not jnp.issubdtype(x.dtype, jnp.floating)
+def _is_exact(x: Any) -> bool:
+    return isinstance(x, Exact)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _is_packed(x: Any) -> bool:

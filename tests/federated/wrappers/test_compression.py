@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_contract import (
+from laws import (
     ALGORITHMS,
     BATCH_NORM,
     PUBLIC,
@@ -30,7 +30,7 @@ from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import Local
 from jaxfm.federated.parts.ensemble import Upload
-from jaxfm.federated.wrappers.compress import compressed, quantised, top_k
+from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.model import Variables
 
 METHODS = {
@@ -89,7 +89,7 @@ def added(algorithm: Algorithm, **options):
 @functools.cache
 def added_by(name: str, dtype=jnp.float32):
     algorithm = adder(dtype)
-    return added(compressed(algorithm, METHODS[name]) if name in METHODS else algorithm)
+    return added(with_compression(algorithm, METHODS[name]) if name in METHODS else algorithm)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
@@ -109,12 +109,12 @@ def test_what_is_sent_and_what_is_kept_are_all_there_was(name, dtype):
         assert residual.dtype == jnp.float32
         moved = np.any(np.asarray(residual).reshape(6, -1) != 0, axis=1)
         np.testing.assert_array_equal(moved, [True, False, True, False, True, True])
-    assert info["non_finite"].sum() == plain["non_finite"].sum() > 0
+    assert info.non_finite.sum() == plain["non_finite"].sum() > 0
 
 
 def test_clients_at_a_time_do_not_matter():
     name = "top 25% in 4 bits"
-    many, _ = added(compressed(adder(), METHODS[name]), width=3)
+    many, _ = added(with_compression(adder(), METHODS[name]), width=3)
     chex.assert_trees_all_close(many.server, added_by(name)[0].server, rtol=1e-5, atol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_the_largest_magnitudes_are_kept():
 
 
 def test_all_entries_in_full_are_the_algorithm_itself():
-    algorithm = compressed(make("scaffold"), top_k(1.0))
+    algorithm = with_compression(make("scaffold"), top_k(1.0))
     kept, _ = run_new(algorithm, slow_and_fast("scaffold"), 2, cohort_size=3)
     chex.assert_trees_all_equal(kept.server, two_rounds("scaffold")[0].server)
 
@@ -173,7 +173,7 @@ SIZES = (8, 48, 3, 24)  # leaves of the mlp
     ],
 )
 def test_bytes_are_those_of_the_arrays_sent(method, leaf):
-    algorithm = compressed(make("fed_avg"), method)
+    algorithm = with_compression(make("fed_avg"), method)
     people = population("fed_avg", federation())
     (cost,) = client_costs(algorithm, people, start())
     expected = sum(min(leaf(n), 4 * n) for n in SIZES) + 4  # and the weight
@@ -184,10 +184,10 @@ def test_bytes_are_those_of_the_arrays_sent(method, leaf):
 def test_statistics_of_norms_travel_exactly(method):
     variables, expected = batch_norm_step()
     local = Local(optax.sgd(0.1), 4, 1)
-    algorithm = compressed(fed_avg(BATCH_NORM, TASK, local), method, down=4)
+    algorithm = with_compression(fed_avg(BATCH_NORM, TASK, local), method, down=4)
     down = algorithm.buckets[0].send(algorithm.init(variables), None)
     chex.assert_trees_all_equal(down.stats, variables.stats)
-    plain = compressed(fed_avg(BATCH_NORM, TASK, local), method)
+    plain = with_compression(fed_avg(BATCH_NORM, TASK, local), method)
     people = population("fed_avg", federation((4, 2)))
     state, _ = run_new(plain, people, variables=variables)
     chex.assert_trees_all_close(state.server.variables.stats, expected, rtol=1e-5, atol=1e-6)
@@ -196,8 +196,8 @@ def test_statistics_of_norms_travel_exactly(method):
 def test_bytes_that_clients_reported_give_way():
     _, info = added_by("top 10%")
     people = population("fed_avg", federation())
-    costs = client_costs(compressed(adder(), METHODS["top 10%"]), people, VECTORS)
-    reported = info["clients"].sum() + info["non_finite"].sum()
+    costs = client_costs(with_compression(adder(), METHODS["top 10%"]), people, VECTORS)
+    reported = info.counted.sum() + info.non_finite.sum()
     assert round_costs(costs, info)["bytes_up"] == reported * (6 * 8 + 1 * 8 + 4) > 0
 
 
@@ -227,7 +227,7 @@ def one_client(algorithm: Algorithm, count: int, residual: float = 0.0):
 
 @every_method
 def test_an_empty_client_sends_zeros_and_keeps_its_residual(method):
-    algorithm = compressed(adder(), method)
+    algorithm = with_compression(adder(), method)
     sums, before, after = one_client(algorithm, count=0, residual=0.3)
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(sums))
     chex.assert_trees_all_equal(before.residual, after.residual)
@@ -241,10 +241,10 @@ def test_an_empty_client_sends_zeros_and_keeps_its_residual(method):
 def losses(name: str):
     """Mean training loss of each of 60 rounds."""
     algorithm = make("fed_avg")
-    algorithm = compressed(algorithm, METHODS[name]) if name in METHODS else algorithm
+    algorithm = with_compression(algorithm, METHODS[name]) if name in METHODS else algorithm
     people = population("fed_avg", federation())
     _, info = run_new(algorithm, people, cohort_size=4, num_rounds=60)
-    return info["loss_total"] / info["loss_count"]
+    return info.loss_total / info.loss_count
 
 
 @pytest.mark.parametrize(("name", "slack"), [("8 bits", 0.02), ("top 25% in 4 bits", 0.1)])
@@ -271,7 +271,7 @@ def shapes(algorithm: Algorithm, variables: Variables | None = None):
 def test_any_algorithm_can_be_wrapped(name):
     """By shapes alone: the server gets sums as before, of smaller uploads."""
     algorithm = make(name)
-    plain, small = shapes(algorithm), shapes(compressed(algorithm, top_k(0.1, bits=4)))
+    plain, small = shapes(algorithm), shapes(with_compression(algorithm, top_k(0.1, bits=4)))
     for (upload, sums), (small_upload, small_sums) in zip(plain, small, strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(sums, small_sums)
         assert num_bytes(small_upload) < num_bytes(upload)
@@ -281,7 +281,7 @@ def test_any_algorithm_can_be_wrapped(name):
     ("method", "expected"), [(top_k(0.1), 7 * (2 + 4)), (quantised(8), 63 + 5 + 2 * 4)]
 )
 def test_bfloat16_stays(method, expected):
-    ((upload, sums),) = shapes(compressed(adder(jnp.bfloat16), method), VECTORS)
+    ((upload, sums),) = shapes(with_compression(adder(jnp.bfloat16), method), VECTORS)
     assert num_bytes(upload) == expected + 4
     assert {x.dtype for x in jax.tree.leaves(sums.num)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -291,7 +291,9 @@ def test_weights_and_integers_travel_exactly(method):
     x = jax.random.normal(jax.random.key(0), (40,))
     upload = (Mean(x, x), Upload(x, x[0], x), (10 * x).astype(jnp.int32))
     client = lambda download, memory, *rest: (upload, memory, {})
-    (bucket,) = compressed(Algorithm(None, (Bucket(None, None, client),), None), method).buckets
+    (bucket,) = with_compression(
+        Algorithm(None, (Bucket(None, None, client),), None), method
+    ).buckets
     sent, _, _ = bucket.client(None, bucket.init_client(None, *arguments()), *arguments())
     weights = lambda tree: (tree[0].den, tree[1].examples, tree[1].known, tree[2])
     chex.assert_trees_all_equal(weights(sent), weights(upload))
@@ -300,7 +302,7 @@ def test_weights_and_integers_travel_exactly(method):
 
 @pytest.mark.parametrize("name", ["scaffold", "hetero_fl_3", "fed_per"])
 def test_eight_bits_go_where_full_floats_go(name):
-    algorithm = compressed(make(name), quantised(8))
+    algorithm = with_compression(make(name), quantised(8))
     rounded, _ = run_new(algorithm, slow_and_fast(name), 2, cohort_size=3)
     plain, _ = two_rounds(name)
     distance = lambda a, b: optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
@@ -337,7 +339,7 @@ def test_downloads_may_be_rounded(name):
     """Clients start from what they got, so nothing drifts; the ledger counts what travels."""
     people = slow_and_fast(name)
     plain = make(name)
-    narrow = compressed(plain, quantised(8), down=8, block=8)
+    narrow = with_compression(plain, quantised(8), down=8, block=8)
     price = [
         sum(cost.bytes_down for cost in client_costs(algorithm, people, start()))
         for algorithm in (plain, narrow)
@@ -345,7 +347,7 @@ def test_downloads_may_be_rounded(name):
     assert price[1] < 0.5 * price[0]
     state, info = run_new(narrow, people, calls=2)
     exact, _ = run_new(plain, people, calls=2)
-    assert info["non_finite"].sum() == 0
+    assert info.non_finite.sum() == 0
     change = lambda s: jax.tree.map(jnp.subtract, s.server.variables.params, start().params)
     far = lambda a, b: float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
     assert far(change(state), change(exact)) < 0.1 * float(optax.tree.norm(change(exact)))
@@ -353,7 +355,7 @@ def test_downloads_may_be_rounded(name):
 
 def test_what_a_client_knows_is_not_rounded():
     server = make("fed_per").init(start())
-    bucket = compressed(make("fed_per"), quantised(4), down=4).buckets[0]
+    bucket = with_compression(make("fed_per"), quantised(4), down=4).buckets[0]
     download = bucket.send(server, None)
     chex.assert_trees_all_equal(
         download.first.value.params["dense2"], server.variables.params["dense2"]

@@ -1,0 +1,204 @@
+"""Who takes part in a round, on which device, and what is reported of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.federated.algorithm import Info, Spent
+from jaxfm.model import Array, Key
+
+
+class Status(enum.IntEnum):
+    """What became of a client that was drawn."""
+
+    ABSENT = 0  # it dropped out, or has no data
+    COUNTED = 1
+    NON_FINITE = 2  # its update held an infinity or NaN, and was left out
+
+
+class Cohort(NamedTuple):
+    """The clients of a round, in the order drawn; leaves [cohort_size], or [R, cohort_size].
+
+    Attributes:
+      client: i32, who.
+      status: i32, a `Status`.
+      steps: f32, local steps; also of those whose update was left out.
+      examples, loss_total, loss_count: f32, as in `Info`; 0 where the update was left out.
+    """
+
+    client: Array
+    status: Array
+    steps: Array
+    examples: Array
+    loss_total: Array
+    loss_count: Array
+
+
+class RoundInfo(NamedTuple):
+    """What R rounds report; every leaf has a leading axis of rounds.
+
+    Attributes:
+      selected: f32[R, buckets], clients drawn.
+      counted: f32[R, buckets], clients whose update counted.
+      non_finite: f32[R, buckets], clients whose update was left out.
+      spent: f32[R, buckets], the work of both; `flops` and `bytes_up` are 0 where a bucket leaves
+        them to the ledger.
+      examples, loss_total, loss_count: f32[R, buckets], sums over clients that counted.
+      extra: f32[R] by name, the algorithm's own sums over clients.
+      cohort: columns [R, cohort_size], a client each.
+      server: f32[R] by name, figures of the server's step.
+    """
+
+    selected: Array
+    counted: Array
+    non_finite: Array
+    spent: Spent
+    examples: Array
+    loss_total: Array
+    loss_count: Array
+    extra: Mapping[str, Array]
+    cohort: Cohort
+    server: Mapping[str, Array]
+
+
+class Slots(NamedTuple):
+    """The places at which the clients of one bucket run, device by device; leaves [slots].
+
+    Taken slots come first on every device.
+
+    Attributes:
+      client: i32, who.
+      taken: bool, whether anybody is there.
+      place: i32, position in the cohort.
+      row: i32, of its data on its device.
+      memory: i32, of its memory; past the end in an empty slot, so that nothing is written.
+    """
+
+    client: Array
+    taken: Array
+    place: Array
+    row: Array
+    memory: Array
+
+
+class Whereabouts(NamedTuple):
+    """Tables i32[C] over all clients.
+
+    Attributes:
+      bucket: its bucket.
+      row: the row of its data on its device.
+      memory: the row of its memory among its bucket's.
+      home: its device; None where all devices hold everybody's data.
+    """
+
+    bucket: Array
+    row: Array
+    memory: Array
+    home: Array | None
+
+
+class Report(NamedTuple):
+    """What became of the client in a slot: f32[] each, or leaves [slots]."""
+
+    counted: Array
+    non_finite: Array
+    info: Info
+
+
+def round_keys(key: Key, number: Array | int) -> Array:
+    """Keys of the choice of clients, of their failures, of the clients and of the server."""
+    return jax.random.split(jax.random.fold_in(key, number), 4)
+
+
+def draw(
+    key: Key, number: Array | int, num_clients: int, cohort_size: int, drop_rate: Array | float
+) -> tuple[Array, Array]:
+    """Draws the clients of a round without replacement, as a function of the run's key.
+
+    Args:
+      key: of the run, as given to `Rounds.init`.
+      number: i32[], of the round; the first is 0.
+      num_clients, cohort_size: how many there are, and how many are drawn.
+      drop_rate: probability with which a client fails to report.
+    Returns:
+      The clients drawn, i32[cohort_size], and bool[num_clients], who reports if drawn (and has
+      data).
+    """
+    choose_key, report_key, _, _ = round_keys(key, number)
+    reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
+    return lax.top_k(jax.random.bits(choose_key, (num_clients,)), cohort_size)[1], reports
+
+
+def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, past: int) -> Slots:
+    """Deals the drawn clients of bucket b to `count` slots.
+
+    Clients with a home run there; others are spread evenly, buckets beginning from either end in
+    turn.
+
+    Args:
+      drawn: i32[cohort_size].
+      where: the tables of all clients.
+      b: the number of the bucket.
+      count: slots on all devices together.
+      devices: along the mesh axis "clients".
+      past: a row past the end of the bucket's memories.
+    """
+    mine = where.bucket[drawn] == b
+    if where.home is None:
+        first = _fitted(jnp.argsort(~mine, stable=True), count)
+        place = first.reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)
+        taken = jnp.arange(count).reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1) < mine.sum()
+    else:
+        here = mine & (where.home[drawn] == jnp.arange(devices)[:, None])
+        order = lambda own: _fitted(jnp.argsort(~own, stable=True), count // devices)
+        place = jax.vmap(order)(here).reshape(-1)
+        taken = jnp.arange(count // devices) < here.sum(1)[:, None]
+        taken = taken.reshape(-1)
+    client = drawn[place]
+    memory = jnp.where(taken, where.memory[client], past)
+    return Slots(client, taken, place, where.row[client], memory)
+
+
+def _fitted(order: Array, count: int) -> Array:
+    return jnp.pad(order[:count], (0, max(0, count - order.shape[0])))
+
+
+def joined(
+    drawn: Array, slots: list[Slots | None], reports: list[Report | None], figures: dict
+) -> RoundInfo:
+    """The report of one round from those of its buckets; None stands for an empty bucket."""
+    size = drawn.shape[0]
+    zeros = jnp.zeros(size, jnp.float32)
+    cohort = Cohort(drawn, jnp.zeros(size, jnp.int32), zeros, zeros, zeros, zeros)
+    columns: list[tuple] = []
+    extra: dict[str, Array] = {}
+    for own, report in zip(slots, reports, strict=True):
+        if own is None or report is None:
+            columns.append((jnp.zeros((), jnp.float32),) * 9)
+            continue
+        info, spent = report.info, report.info.spent
+        status = Status.COUNTED * report.counted + Status.NON_FINITE * report.non_finite
+        seen = Cohort(
+            own.client, status.astype(jnp.int32), spent.steps,
+            info.examples, info.loss_total, info.loss_count,
+        )  # fmt: skip
+        at = jnp.where(own.taken, own.place, size)
+        cohort = jax.tree.map(lambda x, new, at=at: x.at[at].set(new, mode="drop"), cohort, seen)
+        optional = lambda x: jnp.zeros(()) if x is None else x
+        columns.append(tuple(x.sum(dtype=jnp.float32) for x in (
+            own.taken, report.counted, report.non_finite,
+            spent.steps, optional(spent.flops), optional(spent.bytes_up),
+            info.examples, info.loss_total, info.loss_count,
+        )))  # fmt: skip
+        for name, value in (info.extra or {}).items():
+            extra[name] = extra.get(name, jnp.zeros((), jnp.float32)) + value.sum()
+    selected, counted, non_finite, steps, flops, sent, *sums = map(jnp.stack, zip(*columns))
+    return RoundInfo(
+        selected, counted, non_finite, Spent(steps, flops, sent), *sums, extra, cohort, figures
+    )

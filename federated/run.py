@@ -1,0 +1,319 @@
+"""A federated run from its data to its last test: rounds, evaluation, checkpoints, records.
+
+    data = jaxfm.data.dealing.deal_out(...)
+    result = train(fed_avg(model, data.task, local), data, num_rounds=50, cohort_size=8)
+    result.test["global/accuracy"], result.totals["bytes_up"]
+
+A run with a folder keeps its metrics there (JSONL and TensorBoard), saves checkpoints, and goes on
+from the last one if it was stopped, to the same result. The validation split is watched, the test
+split is looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxfm.checkpoint import Checkpointer
+from jaxfm.data.dealing import Data, subsample
+from jaxfm.federated.accounting.ledger import client_work, first_downloads, round_costs
+from jaxfm.federated.accounting.metrics import client_metrics, global_metrics, three_metrics
+from jaxfm.federated.accounting.resources import simulated
+from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.cohort import RoundInfo, Status
+from jaxfm.federated.placement import Placement, place
+from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import RunState, compile_rounds
+from jaxfm.log import RunLog, progress
+from jaxfm.model import Variables
+
+TOTALS = ("bytes_down", "bytes_up", "flops", "selected", "reported", "seconds", "joules")
+_EVAL_BATCH = 32
+
+
+class Account(NamedTuple):
+    """What a run adds up over its rounds; saved with its state.
+
+    Attributes:
+      totals: f64, of all clients, in the order of `TOTALS`; time and energy are 0 without machines.
+      served: bool[C], who has been drawn, and so holds the frozen parameters.
+      failures: i64[C], updates of each client that were not finite.
+    """
+
+    totals: np.ndarray
+    served: np.ndarray
+    failures: np.ndarray
+
+
+class TrainedRun(NamedTuple):
+    """A run after its last round.
+
+    Attributes:
+      state: of the engine.
+      placement: who trained what.
+      totals: of all clients: "bytes_down", "bytes_up", "flops", "selected" and "reported" clients;
+        with machines "seconds" and "joules", too.
+      history: a dict of figures for each round of this call, with its number as "round".
+      test: the three metrics on the test sets, by name.
+      buckets: by bucket, the metrics of its model on the global test set; where its clients have
+        models of their own, the means of these on their own test sets.
+      clients: f64[C] by metric, of each client's model on its own test set.
+      failures: i64[C], updates of each client that were not finite and were left out.
+    """
+
+    state: RunState
+    placement: Placement
+    totals: dict[str, float]
+    history: list[dict[str, float]]
+    test: dict[str, float]
+    buckets: list[dict[str, float]]
+    clients: dict[str, np.ndarray]
+    failures: np.ndarray
+
+
+def train(
+    algorithm: Algorithm,
+    data: Data,
+    *,
+    num_rounds: int,
+    cohort_size: int,
+    variables: Variables | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+    drop_rate: float = 0.0,
+    eval_every: int = 5,
+    eval_examples: int = 512,
+    test_examples: int = 0,
+    run_dir: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+    clients_at_once: int | None = None,
+) -> TrainedRun:
+    """Runs all rounds, or those that an earlier process has left, and measures on the test sets.
+
+    Args:
+      algorithm: what clients and server do.
+      data: of the clients and of the server.
+      num_rounds, cohort_size, drop_rate, mesh, clients_at_once: as in `compile_rounds`.
+      variables: that the run starts from; None: `algorithm.model.init`.
+      placement: who trains what (`place`); None: clients without limits take turns.
+      seed: of parameters and rounds.
+      eval_every: rounds between evaluations and checkpoints.
+      eval_examples: validation rows looked at while training; 0: all.
+      test_examples: test rows looked at in the end; 0: all.
+      run_dir: folder for metrics and checkpoints; None: nothing is written.
+    Raises:
+      ValueError: settings out of range, or no variables where the algorithm has no global model.
+    """
+    _check(algorithm, num_rounds, eval_every)
+    if variables is None:
+        if algorithm.model is None:
+            raise ValueError("This algorithm has no global model: give train(variables=...).")
+        variables = algorithm.model.init(jax.random.key(seed))
+    if placement is None:
+        placement = place(
+            algorithm, data.train, variables, public=data.public,
+            local_validation=_held(data),
+        )  # fmt: skip
+    population = Population(data.train, placement.profiles, placement.bucket, _held(data))
+    engine = compile_rounds(
+        algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
+        mesh=mesh, clients_at_once=clients_at_once,
+    )  # fmt: skip
+    measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=_EVAL_BATCH)
+    watched = subsample(data.validation, eval_examples)
+    state = engine.init(variables, jax.random.key(seed + 1))
+    num_clients = len(data.train.count)
+    account = Account(
+        np.zeros(len(TOTALS)), np.zeros(num_clients, bool), np.zeros(num_clients, np.int64)
+    )
+    done, history = 0, []
+    with contextlib.ExitStack() as stack:
+        checkpoints = log = None
+        if run_dir is not None:
+            folder = pathlib.Path(run_dir)
+            checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
+            if checkpoints.latest_step() is not None:
+                done, (state, account) = checkpoints.restore(like=(state, account))
+                print(f"Going on after round {done}, from {checkpoints.folder}.")
+            log = stack.enter_context(RunLog(folder, resume_step=done or None))
+        if log is not None and not done:
+            log.write(0, validation(algorithm, state, data, watched, measure))
+        for number in progress(range(done + 1, num_rounds + 1), "rounds"):
+            state, info = engine.run(state)
+            account, line = add_round(account, placement, jax.device_get(info))
+            _warn(number, info, data.names)
+            is_due = number % eval_every == 0 or number == num_rounds
+            if is_due:
+                line |= validation(algorithm, state, data, watched, measure)
+            history.append({"round": float(number)} | line)
+            if log is not None:
+                log.write(number, line)
+            if checkpoints is not None and is_due:
+                checkpoints.save(number, (state, account))
+    test, buckets, clients = final_metrics(
+        algorithm, state, data, placement.bucket, measure, test_examples
+    )
+    totals = dict(zip(TOTALS, account.totals.tolist(), strict=True))
+    if placement.machines is None:
+        totals = {name: value for name, value in totals.items() if name in TOTALS[:5]}
+    return TrainedRun(
+        state=state, placement=placement, totals=totals, history=history, test=test,
+        buckets=buckets, clients=clients, failures=account.failures,
+    )  # fmt: skip
+
+
+def add_round(
+    account: Account, placement: Placement, info: RoundInfo
+) -> tuple[Account, dict[str, float]]:
+    """Adds one round to the account; returns it and the round's line of the log."""
+    costs, bucket = placement.costs, placement.bucket
+    first, served = first_downloads(info, bucket, account.served, len(costs))
+    spent = round_costs(costs, info, first)
+    spent |= {"selected": float(info.selected.sum()), "reported": float(info.counted.sum())}
+    spent |= {"seconds": 0.0, "joules": 0.0}
+    if placement.machines is not None:
+        spent |= simulated(placement.machines, client_work(costs, bucket, info))
+    failures = account.failures.copy()
+    failures[info.cohort.client[info.cohort.status == Status.NON_FINITE]] += 1
+    totals = account.totals + np.array([spent[name] for name in TOTALS])
+    line = {
+        "train/loss": float(info.loss_total.sum() / max(info.loss_count.sum(), 1.0)),
+        "clients/reported": float(info.counted.sum()),
+        "clients/non_finite": float(info.non_finite.sum()),
+        "clients/steps": float(info.spent.steps.sum()),
+    }
+    names = TOTALS if placement.machines is not None else TOTALS[:5]
+    line |= {f"total/{name}": value for name, value in zip(names, totals.tolist())}
+    return Account(totals, served, failures), line
+
+
+def validation(
+    algorithm: Algorithm, state: RunState, data: Data, examples: Mapping, measure: Callable
+) -> dict[str, float]:
+    """Metrics of the shared models on validation rows, and of clients' own on theirs.
+
+    Args:
+      examples: validation rows of the server.
+      measure: of `client_metrics`.
+    """
+    line: dict[str, float] = {}
+    buckets: list[int | None] = [
+        b for b, bucket in enumerate(algorithm.buckets) if bucket.personal is None
+    ]
+    for b in buckets or ([None] if algorithm.model else []):
+        prefix = f"validation/bucket{b}" if b else "validation"
+        metrics = _on_server(algorithm, state, data, examples, b)
+        line |= {f"{prefix}/{name}": value for name, value in metrics.items()}
+    if data.local_validation is not None:
+        own = three_metrics(measure(state, data.local_validation), {})
+        line |= {name: value for name, value in own.items() if name.startswith("personal/")}
+    return line
+
+
+def final_metrics(
+    algorithm: Algorithm,
+    state: RunState,
+    data: Data,
+    bucket_of: np.ndarray,
+    measure: Callable,
+    test_examples: int = 0,
+) -> tuple[dict[str, float], list[dict[str, float]], dict[str, np.ndarray]]:
+    """The three metrics on the test sets, those of each bucket, and those of each client."""
+    test = subsample(data.test, test_examples)
+    own = measure(state, data.local_test)
+
+    def of_bucket(b: int) -> dict[str, float]:
+        if algorithm.buckets[b].personal is None:
+            return _on_server(algorithm, state, data, test, b)
+        return {name: _mean(values[bucket_of == b]) for name, values in own.items()}
+
+    buckets = [of_bucket(b) for b in range(len(algorithm.buckets))]
+    overall = _on_server(algorithm, state, data, test, None) if algorithm.model else {}
+    return three_metrics(own, overall), buckets, own
+
+
+def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...] = ()) -> dict:
+    """A run as JSON: what its report shows (part "federate" of results.json).
+
+    Args:
+      result: of `train`.
+      data: that it was trained on.
+      full_bytes: of the parameters and statistics of the full model, to compare traffic with.
+      mix: names of the clients' machines, dealt out in turn.
+    """
+    placement, totals = result.placement, result.totals
+    machines = mix or ("",)
+    return {
+        "test": result.test,
+        "tiers": [
+            {"clients": int((placement.bucket == b).sum())}
+            | cost._asdict()
+            | {metric: _number(value) for metric, value in metrics.items()}
+            for b, (cost, metrics) in enumerate(zip(placement.costs, result.buckets, strict=True))
+        ],
+        "totals": totals,
+        "full_model": {
+            "bytes_down": totals["selected"] * full_bytes,
+            "bytes_up": totals["reported"] * full_bytes,
+        },
+        "clients": [
+            {
+                "name": name,
+                "examples": int(data.train.count[i]),
+                "bucket": int(placement.bucket[i]),
+                "machine": machines[i % len(machines)],
+                "non_finite": int(result.failures[i]),
+                "test": {metric: _number(x[i]) for metric, x in result.clients.items()},
+            }
+            for i, name in enumerate(data.names)
+        ],
+    }
+
+
+def _on_server(
+    algorithm: Algorithm, state: RunState, data: Data, examples: Mapping, bucket: int | None
+) -> dict[str, float]:
+    return global_metrics(
+        algorithm, state, data.task, examples, batch_size=_EVAL_BATCH, bucket=bucket
+    )
+
+
+def _held(data: Data) -> Any:
+    """Validation rows that clients may select by: those that they are watched by."""
+    return data.local_validation
+
+
+def _warn(number: int, info: RoundInfo, names: tuple[str, ...]) -> None:
+    """Names the clients whose update was left out, on standard error."""
+    failed = np.asarray(info.cohort.client)[np.asarray(info.cohort.status) == Status.NON_FINITE]
+    if len(failed):
+        who = ", ".join(names[i] for i in failed[:8]) + (", ..." if len(failed) > 8 else "")
+        print(
+            f"Round {number}: the updates of {len(failed)} clients were not finite and were left "
+            f"out: {who}.",
+            file=sys.stderr,
+        )
+
+
+def _check(algorithm: Algorithm, num_rounds: int, eval_every: int) -> None:
+    for name, value in (("num_rounds", num_rounds), ("eval_every", eval_every)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def _mean(values: np.ndarray) -> float:
+    some = values[~np.isnan(values)]
+    return float(some.mean()) if some.size else float("nan")
+
+
+def _number(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if np.isnan(value) else float(value)
