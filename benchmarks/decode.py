@@ -136,6 +136,7 @@ def main(sizes: dict) -> dict:
     from jaxfm.parallel.decoders.lookup import lookup
     from jaxfm.parallel.decoders.plain import plain
     from jaxfm.parallel.decoders.speculative import speculative
+    from jaxfm.parallel.drafters.model import model_drafter
     from jaxfm.parallel.generation import generate
 
     model, variables, draft, draft_variables = make_pair(sizes)
@@ -150,7 +151,7 @@ def main(sizes: dict) -> dict:
         decoders = {
             "plain": plain(model, variables),
             "speculative": speculative(
-                model, variables, draft, draft_variables, length=DRAFT_LENGTH
+                model, variables, model_drafter(draft, draft_variables), length=DRAFT_LENGTH
             ),
             "lookup": lookup(model, variables, length=DRAFT_LENGTH),
         }

@@ -3,10 +3,10 @@
     python benchmarks/pipe_links.py [--quick] [--folder=docs/results]
 
 8 stages of one unit, a draft of half a stage, right with probability 0.79; 1,000 tokens of a trace
-(`jaxfm.parallel.simulation.simulator`, which counts the engine's own ticks). Draft-then-verify takes the length
-that is best for each point. `pipe_links.svg`: the share of the speed without delay that is left as
-a hop takes up to two stages; `pipe_right.svg`: speed-up over plain pipelined decoding by the
-probability. The last line is one JSON object.
+(`jaxfm.parallel.simulation.simulator`, which counts the engine's own ticks). Draft-then-verify uses
+the length that is best for each point. `pipe_links.svg`: the share of the speed without delay that
+is left as a hop takes up to two stages; `pipe_right.svg`: speed-up over plain pipelined decoding by
+the probability. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import argparse
 import json
 import pathlib
 
-from jaxfm.parallel.simulation.simulator import Head, RoundHead, best_speculative, play, trace
-from jaxfm.parallel.simulation.speed import Pipe, linear_cost
+from jaxfm.parallel.pipe.speed import Pipe, linear_cost
+from jaxfm.parallel.simulation.heads import Head, RoundHead
+from jaxfm.parallel.simulation.simulator import best_speculative, draw_ranks, simulate
 
 COLOURS = {"continuous": "#0b6e4f", "draft-then-verify": "#c8553d", "plain": "#555555"}
 
 
 def rates(right: float, link: float, tokens: int) -> dict[str, float]:
     """Tokens a unit of time."""
-    pipe, ranks = Pipe(8, 1.0, 0.5, link, linear_cost(0.0)), trace(tokens, (right,), seed=0)
+    pipe, ranks = Pipe(8, 1.0, 0.5, link, linear_cost(0.0)), draw_ranks(tokens, (right,), seed=0)
     length, _ = best_speculative(ranks, pipe)
     heads = {
         "continuous": Head(ranks), "draft-then-verify": RoundHead(ranks, length),
         "plain": Head(ranks, width=0),
     }  # fmt: skip
-    return {name: float(play(head, pipe).rate) for name, head in heads.items()}
+    return {name: float(simulate(head, pipe).rate) for name, head in heads.items()}
 
 
 def picture(title: str, label: str, xs: list[float], curves: dict[str, list[float]]) -> str:

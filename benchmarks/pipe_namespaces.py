@@ -32,7 +32,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
 from jaxfm.parallel import generate, make_mesh
-from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.drafters.model import early_exit_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.testing import random_variables, tiny_decoder
 layers, embed, new = map(int, sys.argv[3:6])
@@ -41,7 +41,7 @@ variables = random_variables(model)
 mesh = make_mesh(stage=2)
 made = {
     "pipelined": pipelined(model, variables, mesh=mesh),
-    "continuous": pipeinfer(model, variables, draft.early_exit(model, variables, 1), mesh=mesh),
+    "continuous": pipeinfer(model, variables, early_exit_drafter(model, variables, 1), mesh=mesh),
 }
 out = {}
 for name, decoder in made.items():

@@ -4,20 +4,21 @@
 
 Three parts, each with both sides in one run on the same text:
 
-1. An emulated cluster (`jaxfm.parallel.simulation.emulated_cluster`): one thread a node, waiting in the place of
-   computing. Against it plain pipelined decoding and draft-then-verify, with a fixed draft length
-   and with the best one, which is found by trying all of them on the very text that is timed.
+1. An emulated cluster (`jaxfm.parallel.simulation.sleeping_cluster`): one thread a node, which
+   sleeps instead of computing. It is compared with plain pipelined decoding and draft-then-verify,
+   with a fixed draft length and with the best one, which is found by trying all of them on the very
+   text that is timed.
 2. The engine's ticks on 8 emulated devices with a draft that is told when to be wrong, against
    (1 - a) S + a a token at the acceptance that came out.
 3. Tokens a second on two host devices with models trained here on the standard library's source.
 
 The last line is one JSON object:
-  identical            whether every decoder gave the tokens of plain decoding ticks_over_optimum
-  ticks of the engine over the chain's optimum vs_tuned_fast        over the best draft-then-verify:
-  8 stages, draft of half a stage, a = 0.66 vs_tuned_slow        the same with a draft of one and a
-  half stages vs_fixed             published regime: each further token costs 30 %, draft as slow as
-  a stage, over
-                       draft-then-verify of length 8
+  identical            whether every decoder gave the tokens of plain decoding
+  ticks_over_optimum   ticks of the engine over the chain's optimum
+  vs_tuned_fast        over the best draft-then-verify: 8 stages, draft of half a stage, a = 0.66
+  vs_tuned_slow        the same with a draft of one and a half stages
+  vs_fixed             published regime: each further token costs 30 %, draft as slow as a stage,
+                       over draft-then-verify of length 8
   vs_plain_at_a01      over plain decoding where one draft in ten is right
   tree8_vs_plain, tree14_vs_plain   trees of 4 candidates, 0.88 of which hold the next token
   kv_copies            copies of keys or values in the engine's optimised tick
@@ -46,7 +47,8 @@ TREE = (0.66, 0.78, 0.84, 0.88)
 ENGINE = """
 import json, sys, numpy as np
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.drafters.model import model_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
 model = tiny_decoder(num_layers=8, max_len=512)
@@ -57,7 +59,7 @@ rows = np.array([[*prompt, *truth]], np.int32)
 out = []
 for share in (0.1, 0.66, 0.9):
     ranks = np.where(np.random.default_rng(0).random(rows.shape) < share, 0, 9)
-    made = pipeinfer(model, variables, draft.scripted(rows, ranks, 64), mesh=make_mesh(stage=8))
+    made = pipeinfer(model, variables, scripted_drafter(rows, ranks, 64), mesh=make_mesh(stage=8))
     got = generate(made, [prompt], max_new_tokens=new)
     a = int(got.stats.accepted.sum()) / new
     best = new * ((1 - a) * 8 + a)
@@ -68,9 +70,10 @@ print(json.dumps(out))
 
 def emulated(sizes: dict) -> dict:
     """Part 1."""
-    from jaxfm.parallel.simulation.emulated_cluster import run
-    from jaxfm.parallel.simulation.simulator import Head, RoundHead, best_speculative, play, trace
-    from jaxfm.parallel.simulation.speed import Pipe, linear_cost
+    from jaxfm.parallel.pipe.speed import Pipe, linear_cost
+    from jaxfm.parallel.simulation.heads import Head, RoundHead
+    from jaxfm.parallel.simulation.simulator import best_speculative, draw_ranks, simulate
+    from jaxfm.parallel.simulation.sleeping_cluster import run_cluster
 
     unit, tokens = sizes["stage_s"], sizes["tokens"]
     cluster = lambda stages, draft, link=0.05, cost=0.0: Pipe(
@@ -78,8 +81,8 @@ def emulated(sizes: dict) -> dict:
     )
 
     def timed(name: str, head, pipe: Pipe):
-        played = run(head(), pipe)
-        expected = play(head(), pipe)
+        played = run_cluster(head(), pipe)
+        expected = simulate(head(), pipe)
         print(f"  {name:34s} {played.rate:7.2f} tokens/s (simulated {expected.rate:7.2f}); first "
               f"{1e3 * played.first:5.0f} ms, between p50 {1e3 * played.between(50):4.0f} p99 "
               f"{1e3 * played.between(99):4.0f} ms, in use {played.utilisation:.0%}")  # fmt: skip
@@ -97,24 +100,26 @@ def emulated(sizes: dict) -> dict:
 
     fixed = lambda ranks, pipe: ("draft-then-verify, 8", lambda: RoundHead(ranks, 8))
     plain = lambda ranks, pipe: ("plain", lambda: Head(ranks, width=0))
-    fast, slow = trace(tokens, [0.66], seed=1), trace(tokens, [0.66], seed=1)
+    fast, slow = draw_ranks(tokens, [0.66], seed=1), draw_ranks(tokens, [0.66], seed=1)
     out = {
         "vs_tuned_fast": versus("a = 0.66, fast draft", fast, cluster(8, 0.5), tuned),
         "vs_tuned_slow": versus("a = 0.66, slow draft", slow, cluster(8, 1.5), tuned),
         "vs_fixed": versus("published regime, a = 0.66", fast, cluster(7, 1.0, cost=0.3), fixed),
-        "vs_plain_at_a01": versus("a = 0.1", trace(tokens, [0.1], seed=1), cluster(8, 0.5), plain),
+        "vs_plain_at_a01": versus(
+            "a = 0.1", draw_ranks(tokens, [0.1], seed=1), cluster(8, 0.5), plain
+        ),
     }
     for stages in (8, 14):
-        ranks = trace(tokens, TREE, seed=2)
+        ranks = draw_ranks(tokens, TREE, seed=2)
         out[f"tree{stages}_vs_plain"] = versus(
             f"tree of 4, {stages} stages", ranks, cluster(stages, 0.9), plain, width=4
         )
     print("time of a hop, in stages: share of the speed at 0 that is left (simulated)")
-    long = trace(1000, [0.79], seed=3)
+    long = draw_ranks(1000, [0.79], seed=3)
     bases = {}
     for link in (0.0, 0.25, 0.5, 1.0, 2.0):
         pipe = Pipe(8, 1.0, 0.5, link)
-        rates = {"continuous": play(Head(long), pipe).rate, "draft-then-verify":
+        rates = {"continuous": simulate(Head(long), pipe).rate, "draft-then-verify":
                  best_speculative(long, pipe)[1].rate, "plain": 1 / pipe.trip_s}  # fmt: skip
         bases = bases or rates
         print(f"  {link:4.2f}  " + "  ".join(f"{n} {r / bases[n]:.2f}" for n, r in rates.items()))
@@ -161,9 +166,9 @@ def wall(sizes: dict) -> dict:
     """Part 3."""
     from jaxfm.launch.setup import DataConfig, load_data
     from jaxfm.parallel import generate, make_mesh, plain, speculative
-    from jaxfm.parallel.pipe import draft
+    from jaxfm.parallel.drafters.model import model_drafter
     from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
-    from jaxfm.parallel.simulation.cache_copies import cache_copies
+    from jaxfm.parallel.simulation.xla_copy_probe import cache_copies
 
     with tempfile.TemporaryDirectory() as folder:
         (model, variables), drafts = pair(sizes, pathlib.Path(folder))
@@ -175,10 +180,10 @@ def wall(sizes: dict) -> dict:
         "pipelined": pipelined(model, variables, mesh=mesh),
     }
     for name, (small, weights) in drafts.items():
-        source = draft.model_source(small, weights)
-        decoders[f"speculative, {name}"] = speculative(model, variables, small, weights, length=3)
-        decoders[f"continuous, {name}"] = pipeinfer(model, variables, source, mesh=mesh)
-        decoders[f"tree of 4, {name}"] = pipeinfer(model, variables, source, mesh=mesh, width=4)
+        drafter = model_drafter(small, weights)
+        decoders[f"speculative, {name}"] = speculative(model, variables, drafter, length=3)
+        decoders[f"continuous, {name}"] = pipeinfer(model, variables, drafter, mesh=mesh)
+        decoders[f"tree of 4, {name}"] = pipeinfer(model, variables, drafter, mesh=mesh, width=4)
     best = {name: [float("inf")] * len(prompts) for name in decoders}
     tokens, accepted = {}, {}
     for turn in range(sizes["rounds"] + 1):

@@ -40,6 +40,7 @@ from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
 from jaxfm.run_folder import open_run, save_results
 from jaxfm.subnet import axis_sizes
@@ -184,7 +185,7 @@ def decode(
     parent = parent[0], decoding_layout(parent[1])  # once, for all three
     decoders = {
         "plain": plain(*parent),
-        "speculative": speculative(*parent, *draft, length=config.draft_length),
+        "speculative": speculative(*parent, model_drafter(*draft), length=config.draft_length),
         "lookup": lookup(*parent, length=config.draft_length),
     }
     settings = {"max_new_tokens": config.new_bytes, "ticks": config.new_bytes}

@@ -1,11 +1,11 @@
-"""What a cluster of given stages, draft and links would make of decoding.
+"""Simulates decoding on a given cluster: its stages, its links and the draft.
 
     python -m jaxfm.launch.simulate --stages=8 --right=0.66 --draft_s=0.5
     python -m jaxfm.launch.simulate --stages=14 --right=0.66,0.78,0.84,0.88 --width=4
 
-Plays texts through plain pipelined decoding, draft-then-verify (with its best and with a fixed
-draft length) and continuous speculation (as published, as a chain, as a tree), and writes a report
-with plots over stages, acceptance and link time. Times are in units of a stage's time, or in
+Compares plain pipelined decoding, draft-then-verify (with its best and with a fixed draft length)
+and continuous speculation (as published, as a chain, as a tree) on the same text, and writes a
+report with plots over stages, acceptance and link time. Times are in units of a stage's time, or in
 seconds.
 """
 
@@ -19,15 +19,9 @@ from typing import Any
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
-from jaxfm.parallel.simulation.simulator import (
-    Head,
-    Played,
-    RoundHead,
-    best_speculative,
-    play,
-    trace,
-)
-from jaxfm.parallel.simulation.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
+from jaxfm.parallel.pipe.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
+from jaxfm.parallel.simulation.comparison import compare, speed_ups
+from jaxfm.parallel.simulation.simulator import Timing
 from jaxfm.report import Report, heading, line_plot, row, table, write
 
 
@@ -38,8 +32,10 @@ class SimulateConfig:
     stages: int = option(8, "nodes that the target is cut over")
     stage_s: float = option(1.0, "time a stage takes for one token")
     draft_s: float = option(0.5, "time the draft takes for one token")
-    link_s: float = option(0.05, "time of a hop")
-    token_cost: float = option(0.0, "what each further token of a packet adds to a stage's time")
+    link_s: float = option(0.05, "time of a hop between stages")
+    token_cost: float = option(
+        0.0, "share of a stage's time that each further token of a packet adds"
+    )
     right: tuple[float, ...] = option(
         (0.66,), "probability that the next token is among the draft's first, first two, ..."
     )
@@ -47,9 +43,9 @@ class SimulateConfig:
     levels: int = option(1, "tokens of a path drafted at once")
     fixed_length: int = option(8, "draft length of the fixed draft-then-verify")
     tokens: int = option(1000, "tokens of the text")
-    slow: tuple[float, ...] = option((), "how much longer each stage takes; default: all alike")
+    slow: tuple[float, ...] = option((), "slowdown factor of each stage; default: 1 for all")
     jitter: float = option(0.0, "standard deviation of the logarithm of all times")
-    seed: int = option(0, "of the text and the jitter")
+    seed: int = option(0, "seed of the text and the jitter")
     report: str = option("runs/simulate/report.html", "file of the report")
 
     def __post_init__(self):
@@ -65,7 +61,8 @@ class SimulateConfig:
             raise ValueError(f"right={self.right}: give rising probabilities between 0 and 1.")
         if self.width > len(self.right):
             raise ValueError(
-                f"width={self.width} candidates, but --right tells of {len(self.right)} only."
+                f"width={self.width} candidates are kept, but --right has {len(self.right)} "
+                "probabilities only."
             )
         if self.slow and len(self.slow) != self.stages:
             raise ValueError(f"slow={self.slow}: give one factor for each of {self.stages} stages.")
@@ -74,32 +71,21 @@ class SimulateConfig:
 def pipe_of(config: SimulateConfig) -> Pipe:
     """The cluster's times."""
     return Pipe(
-        config.stages, config.stage_s, config.draft_s, config.link_s, linear_cost(config.token_cost)
+        stages=config.stages,
+        stage_s=config.stage_s,
+        draft_s=config.draft_s,
+        link_s=config.link_s,
+        cost=linear_cost(config.token_cost),
     )
 
 
-def compare(config: SimulateConfig) -> dict[str, Played]:
+def timings(config: SimulateConfig) -> dict[str, Timing]:
     """Every way of decoding the same text on the same cluster."""
-    pipe, ranks = pipe_of(config), trace(config.tokens, config.right, seed=config.seed)
-    times: dict[str, Any] = {
-        "factors": config.slow or None,
-        "jitter": config.jitter,
-        "seed": config.seed,
-    }
-    # The draft whose best candidate alone is used is right where the rank is 0.
-    length, _ = best_speculative(ranks, pipe)
-    ways = {
-        "plain": Head(ranks, width=0),
-        f"draft-then-verify, best length {length}": RoundHead(ranks, length),
-        f"draft-then-verify, length {config.fixed_length}": RoundHead(ranks, config.fixed_length),
-        "continuous, as published": Head(ranks, levels=config.levels, duplicates=True),
-        "continuous, chain": Head(ranks, levels=config.levels),
-    }
-    if config.width > 1:
-        ways[f"continuous, tree of {config.width}"] = Head(
-            ranks, width=config.width, levels=config.levels
-        )
-    return {name: play(head, pipe, **times) for name, head in ways.items()}
+    return compare(
+        pipe_of(config), config.right, tokens=config.tokens, width=config.width,
+        levels=config.levels, fixed_length=config.fixed_length, factors=config.slow or None,
+        jitter=config.jitter, seed=config.seed,
+    )  # fmt: skip
 
 
 def _sweep(config: SimulateConfig, name: str, values: Sequence) -> dict[str, tuple[list, list]]:
@@ -109,28 +95,24 @@ def _sweep(config: SimulateConfig, name: str, values: Sequence) -> dict[str, tup
         changes: dict[str, Any] = {name: value, "tokens": 400}
         if name == "stages":
             changes["slow"] = ()
-        changed = dataclasses.replace(config, **changes)
-        played = compare(changed)
-        for way, result in played.items():
-            way = way.split(" length ")[0].removesuffix(", best") if "best" in way else way
-            if way != "plain":
-                xs, ys = curves.setdefault(way, ([], []))
-                xs.append(value[0] if isinstance(value, tuple) else value)
-                ys.append(float(result.rate / played["plain"].rate))
+        for way, gain in speed_ups(timings(dataclasses.replace(config, **changes))).items():
+            xs, ys = curves.setdefault(way, ([], []))
+            xs.append(value[0] if isinstance(value, tuple) else value)
+            ys.append(gain)
     return curves
 
 
 def main(config: SimulateConfig) -> None:
     """Prints a table and writes the report."""
-    played = compare(config)
-    plain = played["plain"]
+    ways = timings(config)
+    plain = ways["plain"]
     columns = ["way", "speed-up", "tokens a unit", "first token", "between: p50", "p99", "in use",
                "wasted"]  # fmt: skip
     figures = lambda p: (
         p.rate / plain.rate, p.rate, p.first, p.between(50), p.between(99), p.utilisation,
         p.wasted / max(p.busy, 1e-12),
     )  # fmt: skip
-    rows = [[name, *map(float, figures(p))] for name, p in played.items()]
+    rows = [[name, *map(float, figures(p))] for name, p in ways.items()]
     for cells in rows:
         print(f"{cells[0]:34s} {cells[1]:5.2f}x  in use {cells[6]:4.0%}, wasted {cells[7]:4.0%}")
     pipe = pipe_of(config)
@@ -151,7 +133,7 @@ def main(config: SimulateConfig) -> None:
         ),
     )  # fmt: skip
     parts = (
-        heading("On this cluster", "The same text by every way; times in the units given."),
+        heading("On this cluster", "The same text in every way; times in the units given."),
         table(columns, rows, best={"speed-up": max}),
         heading("Elsewhere", "Speed-up over plain decoding through the same pipe."),
         plots,

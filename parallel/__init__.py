@@ -1,35 +1,64 @@
 """Meshes, shardings and decoding: texts from prompts, on one device or many.
 
-`plain`, `speculative`, `lookup`, `pipeinfer` and `pipelined` make decoders of one contract;
-`generate` and `stream` run any of them. What a pipe drafts from is in `jaxfm.parallel.pipe.draft`.
+`generate` and `stream` run any decoder; `speculative` and `pipeinfer` take any drafter;
+`simulate` predicts how fast a given cluster would decode.
 """
 
 from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
-from jaxfm.parallel.generation import Generated, Piece, generate, stream
+from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
+from jaxfm.parallel.drafting import Drafter
+from jaxfm.parallel.generation import Generation, TextPiece, generate, stream
 from jaxfm.parallel.mesh import TENSOR_RULES, make_mesh, shard, shardings
-from jaxfm.parallel.pipe.draft import composite, early_exit, lookup_source, model_source
+from jaxfm.parallel.pipe.adapt import adapt
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
+from jaxfm.parallel.pipe.scheduler import Limits, limits
+from jaxfm.parallel.pipe.speed import Pipe, choose, linear_cost
+from jaxfm.parallel.simulation.heads import Head, RoundHead
+from jaxfm.parallel.simulation.simulator import Timing, best_speculative, draw_ranks, simulate
 
-__all__ = [
-    "TENSOR_RULES",
-    "Decoder",
-    "Generated",
-    "Piece",
-    "composite",
-    "early_exit",
+__all__ = [  # noqa: RUF022 (in groups)
+    # texts from prompts
     "generate",
+    "stream",
+    "Generation",
+    "TextPiece",
+    # decoders
+    "Decoder",
+    "plain",
+    "speculative",
     "lookup",
-    "lookup_source",
-    "make_mesh",
-    "model_source",
+    # a pipe of stages, its limits, and how they follow what is measured
     "pipeinfer",
     "pipelined",
-    "plain",
+    "adapt",
+    "Limits",
+    "limits",
+    # drafters, for `speculative` and `pipeinfer`
+    "Drafter",
+    "model_drafter",
+    "early_exit_drafter",
+    "lookup_drafter",
+    "composite_drafter",
+    "scripted_drafter",
+    # meshes and shardings
+    "make_mesh",
     "shard",
     "shardings",
-    "speculative",
-    "stream",
+    "TENSOR_RULES",
+    # how fast a cluster would decode
+    "Pipe",
+    "linear_cost",
+    "choose",
+    "Head",
+    "RoundHead",
+    "simulate",
+    "draw_ranks",
+    "best_speculative",
+    "Timing",
 ]

@@ -42,7 +42,7 @@ from jaxfm.model import (
 TRUTH = 1  # bit 0: the text that is committed
 
 
-class Network(NamedTuple):
+class CausalModel(NamedTuple):
     """What of a causal language model is known when tracing; hashable, as Model is not.
 
     Attributes:
@@ -90,7 +90,7 @@ class Block(NamedTuple):
     own: Array | None = None
 
 
-def network(model: Model) -> Network:
+def causal_model(model: Model) -> CausalModel:
     """The static part of a causal language model.
 
     Raises:
@@ -98,7 +98,21 @@ def network(model: Model) -> Network:
     """
     if model.stages is None:
         raise ValueError("The model has no stages; only causal language models decode.")
-    return Network(model.stages, getattr(model.config, "sliding_window", None))
+    return CausalModel(model.stages, getattr(model.config, "sliding_window", None))
+
+
+def vocab_size(model: Model, variables: Variables) -> int:
+    """V, the number of logits of a causal language model."""
+    stages = causal_model(model).stages
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    logits = jax.eval_shape(lambda v, t: stages.head(v, stages.embed(v, t, t)), variables, one)
+    return logits.shape[-1]
+
+
+def longest_text(model: Model) -> int | None:
+    """The number of positions that a model has learned; None where positions are computed."""
+    learned = getattr(model.config, "positions", None) == "learned"
+    return model.config.max_len if learned else None
 
 
 def decoding_layout(variables: Variables) -> Variables:
@@ -115,7 +129,7 @@ def decoding_layout(variables: Variables) -> Variables:
     return with_layers(variables, unstack(layers))
 
 
-def init_cache(net: Network, variables: Variables, batch: int, cells: int) -> Cache:
+def init_cache(lm: CausalModel, variables: Variables, batch: int, cells: int) -> Cache:
     """An empty cache for `batch` sequences of up to `cells` tokens, sized by the parameters."""
 
     def empty(rows: list[jax.ShapeDtypeStruct]) -> Array:
@@ -124,17 +138,17 @@ def init_cache(net: Network, variables: Variables, batch: int, cells: int) -> Ca
             return jnp.zeros((len(rows), batch, cells, *shapes.pop()), rows[0].dtype)
         return jnp.zeros((batch, cells, sum(row.size for row in rows)), rows[0].dtype)
 
-    k, v = (empty(rows) for rows in _row_shapes(net, variables))
+    k, v = (empty(rows) for rows in _row_shapes(lm, variables))
     return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
 
 
-def _row_shapes(net: Network, variables: Variables) -> tuple[list, list]:
+def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[list, list]:
     """Shapes [G, K] and dtypes of one token's keys and of its values in each layer."""
     token = jnp.zeros((1, 1), jnp.int32)
 
     def one(layer: Variables):
-        x = net.stages.embed(variables, token, token)
-        _, rows = net.stages.block(layer, x, token, jnp.ones((1, 1, 1), bool))
+        x = lm.stages.embed(variables, token, token)
+        _, rows = lm.stages.block(layer, x, token, jnp.ones((1, 1, 1), bool))
         return tuple(row[0, 0] for row in rows)
 
     layers = layers_of(variables)
@@ -180,27 +194,33 @@ def line(tokens: Array, start: Array, live: Array, cells: int) -> Block:
 
 
 def read(
-    net: Network, variables: Variables, cache: Cache, block: Block, *, empty: bool = False
+    lm: CausalModel, variables: Variables, cache: Cache, block: Block, *, empty: bool = False
 ) -> tuple[Array, Cache]:
     """One pass over a block of tokens: the hidden state before the head, and the fuller cache.
 
     Args:
-      net, variables: the model.
+      lm, variables: the model.
       cache: not changed; donate it to update it in place.
       block: the tokens, which see the cache and each other by the same rule.
       empty: the cache is known to be empty and need not be read.
     Returns:
       x [B, T, D] and the cache with the block's rows written.
     """
-    x = net.stages.embed(variables, block.tokens, block.positions)
-    x, rows = through(net, variables, x, cache, block, empty=empty)
+    x = lm.stages.embed(variables, block.tokens, block.positions)
+    x, rows = through(lm, variables, x, cache, block, empty=empty)
     # That x is finite decides where rows go, so that no write can be scheduled before the last
     # read: otherwise XLA guards the reads with copies of the cache. (Barriers do not hold it.)
     return x, store(cache, block, rows, jnp.isfinite(x).all(-1))
 
 
 def through(
-    net: Network, variables: Variables, x: Array, cache: Cache, block: Block, *, empty: bool = False
+    lm: CausalModel,
+    variables: Variables,
+    x: Array,
+    cache: Cache,
+    block: Block,
+    *,
+    empty: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
     """A block of tokens through the layers that `variables` has: a stage's part of a pass.
 
@@ -208,17 +228,17 @@ def through(
       x [B, T, D] and the new rows of keys and values, in the form of the cache; nothing is written.
     """
     own = block.bits if block.own is None else block.own
-    mask = visible(block.positions, block.bits, block.positions, own, net.window)
-    cached = visible(block.positions, block.bits, cache.positions, cache.bits, net.window)
+    mask = visible(block.positions, block.bits, block.positions, own, lm.window)
+    cached = visible(block.positions, block.bits, cache.positions, cache.bits, lm.window)
 
     def step(x, layer: Variables, k: Array, v: Array):
         past = None if empty else Past(k, v, cached)
-        return net.stages.block(layer, x, block.positions, mask, past)
+        return lm.stages.block(layer, x, block.positions, mask, past)
 
     layers = layers_of(variables)
     if is_stacked(layers):
         return lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
-    ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(net, variables)))
+    ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(lm, variables)))
     rows = []
     for i, past in enumerate(zip(ks, vs, strict=True)):
         x, new = step(x, layer_at(layers, i), *past)
@@ -265,7 +285,7 @@ def num_cells(cache: Cache) -> int:
 
 
 def extend(
-    net: Network, variables: Variables, cache: Cache, tokens: Array, start: Array, live: Array
+    lm: CausalModel, variables: Variables, cache: Cache, tokens: Array, start: Array, live: Array
 ) -> tuple[Array, Cache]:
     """`read` for one line of text: whatever the cache held from `start` on is dropped first.
 
@@ -275,11 +295,11 @@ def extend(
       x [B, T, D] and the cache.
     """
     block = line(tokens, start, live, num_cells(cache))
-    return read(net, variables, keep(cache, start), block)
+    return read(lm, variables, keep(cache, start), block)
 
 
 def prefill(
-    net: Network,
+    lm: CausalModel,
     variables: Variables,
     tokens: Array,
     length: Array,
@@ -293,15 +313,15 @@ def prefill(
       chunk: tokens a pass, a divisor of P; bounds the memory of the scores. None: all in one.
     """
     batch, width = tokens.shape
-    cache = init_cache(net, variables, batch, cells)
+    cache = init_cache(lm, variables, batch, cells)
     live = jnp.arange(width)[None] < length[:, None]
     start = jnp.zeros((batch,), jnp.int32)
     if chunk is None or chunk >= width:
-        return read(net, variables, cache, line(tokens, start, live, cells), empty=True)[1]
+        return read(lm, variables, cache, line(tokens, start, live, cells), empty=True)[1]
 
     def body(i, cache: Cache) -> Cache:
         part = lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
         block = line(part(tokens), start + i * chunk, part(live), cells)
-        return read(net, variables, cache, block)[1]
+        return read(lm, variables, cache, block)[1]
 
     return lax.fori_loop(0, width // chunk, body, cache)

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.model import Key
-from jaxfm.parallel.decode import Decoder, Program
+from jaxfm.parallel.decode import Decoder, DecoderFunctions
 from jaxfm.parallel.mesh import put
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import HIT, Detokenizer, automaton
@@ -32,7 +32,7 @@ from jaxfm.parallel.verification import Rules, Stats, Text
 from jaxfm.tokenizer import Tokenizer, same_vocabulary
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """What a chunk of ticks added.
 
     Attributes:
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
     text: list[str] | None
 
 
-class Generated(NamedTuple):
+class Generation(NamedTuple):
     """What was generated, prompts not included; lists have one entry a request.
 
     Attributes:
@@ -66,7 +66,7 @@ class Generated(NamedTuple):
     decoder: Decoder | None = None
 
 
-def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generated:
+def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generation:
     """Continues prompts to their ends; arguments and errors of `stream`."""
     pieces = stream(decoder, prompts, **settings)
     while True:
@@ -94,12 +94,12 @@ def stream(
     ticks: int = 16,
     cells: int | None = None,
     prefill_chunk: int | None = None,
-) -> Iterator[Piece]:
-    """Continues prompts, yielding a Piece after every `ticks` passes; returns `Generated`.
+) -> Iterator[TextPiece]:
+    """Continues prompts, yielding a TextPiece after every `ticks` passes; returns `Generation`.
 
     The ticks of a piece run as one loop on the device, and all pieces of all calls with the same
     shapes (number of prompts, cells, bucket of prompt lengths, settings that are on) share one
-    compiled program.
+    compiled functions.
 
     Args:
       decoder: of `plain`, `lookup`, `speculative`.
@@ -197,14 +197,14 @@ def _run(
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
-    counters = decoder.program.counters
-    state = _start(
-        decoder.program, decoder.variables, text.tokens, text.length, width, chunk,
+    counters = decoder.functions.counters
+    state = start(
+        decoder.functions, decoder.variables, text.tokens, text.length, width, chunk,
     )  # fmt: skip
     finished = False
     while not finished:
         began = time.perf_counter()
-        state, text = _advance(decoder.program, decoder.variables, state, text, rules, ticks)
+        state, text = advance(decoder.functions, decoder.variables, state, text, rules, ticks)
         counts = (counters(state), text.stats) if counters and decoder.policy else ()
         ids, length, done, counts = jax.device_get((text.tokens, text.length, text.done, counts))
         if decoder.policy is not None:
@@ -215,10 +215,10 @@ def _run(
             pieces = _write(writers, new, done, stops)
             whole = [text_so_far + piece for text_so_far, piece in zip(whole, pieces)]
         seen, finished = length, bool(done.all())
-        yield Piece(new, pieces)
+        yield TextPiece(new, pieces)
     final = jax.device_get(text)
     spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
-    return Generated(
+    return Generation(
         tokens=[final.tokens[i, a:b] for i, a, b in spans],
         text=whole if writers is not None else None,
         logprobs=None if final.logprobs is None else [final.logprobs[i, a:b] for i, a, b in spans],
@@ -255,14 +255,14 @@ def _write(
     return pieces
 
 
-@functools.partial(jax.jit, static_argnames=("program", "width", "chunk"))
-def _start(program: Program, variables, tokens, length, width: int, chunk: int | None):
+@functools.partial(jax.jit, static_argnames=("functions", "width", "chunk"))
+def start(functions: DecoderFunctions, variables, tokens, length, width: int, chunk: int | None):
     """The state after the prompts, which lie in the first `width` of the texts' tokens."""
-    return program.start(variables, tokens[:, :width], length, tokens.shape[1], chunk)
+    return functions.start(variables, tokens[:, :width], length, tokens.shape[1], chunk)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "text"))
-def _advance(program: Program, variables, state, text: Text, rules: Rules, ticks):
+@functools.partial(jax.jit, static_argnames="functions", donate_argnames=("state", "text"))
+def advance(functions: DecoderFunctions, variables, state, text: Text, rules: Rules, ticks):
     """Up to `ticks` ticks, fewer if all texts are done."""
 
     def more(carry):
@@ -271,7 +271,7 @@ def _advance(program: Program, variables, state, text: Text, rules: Rules, ticks
 
     def step(carry):
         i, state, text = carry
-        return (i + 1, *program.tick(variables, state, text, rules))
+        return (i + 1, *functions.tick(variables, state, text, rules))
 
     _, state, text = lax.while_loop(more, step, (jnp.int32(0), state, text))
     return state, text

@@ -3,9 +3,10 @@
 After each piece of a text (`jaxfm.parallel.generation.stream`) the policy knows what a tick costs
 without drafts, with drafts of single tokens and with wide packets, and how often the right token
 was the draft's first candidate, its second, ... It then takes the settings that
-`jaxfm.parallel.simulation.speed.choose` finds fastest, if they promise more than `margin` over the present
-ones. What the present settings do not show is tried again for one piece, ever more seldom while
-that changes nothing: so speculation that does not pay is switched off, and on again when it would.
+`jaxfm.parallel.pipe.speed.choose` finds fastest, if they promise more than `margin` over the
+present ones. What the present settings do not show is tried again for one piece, ever more seldom
+while that changes nothing: so speculation that does not pay is switched off, and on again when it
+would.
 
 The probability that the right token is among w candidates is estimated as survival times are, since
 a narrow draft says nothing about the candidates that it leaves out (Kaplan and Meier 1958):
@@ -29,8 +30,8 @@ import numpy as np
 from jaxfm.parallel.decode import Decoder, Policy
 from jaxfm.parallel.pipe import scheduler
 from jaxfm.parallel.pipe.scheduler import Limits
+from jaxfm.parallel.pipe.speed import Choice, Pipe, choose, lockstep_rate, plain_rate
 from jaxfm.parallel.pipe.state import Arrays, Counters
-from jaxfm.parallel.simulation.speed import Choice, Pipe, choose, lockstep_rate, plain_rate
 from jaxfm.parallel.verification import Stats
 
 OFF, SINGLE, WIDE = range(3)  # kinds of tick: no drafts, packets of one token, of several
@@ -40,7 +41,7 @@ _FIRST, _LONGEST = 16, 128  # pieces between two trials
 Price = Callable[[Counters, float], float]
 
 
-class Learned(NamedTuple):
+class PolicyState(NamedTuple):
     """What a policy knows.
 
     Attributes:
@@ -93,7 +94,7 @@ def adapt(
         raise ValueError(f"memory={memory}: give at least 1 token.")
     widest = Choice(int(most.width), int(most.levels), int(most.window), 0.0)
     nothing = np.zeros(widest.width)
-    start = Learned(
+    start = PolicyState(
         nothing, nothing, (nothing, nothing), ((), (), ()), widest, widest, 0, 0, _FIRST, None
     )
     step = functools.partial(_step, widest, margin, memory, price or (lambda _, seconds: seconds))
@@ -107,13 +108,13 @@ def published(*, width: int = 3, levels: int = 1) -> Limits:
     Args:
       width, levels: branches, and tokens of one a tick; no more than the pipe was made for.
     """
-    return scheduler.limits(width=width, levels=levels, accept=0.1, split=0.9)
+    return scheduler.limits(width=width, levels=levels, accept=0.1, branch=0.9)
 
 
 def _step(
-    widest: Choice, margin: float, memory: int, price: Price, known: Learned, arrays: Arrays,
+    widest: Choice, margin: float, memory: int, price: Price, known: PolicyState, arrays: Arrays,
     counters: Counters, stats: Stats, seconds: float,
-) -> tuple[Learned, Arrays]:  # fmt: skip
+) -> tuple[PolicyState, Arrays]:  # fmt: skip
     """After a piece: learns, and sets the limits of the next one."""
     known = _observe(known, memory, price, counters, stats, seconds)
     known = decide(known, widest, margin, stages=len(counters.executed))
@@ -122,8 +123,8 @@ def _step(
 
 
 def _observe(
-    known: Learned, memory: int, price: Price, counters: Counters, stats: Stats, seconds: float
-) -> Learned:
+    known: PolicyState, memory: int, price: Price, counters: Counters, stats: Stats, seconds: float
+) -> PolicyState:
     misses = int(stats.drafted.sum() - stats.accepted.sum())
     old, old_misses = known.before or (jax.tree.map(np.zeros_like, counters), 0)
     piece: Counters = jax.tree.map(np.subtract, counters, old)
@@ -159,14 +160,14 @@ def kind(choice: Choice) -> int:
     return SINGLE if choice.width * choice.levels == 1 else WIDE
 
 
-def among(known: Learned) -> np.ndarray:
+def among(known: PolicyState) -> np.ndarray:
     """f64[w] probability that the right token is among the first 1, 2, ... w candidates; one half
     for each candidate that was never tried."""
     hazard = (known.hits + 0.5) / (known.tries + 1.0)
     return 1 - np.cumprod(1 - np.clip(hazard, 0, 1))
 
 
-def measured(known: Learned, stages: int) -> Pipe:
+def measured(known: PolicyState, stages: int) -> Pipe:
     """The pipe as the model takes it: medians of the ticks' times; before a kind of tick was seen
     it is thought to cost nothing more, so that it gets tried."""
     mean = lambda i, otherwise: statistics.median(known.tick_s[i]) if known.tick_s[i] else otherwise
@@ -179,7 +180,7 @@ def measured(known: Learned, stages: int) -> Pipe:
     return Pipe(stages, off, single - off, 0.0, lambda tokens: 1.0 + (extra if tokens > 1 else 0.0))
 
 
-def decide(known: Learned, widest: Choice, margin: float, *, stages: int) -> Learned:
+def decide(known: PolicyState, widest: Choice, margin: float, *, stages: int) -> PolicyState:
     """The next piece's settings: the fastest known, or a trial of what was not seen for long."""
     pipe = measured(known, stages)
     pick = lambda right: choose(pipe, right, levels=widest.levels, rate=lockstep_rate)

@@ -16,7 +16,7 @@ stages stands inside a branch.
 Beside the published algorithm: the newest right token is launched on its own only where no packet
 holds it already; cancelling is by token, not by packet; trees stay alive across a correction that
 one of their branches foresaw; several texts share the pipe, the first one first; texts are sampled
-without loss and do not depend on how they were scheduled (`jaxfm.parallel.pipe.draft`).
+without loss and do not depend on how they were scheduled (`jaxfm.parallel.drafting`).
 Source: PipeInfer (arXiv 2407.11798); trees in the pipe as in PipeDec (arXiv 2504.04104).
 """
 
@@ -32,11 +32,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfm.model import Array, Model, Variables, layers_of, num_layers
-from jaxfm.parallel.cache import Network, init_cache, network
-from jaxfm.parallel.decode import Decoder, Program, vocab_size
+from jaxfm.parallel.cache import CausalModel, causal_model, init_cache, longest_text, vocab_size
+from jaxfm.parallel.decode import Decoder, DecoderFunctions
+from jaxfm.parallel.drafting import Ask, Drafter, Proposer, check_vocabulary
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipe import scheduler
-from jaxfm.parallel.pipe.draft import Functions, Source
 from jaxfm.parallel.pipe.pipeline import (
     STAGE,
     TENSOR,
@@ -44,20 +44,21 @@ from jaxfm.parallel.pipe.pipeline import (
     assemble,
     cut,
     even_split,
-    flat_rows,
     skipping,
 )
-from jaxfm.parallel.pipe.scheduler import Ask, Limits, Packet
+from jaxfm.parallel.pipe.scheduler import LATE, Limits, Packet
 from jaxfm.parallel.pipe.stage import NO_DRAFT, prefill
-from jaxfm.parallel.pipe.state import Arrays, Counters, Sent, Shape, State
+from jaxfm.parallel.pipe.state import Arrays, Counters, Message, Shape, State
 from jaxfm.parallel.pipe.tick import one_tick
+from jaxfm.parallel.rows import flat_rows
+from jaxfm.parallel.token_tree import init_cells, init_tree, num_words, replant
 from jaxfm.parallel.verification import Rules, Text
 
 
 def pipeinfer(
     model: Model,
     variables: Variables,
-    source: Source | None,
+    drafter: Drafter | None,
     *,
     mesh: Mesh | None = None,
     split: Sequence[int] | None = None,
@@ -71,21 +72,22 @@ def pipeinfer(
 
     Args:
       model, variables: the target; its layers must be of equal shape.
-      source: where proposals come from (`jaxfm.parallel.pipe.draft`); None: plain pipelined decoding.
+      drafter: continues trees (`jaxfm.parallel.drafters`); None: plain pipelined decoding.
       mesh: its axis "stage" has one slot a stage (and one more with `own_slot`), and the devices
         of its axis "tensor" share a stage's heads, MLP units and cache; None: all on one device.
-      split: layers of each stage; None: as even as they come.
-      width: candidates kept alive at each depth; 1 is a chain, more a tree.
+      split: layers of each stage; None: as even as possible.
+      width: candidates kept alive at each depth; 1 is a chain, more is a tree.
       levels: tokens of a path drafted a tick; more than 1 pays where a packet of several tokens
         costs little more than one.
       own_slot: give the first slot of the mesh to the draft alone. Otherwise it shares the first
         stage's device.
-      limits: of `jaxfm.parallel.pipe.scheduler.limits`; None: all of width and levels, a window that
-        fills the pipe.
+      limits: of `jaxfm.parallel.pipe.scheduler.limits`; None: all of width and levels, and a window
+        that fills the pipe.
       record: ticks whose timeline is kept (`Counters.timeline`).
     Raises:
       ValueError: a setting out of range, a split that fits neither model nor mesh, heads or MLP
-        units that do not divide over "tensor", or a draft with another number of tokens.
+        units that do not divide over "tensor", a drafter with another number of tokens, or one that
+        continues no trees.
     """
     for name, value in (("width", width), ("levels", levels)):
         if value < 1:
@@ -93,6 +95,39 @@ def pipeinfer(
     if record < 0:
         raise ValueError(f"record={record}: give the number of ticks to keep, or 0.")
     mesh = make_mesh() if mesh is None else mesh
+    split = _split(variables, mesh, split, own_slot)
+    tokens = vocab_size(model, variables)
+    proposer = NO_DRAFT
+    if drafter is not None:
+        check_vocabulary(tokens, drafter)
+        if drafter.tree is None:
+            raise ValueError("This drafter continues chains only: give it to `speculative`.")
+        proposer = drafter.tree
+    if limits is None:
+        limits = scheduler.limits(width=width if drafter else 0, levels=levels)
+    # Everything in flight, one more packet's worth in the draft's hands, and a correction.
+    nodes = 32 * num_words((len(split) + 2) * width * levels + 2)
+    shape = Shape(
+        stages=len(split), own_slot=int(own_slot), width=width, levels=levels, nodes=nodes,
+        record=record,
+    )  # fmt: skip
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    drafts, limits = jax.device_put((drafter.variables if drafter else None, limits), everywhere)
+    dealt = cut(variables, model.axes, (0,) * shape.own_slot + split, mesh)
+    return Decoder(
+        functions=_functions(causal_model(model), proposer, mesh, shape),
+        variables=Arrays(dealt, drafts, limits),
+        draft_length=1,
+        vocab_size=tokens,
+        max_len=longest_text(model),
+        mesh=mesh,
+    )
+
+
+def _split(
+    variables: Variables, mesh: Mesh, split: Sequence[int] | None, own_slot: bool
+) -> tuple[int, ...]:
+    """The layers of each stage."""
     stages = mesh.shape[STAGE] - own_slot
     if stages < 1:
         raise ValueError(
@@ -102,25 +137,7 @@ def pipeinfer(
     split = even_split(layers, stages) if split is None else tuple(split)
     if len(split) != stages or min(split) < 1:
         raise ValueError(f"split={split}: give 1 or more layers for each of {stages} stages.")
-    tokens = vocab_size(model, variables)
-    if source is not None and source.vocab_size not in (None, tokens):
-        raise ValueError(
-            f"The target has {tokens} tokens and the draft {source.vocab_size}; both need the same "
-            "vocabulary."
-        )
-    if limits is None:
-        limits = scheduler.limits(width=width if source else 0, levels=levels)
-    # Everything in flight, one more packet's worth in the draft's hands, and a correction.
-    nodes = 32 * scheduler.num_words((stages + 2) * width * levels + 2)
-    shape = Shape(stages, int(own_slot), width, levels, nodes, record)
-    functions = source.functions if source else NO_DRAFT
-    program = _program(network(model), functions, mesh, shape)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    drafts, limits = jax.device_put((source.variables if source else None, limits), everywhere)
-    dealt = cut(variables, model.axes, (0,) * shape.own_slot + split, mesh)
-    arrays = Arrays(dealt, drafts, limits)
-    learned = getattr(model.config, "positions", None) == "learned"
-    return Decoder(program, arrays, 1, tokens, model.config.max_len if learned else None, mesh)
+    return split
 
 
 def pipelined(
@@ -131,9 +148,11 @@ def pipelined(
 
 
 @functools.cache
-def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Program:
-    """Cached, so that the same parts give equal programs."""
-    net = skipping(target)
+def _functions(
+    target: CausalModel, drafter: Proposer, mesh: Mesh, shape: Shape
+) -> DecoderFunctions:
+    """Cached, so that the same parts give equal functions."""
+    lm = skipping(target)
     everywhere = PartitionSpec()
     spec: Any = PartitionSpec  # stands where arrays will
     arrays_spec = Arrays(Cut(spec(), spec(STAGE)), spec(), spec())
@@ -155,59 +174,72 @@ def _program(target: Network, source: Functions, mesh: Mesh, shape: Shape) -> Pr
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
         body = lambda arrays, tokens, length: _start(
-            net, source, shape, arrays, tokens, length, cells, chunk
+            lm, drafter, shape, arrays, tokens, length, cells, chunk
         )
         specs = (arrays_spec, everywhere, everywhere)
         state = sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
         return settled(state, kept_spec)
 
     def tick(arrays: Arrays, state: State, text: Text, rules: Rules) -> tuple[State, Text]:
-        body = functools.partial(one_tick, net, source, shape)
+        body = functools.partial(one_tick, lm, drafter, shape)
         specs = (arrays_spec, state_spec, everywhere, everywhere)
         out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
             arrays, state, text, rules
         )
         return settled(out, (kept_spec, everywhere))
 
-    return Program(start, tick, lambda state: state.counters)
+    return DecoderFunctions(start, tick, lambda state: state.counters)
 
 
 def _start(
-    net: Network, source: Functions, shape: Shape, arrays: Arrays, tokens: Array, length: Array,
+    lm: CausalModel, drafter: Proposer, shape: Shape, arrays: Arrays, tokens: Array, length: Array,
     num_cells: int, chunk: int | None,
 ) -> State:  # fmt: skip
     """The state after the prompts were read, all but their newest tokens."""
     batch, wide = tokens.shape
-    words = scheduler.num_words(shape.nodes)
+    words = num_words(shape.nodes)
     num_cells += shape.nodes  # text and tree; one of them is the last, which stays empty
     variables = assemble(arrays.cut)
-    empty = flat_rows(init_cache(net, variables, batch, num_cells))
-    cells = jax.vmap(lambda t, n: scheduler.init_cells(t, n, num_cells, words))(tokens, length)
-    rows, ticks = prefill(net, shape, variables, empty, cells, tokens, length, chunk or wide)
+    empty = flat_rows(init_cache(lm, variables, batch, num_cells))
+    cells = jax.vmap(lambda t, n: init_cells(t, n, num_cells, words))(tokens, length)
+    rows, ticks = prefill(lm, shape, variables, empty, cells, tokens, length, chunk or wide)
 
     newest = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-    trees = jax.vmap(lambda _: scheduler.init_tree(shape.nodes))(jnp.arange(batch))
-    trees, cells = jax.vmap(scheduler.replant)(trees, cells, newest, length - 1, trees.alive)
+    trees = jax.vmap(lambda _: init_tree(shape.nodes))(jnp.arange(batch))
+    trees, cells = jax.vmap(replant)(trees, cells, newest, length - 1, trees.alive)
 
     draft_chunk = chunk if chunk is not None and wide % chunk == 0 else None
-    begin = lambda: source.start(arrays.draft, tokens, length, num_cells, draft_chunk)
+    begin = lambda: drafter.start(arrays.draft, tokens, length, num_cells, draft_chunk)
     blank = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
     draft = lax.switch((lax.axis_index(STAGE) == 0).astype(jnp.int32), [blank, begin])
 
     one = jax.ShapeDtypeStruct((1, shape.packet), jnp.int32)
-    x = jax.eval_shape(lambda t: net.stages.embed(variables, t, t), one)
+    x = jax.eval_shape(lambda t: lm.stages.embed(variables, t, t), one)
     zeros = lambda *dims: jnp.zeros(dims, jnp.int32)
     places = (shape.levels, shape.width)
-    late = jnp.full((scheduler.LATE,), num_cells, jnp.int32)
     asked = Ask(
-        jnp.zeros((), bool), zeros(), zeros(shape.width), zeros(*places), zeros(*places), late,
-        jnp.zeros((scheduler.LATE, words), jnp.uint32), jnp.zeros((), bool),
-    )  # fmt: skip
+        wanted=jnp.zeros((), bool),
+        request=zeros(),
+        tips=zeros(shape.width),
+        slots=zeros(*places),
+        cells=zeros(*places),
+        late=jnp.full((LATE,), num_cells, jnp.int32),
+        late_bits=jnp.zeros((LATE, words), jnp.uint32),
+        behind=jnp.zeros((), bool),
+    )
     counters = Counters(
-        zeros(), ticks, zeros(shape.stages), zeros(shape.stages), zeros(2), zeros(), zeros(batch),
-        zeros(shape.width), zeros(), zeros(),
-        jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
-    )  # fmt: skip
+        ticks=zeros(),
+        prefill=ticks,
+        executed=zeros(shape.stages),
+        cancelled=zeros(shape.stages),
+        launched=zeros(2),
+        drafted=zeros(),
+        corrections=zeros(batch),
+        places=zeros(shape.width),
+        wide=zeros(),
+        in_flight=zeros(),
+        timeline=jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
+    )
     lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return State(
         rows=rows,
@@ -217,7 +249,7 @@ def _start(
         cells=cells,
         pipe=Packet(zeros(shape.stages), zeros(shape.stages, shape.packet)),
         sizes=zeros(shape.stages),
-        sent=zeros(Sent.size(shape)),
+        sent=zeros(Message.size(shape)),
         asked=asked,
         counters=counters,
     )

@@ -33,9 +33,8 @@ from jaxfm.model import (
     unstack,
     with_layers,
 )
-from jaxfm.parallel.cache import Block, Cache, Network, through
+from jaxfm.parallel.cache import CausalModel
 from jaxfm.parallel.mesh import TENSOR_RULES
-from jaxfm.parallel.pipe.scheduler import Cells
 
 STAGE, TENSOR = "stage", "tensor"
 # The vocabulary stays whole: embedding and head are every stage's.
@@ -160,20 +159,20 @@ _PRESENT = "present"  # whether a slot's place holds a layer or padding
 
 
 @functools.cache
-def skipping(net: Network) -> Network:
+def skipping(lm: CausalModel) -> CausalModel:
     """The network whose blocks pass by what is padding."""
 
     def block(layer: Variables, x, positions, mask, past=None):
         if _PRESENT not in layer.live:
-            return net.stages.block(layer, x, positions, mask, past)
+            return lm.stages.block(layer, x, positions, mask, past)
         live = {name: leaf for name, leaf in layer.live.items() if name != _PRESENT}
         own = layer._replace(live=live)
-        run = lambda x: net.stages.block(own, x, positions, mask, past)
+        run = lambda x: lm.stages.block(own, x, positions, mask, past)
         rows = jax.eval_shape(run, x)[1]
         by = lambda x: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), rows))
         return lax.switch(layer.live[_PRESENT].astype(jnp.int32), [by, run], x)
 
-    return Network(Stages(net.stages.embed, block, net.stages.head), net.window)
+    return CausalModel(Stages(lm.stages.embed, block, lm.stages.head), lm.window)
 
 
 def local(tree: PyTree) -> PyTree:
@@ -184,89 +183,3 @@ def local(tree: PyTree) -> PyTree:
 def assemble(cut: Cut) -> Variables:
     """The variables of one stage, inside `shard_map`."""
     return with_layers(cut.shared, local(cut.layers))
-
-
-class Rows(NamedTuple):
-    """Keys and values of several texts, without an axis of size 1 that XLA could lay out anew.
-
-    Attributes:
-      k, v: [L, B * C, G, K]; for layers of unequal shape [B * C, F] (`jaxfm.parallel.cache.Cache`).
-    """
-
-    k: Array
-    v: Array
-
-
-def flat_rows(cache: Cache) -> Rows:
-    """The rows of a cache."""
-    flat = lambda x: x.reshape(*x.shape[:-4], -1, *x.shape[-2:]) if x.ndim == 5 else _joined(x)
-    return Rows(flat(cache.k), flat(cache.v))
-
-
-def _joined(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
-
-
-def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
-    """The cache of one text, with what the scheduler knows of its cells; the block's own cells,
-    which are filled only now, are hidden."""
-    size = cells.positions.shape[0]
-
-    def one(x: Array) -> Array:
-        axis = 1 if x.ndim == 4 else 0
-        own = lax.dynamic_slice_in_dim(x, request * size, size, axis=axis)
-        return lax.expand_dims(own, (axis,))
-
-    bits = cells.bits.at[block.cells[0]].set(0, mode="drop")
-    return Cache(one(rows.k), one(rows.v), cells.positions[None], bits[None])
-
-
-def read_block(
-    net: Network, variables: Variables, rows: Rows, request: Array, cells: Cells, block: Block
-) -> tuple[Array, Rows, Cells]:
-    """A block of one text through a whole model.
-
-    Returns:
-      x [1, T, D], the fuller rows, and the cells with the block in them.
-    """
-    x = net.stages.embed(variables, block.tokens, block.positions)
-    x, new = through(net, variables, x, past_of(rows, request, cells, block), block)
-    rows = put_rows(rows, request, cells, block, new, jnp.isfinite(x).all(-1))
-    assert block.own is not None
-    at = block.cells[0]
-    cells = cells._replace(
-        positions=cells.positions.at[at].set(block.positions[0], mode="drop"),
-        bits=cells.bits.at[at].set(block.own[0], mode="drop"),
-    )
-    return x, rows, cells
-
-
-def put_rows(
-    rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[Array, Array], written: Array
-) -> Rows:
-    """New keys and values in one text's cells, where `written` bool[1, T].
-
-    What is not written goes to the last cell, which no token is ever given: one update a token is
-    done in place, where a scatter would have XLA keep the whole cache in another layout.
-    """
-    size = cells.positions.shape[0]
-    at = request * size + jnp.where(written, jnp.minimum(block.cells, size - 1), size - 1)[0]
-
-    def write(old: Array, values: Array) -> Array:
-        axis = 1 if old.ndim == 4 else 0  # of cells
-        values = lax.squeeze(values, (axis,))
-
-        def step(i, old):
-            row = lax.dynamic_slice_in_dim(values, i, 1, axis=axis)
-            return lax.dynamic_update_slice_in_dim(old, row, at[i], axis=axis)
-
-        if at.shape[0] > _FEW:
-            return lax.fori_loop(0, at.shape[0], step, old)
-        for i in range(at.shape[0]):
-            old = step(i, old)
-        return old
-
-    return Rows(write(rows.k, new[0]), write(rows.v, new[1]))
-
-
-_FEW = 16  # tokens

@@ -15,18 +15,18 @@ from jax import lax
 
 from jaxfm.model import Array, PyTree, Variables
 from jaxfm.parallel import sampling as sample
-from jaxfm.parallel.cache import Block, Network, through
-from jaxfm.parallel.pipe import scheduler
-from jaxfm.parallel.pipe.draft import Functions, Question
-from jaxfm.parallel.pipe.pipeline import STAGE, Rows, local, past_of, put_rows
-from jaxfm.parallel.pipe.scheduler import NONE, Cells, Tree
-from jaxfm.parallel.pipe.state import Sent, Shape, State, pass_on, stage_of, take
+from jaxfm.parallel.cache import Block, CausalModel, through
+from jaxfm.parallel.drafting import Proposer, Question, no_state
+from jaxfm.parallel.pipe.pipeline import STAGE, local
+from jaxfm.parallel.pipe.state import Message, Shape, State, pass_on, stage_of, take
+from jaxfm.parallel.rows import Rows, past_of, put_rows
 from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.token_tree import NONE, Cells, Tree, bit, has
 from jaxfm.parallel.verification import Rules, Text
 
 
 def prefill(
-    net: Network, shape: Shape, variables: Variables, rows: Rows, cells: Cells, tokens: Array,
+    lm: CausalModel, shape: Shape, variables: Variables, rows: Rows, cells: Cells, tokens: Array,
     length: Array, chunk: int,
 ) -> tuple[Rows, Array]:  # fmt: skip
     """Reads the prompts in chunks, one after the other through the pipe.
@@ -51,7 +51,7 @@ def prefill(
         own = take(cells, request)
         # Later tokens are not there yet; earlier ones are all in the cache.
         before = own._replace(bits=jnp.where((own.positions < first)[:, None], own.bits, 0))
-        truth = scheduler.bit(jnp.zeros((), jnp.int32), own.bits.shape[1])
+        truth = bit(jnp.zeros((), jnp.int32), own.bits.shape[1])
         block = Block(
             lax.dynamic_slice(tokens, (request, first), (1, chunk)),
             jnp.where(meant, places, 0)[None],
@@ -60,9 +60,9 @@ def prefill(
         )
 
         def run(x, rows):
-            embedded = net.stages.embed(variables, block.tokens, block.positions)
+            embedded = lm.stages.embed(variables, block.tokens, block.positions)
             x = jnp.where(stage == 0, embedded, x)
-            return through(net, variables, x, past_of(rows, request, before, block), block)
+            return through(lm, variables, x, past_of(rows, request, before, block), block)
 
         like = jax.eval_shape(run, x, rows)[1]
         by = lambda x, rows: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), like))
@@ -71,7 +71,7 @@ def prefill(
         return put_rows(rows, request, own, block, new, written), pass_on(x, shape)
 
     one = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
-    x = jax.eval_shape(lambda t: net.stages.embed(variables, t, t), one)
+    x = jax.eval_shape(lambda t: lm.stages.embed(variables, t, t), one)
     rows, _ = lax.fori_loop(0, ticks, tick, (rows, jnp.zeros(x.shape, x.dtype)))
     return rows, jnp.asarray(ticks, jnp.int32)
 
@@ -82,7 +82,7 @@ def _one(sampling: Sampling, request: Array) -> Sampling:
     return Sampling(key, *jax.tree.map(lambda x: x[request][None], settings))
 
 
-def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rules):
+def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: Rules):
     """This device's packet through its layers; on the last stage, the target's own tokens.
 
     Returns:
@@ -110,11 +110,11 @@ def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rul
     def run(places, x, rows):
         """The first places of the packet."""
         some = jax.tree.map(lambda field: field[:, :places], block)
-        embedded = net.stages.embed(own, some.tokens, some.positions)
+        embedded = lm.stages.embed(own, some.tokens, some.positions)
         x = jnp.where(stage == 0, embedded, x[:, :places])
-        x, new = through(net, own, x, past_of(rows, request, cells, block), some)
+        x, new = through(lm, own, x, past_of(rows, request, cells, block), some)
         last = (stage == shape.stages - 1).astype(jnp.int32)
-        picked = lax.switch(last, [_pick_nothing, _picker(net, own, sampling)], x, some.positions)
+        picked = lax.switch(last, [_pick_nothing, _picker(lm, own, sampling)], x, some.positions)
         return x, new, *picked, jnp.ones((), jnp.int32)
 
     whole = functools.partial(run, shape.packet)
@@ -135,14 +135,14 @@ def compute(net: Network, shape: Shape, own: Variables, state: State, rules: Rul
     return state._replace(rows=rows), x, answers, logprobs, executed
 
 
-def _picker(net: Network, own: Variables, sampling: Sampling):
+def _picker(lm: CausalModel, own: Variables, sampling: Sampling):
     """`(x [1, K, D], positions i32[1, K]) -> (tokens i32[K], log-probabilities f32[K])`.
 
     The draw at each position is the one that plain decoding makes there.
     """
 
     def pick(x: Array, positions: Array) -> tuple[Array, Array]:
-        logits = net.stages.head(own, x)
+        logits = lm.stages.head(own, x)
         if sampling.temperature is None:
             tokens = logits.argmax(-1).astype(jnp.int32)
         else:
@@ -162,31 +162,37 @@ def _nothing(variables, state, question, levels: int, width: int):
     raise AssertionError("No draft was given, so none is asked.")
 
 
-NO_DRAFT = Functions(lambda variables, tokens, length, cells, chunk: (), _nothing)
+NO_DRAFT = Proposer(no_state, _nothing)
 
 
 def propose(
-    source: Functions, shape: Shape, variables: PyTree, state: State, text: Text, rules: Rules
+    drafter: Proposer, shape: Shape, variables: PyTree, state: State, text: Text, rules: Rules
 ):
     """What the draft answers, on the device that drafts.
 
     Returns:
       The state, proposals, whether it read, and 1 where it ran.
     """
-    like = Sent.like(shape)
+    like = Message.like(shape)
     blank = (like.proposals, like.reads, jnp.zeros((), jnp.int32))
-    if source is NO_DRAFT:
+    if drafter is NO_DRAFT:
         return state, *blank
     asked = state.asked
     tree, cells = take(state.trees, asked.request), take(state.cells, asked.request)
     tokens, length = _path(tree, asked.tips[0], take(text.tokens, asked.request))
     question = Question(
-        asked, tree, cells, _one(rules.sampling, asked.request), tokens, length,
-        text.length[asked.request], text.limit[asked.request] - 1,
-    )  # fmt: skip
+        ask=asked,
+        tree=tree,
+        cells=cells,
+        sampling=_one(rules.sampling, asked.request),
+        tokens=tokens,
+        length=length,
+        committed=text.length[asked.request],
+        end=text.limit[asked.request] - 1,
+    )
 
     def run(own):
-        answer, own = source.propose(variables, own, question, shape.levels, shape.width)
+        answer, own = drafter.propose(variables, own, question, shape.levels, shape.width)
         return own, answer.proposals, answer.reads, jnp.ones((), jnp.int32)
 
     mine = asked.wanted & (lax.axis_index(STAGE) == 0)
@@ -199,6 +205,6 @@ def propose(
 def _path(tree: Tree, node: Array, tokens: Array) -> tuple[Array, Array]:
     """A text with the tokens on the way to a node written behind it, and its new length."""
     every = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
-    above = jax.vmap(lambda i: scheduler.has(tree.bits[node], i))(every) & tree.alive
+    above = jax.vmap(lambda i: has(tree.bits[node], i))(every) & tree.alive
     at = jnp.where(above, tree.positions, tokens.shape[0])
     return tokens.at[at].set(tree.tokens, mode="drop"), tree.positions[node] + 1

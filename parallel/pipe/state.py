@@ -14,8 +14,11 @@ import numpy as np
 from jax import lax
 
 from jaxfm.model import Array, PyTree
-from jaxfm.parallel.pipe.pipeline import STAGE, Cut, Rows
-from jaxfm.parallel.pipe.scheduler import NONE, Ask, Cells, Limits, Packet, Proposals, Tree
+from jaxfm.parallel.drafting import Ask, Proposals
+from jaxfm.parallel.pipe.pipeline import STAGE, Cut
+from jaxfm.parallel.pipe.scheduler import Limits, Packet
+from jaxfm.parallel.rows import Rows
+from jaxfm.parallel.token_tree import NONE, Cells, Tree
 
 IDLE, LIVE, CANCELLED, PREFILL, DRAFTED = range(5)  # what a stage, or the draft, did in a tick
 
@@ -115,7 +118,7 @@ class Arrays(NamedTuple):
     limits: Limits
 
 
-class Sent(NamedTuple):
+class Message(NamedTuple):
     """What travels to all devices in a tick; one vector of integers, one sum."""
 
     answers: Array  # i32[K]
@@ -126,20 +129,20 @@ class Sent(NamedTuple):
     drafted: Array  # i32[]
 
     @staticmethod
-    def like(shape: Shape) -> Sent:
+    def like(shape: Shape) -> Message:
         places = (shape.levels, shape.width)
         proposals = Proposals(
             jnp.zeros(places, jnp.int32), jnp.zeros(places, jnp.int32), jnp.zeros(places),
             jnp.zeros(places, bool),
         )  # fmt: skip
-        return Sent(
+        return Message(
             jnp.zeros((shape.packet,), jnp.int32), jnp.zeros((shape.packet,)), proposals,
             jnp.zeros((), bool), jnp.zeros((shape.stages,), jnp.int32), jnp.zeros((), jnp.int32),
         )  # fmt: skip
 
     @staticmethod
     def size(shape: Shape) -> int:
-        return sum(x.size for x in jax.tree.leaves(Sent.like(shape)))
+        return sum(x.size for x in jax.tree.leaves(Message.like(shape)))
 
     def pack(self) -> Array:
         """i32[n]; each value comes from one device only, so that bits survive the sum."""
@@ -151,8 +154,8 @@ class Sent(NamedTuple):
         return jnp.concatenate([as_int(x).reshape(-1) for x in jax.tree.leaves(self)])
 
     @staticmethod
-    def unpack(flat: Array, shape: Shape) -> Sent:
-        leaves, form = jax.tree.flatten(Sent.like(shape))
+    def unpack(flat: Array, shape: Shape) -> Message:
+        leaves, form = jax.tree.flatten(Message.like(shape))
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = jnp.split(flat, ends[:-1])
         back = lambda x, like: (

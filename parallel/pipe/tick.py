@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.parallel.cache import Network
+from jaxfm.parallel import token_tree
+from jaxfm.parallel.cache import CausalModel
+from jaxfm.parallel.drafting import Proposer
 from jaxfm.parallel.pipe import scheduler
-from jaxfm.parallel.pipe.draft import Functions
 from jaxfm.parallel.pipe.pipeline import STAGE, assemble
-from jaxfm.parallel.pipe.scheduler import NONE, Limits, Packet
+from jaxfm.parallel.pipe.scheduler import Limits, Packet
 from jaxfm.parallel.pipe.stage import compute, propose
 from jaxfm.parallel.pipe.state import (
     CANCELLED,
@@ -18,7 +19,7 @@ from jaxfm.parallel.pipe.state import (
     LIVE,
     Arrays,
     Counters,
-    Sent,
+    Message,
     Shape,
     State,
     in_flight,
@@ -26,15 +27,16 @@ from jaxfm.parallel.pipe.state import (
     put,
     take,
 )
+from jaxfm.parallel.token_tree import NONE
 from jaxfm.parallel.verification import Rules, Text, append
 
 
 def one_tick(
-    net: Network, source: Functions, shape: Shape, arrays: Arrays, state: State, text: Text,
+    lm: CausalModel, drafter: Proposer, shape: Shape, arrays: Arrays, state: State, text: Text,
     rules: Rules,
 ) -> tuple[State, Text]:  # fmt: skip
     """Decides (the same everywhere), computes (what is this device's), sends."""
-    sent = Sent.unpack(state.sent, shape)
+    sent = Message.unpack(state.sent, shape)
     with jax.named_scope("schedule"):
         state = _insert(shape, state, text, sent, arrays.limits)
         state, text = _settle(shape, state, text, rules, sent)
@@ -42,19 +44,21 @@ def one_tick(
         state = _ask(shape, state, text, arrays.limits)
     own = assemble(arrays.cut)
     with jax.named_scope("stage"):
-        state, x, answers, logprobs, executed = compute(net, shape, own, state, rules)
+        state, x, answers, logprobs, executed = compute(lm, shape, own, state, rules)
     with jax.named_scope("draft"):
-        state, proposals, reads, drafted = propose(source, shape, arrays.draft, state, text, rules)
+        state, proposals, reads, drafted = propose(drafter, shape, arrays.draft, state, text, rules)
     with jax.named_scope("send"):
         hidden = pass_on(x, shape)
-        flat = Sent(answers, logprobs, proposals, reads, executed, drafted).pack()
+        flat = Message(answers, logprobs, proposals, reads, executed, drafted).pack()
         flat = lax.psum(flat, STAGE)
-    said = Sent.unpack(flat, shape)
+    said = Message.unpack(flat, shape)
     counters = tally(state, said)
     return state._replace(hidden=hidden, sent=flat, counters=counters), text
 
 
-def _settle(shape: Shape, state: State, text: Text, rules: Rules, sent: Sent) -> tuple[State, Text]:
+def _settle(
+    shape: Shape, state: State, text: Text, rules: Rules, sent: Message
+) -> tuple[State, Text]:
     """The packet that has left the pipe brings its answers to its text."""
     request, nodes = jax.tree.map(lambda x: x[-1], state.pipe)
     tree, cells = take(state.trees, request), take(state.cells, request)
@@ -78,7 +82,9 @@ def _settle(shape: Shape, state: State, text: Text, rules: Rules, sent: Sent) ->
     )
     text = text._replace(stats=stats)
     ended = jax.tree.map(
-        lambda a, b: jnp.where(text.done[request], a, b), scheduler.kill(tree, cells), (tree, cells)
+        lambda a, b: jnp.where(text.done[request], a, b),
+        token_tree.kill(tree, cells),
+        (tree, cells),
     )
     trees, all_cells = put(state.trees, request, ended[0]), put(state.cells, request, ended[1])
     # What died is in no packet any more; its cells and slots may be given away.
@@ -95,7 +101,7 @@ def _settle(shape: Shape, state: State, text: Text, rules: Rules, sent: Sent) ->
     return state, text
 
 
-def _insert(shape: Shape, state: State, text: Text, sent: Sent, limits: Limits) -> State:
+def _insert(shape: Shape, state: State, text: Text, sent: Message, limits: Limits) -> State:
     """The draft's proposals of the last tick join the tree that it was asked about."""
     asked = state.asked
     request = asked.request
@@ -149,7 +155,7 @@ def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
     return state._replace(asked=asked)
 
 
-def tally(state: State, said: Sent) -> Counters:
+def tally(state: State, said: Message) -> Counters:
     """The counts after a tick."""
     live = (state.pipe.nodes != NONE).any(1)
     cancelled = ~live & (state.sizes > 0)

@@ -21,6 +21,7 @@ from jaxfm.launch import search as search_script
 from jaxfm.launch.algorithms import DistilConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, make_optimizer
 from jaxfm.log import read_metrics
+from jaxfm.parallel.loading import DECODERS, load_drafter
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import open_run
 from jaxfm.testing import tiny_decoder
@@ -328,28 +329,42 @@ def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, 
     expected = capsys.readouterr().out
     page = tmp_path / "pipe.html"
     generate.main(
-        dataclasses.replace(
-            base,
-            decoder="pipeinfer",
-            draft="lookup",
-            stages=2,
-            width=2,
-            adapt=True,
-            report=str(page),
+        override(
+            dataclasses.replace(base, decoder="pipeinfer", draft="lookup", report=str(page)),
+            "pipeinfer.stages=2",
+            "pipeinfer.width=2",
+            "pipeinfer.adapt=true",
         )
     )
     assert capsys.readouterr().out == expected
     assert "stage 1: computes" in page.read_text()
     with pytest.raises(ValueError, match="exit:two"):
-        generate.make_source("exit:two", None, None)
-    with pytest.raises(ValueError, match="--adapt sets a pipe's drafts"):
-        generate.GenerateConfig(prompt="x", decoder="pipeinfer", adapt=True)
-    with pytest.raises(ValueError, match="no use to --decoder=plain"):
+        load_drafter("exit:two", None, None)
+    pipe = generate.GenerateConfig(prompt="x", decoder="pipeinfer")
+    with pytest.raises(ValueError, match=r"--pipeinfer\.adapt requires --draft"):
+        override(pipe, "pipeinfer.adapt=true")
+    with pytest.raises(ValueError, match=r"decoder plain takes no draft, but draft='folder'"):
         generate.GenerateConfig(prompt="x", draft="folder")
+    with pytest.raises(ValueError, match="--report requires --decoder=pipeinfer"):
+        generate.GenerateConfig(prompt="x", report="page.html")
+
+
+def test_options_belong_to_their_decoder():
+    base = generate.GenerateConfig(prompt="x")
+    sections = {f.name for f in dataclasses.fields(base)} & set(DECODERS)
+    assert sections == {"speculative", "lookup", "pipeinfer"}
+    for old, new in {
+        "stages": "pipeinfer.stages", "split": "pipeinfer.layers",
+        "draft_length": r"speculative\.length or lookup\.length",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{old} is now {new}"):
+            override(base, f"{old}=2")
+    text = describe(generate.GenerateConfig, choices=base)
+    assert "--pipeinfer.stages" not in text and "pipeinfer, too" in text
 
 
 def test_generation_says_what_is_missing():
     with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
         generate.GenerateConfig()
-    with pytest.raises(ValueError, match="--decoder=speculative and --draft go together"):
+    with pytest.raises(ValueError, match="decoder speculative needs a draft"):
         generate.GenerateConfig(prompt="x", decoder="speculative")

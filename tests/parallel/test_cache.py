@@ -8,9 +8,9 @@ import pytest
 from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.models.families.decoder import DecoderConfig, decoder
 from jaxfm.parallel import cache as cache_module
-from jaxfm.parallel.cache import Block, init_cache, keep, network, visible
+from jaxfm.parallel.cache import Block, causal_model, init_cache, keep, visible
 from jaxfm.parallel.decoders.plain import plain
-from jaxfm.parallel.generation import _advance
+from jaxfm.parallel.generation import advance
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.verification import Rules, Stats, Text
 
@@ -18,7 +18,7 @@ CONFIG = DecoderConfig(
     vocab_size=32, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=24
 )
 MODEL = decoder(CONFIG)
-NET = network(MODEL)
+NET = causal_model(MODEL)
 VARIABLES = MODEL.init(jax.random.key(0))
 APART = with_layers(VARIABLES, unstack(layers_of(VARIABLES)))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
@@ -119,7 +119,7 @@ def test_no_tick_copies_the_cache(form):
     """Counts copies of the shape of keys and values in the compiled loop of ticks."""
     cells, batch = 37, 2  # sizes that occur nowhere else
     variables = {"stacked": VARIABLES, "dict": APART, "uneven": UNEVEN}[form]
-    program = plain(MODEL, VARIABLES).program
+    program = plain(MODEL, VARIABLES).functions
     pair = (variables, None)
     tokens = jnp.zeros((batch, cells), jnp.int32)
     ones = jnp.ones((batch,), jnp.int32)
@@ -127,7 +127,7 @@ def test_no_tick_copies_the_cache(form):
     text = Text(tokens, ones, ones * 9, ones < 0, ones * 0, stats)
     rules = Rules(Sampling(jax.random.key(0), ones), jnp.zeros((0,), jnp.int32))
     state = jax.eval_shape(lambda: program.start(pair, tokens, ones, cells, None))
-    compiled = _advance.lower(program, pair, state, text, rules, 4).compile().as_text()
+    compiled = advance.lower(program, pair, state, text, rules, 4).compile().as_text()
     whole = r"f32\[2,37,20\]" if form == "uneven" else r"f32\[3,2,37,2,4\]"
     assert re.search(whole, compiled), "the cache's shape is not in the program"
     assert not re.findall(rf"= {whole}\S* copy\(", compiled)
@@ -135,4 +135,4 @@ def test_no_tick_copies_the_cache(form):
 
 def test_a_model_without_stages_does_not_decode():
     with pytest.raises(ValueError, match="no stages; only causal language models"):
-        network(MODEL._replace(stages=None))
+        causal_model(MODEL._replace(stages=None))

@@ -6,6 +6,7 @@ from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -73,9 +74,9 @@ def test_decoders_refuse_what_they_cannot_do():
         DecoderConfig(vocab_size=8, embed_dim=8, num_layers=1, num_heads=1, mlp_dim=8)
     )
     with pytest.raises(ValueError, match="target has 260 tokens and the draft 8"):
-        speculative(MODEL, VARIABLES, smaller, smaller.init(jax.random.key(0)))
+        speculative(MODEL, VARIABLES, model_drafter(smaller, smaller.init(jax.random.key(0))))
     with pytest.raises(ValueError, match="length=0 tokens cannot be drafted"):
-        speculative(MODEL, VARIABLES, MODEL, VARIABLES, length=0)
+        speculative(MODEL, VARIABLES, model_drafter(MODEL, VARIABLES), length=0)
     with pytest.raises(ValueError, match="min_ngram=3 and max_ngram=2"):
         lookup(MODEL, VARIABLES, max_ngram=2, min_ngram=3)
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.parallel.decoders.lookup import continuation
+from jaxfm.parallel.drafters.lookup import continuation
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
 from jaxfm.parallel.verification import (

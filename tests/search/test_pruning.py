@@ -12,7 +12,7 @@ from random_networks import Shape, decoder
 from safetensors.numpy import load_file
 
 from jaxfm.model import layers_of, unstack, with_layers
-from jaxfm.parallel import generate, plain, speculative
+from jaxfm.parallel import generate, model_drafter, plain, speculative
 from jaxfm.search import (
     Budget,
     budgets,
@@ -317,7 +317,7 @@ def test_a_pruned_decoder_drafts_for_its_parent():
     draft = extract(variables, model.axes, to_subnet(net, model, loose, small.kept))
     prompts = [[1, 2, 3], [4, 5]]
     expected = generate(plain(model, variables), prompts, max_new_tokens=6)
-    decoder = speculative(model, variables, model, draft, length=2)
+    decoder = speculative(model, variables, model_drafter(model, draft), length=2)
     drafted = generate(decoder, prompts, max_new_tokens=6)
     np.testing.assert_array_equal(drafted.tokens, expected.tokens)
 

@@ -11,7 +11,8 @@ from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
-from jaxfm.parallel.generation import _advance, _start, generate
+from jaxfm.parallel.drafters.model import model_drafter
+from jaxfm.parallel.generation import advance, generate, start
 from jaxfm.tokenizer import ByteTokenizer
 
 SIZES = {"vocab_size": 260, "embed_dim": 24, "num_layers": 2, "num_heads": 4, "mlp_dim": 32,
@@ -49,7 +50,7 @@ def uneven(model, variables):
 
 def draft_with(variables_of, length=3):
     return lambda model, variables: speculative(
-        model, variables, model, variables_of(model, variables), length=length
+        model, variables, model_drafter(model, variables_of(model, variables)), length=length
     )
 
 
@@ -194,7 +195,7 @@ def test_sampled_texts_have_the_models_distribution(name):
     made = {
         "plain": lambda: plain(TINY, target),
         "lookup": lambda: lookup(TINY, target, length=2),
-        "speculative": lambda: speculative(TINY, target, TINY, draft, length=2),
+        "speculative": lambda: speculative(TINY, target, model_drafter(TINY, draft), length=2),
     }[name]()
     prompt = [1, 2, 1]
     result = generate(
@@ -236,10 +237,10 @@ def test_a_second_call_compiles_nothing(caplog):
         lookup(model, variables), prompts, key=jax.random.key(seed), **(settings | changed)
     )
     call([[1, 2, 3], [4]], 0)
-    before = _advance._cache_size(), _start._cache_size()
+    before = advance._cache_size(), start._cache_size()
     with jax.log_compiles():
         caplog.clear()
         call([[9, 8, 7, 6], [4, 5]], 1, temperature=[0.9, 0.0], top_k=[3, 9], max_new_tokens=[9, 4])
-    assert (_advance._cache_size(), _start._cache_size()) == before
+    assert (advance._cache_size(), start._cache_size()) == before
     compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
-    assert not [m for m in compiled if "_advance" in m or "_start" in m], compiled
+    assert not [m for m in compiled if "(advance)" in m or "(start)" in m], compiled

@@ -22,14 +22,14 @@ jax.distributed.initialize(
 )
 
 from jaxfm.parallel import make_mesh, stream  # noqa: E402
-from jaxfm.parallel.pipe import draft  # noqa: E402
+from jaxfm.parallel.drafters.model import early_exit_drafter  # noqa: E402
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer  # noqa: E402
 from jaxfm.testing import random_variables, tiny_decoder  # noqa: E402
 
 model = tiny_decoder(num_layers=3)
 variables = random_variables(model)
 decoder = pipeinfer(
-    model, variables, draft.early_exit(model, variables, 1), mesh=make_mesh(stage=2)
+    model, variables, early_exit_drafter(model, variables, 1), mesh=make_mesh(stage=2)
 )
 pieces = stream(decoder, [[1, 2, 3, 4, 5]], max_new_tokens=24, ticks=4)
 while True:

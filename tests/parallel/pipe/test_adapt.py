@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.generation import _advance
-from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
+from jaxfm.parallel.generation import advance
 from jaxfm.parallel.pipe.adapt import OFF, SINGLE, WIDE, adapt, among, count, kind, published
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
-from jaxfm.parallel.simulation.speed import (
+from jaxfm.parallel.pipe.speed import (
     Choice,
     Pipe,
     choose,
@@ -44,9 +45,9 @@ def play(truth):
 
     def run(ranks, **settings):
         ranks = np.broadcast_to(ranks, row.shape)
-        source = draft.scripted(row, ranks, 64)
+        drafter = scripted_drafter(row, ranks, 64)
         decoder = adapt(
-            pipeinfer(MODEL, VARIABLES, source, mesh=mesh, width=3), price=price, **settings
+            pipeinfer(MODEL, VARIABLES, drafter, mesh=mesh, width=3), price=price, **settings
         )
         result = generate(decoder, [PROMPT], max_new_tokens=NEW, **CELLS)
         assert result.tokens[0].tolist() == truth.tolist()
@@ -61,13 +62,13 @@ PLACES = np.random.default_rng(0).random(CELLS["cells"])
 
 def test_a_draft_that_is_never_right_is_switched_off(play):
     play(9)
-    compiled = _advance._cache_size()
+    compiled = advance._cache_size()
     for ranks in (9, np.where(PLACES < 0.1, 0, 9)):
         result, speed, learned = play(ranks)
         assert kind(learned.choice) == OFF
         assert speed >= 0.97
         assert result.counters.drafted < 0.1 * result.counters.ticks
-    assert _advance._cache_size() == compiled
+    assert advance._cache_size() == compiled
 
 
 def test_a_draft_that_is_right_is_used_to_the_full(play):
@@ -120,6 +121,6 @@ def test_wrong_policies_are_refused():
         adapt(plain(MODEL, VARIABLES))
     for settings in ({"margin": 1.0}, {"memory": 0}):
         with pytest.raises(ValueError, match=str(*settings.values())):
-            adapt(pipeinfer(MODEL, VARIABLES, draft.lookup_source()), **settings)
+            adapt(pipeinfer(MODEL, VARIABLES, lookup_drafter()), **settings)
     limits = jax.device_get(published())
     assert (limits.width, limits.accept, limits.recovery) == (3, np.float32(0.1), 0)

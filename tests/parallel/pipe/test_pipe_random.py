@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder, tiny_gpt2
 
@@ -42,15 +44,15 @@ def test_whatever_is_drafted_the_tokens_are_those_of_plain_decoding(case, seed):
     for row, prompt, tokens in zip(rows, prompts, truth.tokens):
         row[: len(prompt) + new] = [*prompt, *tokens.tolist()]
     place = np.arange(64) % 3 == 0
-    source = {
-        "exit": lambda: draft.early_exit(model, variables, 1),
-        "self": lambda: draft.model_source(model, variables),
-        "lookup": draft.lookup_source,
-        "wrong": lambda: draft.scripted(rows, np.full((2, 64), 9), 64),
-        "right": lambda: draft.scripted(rows, np.zeros((2, 64), np.int32), 64),
-        "every third": lambda: draft.scripted(rows, np.tile(np.where(place, 9, 0), (2, 1)), 64),
+    drafter = {
+        "exit": lambda: early_exit_drafter(model, variables, 1),
+        "self": lambda: model_drafter(model, variables),
+        "lookup": lookup_drafter,
+        "wrong": lambda: scripted_drafter(rows, np.full((2, 64), 9), 64),
+        "right": lambda: scripted_drafter(rows, np.zeros((2, 64), np.int32), 64),
+        "every third": lambda: scripted_drafter(rows, np.tile(np.where(place, 9, 0), (2, 1)), 64),
     }[kind]()
-    decoder = pipeinfer(model, variables, source, mesh=make_mesh(stage=stages), **shape)
+    decoder = pipeinfer(model, variables, drafter, mesh=make_mesh(stage=stages), **shape)
     # The text ends at a token that it has, in the middle of what is in flight.
     stop = int(truth.tokens[0][new // 2])
     for more in ({}, {"stop_tokens": [stop]}):
@@ -65,8 +67,8 @@ def test_what_is_sampled_has_the_targets_distribution(shape):
     """The second token given the first, 102,400 texts of one prompt."""
     model = tiny_decoder(vocab_size=8, num_layers=2)
     variables = random_variables(model)
-    source = draft.early_exit(model, variables, 1)
-    decoder = pipeinfer(model, variables, source, mesh=make_mesh(stage=1), **shape)
+    drafter = early_exit_drafter(model, variables, 1)
+    decoder = pipeinfer(model, variables, drafter, mesh=make_mesh(stage=1), **shape)
     texts, runs, prompt = 512, 200, [1, 2, 3]
     seen = np.zeros((8, 8))
     for run in range(runs):

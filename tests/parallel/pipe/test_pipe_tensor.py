@@ -14,21 +14,21 @@ from jaxfm.testing import random_variables, tiny_decoder
 SPLIT = """
 import collections, json, re
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.pipe import draft
-from jaxfm.parallel.simulation.cache_copies import count_copies, tick_program
-from jaxfm.parallel.generation import _advance
+from jaxfm.parallel.drafters.model import early_exit_drafter
+from jaxfm.parallel.simulation.xla_copy_probe import count_copies, tick_program
+from jaxfm.parallel.generation import advance
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
 
 model = tiny_decoder(num_layers=4)
 variables = random_variables(model)
-made = pipeinfer(model, variables, draft.early_exit(model, variables, 2),
+made = pipeinfer(model, variables, early_exit_drafter(model, variables, 2),
                  mesh=make_mesh(stage=2, tensor=2), split=(3, 1))
 prompt, settings = [[3, 1, 4, 1, 5]], {"max_new_tokens": 24, "ticks": 7}
 truth = generate(plain(model, variables), prompt, **settings).tokens[0]
-before = _advance._cache_size()
+before = advance._cache_size()
 got = generate(made, prompt, **settings)
-programs = _advance._cache_size() - before
+programs = advance._cache_size() - before
 
 text, state = tick_program(made)
 kinds = "all-|reduce-scatter|collective-|ragged-"

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.generation import _advance, _start
-from jaxfm.parallel.pipe import draft
+from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
+from jaxfm.parallel.generation import advance, start
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.pipe.scheduler import limits
-from jaxfm.parallel.simulation import simulator
-from jaxfm.parallel.simulation.cache_copies import cache_copies
-from jaxfm.parallel.simulation.speed import Pipe
+from jaxfm.parallel.pipe.speed import Pipe
+from jaxfm.parallel.simulation.heads import Head
+from jaxfm.parallel.simulation.simulator import simulate
+from jaxfm.parallel.simulation.xla_copy_probe import cache_copies
 from jaxfm.testing import random_variables, tiny_decoder, tiny_gpt2
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -72,9 +76,9 @@ def same(ours, theirs):
 
 SETTINGS = {
     "plain": (None, {}),
-    "exit": (lambda m, v: draft.early_exit(m, v, 1), {}),
-    "tree": (lambda m, v: draft.early_exit(m, v, 2), {"width": 3, "levels": 2}),
-    "copied": (lambda m, v: draft.composite(draft.lookup_source(), draft.model_source(m, v)),
+    "exit": (lambda m, v: early_exit_drafter(m, v, 1), {}),
+    "tree": (lambda m, v: early_exit_drafter(m, v, 2), {"width": 3, "levels": 2}),
+    "copied": (lambda m, v: composite_drafter(lookup_drafter(), model_drafter(m, v)),
                {"levels": 2}),
 }  # fmt: skip
 CASES = [("llama", "plain", "greedy"), ("llama", "exit", "greedy"), ("llama", "tree", "sampled")]
@@ -91,8 +95,8 @@ def test_tokens_are_those_of_plain_decoding(family, name, kind, mesh, expected):
     """Three texts share the pipe; the sampled ones are the very draws of plain decoding."""
     model, variables = MODELS[family], VARIABLES[family]
     make, settings = SETTINGS[name]
-    source = make(model, variables) if make else None
-    decoder = pipeinfer(model, variables, source, mesh=mesh, **settings)
+    drafter = make(model, variables) if make else None
+    decoder = pipeinfer(model, variables, drafter, mesh=mesh, **settings)
     more = dict(SAMPLED) if kind == "sampled" else {}
     more |= {"stop_tokens": [unsaid(expected)]}
     result = generate(decoder, PROMPTS, max_new_tokens=NEW, logprobs=True, ticks=7, **more)
@@ -109,10 +113,10 @@ def test_tokens_are_those_of_plain_decoding(family, name, kind, mesh, expected):
 def scripted(expected, ranks, mesh, **settings):
     """The pipe whose draft knows the greedy texts and has the right token at the places `ranks`
     tells. One program for all of them; a width below 3 is a matter of its limits."""
-    source = draft.scripted(texts(expected["llama", "greedy"]), ranks, 64)
+    drafter = scripted_drafter(texts(expected["llama", "greedy"]), ranks, 64)
     kept = limits(**({"width": 1} | settings))
     return pipeinfer(
-        MODELS["llama"], VARIABLES["llama"], source, mesh=mesh, width=3, limits=kept, record=128
+        MODELS["llama"], VARIABLES["llama"], drafter, mesh=mesh, width=3, limits=kept, record=128
     )
 
 
@@ -165,9 +169,9 @@ def test_limits_change_without_a_compilation(mesh, expected, caplog):
         ticks=5,
     )
     free = run()
-    before = _advance._cache_size(), _start._cache_size()
+    before = advance._cache_size(), start._cache_size()
     off, narrow, picky, tree = run(width=0), run(window=1), run(accept=1.0), run(width=3)
-    assert (_advance._cache_size(), _start._cache_size()) == before
+    assert (advance._cache_size(), start._cache_size()) == before
     for result in (off, narrow, picky, tree):
         assert result.tokens[0].tolist() == free.tokens[0].tolist()
     assert off.counters.drafted == 0 and off.counters.ticks == NEW[0] * 2 + 1
@@ -184,8 +188,8 @@ def test_the_simulator_counts_the_engines_ticks(width, mesh, expected):
         decoder = scripted(expected, ranks, mesh, width=width)
         result = generate(decoder, PROMPTS[:1], max_new_tokens=NEW[0], cells=128)
         first = len(PROMPTS[0])
-        head = simulator.Head(ranks[0, first : first + NEW[0]], width=width)
-        played = simulator.play(head, Pipe(stages=2))
+        head = Head(ranks[0, first : first + NEW[0]], width=width)
+        played = simulate(head, Pipe(stages=2))
         assert played.times[-1] + 1 == result.counters.ticks
         assert played.accepted == result.stats.accepted.sum()
         assert played.busy == result.counters.executed.sum()
@@ -194,14 +198,14 @@ def test_the_simulator_counts_the_engines_ticks(width, mesh, expected):
 def test_the_cache_is_never_copied(mesh):
     """No copy of a stage's keys or values in the optimised program."""
     model, variables = MODELS["llama"], VARIABLES["llama"]
-    decoder = pipeinfer(model, variables, draft.early_exit(model, variables, 1), mesh=mesh)
+    decoder = pipeinfer(model, variables, early_exit_drafter(model, variables, 1), mesh=mesh)
     assert cache_copies(decoder) == 0
 
 
 def test_stops_inside_a_packet_end_where_plain_ends(mesh, expected):
     model, variables = MODELS["llama"], VARIABLES["llama"]
-    source = draft.early_exit(model, variables, 2)
-    decoder = pipeinfer(model, variables, source, mesh=mesh, width=3, levels=2)
+    drafter = early_exit_drafter(model, variables, 2)
+    decoder = pipeinfer(model, variables, drafter, mesh=mesh, width=3, levels=2)
     whole = expected["llama", "greedy"].tokens
     for place in (1, 4):
         stop = int(whole[0][place])
@@ -230,20 +234,22 @@ def test_wrong_settings_are_refused(mesh):
         ({"split": (3, 0)}, "split"),
         ({"split": (1, 1)}, "2 of the model's 3"),
         ({"mesh": make_mesh(), "own_slot": True}, "at least 2"),
-        ({"source": draft.model_source(other, random_variables(other))}, "64 tokens and .* 32"),
+        ({"drafter": model_drafter(other, random_variables(other))}, "64 tokens and .* 32"),
     ]  # fmt: skip
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            pipeinfer(model, variables, **({"source": None, "mesh": mesh} | settings))
+            pipeinfer(model, variables, **({"drafter": None, "mesh": mesh} | settings))
     with pytest.raises(ValueError, match="1 to 2"):
-        draft.early_exit(model, variables, 3)
+        early_exit_drafter(model, variables, 3)
 
 
 MANY = """
 import json, numpy as np, jax
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.pipe import draft
-from jaxfm.parallel.simulation import simulator
+from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
+from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
 model = tiny_decoder(num_layers=5)
@@ -254,11 +260,11 @@ rows = np.array([[*prompt, *truth]], np.int32)
 ranks = np.where(np.random.default_rng(0).random(rows.shape) < 0.7, 0, 9)
 mesh = make_mesh(stage=4)
 out = []
-for own, source, kw in (
-    (False, draft.scripted(rows, ranks, 64), {"split": (1, 2, 1, 1)}),
-    (True, draft.early_exit(model, variables, 2), {"width": 3}),
+for own, drafter, kw in (
+    (False, scripted_drafter(rows, ranks, 64), {"split": (1, 2, 1, 1)}),
+    (True, early_exit_drafter(model, variables, 2), {"width": 3}),
 ):
-    made = pipeinfer(model, variables, source, mesh=mesh, own_slot=own, **kw)
+    made = pipeinfer(model, variables, drafter, mesh=mesh, own_slot=own, **kw)
     got = generate(made, [prompt], max_new_tokens=new)
     out.append([got.tokens[0].tolist() == truth.tolist(), int(got.counters.ticks),
                 int(got.stats.accepted.sum())])
@@ -285,7 +291,7 @@ TINY = tiny_decoder(vocab_size=6, embed_dim=8, num_layers=2, num_heads=1, num_kv
 @pytest.mark.smoke
 def test_a_tree_in_a_pipe_of_one_stage(expected):
     model, variables = MODELS["llama"], VARIABLES["llama"]
-    decoder = pipeinfer(model, variables, draft.model_source(model, variables), levels=2, width=2)
+    decoder = pipeinfer(model, variables, model_drafter(model, variables), levels=2, width=2)
     result = generate(decoder, PROMPTS[:1], max_new_tokens=10)
     assert result.tokens[0].tolist() == expected["llama", "greedy"].tokens[0][:10].tolist()
     # Two tokens a tick, as the draft is the target; the first has no draft yet, the last none any

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.parallel.decode import Decoder
-from jaxfm.parallel.generation import _advance, _start
+from jaxfm.parallel.generation import advance, start
 from jaxfm.parallel.pipe.state import State
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.verification import Rules, Stats, Text
@@ -45,6 +45,6 @@ def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, State]:
     stats = Stats(zero, zero[:, None], zero[:, None])
     text = Text(tokens, length, limit, zero > 0, zero, stats)
     rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
-    state = _start(decoder.program, decoder.variables, tokens, length, 16, None)
-    program = _advance.lower(decoder.program, decoder.variables, state, text, rules, 4).compile()
+    state = start(decoder.functions, decoder.variables, tokens, length, 16, None)
+    program = advance.lower(decoder.functions, decoder.variables, state, text, rules, 4).compile()
     return program.as_text() or "", state

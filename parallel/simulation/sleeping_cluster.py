@@ -1,10 +1,10 @@
-"""An emulated cluster: one thread a node, real waiting in the place of computing and sending.
+"""A cluster emulated by sleeping threads: one a node, which sleeps instead of computing or sending.
 
-For measuring schedules by the clock on a machine that has not the nodes: each stage, the draft and
-every hop take the time that they are told to. Nodes run at their own pace (a draft may take one and
-a half stages), get each other's packets through queues and learn of a cancellation while they
-compute. The head is that of `jaxfm.parallel.simulation.simulator`, which says beforehand what should come out
-here.
+It measures schedules by the clock on a machine that does not have the nodes: each stage, the draft
+and every hop take the time that they are told to. Nodes run at their own pace (a draft may take one
+and a half stages), get each other's packets through queues and learn of a cancellation while they
+compute. The head is that of `jaxfm.parallel.simulation.simulator`, which predicts what should come
+out here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxfm.parallel.simulation.simulator import Head, Node, Played, Run
-from jaxfm.parallel.simulation.speed import Pipe
+from jaxfm.parallel.pipe.speed import Pipe
+from jaxfm.parallel.simulation.heads import Head, Node, Packet
+from jaxfm.parallel.simulation.simulator import Timing
 
 
 class NodeFailure(RuntimeError):
@@ -26,10 +27,10 @@ class NodeFailure(RuntimeError):
 class _Cluster:
     """The nodes' shared memory: queues with times of arrival, under one lock."""
 
-    def __init__(self, head: Head, pipe: Pipe, work: Callable[[int, Run], None] | None):
+    def __init__(self, head: Head, pipe: Pipe, work: Callable[[int, Packet], None] | None):
         self.head, self.pipe, self.work = head, pipe, work
         self.changed = threading.Condition()
-        self.inboxes: list[list[tuple[float, Run]]] = [[] for _ in range(pipe.stages + 1)]
+        self.inboxes: list[list[tuple[float, Packet]]] = [[] for _ in range(pipe.stages + 1)]
         self.idle = [True] * pipe.stages
         self.question: list[Node] | None = None
         self.answered: list[Node] | None = None
@@ -47,7 +48,7 @@ class _Cluster:
             self.changed.wait(left)
         return time.monotonic() - start
 
-    def arrived(self, number: int) -> Run | None:
+    def arrived(self, number: int) -> Packet | None:
         """The next packet for a node, once its hop is over; None: the cluster stops."""
         inbox = self.inboxes[number]
         while not self.stopped:
@@ -59,24 +60,24 @@ class _Cluster:
 
     def stage(self, number: int) -> None:
         with self.changed:
-            while (run := self.arrived(number)) is not None:
-                if run.is_live():
-                    live = sum(node.alive for node in run.nodes)
-                    right = any(node.right for node in run.nodes)
+            while (packet := self.arrived(number)) is not None:
+                if packet.is_live():
+                    live = sum(node.alive for node in packet.nodes)
+                    right = any(node.right for node in packet.nodes)
                     began = time.monotonic()
                     if self.work is not None:
                         self.changed.release()
                         try:
-                            self.work(number, run)
+                            self.work(number, packet)
                         finally:
                             self.changed.acquire()
                     rest = self.pipe.stage_s * self.pipe.cost(live) - (time.monotonic() - began)
-                    self.hold(rest, run.is_live)
+                    self.hold(rest, packet.is_live)
                     spent = time.monotonic() - began
                     self.busy += spent
                     self.wasted += spent * (not right)
                 self.idle[number] = not self.inboxes[number]
-                self.inboxes[number + 1].append((time.monotonic() + self.pipe.link_s, run))
+                self.inboxes[number + 1].append((time.monotonic() + self.pipe.link_s, packet))
                 self.changed.notify_all()
 
     def draft(self, _: int) -> None:
@@ -105,22 +106,22 @@ class _Cluster:
                 self.changed.notify_all()
 
 
-def run(
+def run_cluster(
     head: Head,
     pipe: Pipe,
     *,
-    work: Callable[[int, Run], None] | None = None,
+    work: Callable[[int, Packet], None] | None = None,
     timeout_s: float = 120.0,
-) -> Played:
-    """Plays a text on threads, by the clock; arguments as of `jaxfm.parallel.simulation.simulator.play`.
+) -> Timing:
+    """The times at which a cluster of threads knew a text's tokens, by the clock.
 
     Args:
-      head: fresh.
-      pipe: times in seconds; below some milliseconds threads themselves take longer.
+      head: a fresh one, as in `jaxfm.parallel.simulation.simulator.simulate`.
+      pipe: its times in seconds; below some milliseconds threads themselves take longer.
       work: `(stage, packet)`, what a stage really does; its time is padded to the stage's.
       timeout_s: seconds after which the cluster is given up.
     Raises:
-      NodeFailure: a node raised (it is named), or the time is over.
+      NodeFailure: a node raised (it is named), or the time was up.
     """
     cluster = _Cluster(head, pipe, work)
     nodes = [(f"stage {i}", cluster.stage, i) for i in range(pipe.stages)]
@@ -148,7 +149,7 @@ def run(
         for thread in threads:
             thread.join(timeout=5)
     known = np.array(times[: len(head.ranks)])
-    return Played(known, cluster.busy, cluster.wasted, head.accepted, pipe.stages)
+    return Timing(known, cluster.busy, cluster.wasted, head.accepted, pipe.stages)
 
 
 def _turn(cluster: _Cluster, times: list[float], start: float) -> None:

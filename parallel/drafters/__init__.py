@@ -1,0 +1,1 @@
+"""Drafters: a model, the model's own first layers, the text itself, one after another, a script."""

@@ -1,0 +1,156 @@
+"""A causal language model that drafts: a small one, a subnet or the target's own first layers."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.model import Array, Model, Variables, is_stacked, layers_of, num_layers
+from jaxfm.parallel import sampling as sample
+from jaxfm.parallel.cache import (
+    Block,
+    Cache,
+    CausalModel,
+    causal_model,
+    decoding_layout,
+    extend,
+    prefill,
+    vocab_size,
+)
+from jaxfm.parallel.drafting import Answer, Drafter, Proposals, Proposer, Question
+from jaxfm.parallel.rows import Rows, flat_rows, read_block
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.token_tree import NONE, bit
+from jaxfm.parallel.verification import Draft, Rules, Text, newest, room
+
+
+def model_drafter(model: Model, variables: Variables) -> Drafter:
+    """The drafter that asks a causal language model with the target's vocabulary.
+
+    Args:
+      model, variables: the drafting model; for a subnet of the target, the target's own Model with
+        the extracted variables.
+    Raises:
+      ValueError: the model is not a causal language model.
+    """
+    lm = causal_model(model)
+    return Drafter(_chain(lm), _tree(lm), decoding_layout(variables), vocab_size(model, variables))
+
+
+def early_exit_drafter(model: Model, variables: Variables, layers: int) -> Drafter:
+    """The drafter that runs the target's own first `layers` layers, under its own head.
+
+    Args:
+      model, variables: the target.
+      layers: at least one, and fewer than the target has.
+    Raises:
+      ValueError: the model has no such number of layers to leave out.
+    """
+    own = layers_of(variables)
+    if not 0 < layers < num_layers(own):
+        raise ValueError(
+            f"layers={layers}: an early exit keeps 1 to {num_layers(own) - 1} of the model's "
+            f"{num_layers(own)} layers."
+        )
+    if is_stacked(own):
+        first = jax.tree.map(lambda x: x[:layers], own)
+    else:
+        first = Variables(*({str(i): p[str(i)] for i in range(layers)} if p else {} for p in own))
+    parts = [{**whole, "layers": cut} if cut else whole for whole, cut in zip(variables, first)]
+    return model_drafter(model, Variables(*parts))
+
+
+@functools.cache
+def _chain(lm: CausalModel) -> Proposer:
+    def start(variables, tokens: Array, text_length: Array, cells: int, chunk: int | None) -> Cache:
+        return prefill(lm, variables, tokens, text_length - 2, cells, chunk)
+
+    def propose(variables, cache: Cache, text: Text, rules: Rules, length: int):
+        count = room(text, length)
+
+        def choose(x: Array, place: Array) -> tuple[Array, Array | None]:
+            """The draft's next token i32[B, 1] at `place` i32[B], and its distribution."""
+            logits = lm.stages.head(variables, x)
+            if rules.sampling.temperature is None:
+                return logits.argmax(-1).astype(jnp.int32), None
+            logp = sample.log_probs(logits, rules.sampling)
+            keys = sample.keys(rules.sampling, place[:, None], sample.PROPOSE)
+            return sample.draw(logp, keys), jnp.exp(logp)[:, 0]
+
+        # When all drafts were accepted, the draft model has not read the last of them: it always
+        # reads the two newest tokens.
+        first = text.length - 2
+        live = (first[:, None] + jnp.arange(2)[None] >= 0) & ~text.done[:, None]
+        x, cache = extend(lm, variables, cache, newest(text, 2), first, live)
+        token, probs = choose(x[:, 1:], text.length)
+
+        def step(carry, i):
+            cache, token = carry
+            live = (i <= count)[:, None] & ~text.done[:, None]
+            x, cache = extend(lm, variables, cache, token, text.length - 1 + i, live)
+            following, probs = choose(x, text.length + i)
+            return (cache, following), (following[:, 0], probs)
+
+        order = jnp.arange(1, length, dtype=jnp.int32)
+        (cache, _), (later, later_probs) = lax.scan(step, (cache, token), order)
+        tokens = jnp.concatenate([token, later.T], axis=1)
+        if probs is not None:
+            probs = jnp.concatenate([probs[:, None], jnp.swapaxes(later_probs, 0, 1)], axis=1)
+        return Draft(tokens, count, probs), cache
+
+    return Proposer(start, propose)
+
+
+@functools.cache
+def _tree(lm: CausalModel) -> Proposer:
+    def start(variables, tokens: Array, length: Array, cells: int, chunk: int | None) -> Rows:
+        return flat_rows(prefill(lm, variables, tokens, length - 1, cells, chunk))
+
+    def propose(variables, state: Rows, question: Question, levels: int, width: int):
+        ask, tree, cells, end = question.ask, question.tree, question.cells, question.end
+        words, none = tree.bits.shape[1], cells.positions.shape[0]
+        join = lambda a, b: jnp.concatenate([a, b])
+        at, tips, ok = jnp.minimum(ask.late, none - 1), ask.tips, ask.tips != NONE
+        # First what was missed and the nodes asked about, then level after level below them.
+        tokens = join(cells.tokens[at], tree.tokens[tips])
+        positions = join(cells.positions[at], tree.positions[tips])
+        bits = join(ask.late_bits, tree.bits[tips])
+        to = join(ask.late, jnp.where(ok, tree.cells[tips], none))
+        own = cells.bits[jnp.minimum(to, none - 1)]
+        scores = jnp.where(ok, tree.scores[tips], -jnp.inf)
+        out = []
+        for level in range(levels):
+            positions = jnp.where(to < none, positions, 0)
+            block = Block(*(x[None] for x in (tokens, positions, to, bits, own)))
+            x, state, cells = read_block(lm, variables, state, ask.request, cells, block)
+            logits = lm.stages.head(variables, x[:, -width:])[0]
+            after = positions[-width:] + 1
+            ranked = _perturbed(logits, question.sampling, after)
+            logq, token = lax.top_k(ranked, width)
+            best, flat = lax.top_k((scores[:, None] + logq).reshape(-1), width)
+            parents = (flat // width).astype(jnp.int32)
+            tokens, gain = token.reshape(-1)[flat].astype(jnp.int32), logq.reshape(-1)[flat]
+            valid = (best > -jnp.inf) & ~ask.behind
+            out.append((tokens, parents, gain, valid))
+            if level < levels - 1:
+                positions, scores = after[parents], best
+                own = bit(ask.slots[level], words)
+                bits = bits[-width:][parents] | own
+                to = jnp.where(valid & (positions < end), ask.cells[level], none)
+        proposals = Proposals(*(jnp.stack(rows) for rows in zip(*out)))
+        return Answer(proposals, jnp.ones((), bool)), state
+
+    return Proposer(start, propose)
+
+
+def _perturbed(logits: Array, sampling: Sampling, positions: Array) -> Array:
+    """f32[T, V] normalised log-scores, ranked as the target's own draw ranks its tokens."""
+    if sampling.temperature is None:
+        return jax.nn.log_softmax(logits, axis=-1)
+    logp = sample.log_probs(logits[None], sampling)[0]
+    keys = sample.keys(sampling, positions[None], sample.CHOOSE)[0]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
+    return jax.nn.log_softmax(logp + noise, axis=-1)

@@ -1,0 +1,189 @@
+"""A text's tree of proposed tokens, and what stands in the cells of its cache.
+
+The root of the tree, the *tip*, is the newest token that is known to be right; a node's children
+are guesses at what follows it. Node `i` of a text owns bit `i` of a set of bits. A query carries
+the bits of itself, its ancestors and the truth (bit 0); a cell carries the bit of its node and, for
+committed tokens, also bit 0. So branching, cancelling and committing never move keys or values.
+
+All functions work on one text (no batch axis); callers `vmap` or index them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.model import Array
+from jaxfm.parallel.cache import TRUTH
+
+NONE = 0  # the node slot that is never used: bit 0 is the truth
+
+
+class Cells(NamedTuple):
+    """What stands in each cell of a text's cache; the same on every stage.
+
+    Attributes:
+      tokens, positions: i32[C].
+      bits: u32[C, W]; all zero: the cell is free.
+      read: bool[C] whether the draft has read the cell, too.
+    """
+
+    tokens: Array
+    positions: Array
+    bits: Array
+    read: Array
+
+
+class Tree(NamedTuple):
+    """The tokens of a text that are on their way.
+
+    Attributes:
+      tip: i32[] node of the newest right token.
+      tokens, positions, cells: i32[N] of each node.
+      parents: i32[N]; NONE for one that replaced its tree.
+      bits: u32[N, W] of the node, its ancestors and the truth.
+      scores: f32[N] log-probability, by the draft, of the path from its first proposal.
+      alive, launched: bool[N]; a node is launched once a packet holds it.
+      answers: i32[N] the target's token after the node; -1: not known yet.
+      logprobs: f32[N] of the answers.
+      misses: i32[] times in a row that the draft proposed nothing.
+      places: i32[N] of each node among the candidates of its depth, the most probable first.
+    """
+
+    tip: Array
+    tokens: Array
+    positions: Array
+    cells: Array
+    parents: Array
+    bits: Array
+    scores: Array
+    alive: Array
+    launched: Array
+    answers: Array
+    logprobs: Array
+    misses: Array
+    places: Array
+
+
+def num_words(num_nodes: int) -> int:
+    """W, the 32-bit words that hold one bit a node."""
+    return -(-num_nodes // 32)
+
+
+def bit(nodes: Array, words: int) -> Array:
+    """u32[..., W] with the bit of each node i32[...] set."""
+    word, place = nodes // 32, (nodes % 32).astype(jnp.uint32)
+    every = jnp.arange(words, dtype=jnp.int32).reshape(*[1] * nodes.ndim, words)
+    return jnp.where(every == word[..., None], jnp.left_shift(jnp.uint32(1), place)[..., None], 0)
+
+
+def has(bits: Array, node: Array) -> Array:
+    """bool[...]: whether sets u32[..., W] hold a node i32[]."""
+    word = lax.dynamic_index_in_dim(bits, node // 32, axis=bits.ndim - 1, keepdims=False)
+    return (jnp.right_shift(word, (node % 32).astype(jnp.uint32)) & jnp.uint32(1)) != 0
+
+
+def init_cells(tokens: Array, length: Array, num_cells: int, words: int) -> Cells:
+    """The cells after the first `length - 1` of `tokens` i32[P] were read by target and draft."""
+    places = jnp.arange(num_cells, dtype=jnp.int32)
+    known = places < length - 1
+    padded = jnp.zeros((num_cells,), jnp.int32).at[: tokens.shape[0]].set(tokens)
+    truth = jnp.zeros((words,), jnp.uint32).at[0].set(TRUTH)
+    bits = jnp.where(known[:, None], truth[None], jnp.uint32(0))
+    return Cells(padded, jnp.where(known, places, 0), bits, known)
+
+
+def init_tree(num_nodes: int) -> Tree:
+    """A tree without nodes."""
+    whole = jnp.zeros((num_nodes,), jnp.int32)
+    off = jnp.zeros((num_nodes,), bool)
+    bits = jnp.zeros((num_nodes, num_words(num_nodes)), jnp.uint32)
+    real = jnp.zeros((num_nodes,), jnp.float32)
+    zero = jnp.zeros((), jnp.int32)
+    return Tree(
+        tip=zero, tokens=whole, positions=whole, cells=whole, parents=whole, bits=bits, scores=real,
+        alive=off, launched=off, answers=whole, logprobs=real, misses=zero, places=whole,
+    )  # fmt: skip
+
+
+def replant(
+    tree: Tree, cells: Cells, token: Array, position: Array, busy: Array
+) -> tuple[Tree, Cells]:
+    """The tree of one right token that no node stood for: everything else dies.
+
+    `busy` bool[N] are slots that packets in flight may still name.
+    """
+    words = tree.bits.shape[1]
+    tree = tree._replace(alive=jnp.zeros_like(tree.alive))
+    tree, cells = release(tree, cells)
+    node = free_nodes(tree.alive | busy, 1)[0]
+    cell = free_cells(cells, 1)[0]
+    both = bit(node, words) | bit(jnp.zeros((), jnp.int32), words)
+    put = lambda field, value: field.at[node].set(value)
+    tree = tree._replace(
+        tip=node,
+        tokens=put(tree.tokens, token),
+        positions=put(tree.positions, position),
+        cells=put(tree.cells, cell),
+        parents=put(tree.parents, NONE),
+        bits=put(tree.bits, both),
+        scores=put(tree.scores, 0.0),
+        alive=put(tree.alive, True),
+        launched=put(tree.launched, False),
+        answers=put(tree.answers, -1),
+    )
+    cells = Cells(
+        cells.tokens.at[cell].set(token),
+        cells.positions.at[cell].set(position),
+        cells.bits.at[cell].set(both),
+        cells.read.at[cell].set(False),
+    )
+    return tree, cells
+
+
+def descend(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
+    """The tip goes on to one of its children; only the child's subtree lives."""
+    truth = bit(jnp.zeros((), jnp.int32), tree.bits.shape[1])
+    tree = tree._replace(tip=node, alive=tree.alive & has(tree.bits, node))
+    cell = tree.cells[node]
+    cells = cells._replace(bits=cells.bits.at[cell].set(cells.bits[cell] | truth))
+    return release(tree, cells)
+
+
+def release(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
+    """Bits of dead nodes vanish: their slots can be used again, and their cells are free. Committed
+    cells keep the truth's bit."""
+    words = tree.bits.shape[1]
+    nodes = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
+    keep = jnp.where(tree.alive[:, None], bit(nodes, words), jnp.uint32(0))
+    keep = lax.reduce(keep, jnp.uint32(0), lax.bitwise_or, (0,))
+    keep = (keep | bit(jnp.zeros((), jnp.int32), words))[None]
+    return tree._replace(bits=tree.bits & keep), cells._replace(bits=cells.bits & keep)
+
+
+def kill(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
+    """All nodes die: the text is done."""
+    tree = tree._replace(alive=jnp.zeros_like(tree.alive))
+    return release(tree, cells)
+
+
+def free_nodes(busy: Array, count: int) -> Array:
+    """i32[count] the first node slots that are not busy bool[N]; NONE where there are fewer."""
+    return _first((~busy).at[NONE].set(False), count, NONE)
+
+
+def free_cells(cells: Cells, count: int) -> Array:
+    """i32[count] the first free cells; C where there are fewer."""
+    return _first(is_free(cells), count, cells.positions.shape[0])
+
+
+def is_free(cells: Cells) -> Array:
+    """bool[C]; the last cell, which takes what is to be written nowhere (`put_rows`), never is."""
+    return (cells.bits == 0).all(1).at[-1].set(False)
+
+
+def _first(mask: Array, count: int, otherwise: int) -> Array:
+    """i32[count], the first places where `mask` is true."""
+    return jnp.nonzero(mask, size=count, fill_value=otherwise)[0].astype(jnp.int32)
