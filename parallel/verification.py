@@ -241,4 +241,5 @@ def append(
     if rules.automaton is not None:
         states = jnp.stack(progress, axis=1)
         reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
-    return Text(tokens, length, text.limit, done, reached, text.stats, kept), count
+    text = text._replace(tokens=tokens, length=length, done=done, progress=reached, logprobs=kept)
+    return text, count

@@ -95,7 +95,16 @@ def adapt(
     widest = Choice(int(most.width), int(most.levels), int(most.window), 0.0)
     nothing = np.zeros(widest.width)
     start = PolicyState(
-        nothing, nothing, (nothing, nothing), ((), (), ()), widest, widest, 0, 0, _FIRST, None
+        hits=nothing,
+        tries=nothing,
+        latest=(nothing, nothing),
+        tick_s=((), (), ()),
+        choice=widest,
+        now=widest,
+        pieces=0,
+        due=0,
+        interval=_FIRST,
+        before=None,
     )
     step = functools.partial(_step, widest, margin, memory, price or (lambda _, seconds: seconds))
     return decoder._replace(policy=Policy(start, step))
@@ -177,7 +186,8 @@ def measured(known: PolicyState, stages: int) -> Pipe:
     wide = max(mean(WIDE, single), off)
     # Where only wide packets were drafted, all that they cost counts as theirs.
     extra = max(wide - single, 0.0) / off
-    return Pipe(stages, off, single - off, 0.0, lambda tokens: 1.0 + (extra if tokens > 1 else 0.0))
+    cost = lambda tokens: 1.0 + (extra if tokens > 1 else 0.0)
+    return Pipe(stages, stage_s=off, draft_s=single - off, link_s=0.0, cost=cost)
 
 
 def decide(known: PolicyState, widest: Choice, margin: float, *, stages: int) -> PolicyState:

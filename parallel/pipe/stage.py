@@ -1,7 +1,8 @@
 """What one device of the pipe computes in a tick: its layers, the head, the draft.
 
-Collectives between stages stand outside of all branches: what is this stage's alone is chosen by
-`lax.switch`, and passing by comes first, since XLA copies what the first branch writes.
+Collectives between stages stand outside of all branches. What only this stage does is chosen by
+`lax.switch`, whose first branch passes the packet by, since XLA copies what the first branch
+writes.
 """
 
 from __future__ import annotations
@@ -94,16 +95,11 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
     meant = (nodes != NONE) & (stage >= 0)
     to = jnp.where(meant, tree.cells[nodes], none)
     block = Block(
-        *(
-            x[None]
-            for x in (
-                tree.tokens[nodes],
-                jnp.where(meant, tree.positions[nodes], 0),
-                to,
-                jnp.where(meant[:, None], tree.bits[nodes], 0),
-                cells.bits[jnp.minimum(to, none - 1)],
-            )
-        )
+        tokens=tree.tokens[nodes][None],
+        positions=jnp.where(meant, tree.positions[nodes], 0)[None],
+        cells=to[None],
+        bits=jnp.where(meant[:, None], tree.bits[nodes], 0)[None],
+        own=cells.bits[jnp.minimum(to, none - 1)][None],
     )
     sampling = _one(rules.sampling, request)
 
@@ -196,10 +192,10 @@ def propose(
         return own, answer.proposals, answer.reads, jnp.ones((), jnp.int32)
 
     mine = asked.wanted & (lax.axis_index(STAGE) == 0)
-    own, *said = lax.switch(
+    own, *answer = lax.switch(
         mine.astype(jnp.int32), [lambda own: (own, *blank), run], local(state.draft)
     )
-    return state._replace(draft=jax.tree.map(lambda x: x[None], own)), *said
+    return state._replace(draft=jax.tree.map(lambda x: x[None], own)), *answer
 
 
 def _path(tree: Tree, node: Array, tokens: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """What the pipe holds between two ticks, and what its devices tell each other.
 
-All of it but the keys and values, the draft's own state and the hidden states is replicated: every
-device decides the same from the same answers (`jaxfm.parallel.pipe.tick`).
+Everything is replicated except keys and values, the draft's own state and the hidden states: every
+device makes the same decisions from the same answers (`jaxfm.parallel.pipe.tick`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ IDLE, LIVE, CANCELLED, PREFILL, DRAFTED = range(5)  # what a stage, or the draft
 
 
 class Counters(NamedTuple):
-    """What happened since the start; ticks of prefill are in `prefill` alone.
+    """What happened since the start; ticks of prefill are counted in `prefill` only.
 
     Attributes:
       ticks: i32[].
       prefill: i32[] ticks that reading the prompts took.
-      executed: i32[S] ticks in which each stage computed, counted where it does.
+      executed: i32[S] ticks in which each stage computed, counted by the stage itself.
       cancelled: i32[S] ticks in which a stage passed by a packet that had been cancelled.
       launched: i32[2] packets, and tokens in them.
-      drafted: i32[] ticks in which the draft computed, counted where it does.
+      drafted: i32[] ticks in which the draft computed, counted by its device.
       corrections: i32[B] times that no proposal foresaw the answer.
       places: i32[w] right tokens that were the draft's first candidate, second, ...
       wide: i32[] ticks in which a stage read more than one token.
       in_flight: i32[] packets in the pipe, summed over ticks.
-      timeline: u8[R, S + 1] what each stage did in each of the first R ticks; last, the draft.
+      timeline: u8[R, S + 1] what each stage did in each of the first R ticks; the last column is
+        the draft's.
     """
 
     ticks: Array
@@ -58,13 +59,13 @@ class State(NamedTuple):
 
     Attributes:
       rows: keys and values; leaves [slots * L, B * C, G, K].
-      draft: the source's state, with a leading axis of slots.
+      draft: the drafter's state, with a leading axis of slots.
       hidden: [slots, K, D] what each slot has received.
       trees, cells: of each text, with a leading axis B.
       pipe: the packets in the S stages.
       sizes: i32[S] tokens that each packet had when it was launched.
-      sent: i32[n] what the last stage and the draft said in the last tick.
-      asked: what the draft was asked then.
+      sent: i32[n] the last tick's message of the last stage and the draft.
+      asked: what the draft was asked in that tick.
       counters: counts.
     """
 
@@ -109,7 +110,7 @@ class Arrays(NamedTuple):
 
     Attributes:
       cut: the target.
-      draft: the source's variables.
+      draft: the drafter's variables.
       limits: how eagerly to speculate.
     """
 
@@ -119,29 +120,46 @@ class Arrays(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What travels to all devices in a tick; one vector of integers, one sum."""
+    """What travels to all devices in a tick: one vector of integers, by one sum.
 
-    answers: Array  # i32[K]
-    logprobs: Array  # f32[K]
+    Attributes:
+      answers: i32[K] the target's tokens after the nodes of the packet that leaves the pipe.
+      logprobs: f32[K] of these.
+      proposals: the draft's.
+      reads: bool[] whether the draft read what it was asked about.
+      executed: i32[S] 1 for each stage that computed.
+      drafted: i32[] 1 if the draft computed.
+    """
+
+    answers: Array
+    logprobs: Array
     proposals: Proposals
-    reads: Array  # bool[]
-    executed: Array  # i32[S]
-    drafted: Array  # i32[]
+    reads: Array
+    executed: Array
+    drafted: Array
 
     @staticmethod
     def like(shape: Shape) -> Message:
+        """A message of zeros."""
         places = (shape.levels, shape.width)
         proposals = Proposals(
-            jnp.zeros(places, jnp.int32), jnp.zeros(places, jnp.int32), jnp.zeros(places),
-            jnp.zeros(places, bool),
-        )  # fmt: skip
+            tokens=jnp.zeros(places, jnp.int32),
+            parents=jnp.zeros(places, jnp.int32),
+            logprobs=jnp.zeros(places),
+            valid=jnp.zeros(places, bool),
+        )
         return Message(
-            jnp.zeros((shape.packet,), jnp.int32), jnp.zeros((shape.packet,)), proposals,
-            jnp.zeros((), bool), jnp.zeros((shape.stages,), jnp.int32), jnp.zeros((), jnp.int32),
-        )  # fmt: skip
+            answers=jnp.zeros((shape.packet,), jnp.int32),
+            logprobs=jnp.zeros((shape.packet,)),
+            proposals=proposals,
+            reads=jnp.zeros((), bool),
+            executed=jnp.zeros((shape.stages,), jnp.int32),
+            drafted=jnp.zeros((), jnp.int32),
+        )
 
     @staticmethod
     def size(shape: Shape) -> int:
+        """n, the integers of a message."""
         return sum(x.size for x in jax.tree.leaves(Message.like(shape)))
 
     def pack(self) -> Array:
@@ -155,6 +173,7 @@ class Message(NamedTuple):
 
     @staticmethod
     def unpack(flat: Array, shape: Shape) -> Message:
+        """The inverse of `pack`."""
         leaves, form = jax.tree.flatten(Message.like(shape))
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = jnp.split(flat, ends[:-1])

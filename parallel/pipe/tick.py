@@ -49,10 +49,12 @@ def one_tick(
         state, proposals, reads, drafted = propose(drafter, shape, arrays.draft, state, text, rules)
     with jax.named_scope("send"):
         hidden = pass_on(x, shape)
-        flat = Message(answers, logprobs, proposals, reads, executed, drafted).pack()
-        flat = lax.psum(flat, STAGE)
-    said = Message.unpack(flat, shape)
-    counters = tally(state, said)
+        message = Message(
+            answers=answers, logprobs=logprobs, proposals=proposals, reads=reads,
+            executed=executed, drafted=drafted,
+        )  # fmt: skip
+        flat = lax.psum(message.pack(), STAGE)
+    counters = tally(state, Message.unpack(flat, shape))
     return state._replace(hidden=hidden, sent=flat, counters=counters), text
 
 
@@ -155,18 +157,18 @@ def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
     return state._replace(asked=asked)
 
 
-def tally(state: State, said: Message) -> Counters:
+def tally(state: State, message: Message) -> Counters:
     """The counts after a tick."""
     live = (state.pipe.nodes != NONE).any(1)
     cancelled = ~live & (state.sizes > 0)
     old = state.counters
     row = jnp.where(live, LIVE, jnp.where(cancelled, CANCELLED, IDLE)).astype(jnp.uint8)
-    row = jnp.concatenate([row, said.drafted.astype(jnp.uint8)[None]])
+    row = jnp.concatenate([row, message.drafted.astype(jnp.uint8)[None]])
     return old._replace(
         ticks=old.ticks + 1,
-        executed=old.executed + said.executed,
+        executed=old.executed + message.executed,
         cancelled=old.cancelled + cancelled.astype(jnp.int32),
-        drafted=old.drafted + said.drafted,
+        drafted=old.drafted + message.drafted,
         wide=old.wide + (state.pipe.nodes[:, 1:] != NONE).any().astype(jnp.int32),
         in_flight=old.in_flight + live.sum(dtype=jnp.int32),
         timeline=old.timeline.at[old.ticks].set(row, mode="drop")

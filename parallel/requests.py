@@ -1,0 +1,183 @@
+"""From what a caller asks of `generate` to the arrays that decoders read; mistakes raise here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfm.model import Key
+from jaxfm.parallel.sampling import Sampling
+from jaxfm.parallel.stop import automaton
+from jaxfm.parallel.verification import Rules, Stats, Text
+from jaxfm.tokenizer import Tokenizer, same_vocabulary
+
+
+def prompt_ids(prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    """The token ids of each prompt.
+
+    Raises:
+      TypeError: a single string instead of a sequence of prompts.
+      ValueError: no prompts, an empty one, a string without a tokenizer, or an unknown token.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a sequence of prompts; wrap the one: [{prompts[:20]!r}].")
+    if not len(prompts):
+        raise ValueError("There are no prompts; give at least one.")
+    ids: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"Prompt {i} is a string; give a tokenizer, or token ids.")
+            prompt = tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise ValueError(
+                f"Prompt {i} is empty; give at least one token (for text from nothing, the "
+                "beginning-of-text token)."
+            )
+        wrong = [token for token in tokens if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(
+                f"Prompt {i} has token {wrong[0]}; the model knows 0..{vocab_size - 1}."
+            )
+        ids.append(tokens)
+    return ids
+
+
+def check_tokenizers(
+    tokenizer: Tokenizer | None, draft: Tokenizer | None, stop_strings: Sequence[str]
+) -> None:
+    """Raises ValueError if a tokenizer is needed but missing, or the draft's vocabulary differs."""
+    if draft is not None:
+        if tokenizer is None:
+            raise ValueError("draft_tokenizer is given without tokenizer; give both to compare.")
+        if not same_vocabulary(tokenizer, draft):
+            raise ValueError(_vocabulary_difference(tokenizer, draft))
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, to know the text of each token.")
+
+
+def _vocabulary_difference(tokenizer: Tokenizer, draft: Tokenizer) -> str:
+    ours, theirs = tokenizer.vocab, draft.vocab
+    either = sorted(ours.keys() | theirs.keys())
+    token = next(token for token in either if ours.get(token) != theirs.get(token))
+    return (
+        f"The vocabularies of target and draft differ: token {token!r} has id {ours.get(token)} in "
+        f"the target's ({len(ours)} tokens) and {theirs.get(token)} in the draft's "
+        f"({len(theirs)} tokens). A draft needs its target's tokenizer."
+    )
+
+
+def check_room(
+    lengths: np.ndarray, limits: np.ndarray, cells: int | None, max_len: int | None
+) -> int:
+    """The number of cells that the cache needs for each text.
+
+    Args:
+      lengths: i32[B] of the prompts.
+      limits: i32[B] of the whole texts.
+      cells: what the caller wants; None: just enough, in steps of 128.
+      max_len: positions that the model has; None: any number.
+    Raises:
+      ValueError: a text is longer than the model's positions or the wanted cache.
+    """
+    longest = int(limits.argmax())
+    described = (
+        f"Prompt {longest} has {lengths[longest]} tokens, with {limits[longest] - lengths[longest]}"
+        f" new ones {limits[longest]}"
+    )
+    if max_len is not None and limits[longest] > max_len:
+        raise ValueError(f"{described}; the model has positions for {max_len}.")
+    if cells is None:
+        return -(-int(limits[longest]) // 128) * 128
+    if limits[longest] > cells:
+        raise ValueError(f"{described}; the cache holds {cells}. Give more cells.")
+    return cells
+
+
+def per_request(name: str, value, batch: int, dtype, *, at_least, at_most=None) -> np.ndarray:
+    """[B] of `dtype`: one value for all requests repeated, or one for each.
+
+    Raises:
+      ValueError: another number of values, or one outside of the bounds; the message has `name`.
+    """
+    values = np.asarray(value)
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
+        raise ValueError(f"{name} has shape {values.shape}; give one value, or {batch}.")
+    # Written so that nan is wrong, too.
+    good = (values >= at_least) & (values <= (np.inf if at_most is None else at_most))
+    if not good.all():
+        limit = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(f"{name} must be {limit}, got {np.atleast_1d(values[~good])[0]}.")
+    return np.broadcast_to(values, (batch,)).astype(dtype)
+
+
+def make_sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> Sampling:
+    """How each request draws its tokens; greedy without a temperature above 0.
+
+    Raises:
+      ValueError: a setting out of range, or a temperature without a key.
+    """
+    heat = per_request("temperature", temperature, batch, np.float32, at_least=0)
+    if not np.isfinite(heat).all():
+        raise ValueError(f"temperature must be finite, got {heat.max()}.")
+    optional = lambda name, value, dtype, **limits: (
+        None if value is None else jnp.asarray(per_request(name, value, batch, dtype, **limits))
+    )
+    k = optional("top_k", top_k, np.int32, at_least=0)
+    p = optional("top_p", top_p, np.float32, at_least=0, at_most=1)
+    if p is not None and not (p > 0).all():
+        raise ValueError("top_p must be above 0 (and at most 1), got 0.")
+    least = optional("min_p", min_p, np.float32, at_least=0, at_most=1)
+    request = jnp.arange(batch, dtype=jnp.int32)
+    if not heat.any():
+        return Sampling(jax.random.key(0), request)
+    if key is None:
+        raise ValueError("A temperature above 0 draws random numbers; give a key.")
+    return Sampling(
+        key=key, request=request, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least
+    )
+
+
+def make_rules(
+    sampling: Sampling, stop_tokens: Sequence[int], stop_strings: Sequence[str],
+    token_bytes: list[bytes], vocab_size: int,
+) -> Rules:  # fmt: skip
+    """How tokens are chosen and where texts end.
+
+    Raises:
+      ValueError: a stop token outside the vocabulary.
+    """
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"Stop token {token} is outside 0..{vocab_size - 1}.")
+    table = jnp.asarray(automaton(stop_strings, token_bytes[:vocab_size])) if stop_strings else None
+    return Rules(sampling, jnp.asarray(np.array(stop_tokens, np.int32)), table)
+
+
+def make_text(
+    ids: list[list[int]], limits: np.ndarray, cells: int, drafts: int, logprobs: bool
+) -> Text:
+    """The prompts as texts that may grow up to `limits`."""
+    batch = len(ids)
+    tokens = np.zeros((batch, cells), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
+    return Text(
+        tokens=jnp.asarray(tokens),
+        length=jnp.asarray(np.array([len(prompt) for prompt in ids], np.int32)),
+        limit=jnp.asarray(limits),
+        done=jnp.zeros((batch,), bool),
+        progress=zeros(),
+        stats=Stats(zeros(), zeros(drafts), zeros(drafts)),
+        logprobs=jnp.zeros((batch, cells)) if logprobs else None,
+    )
+
+
+def bucket(length: int) -> int:
+    """The next power of two, at least 16: so there are few shapes of prompts to compile for."""
+    return max(16, 1 << int(length - 1).bit_length())
