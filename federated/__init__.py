@@ -86,6 +86,7 @@ from jaxfm.federated.parts.ensemble import (
 )
 from jaxfm.federated.placement import Placement, place, wanted_steps
 from jaxfm.federated.population import Population
+from jaxfm.federated.preparation import Prepared, make_setting, prepare
 from jaxfm.federated.registry import Setting, entries, register
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.federated.run import TrainedRun, train
@@ -111,6 +112,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Population",
+    "Prepared",
     "Profile",
     "RoundInfo",
     "Rounds",
@@ -147,6 +149,7 @@ __all__ = [
     "global_metrics",
     "head",
     "local_fit",
+    "make_setting",
     "max_vote",
     "mean",
     "mean_vote",
@@ -157,6 +160,7 @@ __all__ = [
     "outside",
     "place",
     "plan",
+    "prepare",
     "profiles",
     "python_round",
     "quantised",

@@ -32,11 +32,10 @@ from jaxfm import config as configs
 from jaxfm import federated
 from jaxfm.config import check, option
 from jaxfm.cost import num_bytes
-from jaxfm.federated import DEVICES, Local, fleet, place, wanted_steps
+from jaxfm.federated import DEVICES, Local, fleet, prepare
 from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.federated.placement import describe_clients
-from jaxfm.federated.prepare import make_setting
-from jaxfm.federated.registry import entries, find, load_named_files, make
+from jaxfm.federated.registry import entries, load_named_files
 from jaxfm.federated.run import summary
 from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.launch.compare import compare
@@ -69,9 +68,7 @@ class _FederateConfig:
     """A federated run."""
 
     run_dir: str = option("runs/federate", "folder of the run; an unfinished run there goes on")
-    algorithm: str = option(
-        "fed_avg", "what clients and server do; or a .py file that registers it"
-    )
+    algorithm: str = option("fed_avg", "of the registry, or a .py file that registers one")
     compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
     seeds: int = option(1, "runs of each algorithm in a comparison, with seeds from --seed on")
     rounds: int = option(60, "rounds in all")
@@ -86,7 +83,7 @@ class _FederateConfig:
     )
     profile: tuple[str, ...] = option(
         (),
-        f"clients' machines, dealt out in turn, to simulate time and energy: {', '.join(DEVICES)}",
+        f"clients' machines, dealt out in turn, whose time is simulated: {', '.join(DEVICES)}",
     )
     deadline_s: float = option(
         0.0,
@@ -170,30 +167,20 @@ def run(config: Any) -> pathlib.Path:
     run_dir = open_run(config, config.run_dir)
     data = _load(config.data, config.seed)
     model = make_model(config.model, data)
-    variables = model.init(jax.random.key(config.seed))
+    variables = jax.eval_shape(model.init, jax.random.key(0))
     local = Local(make_optimizer(config.local), config.batch_size, config.epochs)
-    max_steps = config.max_steps or UNLIMITED_STEPS
-    clients = len(data.train.count)
-    placing = {
-        "public": data.public,
-        "local_validation": data.local_validation,
-        "machines": fleet(config.profile, clients) if config.profile else None,
-        "deadline_s": config.deadline_s or None,
-        "max_steps": max_steps,
-    }
-    setting = make_setting(
-        model, data, local, num_rounds=config.rounds, widths=config.tiers, variables=variables,
-        axes=width_axes(family_of(config.model, data), axis_sizes(variables, model.axes)), **placing,
+    algorithm, start, placement = prepare(
+        config.algorithm, model, data, local,
+        options=arguments(getattr(config, config.algorithm, None), config.algorithm),
+        wrap=functools.partial(
+            named_compression, upload=config.upload, download=config.download,
+            top_share=config.top_k,
+        ),
+        num_rounds=config.rounds, widths=config.tiers, seed=config.seed,
+        axes=width_axes(family_of(config.model, data), axis_sizes(variables, model.axes)),
+        machines=fleet(config.profile, len(data.names)) if config.profile else None,
+        deadline_s=config.deadline_s or None, max_steps=config.max_steps or UNLIMITED_STEPS,
     )  # fmt: skip
-    options = arguments(getattr(config, config.algorithm, None), config.algorithm)
-    algorithm = named_compression(
-        make(find(config.algorithm), setting, options),
-        upload=config.upload, download=config.download, top_share=config.top_k,
-    )  # fmt: skip
-    key = jax.random.key(config.seed)
-    start = variables if algorithm.model is None else algorithm.model.init(key)
-    steps = wanted_steps(data.train, local, max_steps)
-    placement = place(algorithm, data.train, start, steps=steps, **placing)
     print(describe_clients(placement, data))
     print(f"{count_parameters(start.params):,} parameters on {len(jax.devices())} devices")
     result = federated.train(

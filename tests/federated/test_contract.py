@@ -32,7 +32,9 @@ from laws import (
 
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.federation import federate
-from jaxfm.federated import Status, compile_rounds, profiles
+from jaxfm.federated import Exact, Status, client_costs, compile_rounds, profiles
+from jaxfm.federated.accounting.ledger import client_shapes
+from jaxfm.frozen import freeze, freeze_variables
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification
@@ -322,3 +324,60 @@ def test_a_population_of_another_kind_raises():
         runner.run(state, people._replace(bucket=people.bucket[::-1]))
     with pytest.raises(ValueError, match=r"leading sizes are \{'bucket': 5\}"):
         runner.run(state, people._replace(bucket=people.bucket[:5]))
+
+
+# Traits of buckets.
+
+
+def test_uploads_can_be_combined_side_by_side():
+    """The median of clients' movements, which is no sum; absent and failed clients are left out."""
+    people = population("fed_avg", federation())
+    sick = people.federation.examples | {"x": people.federation.examples["x"].copy()}
+    sick["x"][people.federation.index[1, 0]] = np.nan
+    people = people._replace(federation=people.federation._replace(examples=sick))
+    base = make("fed_avg")
+    seen = []
+
+    def combine(server, received, counted):
+        seen.append(counted.shape)
+        middle = lambda x: jnp.nanmedian(jnp.where(expanded(counted, x), x, jnp.nan), axis=0)
+        num = jax.tree.map(lambda x: x / expanded(received.den.value, x), received.num)
+        return received._replace(num=jax.tree.map(middle, num), den=Exact(jnp.ones(())))
+
+    def expanded(x, like):
+        return x.reshape(-1, *[1] * (like.ndim - 1))
+
+    medians = base._replace(buckets=(base.buckets[0]._replace(combine=combine),))
+    state, info = run_new(medians, people)
+    assert seen[0][0] >= 6 and info.counted.sum() == 5
+    moves = []
+    for client in (0, 2, 3, 4, 5):
+        count = np.where(np.arange(6) == client, people.federation.count, 0)
+        alone = people._replace(federation=people.federation._replace(count=count))
+        moves.append(run("fed_avg", alone)[0].server.variables.params)
+    expected = jax.tree.map(lambda *x: np.median(np.stack(x), axis=0), *moves)
+    chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "fed_adam"])
+def test_frozen_parameters_stay_and_travel_once(name):
+    model = freeze(MODEL, lambda path: path[0] == "dense1")
+    algorithm, people = make(name, model=model), population(name, federation())
+    variables = freeze_variables(start(), lambda path: path[0] == "dense1")
+    state, _ = run_new(algorithm, people, 2, variables=variables)
+    after = state.server.variables
+    chex.assert_trees_all_equal(after.frozen, variables.frozen)
+    assert not np.array_equal(after.params["dense2"]["bias"], variables.params["dense2"]["bias"])
+    costs = client_costs(algorithm, people, variables)
+    assert costs[0].bytes_once == 4 * (6 * 8 + 8)
+    assert costs[0].parameters == 8 * 3 + 3
+    assert costs[0].bytes_up < 4 * (6 * 8)
+    upload = client_shapes_of(algorithm, people, variables)
+    assert "dense1" not in str(jax.tree.structure(upload))
+
+
+def client_shapes_of(algorithm, people, variables):
+    """Shapes of one upload."""
+    server = jax.eval_shape(algorithm.init, variables)
+    bucket = algorithm.buckets[0]
+    return jax.eval_shape(bucket.client, *client_shapes(bucket, people, server))[0]

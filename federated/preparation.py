@@ -1,22 +1,82 @@
-"""What a run offers to the algorithms of the registry, from a model and data."""
+"""From the name of an algorithm, a model and data to a run that is ready to train."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxfm.data.dealing import Data, subsample
-from jaxfm.federated.local import Local
-from jaxfm.federated.placement import place, wanted_steps
+from jaxfm.federated.accounting.resources import Device
+from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.local import UNLIMITED_STEPS, Local
+from jaxfm.federated.placement import Placement, place, wanted_steps
 from jaxfm.federated.registry import Setting, find, last_layer, make
 from jaxfm.model import Model, Variables
 from jaxfm.subnet import Subnet, axis_sizes, width
 
 # Axes of inputs and outputs, which no slice narrows.
 FIXED_AXES = {"input", "channel", "class", "vocab", "position", "layer"}
+
+
+class Prepared(NamedTuple):
+    """A run before its first round, for `train`.
+
+    Attributes:
+      algorithm: with its options.
+      variables: that it starts from.
+      placement: who trains what.
+    """
+
+    algorithm: Algorithm
+    variables: Variables
+    placement: Placement
+
+
+def prepare(
+    name: str,
+    model: Model,
+    data: Data,
+    local: Local,
+    *,
+    num_rounds: int,
+    options: Mapping[str, Any] | None = None,
+    wrap: Callable[[Algorithm], Algorithm] | None = None,
+    widths: Sequence[float] = (1.0, 0.5, 0.25),
+    axes: Sequence[str] | None = None,
+    machines: Device | None = None,
+    deadline_s: float | None = None,
+    max_steps: int = UNLIMITED_STEPS,
+    seed: int = 0,
+) -> Prepared:
+    """Makes an algorithm of the registry for a run, and places its clients.
+
+    Args:
+      name: of the algorithm, or the path of a .py file that registers it.
+      model, data, local, num_rounds, widths, axes, seed: as in `make_setting`.
+      options: of the algorithm, by name.
+      wrap: around the algorithm, such as `with_compression`.
+      machines, deadline_s, max_steps: as in `place`.
+    Raises:
+      ValueError: what the algorithm, `make_setting` or `place` raises.
+    """
+    placing = {"machines": machines, "deadline_s": deadline_s, "max_steps": max_steps}
+    setting = make_setting(
+        model, data, local, num_rounds=num_rounds, widths=widths, axes=axes, seed=seed, **placing
+    )
+    algorithm = make(find(name), setting, options)
+    algorithm = algorithm if wrap is None else wrap(algorithm)
+    start = setting.variables
+    if algorithm.model is not None and algorithm.model is not model:
+        start = algorithm.model.init(jax.random.key(seed))
+    placement = place(
+        algorithm, data.train, start, public=data.public,
+        local_validation=data.local_validation,
+        steps=wanted_steps(data.train, local, max_steps), **placing,
+    )  # fmt: skip
+    return Prepared(algorithm, start, placement)
 
 
 def make_setting(
@@ -51,7 +111,7 @@ def make_setting(
 
     def tier_of() -> np.ndarray:
         slices = make(find("hetero_fl"), setting)
-        steps = wanted_steps(data.train, local, placing.get("max_steps") or 2**30)
+        steps = wanted_steps(data.train, local, placing.get("max_steps", UNLIMITED_STEPS))
         return place(slices, data.train, variables, steps=steps, **placing).bucket
 
     setting = Setting(

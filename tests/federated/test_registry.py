@@ -1,0 +1,118 @@
+"""The registry: a new algorithm is one file, and its options are its own."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from laws import setting
+
+import jaxfm.federated
+from jaxfm.federated import Algorithm, registry
+from jaxfm.federated.registry import entries, find, load_named_files, make, register
+
+NEW = '''
+"""Federated averaging of a share of each movement."""
+from jaxfm.federated import Algorithm, Local, fed_avg, moved, mean, register
+from jaxfm.model import Model
+from jaxfm.tasks import Task
+
+
+@register
+def fed_new(model: Model, task: Task, local: Local, *, share: float = 0.5) -> Algorithm:
+    """Federated averaging with smaller steps.
+
+    Args:
+      share: of each movement that the server makes.
+    """
+    base = fed_avg(model, task, local)
+
+    def server(state, totals, public, key):
+        return state._replace(variables=moved(state.variables, mean(totals), share)), {}
+
+    return base._replace(server=server)
+'''
+
+
+@pytest.fixture
+def new_file(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setattr(registry, "_ENTRIES", dict(entries()))
+    path = tmp_path / "fed_new.py"
+    path.write_text(NEW)
+    return path
+
+
+def test_every_file_of_the_folder_registers_its_algorithm():
+    folder = pathlib.Path(registry.__file__).parent / "algorithms"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files <= set(entries())
+    for name, entry in entries().items():
+        assert getattr(jaxfm.federated, name) is entry.factory
+        assert entry.like is None or entry.like in entries()
+        assert all(option.help for option in entry.options), name
+
+
+def test_a_file_brings_an_algorithm_with_its_options(new_file):
+    entry = find(str(new_file))
+    assert [(option.name, option.default) for option in entry.options] == [("share", 0.5)]
+    assert isinstance(make(entry, setting(), {"share": 0.1}), Algorithm)
+    argv = load_named_files(["federate", f"--compare=fed_avg,{new_file}", "--seed=1"])
+    assert argv == ["federate", "--compare=fed_avg,fed_new", "--seed=1"]
+
+
+def test_it_is_trained_from_the_command_line(tmp_path):
+    """In one file, without another edit: with its own option, which --help explains."""
+    path = tmp_path / "fed_new.py"
+    path.write_text(NEW)
+    command = [sys.executable, "-m", "jaxfm.launch.federate", f"--algorithm={path}"]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--fed_new.share=0.5  (float)" in told and "movement that the server makes" in told
+    ran = subprocess.run(
+        [
+            *command, "--fed_new.share=0.2", f"--run_dir={tmp_path / 'run'}", "--data=digits",
+            "--data.num_clients=4", "--cohort_size=2", "--rounds=1", "--max_steps=1", "--local=sgd",
+            "--model=mlp",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "test global/accuracy" in ran.stdout
+    assert '"share": 0.2' in (tmp_path / "run" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find("fed_avgg"), "There is no algorithm 'fed_avgg'; choose one of adp, fed_avg"),
+        (lambda: find("nowhere.py"), "There is no file nowhere.py"),
+        (lambda: make(find("fed_prox"), setting(), {"nu": 1.0}), r"no option 'nu'; it has \['mu'"),
+        (lambda: register(lambda model: None, breaks={"gravity": ""}), "no law 'gravity'"),
+        (lambda: register(lambda model: None, taste=None), "has no parameter 'taste'"),
+        (
+            lambda: make(register(needy) and entries()["needy"], setting()),
+            "needy needs 'luck', which a run does not offer; say where it comes from",
+        ),
+    ],
+)
+def test_what_is_refused(call, message, monkeypatch):
+    monkeypatch.setattr(registry, "_ENTRIES", dict(entries()))
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def needy(model, luck):
+    """Needs what no run has."""
+
+
+def test_a_file_that_registers_nothing_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1")
+    with pytest.raises(ValueError, match=r"registers no algorithm; put @register"):
+        find(str(path))
+
+
+def test_a_setting_offers_tiers_as_architectures():
+    models = setting().models
+    shapes = [model.init(None).params["dense1"]["bias"].shape[0] for model in models]
+    assert shapes == [8, 4, 2] and np.shape(setting().public_inputs) == (5, 6)
