@@ -4,8 +4,8 @@
 
 Times are processor milliseconds a client's step, the median of several runs, so a busy machine
 disturbs them little. The network: 28x28x1 images, 5x5 convolutions of 32 and 64 channels, each
-followed by relu and 2x2 pooling, dense 512, dense 10; batch 20, float32. The forms agree in the
-parameters that they reach, or the script fails. The last line is one JSON object.
+followed by relu and 2x2 pooling, dense 512, dense 10; batch 20, float32. All forms must reach the
+same parameters, or the script fails. The last line is one JSON object.
 """
 
 import argparse
@@ -35,7 +35,7 @@ GFLOPS = 2e-9 * BATCH * MULTIPLICATIONS
 
 
 def patches(x: Array, kernel: Array) -> Array:
-    """SAME convolution with an odd kernel as one product with gathered patches (im2col)."""
+    """Computes a SAME convolution with an odd kernel as one product of patches (im2col)."""
     size, _, channels, out = kernel.shape
     _, height, width, _ = x.shape
     edge = size // 2
@@ -67,7 +67,7 @@ def initial_weights(rng: np.random.Generator) -> list[tuple[Array, Array]]:
 
 
 def make_step(conv: Callable, pool: Callable) -> Callable:
-    """step(weights, images [B, 28, 28, 1], labels i32[B]) -> weights."""
+    """Returns `step(weights, images [B, 28, 28, 1], labels i32[B]) -> weights`."""
 
     def loss(weights, x, labels):
         for kernel, bias in weights[:2]:
@@ -91,7 +91,7 @@ def scanned(step: Callable) -> Callable:
 
 
 def clock(run: Callable, *args: Any, per: int, repeats: int) -> tuple[float, float, Any]:
-    """(processor ms a step, seconds of the first call, result)."""
+    """Returns (processor ms a step, seconds of the first call, result)."""
     start = time.perf_counter()
     result = jax.block_until_ready(run(*args))
     first_s = time.perf_counter() - start
@@ -104,7 +104,7 @@ def clock(run: Callable, *args: Any, per: int, repeats: int) -> tuple[float, flo
 
 
 def small_images(channels: int, repeats: int) -> dict[str, float]:
-    """Processor ms of a 3x3 convolution and both gradients on 2x2 images, by method."""
+    """Returns processor ms of a 3x3 convolution and both gradients on 2x2 images, by method."""
     x = jnp.ones((BATCH, 2, 2, channels))
     kernel = jnp.full((3, 3, channels, channels), 1e-3)
     took = {}

@@ -3,7 +3,7 @@
     python benchmarks/widths.py [--quick]
 
 `width` is how many clients the engine trains at a time under vmap on one device; the devices are
-host devices, one core each. The rule of `jaxfm.federated.rounds.default_width` rests on these
+host devices, one core each. The rule of `jaxfm.federated.rounds.default_width` is based on these
 figures: medians over rounds, taken in turn. The last line is one JSON object, [processor, wall]
 seconds a round; a ratio above 1 says that one client at a time is faster.
 """

@@ -40,15 +40,15 @@ class Checkpointer:
     """Saves and restores numbered checkpoints of one run. In one folder, one writer at a time.
 
     Args:
-      folder: where they are; made on the first save.
-      keep: how many of the newest stay; None keeps all.
+      folder: where they are; created by the first save.
+      keep: how many of the newest are kept; None keeps all.
     Raises:
       ValueError: keep < 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
-            raise ValueError(f"keep={keep}: give the number of checkpoints that stay, or None.")
+            raise ValueError(f"keep={keep}: give the number of checkpoints to keep, or None.")
         self.folder = pathlib.Path(folder).absolute()
         self.keep = keep
         self._orbax = ocp.AsyncCheckpointer(
@@ -65,12 +65,12 @@ class Checkpointer:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints in the folder, oldest first, readable or not."""
+        """Returns the steps of all finished checkpoints, oldest first, readable or not."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
 
     def latest_step(self) -> int | None:
-        """The newest finished step; None where there is none."""
+        """Returns the newest finished step, or None if there is none."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, tree: PyTree) -> None:
@@ -113,7 +113,7 @@ class Checkpointer:
     def restore(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree]:
         """Reads the newest readable checkpoint, or that of `step`.
 
-        A checkpoint that cannot be read is passed over with a warning that names it.
+        A checkpoint that cannot be read is skipped with a warning that names it.
 
         Args:
           like: a tree of arrays or `jax.ShapeDtypeStruct`s with the names, shapes and dtypes
@@ -158,14 +158,14 @@ class Checkpointer:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def close(self) -> None:
-        """Waits and frees the threads."""
+        """Waits for the last save and frees the threads."""
         try:
             self.wait()
         finally:
             self._orbax.close()
 
     def _read(self, path: pathlib.Path, expected: dict, wanted: dict) -> tuple[dict, dict]:
-        """(what the checkpoint says it holds, its arrays where that is what is expected)."""
+        """Returns the checkpoint's list of leaves, and its arrays if the list is as expected."""
         _verify(path)
         saved = self._orbax.restore(path, ocp.args.Composite(leaves=ocp.args.JsonRestore())).leaves
         present = {name: wanted[name] for name in wanted if 0 not in expected[name][0]}
@@ -203,16 +203,16 @@ def _checksum(file: pathlib.Path) -> int:
 
 
 def _verify(path: pathlib.Path) -> None:
-    """Raises OSError naming a file that is missing or is not what was written."""
+    """Raises OSError if a file is missing or differs from what was written."""
     for name, checksum in json.loads((path / _CHECKSUMS).read_text()).items():
         if not (path / name).is_file():
-            raise OSError(f"{name} is missing")
+            raise OSError(f"{name} is missing.")
         if _checksum(path / name) != checksum:
-            raise OSError(f"{name} is not what was written")
+            raise OSError(f"{name} differs from what was written.")
 
 
 def _flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
-    """(dotted name of each leaf, leaves, structure)."""
+    """Returns (the dotted name of each leaf, leaves, structure)."""
     with_paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in with_paths]
     if len(set(names)) < len(names):
@@ -226,7 +226,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _describe(name: str, leaf: Any) -> list:
-    """[shape, dtype] as stored in the checkpoint's own list of leaves."""
+    """Returns [shape, dtype] as stored in the checkpoint's own list of leaves."""
     if isinstance(leaf, bool | int | float):
         leaf = np.asarray(leaf)
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or leaf.dtype == object:
@@ -248,7 +248,7 @@ def _pack(leaf: Any) -> Any:
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """How Orbax should bring a leaf like this one back."""
+    """Returns how Orbax should restore a leaf like this one."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -258,7 +258,7 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
 
 
 def _unpack(leaf: Any, array: Any) -> Any:
-    """The restored array as what `leaf` is: key, array, NumPy array or Python number."""
+    """Returns the restored array as what `leaf` is: key, array, NumPy array or Python number."""
     if array is None:  # empty, so never written
         return leaf if not isinstance(leaf, jax.ShapeDtypeStruct) else _empty(leaf)
     if _is_key(leaf):

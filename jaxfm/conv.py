@@ -19,7 +19,7 @@ batch 20, one x86 core, jax 0.10 (`benchmarks/conv_step.py`, docs/results/conv.m
 
 Hence the rule of ``method=None``: canonical on a CPU, direct on everything else.
 
-Besides, XLA exchanges images and kernel where the kernel has the larger area, and that form is
+In addition, XLA exchanges images and kernel where the kernel has the larger area, and that form is
 scalar code as well: 3x3 on 2x2 images of 512 channels, the last layers of a VGG, takes 32 times
 as long. Canonical convolutions therefore pad such images beforehand.
 """
@@ -56,7 +56,7 @@ def conv2d(
     padding: str | Sequence[tuple[int, int]] = "SAME",
     method: str | None = None,
 ) -> Array:
-    """Convolve images with a kernel: ``y[b,h,w,o] = sum_ijc x[b,h*s+i,w*s+j,c] kernel[i,j,c,o]``.
+    """Convolves images: ``y[b,h,w,o] = sum_ijc x[b,h*s+i,w*s+j,c] kernel[i,j,c,o]``.
 
     Args:
       x: images [B, H, W, C].
@@ -66,7 +66,8 @@ def conv2d(
       method: ``"direct"`` is ``lax.conv_general_dilated`` as JAX differentiates it.
         ``"canonical"`` gives the same values and gradients, with each gradient written as
         another NHWC convolution, and a vmap over kernels run one after the other; it has no
-        forward-mode derivative (``jax.jvp``). None: canonical on CPU, direct elsewhere.
+        forward-mode derivative (``jax.jvp``). None means canonical on
+        a CPU and direct elsewhere.
     Returns:
       images [B, H', W', O].
     Raises:
@@ -99,7 +100,7 @@ def conv2d(
 
 
 def max_pool(x: Array, size: int) -> Array:
-    """Largest value of each size x size block of images [B, H, W, C]; a ragged edge is dropped.
+    """Returns the largest value of each size x size block of images; a ragged edge is dropped.
 
     Written as a reshape and a maximum: with ``lax.reduce_window``, whose gradient scatters, the
     whole step above takes a quarter longer on a CPU. Equal maxima share the gradient.
@@ -134,7 +135,7 @@ def _pads(
 
 
 def _varying_alike(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Inside `jax.shard_map` a custom derivative wants arguments that vary over the same axes."""
+    """Makes arguments vary over the same mesh axes, as derivatives in `shard_map` require."""
     has = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
     return tuple(
         lax.pcast(a, tuple((has[0] | has[1]) - own), to="varying")
@@ -147,7 +148,7 @@ def _apply(x: Array, kernel: Array, window: _Window) -> Array:
 
 
 def _roomy(x: Array, window: _Window) -> tuple[Array, _Window]:
-    """The same convolution of images that hold their padding."""
+    """Returns the same convolution with the padding moved into the images."""
     pads = [
         (*pad, dilation - 1)
         for pad, dilation in zip(window.padding, window.input_dilation, strict=True)
@@ -168,7 +169,7 @@ def _forward(x, kernel, window):
 
 
 def _backward(window, residuals, dy):
-    """Both gradients as NHWC convolutions, themselves `_canonical`, so any order may be taken.
+    """Returns both gradients as `_canonical` convolutions, so gradients of any order exist.
 
     Along one dimension, with stride s, dilations l of the input and r of the kernel, padding p:
     ``y[o] = sum x[i] kernel[k]`` over ``o*s + k*r - p == i*l``. Solved for i (and the kernel
@@ -200,7 +201,7 @@ def _fit(
     input_dilation: tuple[int, ...],
     kernel_dilation: tuple[int, ...],
 ) -> _Window:
-    """The window whose padding starts with `before` and whose result is exactly `out` long."""
+    """Returns the window with padding `before` whose result is exactly `out` long."""
     given = ((n - 1) * dilation + 1 for n, dilation in zip(size, input_dilation, strict=True))
     reach = ((k - 1) * dilation + 1 for k, dilation in zip(taps, kernel_dilation, strict=True))
     padding = tuple(
@@ -211,7 +212,7 @@ def _fit(
 
 
 def _one_kernel_at_a_time(x: Array, kernel: Array, window: _Window) -> Array:
-    """`_apply` with another rule for vmap: on a CPU a grouped convolution costs thrice a loop."""
+    """Runs `_apply`, as a loop under vmap: on a CPU a grouped convolution is 3 times slower."""
 
     if math.prod(kernel.shape[:2]) > math.prod(x.shape[1:3]):
         x, window = _roomy(x, window)

@@ -19,10 +19,10 @@ from jaxfm.model import PyTree
 
 
 def count_flops(function: Callable, *args, **kwargs) -> int:
-    """Floating-point operations of all matrix products and convolutions, 2 a multiply-add.
+    """Returns the FLOPs of all matrix products and convolutions; a multiply-add is two.
 
     A `scan` counts as often as it runs; a `while` loop, whose length is not known, counts once (so
-    a client's program counts as one of its local steps); a `cond` counts its dearest branch.
+    a client's program counts as one of its local steps); a `cond` counts its costliest branch.
 
     Args:
       function: any traceable function.
@@ -32,18 +32,20 @@ def count_flops(function: Callable, *args, **kwargs) -> int:
 
 
 def loop_flops(function: Callable, *args, **kwargs) -> int:
-    """Those of `count_flops` that stand in `while` loops: of a client's program, one local step."""
+    """Returns the FLOPs inside `while` loops: of a client's program, those of one local step."""
     return _loop_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def loop_bytes(function: Callable, *args, **kwargs) -> int:
-    """Bytes that the largest loop carries from step to step: of a training loop, parameters,
-    optimizer state and statistics together."""
+    """Returns the bytes that the largest loop carries from step to step.
+
+    Of a training loop these are parameters, optimizer state and statistics together.
+    """
     return _loop_bytes(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays (or shapes) in a tree."""
+    """Returns the bytes of all arrays (or shapes) in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -65,7 +67,7 @@ def _equation_flops(eqn: JaxprEqn) -> int:
 
 
 def body_flops(name: str, params: dict[str, Any]) -> int:
-    """Of what a primitive calls, by its name and parameters; 0 for one that calls nothing."""
+    """Returns the FLOPs of the jaxprs that a primitive calls; 0 if it calls none."""
     inner = [_flops(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner)
@@ -107,7 +109,7 @@ def _size(aval: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The jaxprs that an equation calls."""
+    """Yields the jaxprs that an equation calls."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):

@@ -25,7 +25,7 @@ from jaxfm.tasks import Task
 def kl_divergence(
     teacher: Array, student: Array, weight: Array, temperature: float = 1.0
 ) -> tuple[Array, Array]:
-    """(weighted sum of T² KL(teacher || student) in nats, sum of weights), computed in f32.
+    """Returns (weighted sum of T² KL(teacher || student) in nats, sum of weights), in f32.
 
     Args:
       teacher, student: logits [..., V].
@@ -55,10 +55,10 @@ def distill(
 
     Args:
       student: its `apply` gives logits.
-      variables: where it starts.
+      variables: the initial variables of the student.
       teacher: `(inputs) -> logits` of the same shape. A closure over parameters makes them
-        constants of the program; use `jax.tree_util.Partial(f, variables)` for large ones.
-      task: makes inputs and weights of a batch; its targets are not looked at.
+        constants of the program, so use `jax.tree_util.Partial(f, variables)` for large ones.
+      task: makes inputs and weights of a batch; its targets are ignored.
       examples: leaves [N, ...]; batches are drawn with replacement.
       steps, batch_size: of training.
       key: of the draws.

@@ -72,7 +72,7 @@ def thaw(variables: Variables) -> Variables:
 
 
 def _on_joined(function: Callable) -> Callable:
-    """`function` of variables, which finds frozen parameters in `params` as well as `frozen`."""
+    """Returns `function` called with variables whose `params` contain the frozen ones, too."""
 
     def call(variables: Variables, *args: Any, **kwargs: Any) -> Any:
         params = join_tree(variables.params, variables.frozen)

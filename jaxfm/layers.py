@@ -25,7 +25,7 @@ Axis = tuple[str | None, int]  # a logical name, None for an axis without one, a
 
 
 def check_fields(config: Any, positive: tuple[str, ...], choices: Mapping[str, tuple]) -> None:
-    """Raises ValueError where a field is below 1 or none of its choices."""
+    """Raises ValueError if a field is below 1 or not one of its choices."""
     for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
@@ -35,16 +35,16 @@ def check_fields(config: Any, positive: tuple[str, ...], choices: Mapping[str, t
 
 
 def check_length(length: int, max_len: int) -> None:
-    """Raises ValueError where a sequence has more tokens than there are positions."""
+    """Raises ValueError if a sequence has more tokens than there are positions."""
     if length > max_len:
         raise ValueError(
-            f"The inputs have {length} tokens, but the model knows {max_len} positions; cut the "
-            "inputs, or make the model with a larger max_len."
+            f"The inputs have {length} tokens, but the model has {max_len} positions; cut the "
+            "inputs, or build the model with a larger max_len."
         )
 
 
 def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
-    """A trained leaf with logical axis names."""
+    """Returns a trained leaf with logical axis names."""
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
@@ -152,9 +152,9 @@ class BatchNorm(nnx.Module):
     """Batch norm over all axes but the last, in float32.
 
     y = (x - mean) / sqrt(var + eps) * scale + bias. In training (`use_running_average` False) the
-    moments are those of the batch, and the running ones move by `momentum` towards them; PyTorch's
-    convention: divided by n to normalise, by n - 1 to be remembered. A masked channel has no scale
-    and no bias, so it gives zeros whatever its moments; no `live` is needed.
+    moments are those of the batch, and the running ones move by `momentum` towards them. As in
+    PyTorch, the variance divides by n to normalise and by n - 1 in the running average. A masked
+    channel has scale and bias 0, so it gives zeros for any moments and needs no `live`.
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
 
@@ -253,7 +253,7 @@ class RopeScaling:
 def rotary_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[np.ndarray, float]:
-    """Angular frequencies f64[K / 2] (radians a token) and the factor on cos and sin.
+    """Returns angular frequencies f64[K / 2] (radians a token) and the factor on cos and sin.
 
     Source: Su et al. 2021 (RoFormer), equation 15; Peng et al. 2023 (YaRN), equations 22-25;
     Llama 3.1 for "llama3".
@@ -286,7 +286,7 @@ def rotary_frequencies(
 
 
 def rotate(x: Array, positions: Array, frequencies: np.ndarray, factor: float) -> Array:
-    """Rotary embedding of x [B, T, ..., K] at `positions` i32[B, T]; pairs are (j, j + K/2)."""
+    """Rotates x [B, T, ..., K] by its `positions` i32[B, T]; pairs are (j, j + K/2)."""
     angles = (
         positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
     )
@@ -297,7 +297,7 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray, factor: float) -
 
 
 def causal_mask(queries: Array, keys: Array, window: int | None = None) -> Array:
-    """bool[B, T, S]: which key positions i32[B, S] each query position i32[B, T] may see.
+    """Returns bool[B, T, S]: which keys at i32[B, S] each query at i32[B, T] may see.
 
     `window` is the number of latest positions seen, the query's own included.
     """
@@ -308,7 +308,7 @@ def causal_mask(queries: Array, keys: Array, window: int | None = None) -> Array
 def attend(
     q: Array, k: Array, v: Array, mask: Array, *, scale: float, past: Past | None = None
 ) -> Array:
-    """Softmax attention with grouped queries; softmax in float32.
+    """Computes softmax attention with grouped queries; the softmax is in float32.
 
     Args:
       q: [B, T, G, R, K]; k, v: [B, T, G, K].

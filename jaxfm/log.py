@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics as JSONL and TensorBoard scalars, progress bars.
+"""What a run writes while it runs: metrics as JSONL and TensorBoard scalars, progress bars.
 
     with RunLog("runs/demo", resume_step=step) as log:
         for step in progress(range(step + 1, num_steps + 1), "rounds"):
@@ -35,9 +35,9 @@ class RunLog:
     """Appends metrics to the files of one run folder. Only process 0 writes.
 
     Args:
-      folder: the run folder, made if it is not there.
+      folder: the run folder, created if it does not exist.
       resume_step: the step whose checkpoint the run goes on from. Later lines, which a run that
-        died left behind, are dropped, so a curve has each step once. None starts anew.
+        died left behind, are dropped, so a curve has each step once. None starts a new log.
       tensorboard: also write `folder/tensorboard`.
     """
 
@@ -68,7 +68,7 @@ class RunLog:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line and one scalar each.
+        """Appends one line to the file, and each metric as one scalar to TensorBoard.
 
         Args:
           step: of the run; the next is larger.
@@ -97,7 +97,7 @@ class RunLog:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The lines of a run folder's metrics as dicts of numbers, without a torn last line."""
+    """Returns the lines of a run folder's metrics as dicts of numbers, without a torn last line."""
     path = pathlib.Path(folder) / METRICS_FILE
     return [
         {name: float(x) if isinstance(x, str) else x for name, x in line.items()}
@@ -112,7 +112,7 @@ def progress(items: Iterable[T], description: str, *, total: int | None = None) 
 
 
 def _number(name: str, value: Any) -> int | float | str:
-    """A JSON value for a number."""
+    """Returns a JSON value for a number."""
     array = np.asarray(value)
     # JAX's issubdtype, because NumPy's does not know bfloat16.
     is_whole = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer)
@@ -128,7 +128,7 @@ def _number(name: str, value: Any) -> int | float | str:
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file that may end in a torn one, or not exist."""
+    """Yields the whole lines of a file that may end in a torn one, or not exist."""
     if not path.exists():
         return
     with path.open() as file:

@@ -1,7 +1,7 @@
 """What a model is: a pair of pure functions over nested dicts, with a name for every axis.
 
 Networks are written as Flax NNX modules and split once, here, into pure functions; everything
-else in the library sees plain pytrees. A user's own module comes in by the same door:
+else in the library sees plain pytrees. A user's own module is converted in the same way:
 
 >>> import jax
 >>> from flax import nnx
@@ -226,12 +226,12 @@ def _axis_names(leaf) -> tuple[str | None, ...]:
 
 
 def is_axes(x: Any) -> bool:
-    """True for one leaf of `Model.axes`: a plain tuple of names."""
+    """Returns whether `x` is one leaf of `Model.axes`: a plain tuple of names."""
     return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
 def count_parameters(tree: PyTree) -> int:
-    """The number of values in a tree of arrays (or of their shapes)."""
+    """Returns the number of values in a tree of arrays (or of their shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
@@ -239,30 +239,30 @@ def count_parameters(tree: PyTree) -> int:
 
 
 def is_stacked(layers: Variables) -> bool:
-    """True if layers are stacked on axis 0; False if they are a dict of unequal layers."""
+    """Returns True if layers are stacked on axis 0, False if they are a dict of unequal layers."""
     names = layers.params or layers.frozen
     return not (names and all(name.isdigit() for name in names))
 
 
 def layers_of(variables: Variables) -> Variables:
-    """The "layers" part of each collection."""
+    """Returns the "layers" part of each collection."""
     return Variables(*(part.get("layers", {}) for part in variables))
 
 
 def with_layers(variables: Variables, layers: Variables) -> Variables:
-    """`variables` with its layers replaced."""
+    """Returns `variables` with its layers replaced."""
     pairs = zip(variables, layers, strict=True)
     return Variables(*({**part, "layers": new} if new else part for part, new in pairs))
 
 
 def num_layers(layers: Variables) -> int:
-    """How many layers there are, in either form."""
+    """Returns how many layers there are, in either form."""
     parameters = layers.params or layers.frozen
     return jax.tree.leaves(parameters)[0].shape[0] if is_stacked(layers) else len(parameters)
 
 
 def unstack(layers: Variables) -> Variables:
-    """Stacked layers as a dict of layers: larger programs, but no slice of a stack at run time."""
+    """Returns stacked layers as a dict: a larger program, but no slice of a stack at run time."""
     if not is_stacked(layers):
         return layers
     row = lambda part, i: jax.tree.map(lambda x: x[i], part)
@@ -271,7 +271,7 @@ def unstack(layers: Variables) -> Variables:
 
 
 def layer_at(layers: Variables, i: int) -> Variables:
-    """Layer `i` of unstacked layers."""
+    """Returns layer `i` of unstacked layers."""
     return Variables(*(part[str(i)] if part else {} for part in layers))
 
 
@@ -279,7 +279,7 @@ def fold_layers(step: Callable, carry: PyTree, layers: Variables, xs: PyTree = N
     """Runs `carry, y = step(carry, layer, x)` over the layers; returns (carry, stacked ys).
 
     One `lax.scan` over stacked layers, a Python loop over unequal ones. `xs` has a leading axis of
-    layers. In the loop the ys are stacked, too, so callers need not know which it was.
+    layers. The ys of the loop are stacked, too, so callers need not know which form it was.
     """
     if is_stacked(layers):
         return jax.lax.scan(lambda c, lx: step(c, *lx), carry, (layers, xs))
@@ -295,14 +295,14 @@ def fold_layers(step: Callable, carry: PyTree, layers: Variables, xs: PyTree = N
 
 
 def part_of(variables: Variables, name: str) -> Variables:
-    """One part ("embed", "head") of each collection; empty where a collection has none."""
+    """Returns one part ("embed", "head") of each collection; empty where a collection has none."""
     return Variables(*(collection.get(name, {}) for collection in variables))
 
 
 def assemble(
     embed: Split, block: Split, head: Split, num_layers: int
 ) -> tuple[Callable[[Key], Variables], Variables]:
-    """`init` and `axes` of a model of an embedding, `num_layers` equal layers and a head."""
+    """Returns `init` and `axes` of an embedding, `num_layers` equal layers and a head."""
 
     def join(*parts: Variables) -> Variables:
         named = list(zip(("embed", "layers", "head"), parts, strict=True))

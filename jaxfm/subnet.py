@@ -36,8 +36,8 @@ from jaxfm.model import PyTree, Variables, is_axes
 _LEADING = ("layer", "kv_heads")
 # Axes whose indices carry meaning of their own, so that cutting them changes the function.
 FIXED = {"rotary_dim": "its pairs turn at frequencies of their own; cut kv_heads or q_per_kv"}
-# The height and the width of a convolution's kernel share a name with this prefix. Taps are places
-# and no channels: what stays is the centre, and no ratio of widths applies to them.
+# The height and the width of a convolution's kernel share a name with this prefix. Taps are
+# positions, not channels: only the centre can be kept, and ratios of widths do not apply to them.
 _TAPS = "kernel_"
 
 
@@ -60,7 +60,7 @@ class Subnet(NamedTuple):
 
 
 def axis_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
-    """The size of every named axis of `tree`; those of kernels' taps are in `kernel_sizes`.
+    """Returns the size of every named axis of `tree`; `kernel_sizes` has those of kernels' taps.
 
     Raises:
       ValueError: an axis has two sizes, or the trees differ.
@@ -69,7 +69,7 @@ def axis_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
 
 
 def kernel_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
-    """Height and width, which are equal, of every named kernel: {"kernel_conv1": 5}.
+    """Returns the height, which is the width, of every named kernel: {"kernel_conv1": 5}.
 
     Raises:
       ValueError: as `axis_sizes`.
@@ -78,20 +78,20 @@ def kernel_sizes(tree: PyTree, axes: PyTree) -> dict[str, int]:
 
 
 def is_taps(name: str | None) -> bool:
-    """Whether an axis is the height and width of a kernel."""
+    """Returns whether an axis is the height and width of a kernel."""
     return name is not None and name.startswith(_TAPS)
 
 
 def centre(size: int, kept: int) -> np.ndarray:
-    """i32[kept], the middle of `size` taps; a kernel's crop sees the same pixels at its centre.
+    """Returns i32[kept], the middle of `size` taps: the crop of a kernel keeps its centre.
 
     Raises:
-      ValueError: not as many taps can be left out on both sides.
+      ValueError: unequal numbers of taps would be left out on the two sides.
     """
     if not 1 <= kept <= size or (size - kept) % 2:
         raise ValueError(
-            f"{kept} of {size} taps have no centre: as many are left out on either side; give one "
-            f"of {list(range(2 - size % 2, size + 1, 2))}."
+            f"{kept} of {size} taps have no centre, as equally many go on either side; give one of "
+            f"{list(range(2 - size % 2, size + 1, 2))}."
         )
     return np.arange(kept, dtype=np.int32) + (size - kept) // 2
 
@@ -137,7 +137,7 @@ def width(sizes: Mapping[str, int], keep: Mapping[str, float | int], offset: int
 
 
 def extract(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
-    """The smaller tree of the kept indices, physically sliced.
+    """Returns the smaller tree of the kept indices, physically sliced.
 
     Args:
       tree: arrays; Variables, or any part of them.
@@ -154,20 +154,20 @@ def extract(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
 
 
 def mask(tree: PyTree, axes: PyTree, subnet: Subnet) -> PyTree:
-    """The tree with everything outside the subnet zeroed; indices may be traced (see Subnet)."""
+    """Returns the tree with everything outside the subnet zeroed; indices may be traced."""
     keep = _checked(tree, axes, subnet, padded=True)
     return _run(_mask, tree, axes, keep)
 
 
 def cover(axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
-    """f32 ones where the subnet has a coordinate, zeros elsewhere; shaped like `like`."""
+    """Returns f32 ones where the subnet has a coordinate and zeros elsewhere, like `like`."""
     keep = _checked(like, axes, subnet, padded=True)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), like)
     return _run(_mask, ones, axes, keep)
 
 
 def embed(sub: PyTree, axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
-    """A full-shaped tree with the values of `sub` at their indices and zeros elsewhere.
+    """Returns a full-shaped tree: the values of `sub` at their indices, zeros elsewhere.
 
     Args:
       sub: as `extract` returns it.
@@ -184,7 +184,7 @@ def embed(sub: PyTree, axes: PyTree, subnet: Subnet, like: PyTree) -> PyTree:
 
 
 def _run(f, tree: PyTree, axes: PyTree, keep: Mapping[str, Any], shapes: PyTree = ()) -> PyTree:
-    """`f(tree, axes, keep)`: a part of the program being traced, or one compiled once for all."""
+    """Calls `f(tree, axes, keep)` within the program being traced, or compiled and cached."""
     more = (shapes,) if shapes else ()
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tree, keep))):
         return f(tree, axes, keep, *more)
@@ -207,12 +207,12 @@ def _is_ragged(index) -> bool:
 
 
 def _index_axes(name: str, index) -> tuple[str, ...]:
-    """The names of all axes of an index array, its own last."""
+    """Returns the names of all axes of an index array, its own last."""
     return (*_LEADING[: index.ndim - 1], name)
 
 
 def _spread(index, names: tuple, axis: int):
-    """An index array laid along the axes of a leaf that it varies with; 1 along all others."""
+    """Lays an index array along the axes of a leaf that it varies with; 1 along all others."""
     own = _index_axes(names[axis], index)
     at = [names.index(name) for name in own[:-1]] + [axis]
     others = [i for i in range(len(names)) if i not in at]
@@ -233,7 +233,7 @@ def _extract(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
 
 
 def _take(leaf, names: tuple, axis: int, index):
-    """`index` along `axis`, varying along the leading axes it names."""
+    """Takes `index` along `axis`; it may vary along leading axes."""
     if isinstance(index, np.ndarray):  # known when tracing: a plain slice where it is one
         rows = index.reshape(-1, index.shape[-1])
         if (rows == rows[0]).all():
@@ -246,7 +246,7 @@ def _take(leaf, names: tuple, axis: int, index):
 
 
 def _extract_ragged(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
-    """Layers of unequal width: "layers" becomes a dict of layers, each cut as a stack of one."""
+    """Cuts layers of unequal width: "layers" becomes a dict, each layer cut as a stack of one."""
     if isinstance(tree, Variables):
         parts = zip(tree, axes, strict=True)
         return Variables(*(_extract_ragged(part, names, keep) for part, names in parts))
@@ -273,7 +273,7 @@ def _embed(sub: PyTree, axes: PyTree, keep, shapes: PyTree, cut=_extract) -> PyT
 
 
 def _one_layer(tree: PyTree) -> PyTree:
-    """A tree of unequal layers with the first in the place of all."""
+    """Returns a tree of unequal layers with the first in the place of all."""
     if isinstance(tree, Variables):
         return Variables(*map(_one_layer, tree))
     return {**tree, "layers": tree["layers"]["0"]} if "layers" in tree else tree
@@ -286,7 +286,7 @@ def _mask(tree: PyTree, axes: PyTree, keep: Mapping[str, Any]) -> PyTree:
 
 
 def _presence(shape: tuple[int, ...], names: tuple, keep: Mapping[str, Any]):
-    """bool of `shape`: True where every cut axis keeps the index."""
+    """Returns bool of `shape`: True where every cut axis keeps the index."""
     present = jnp.ones(shape, bool)
     for axis, name in enumerate(names):
         if name in keep:
@@ -299,7 +299,7 @@ def _presence(shape: tuple[int, ...], names: tuple, keep: Mapping[str, Any]):
 
 
 def _padded(index, size: int):
-    """An index array; ragged rows are padded with `size`, which marks nothing."""
+    """Returns an index array; ragged rows are padded with `size`, which marks nothing."""
     if not _is_ragged(index):
         return index
     most = max(row.shape[-1] for row in index)
@@ -308,7 +308,7 @@ def _padded(index, size: int):
 
 
 def _checked(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -> dict[str, Any]:
-    """The index arrays of the axes that `tree` has; traced ones are taken on trust.
+    """Returns the index arrays of the axes that `tree` has; traced ones are not checked.
 
     Raises:
       ValueError: the subnet does not fit the tree.
@@ -340,16 +340,16 @@ def _checked(tree: PyTree, axes: PyTree, subnet: Subnet, padded: bool = False) -
 
 
 def _concrete(row):
-    """NumPy indices where they are known, so that a plain slice is seen to be one."""
+    """Returns NumPy indices where they are known, so that a plain slice is recognised."""
     return row if isinstance(row, jax.core.Tracer) else np.asarray(row)
 
 
 def _check_row(name: str, row, size: int, padded: bool) -> None:
-    """Raises where an index array holds no indices of an axis of `size`."""
+    """Raises ValueError if an index array holds no valid indices of an axis of `size`."""
     if row.ndim == 0 or not jnp.issubdtype(row.dtype, jnp.integer):
         raise ValueError(
             f"keep[{name!r}] must hold integer index arrays, got {row.dtype} of shape {row.shape}; "
-            "a list stands for one array a layer."
+            "a list means one array per layer."
         )
     if row.size == 0:
         raise ValueError(f"keep[{name!r}] is empty; at least one index must stay.")

@@ -34,33 +34,33 @@ _SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "mlp
 
 @functools.cache
 def tiny_decoder(**changes: Any) -> Model:
-    """A Llama of 2 layers, width 16, 4 query heads over 2 key/value heads, 64 tokens."""
+    """Returns a Llama of 2 layers, width 16, 4 query heads over 2 key/value heads, 64 tokens."""
     sizes = {**_SIZES, "vocab_size": 64, "num_kv_heads": 2, "max_len": 64}
     return decoder(DecoderConfig(**(sizes | changes)))
 
 
 @functools.cache
 def tiny_gpt2(**changes: Any) -> Model:
-    """A GPT-2 of 2 layers, width 16, 4 heads, 64 tokens."""
+    """Returns a GPT-2 of 2 layers, width 16, 4 heads, 64 tokens."""
     return decoder(gpt2_config(**({**_SIZES, "vocab_size": 64, "max_len": 64} | changes)))
 
 
 @functools.cache
 def tiny_encoder(**changes: Any) -> Model:
-    """A BERT of 2 layers, width 16, 4 heads, 64 tokens, with a masked-language head."""
+    """Returns a BERT of 2 layers, width 16, 4 heads, 64 tokens, with a masked-language head."""
     return encoder(EncoderConfig(**({**_SIZES, "vocab_size": 64, "max_len": 64} | changes)))
 
 
 @functools.cache
 def tiny_vit(**changes: Any) -> Model:
-    """A vision transformer of 2 layers, width 16, 4 heads: 8x8x3 images, 4x4 patches, 5 classes."""
+    """Returns a ViT of 2 layers, width 16, 4 heads: 8x8x3 images, 4x4 patches, 5 classes."""
     sizes = {**_SIZES, "image_size": 8, "patch_size": 4, "num_classes": 5}
     return vit(VitConfig(**(sizes | changes)))
 
 
 @functools.cache
 def tiny_cnn(**changes: Any) -> Model:
-    """The convolutional network on 8x8x1 images with 4 and 6 channels, 12 units, 5 classes."""
+    """Returns the small CNN on 8x8x1 images with 4 and 6 channels, 12 units, 5 classes."""
     sizes: dict[str, Any] = {
         "image_size": (8, 8),
         "conv_channels": (4, 6),
@@ -72,14 +72,14 @@ def tiny_cnn(**changes: Any) -> Model:
 
 @functools.cache
 def tiny_resnet(**changes: Any) -> Model:
-    """A residual network of 2 stages of 2 and 1 blocks, 4 and 8 channels, 5 classes."""
+    """Returns a residual network of 2 stages of 2 and 1 blocks, 4 and 8 channels, 5 classes."""
     sizes: dict[str, Any] = {"depths": (2, 1), "widths": (4, 8), "num_groups": 2, "num_classes": 5}
     return resnet(ResNetConfig(**(sizes | changes)))
 
 
 @functools.cache
 def tiny_vgg(**changes: Any) -> Model:
-    """A VGG of 4 and 6 channels and 12 units on 8x8x3 images, 5 classes."""
+    """Returns a VGG of 4 and 6 channels and 12 units on 8x8x3 images, 5 classes."""
     sizes: dict[str, Any] = {
         "stages": ((4,), (6, 6)),
         "dense_dims": (12,),
@@ -91,7 +91,7 @@ def tiny_vgg(**changes: Any) -> Model:
 
 @functools.cache
 def tiny_mobilenet(version: int = 2, **changes: Any) -> Model:
-    """A MobileNet of 2 stages, 4 and 6 channels, 5 classes."""
+    """Returns a MobileNet of 2 stages, 4 and 6 channels, 5 classes."""
     sizes: dict[str, Any] = {
         "rows": ((1, 4, 1, 1), (2 if version == 2 else 1, 6, 2, 2)),
         "stem_channels": 6,
@@ -104,7 +104,7 @@ def tiny_mobilenet(version: int = 2, **changes: Any) -> Model:
 
 @functools.cache
 def tiny_shufflenet(version: int = 2, **changes: Any) -> Model:
-    """A ShuffleNet of one stage of 2 blocks and 8 channels (v1: 16, 2 groups), 5 classes."""
+    """Returns a ShuffleNet of one stage of 2 blocks, 8 channels (v1: 16, 2 groups), 5 classes."""
     sizes: dict[str, Any] = {
         "depths": (2,),
         "widths": (8,) if version == 2 else (16,),
@@ -118,7 +118,7 @@ def tiny_shufflenet(version: int = 2, **changes: Any) -> Model:
 
 
 def random_variables(model: Model, seed: int = 0) -> Variables:
-    """Variables with no leaf at a constant of initialisation, so that every one matters.
+    """Returns random variables, none at its constant of initialisation, so that every one matters.
 
     Drawn by NumPy from N(0, 0.3²), scales of norms around 1, running variances in [0.5, 1.5];
     unlike `model.init`, which takes seconds, this compiles nothing.

@@ -28,15 +28,15 @@ class Tokenizer(Protocol):
 
     @property
     def vocab(self) -> dict[str, int]:
-        """Token as its tokenizer writes it -> id."""
+        """Returns a dict from each token, as its tokenizer writes it, to its id."""
 
     @property
     def vocab_size(self) -> int:
-        """The largest id plus one."""
+        """Returns the largest id plus one."""
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text."""
+        """Returns the ids that stand for no text."""
 
     @property
     def bos_id(self) -> int | None: ...
@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_bytes(self) -> list[bytes]:
-        """For each id the bytes of text that it stands for; b"" for special tokens."""
+        """Returns for each id the bytes of text that it stands for; b"" for special tokens."""
 
 
 class ByteTokenizer:
@@ -69,7 +69,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no UTF-8 become U+FFFD.
+        """Returns the text of the ids; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
           ValueError: an id that is not in 0..259.
@@ -93,7 +93,7 @@ class HuggingFaceTokenizer:
             )
         self.inner = inner
         self.vocab: dict[str, int] = inner.get_vocab()
-        # Given files that it does not know, transformers makes an empty tokenizer and says nothing.
+        # Given files that it does not know, transformers makes an empty tokenizer without an error.
         if len(self.vocab) <= len(inner.all_special_ids):
             raise ValueError(
                 f"The vocabulary is empty: {inner.name_or_path!r} has no tokenizer files."
@@ -124,27 +124,27 @@ class HuggingFaceTokenizer:
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """i32[V]: bytes of text each id stands for, 0 for special ones; makes bits per byte exact."""
+    """Returns i32[V]: the bytes of text of each id, 0 for special ones, for exact bits per byte."""
     return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int32)
 
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether every id means the same token in both (not only: equally many)."""
+    """Returns whether every id means the same token in both, not only whether sizes agree."""
     return a is b or a.vocab == b.vocab
 
 
 def decode_stream(tokenizer: Tokenizer, blocks: Iterable[Sequence[int]]) -> Iterator[str]:
-    """Text as it grows, one piece for each block of ids, and one more if text was held back.
+    """Yields text as it grows, one piece for each block of ids, and one more if text was held back.
 
-    A character whose bytes are not all there yet is held back, so no piece is ever taken back and
-    the pieces join to `decode` of all ids.
+    A character is held back until all of its bytes are there, so no piece is ever revoked and the
+    pieces join to `decode` of all ids.
 
     >>> tokenizer = ByteTokenizer()
     >>> list(decode_stream(tokenizer, [[72, 195], [169], [33]]))
     ['H', 'é', '!']
     """
-    # Decoded is only a window: tokens up to `seen`, whose text is out and which stay because that
-    # of the following ones may depend on them (a space is dropped at the start of a text), and
+    # Only a window is decoded: tokens up to `seen`, whose text was yielded and which stay because
+    # the text of the next ones may depend on them (a space is dropped at the start of a text), and
     # newer ones.
     window: list[int] = []
     seen = shown = 0
@@ -164,10 +164,10 @@ def decode_stream(tokenizer: Tokenizer, blocks: Iterable[Sequence[int]]) -> Iter
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """Train a byte-level BPE on texts; any text can be encoded, and round trips exactly.
+    """Trains a byte-level BPE on texts; any text can be encoded and round-trips exactly.
 
-    The ids: four special tokens, the 256 bytes, then merges; fewer than asked where the texts
-    have too few repeated pairs.
+    The ids are four special tokens, the 256 bytes, then merges; there are fewer than asked for if
+    the texts have too few repeated pairs.
 
     Raises:
       ValueError: fewer than the 260 ids that every such tokenizer has.
@@ -192,13 +192,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
 
 
 def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
-    """Open a tokenizer in one of Hugging Face's forms.
+    """Opens a tokenizer in one of Hugging Face's forms.
 
     Args:
       path_or_name: a folder with tokenizer.json or a SentencePiece tokenizer.model, such a file
         itself, or a name on the Hugging Face hub (needs the network, or the hub's local cache).
     Raises:
-      FileNotFoundError: nothing there, or a name that cannot be fetched.
+      FileNotFoundError: no such path, or a name that cannot be fetched.
       ValueError: a file that cannot be read as a tokenizer.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -227,7 +227,7 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer` open."""
+    """Writes a folder that `load_tokenizer` and `transformers.AutoTokenizer` open."""
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer = _byte_backend(tokenizer)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
@@ -249,7 +249,7 @@ def _load_sentencepiece(model: Path) -> HuggingFaceTokenizer:
 
 
 def _byte_backend(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:
-    """Bytes as a BPE without merges."""
+    """Returns the byte tokenizer as a BPE without merges."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -269,7 +269,7 @@ def _wrap(backend: Any) -> HuggingFaceTokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
+    """Returns the printable character that byte-level BPE (GPT-2) writes for each of 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(byte) for byte in printable}
@@ -278,7 +278,7 @@ def _byte_characters() -> list[str]:
 
 
 def _token_reader(decoder: dict | None) -> Callable[[str], bytes]:
-    """How a tokenizer's decoder turns the written form of a token into bytes."""
+    """Returns how a tokenizer's decoder turns the written form of a token into bytes."""
     parts = (decoder or {}).get("decoders", [decoder or {}])
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:

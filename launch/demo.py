@@ -1,16 +1,16 @@
-"""The whole loop on real text: federate over unequal machines, cut, serve.
+"""The whole loop on real text: federate over unequal machines, cut a draft, serve.
 
-    python -m jaxfm.launch.demo              # some minutes on two cores
-    python -m jaxfm.launch.demo --quick      # a small case, to see that it runs
+    python -m jaxfm.launch.demo              # a few minutes on two cores
+    python -m jaxfm.launch.demo --quick      # a small case, to check that it runs
 
 1. The 24 largest packages of Python's standard library are clients that keep their code. A third
-   of their machines holds the full model, a third half its width, a third a quarter.
-2. Eight of them a round train a byte-level language model from scratch (HeteroFL).
-3. The quarter tier is cut out and taught, briefly, to predict what its parent does.
+   of their machines holds the full model, a third half of its width, a third a quarter.
+2. Eight of them per round train a byte-level language model from scratch (HeteroFL).
+3. The quarter tier is cut out and briefly distilled from its parent.
 4. Held-out code is completed by plain decoding, by speculation with that draft, and by lookup.
-5. model/ and draft/ are saved in Hugging Face format, and report.html tells the story.
+5. model/ and draft/ are saved in Hugging Face format, and report.html shows the results.
 
-Stopped at any moment, the same command goes on from the last checkpoint.
+If it is stopped, the same command continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ from jaxfm.tokenizer import Tokenizer
 class DemoConfig:
     """The demonstration."""
 
-    run_dir: str = option("runs/demo", "folder of the run; an unfinished run there goes on")
+    run_dir: str = option("runs/demo", "folder of the run; an unfinished run there is continued")
     quick: bool = option(False, "a small model and few rounds")
     rounds: int = option(50, "federated rounds (quick: 4)")
     distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")
     new_bytes: int = option(160, "bytes generated after each prompt (quick: 32)")
-    draft_length: int = option(3, "tokens drafted a pass")
-    seed: int = option(0, "of everything random")
+    draft_length: int = option(3, "tokens drafted per pass")
+    seed: int = option(0, "of all random numbers")
 
     def __post_init__(self):
         check(self)
@@ -70,7 +70,7 @@ class DemoConfig:
 
 
 def federated_config(config: DemoConfig) -> FederateConfig:
-    """The federated part, as `jaxfm.launch.federate` takes it."""
+    """Returns the config of the federated part, as `jaxfm.launch.federate` takes it."""
     small = ModelConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
     return FederateConfig(
         run_dir=config.run_dir,
@@ -91,7 +91,7 @@ def federated_config(config: DemoConfig) -> FederateConfig:
 
 
 def main(config: DemoConfig) -> None:
-    """All five parts, one after the other."""
+    """Runs all five parts, one after the other."""
     use_cores(8)
     start = time.monotonic()
     tell = lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
@@ -103,8 +103,8 @@ def main(config: DemoConfig) -> None:
     print(federate.describe_clients(setting))
 
     tell(
-        f"2. Federated training, {config.rounds} rounds (the first compiles). Stopped by Ctrl-C, "
-        "the same command goes on."
+        f"2. Federated training, {config.rounds} rounds (the first compiles). After Ctrl-C, "
+        "the same command continues."
     )
     trained = federate.train(federation, setting)
     save_results(run_dir, "federate", federate.results(federation, setting, trained))
@@ -115,8 +115,8 @@ def main(config: DemoConfig) -> None:
     draft, about = make_draft(config, setting, trained)
     save_results(run_dir, "draft", about)
     print(
-        f"   {about['parameters']:,} of {about['parent_parameters']:,} parameters; most likely "
-        f"token as its parent's: {about['agreement_before']:.3f} as cut, "
+        f"   {about['parameters']:,} of {about['parent_parameters']:,} parameters; agrees with its "
+        f"parent on the next token: {about['agreement_before']:.3f} as cut, "
         f"{about['agreement_after']:.3f} distilled"
     )
 
@@ -135,9 +135,9 @@ def main(config: DemoConfig) -> None:
 def make_draft(
     config: DemoConfig, setting: Setting, trained: Trained
 ) -> tuple[tuple[Model, Variables], dict[str, Any]]:
-    """The smallest tier as a model of its own, and what the report says of it.
+    """Returns the smallest tier as a model of its own, and what the report says about it.
 
-    It learns from what the parent predicts on the server's validation text; no client takes part.
+    It learns from the parent's predictions on the server's validation text; no client takes part.
     """
     model, data, parent = setting.model, setting.data, trained.state.server.variables
     cut = setting.algorithm.buckets[-1].personal(trained.state.server, ())
@@ -163,7 +163,7 @@ def make_draft(
 def agreement(
     model: Model, variables: Variables, other: Model, other_variables: Variables, tokens: jax.Array
 ) -> float:
-    """The share of positions at which two models find the same token most likely."""
+    """Returns the share of positions at which two models find the same token most likely."""
 
     @jax.jit
     def same(a, b, tokens):
@@ -214,9 +214,9 @@ def decode(
         })  # fmt: skip
     note = (
         f"{len(prompts)} prompts of {config.prompt_bytes} bytes, {config.new_bytes} new bytes "
-        "each, greedy, one at a time; the decoders take turns on each prompt."
+        "each, greedy, one at a time; all decoders complete each prompt in turn."
     )
-    # The text least given to repeating itself is shown.
+    # The least repetitive text is shown.
     variety = [len(set(made.tokens[0].tolist())) for made in outputs["plain"]]
     shown = prompts[int(np.argmax(variety))]
     samples = [
@@ -227,13 +227,13 @@ def decode(
 
 
 def text_tokenizer(setting: Setting) -> Tokenizer:
-    """The tokenizer, which text always has."""
+    """Returns the tokenizer, which text always has."""
     assert setting.data.tokenizer is not None
     return setting.data.tokenizer
 
 
 def held_out_prompts(config: DemoConfig, setting: Setting) -> list[list[int]]:
-    """Beginnings of rows of the test split, spread over it; padding is not code."""
+    """Returns the beginnings of rows of the test split, at equal distances; none has padding."""
     rows = setting.data.test["tokens"]
     special = list(text_tokenizer(setting).special_ids)
     length = min(config.prompt_bytes, rows.shape[1])
@@ -245,7 +245,7 @@ def held_out_prompts(config: DemoConfig, setting: Setting) -> list[list[int]]:
 def sample(
     name: str, way: Decoder, prompt: list[int], new_bytes: int, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """One completion pass by pass: all of a pass but its last token was drafted."""
+    """Returns one completion pass by pass: all tokens of a pass but the last were drafted."""
     pieces = []
     for piece in stream(way, [prompt], max_new_tokens=new_bytes, ticks=1):
         ids = piece.tokens[0].tolist()

@@ -1,11 +1,11 @@
-"""Trains a model on all data in one place: the baseline that a federated run is held against.
+"""Trains a model on all data in one place: the baseline for a federated run.
 
     python -m jaxfm.launch.pretrain --steps=500
     python -m jaxfm.launch.pretrain --data.source=digits --data.partition=iid --local.name=sgd
 
 The data are those that `jaxfm.launch.federate` deals out, merged. The run folder holds config,
 metrics, checkpoints, report.html and, for language models, model/ in Hugging Face format. The same
-command goes on where a stopped run was.
+command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ from jaxfm.tasks import Task, evaluate
 class PretrainConfig:
     """A central training run."""
 
-    run_dir: str = option("runs/pretrain", "folder of the run; an unfinished run there goes on")
-    steps: int = option(500, "optimizer steps in all")
-    batch_size: int = option(16, "examples a step, over all devices")
+    run_dir: str = option(
+        "runs/pretrain", "folder of the run; an unfinished run there is continued"
+    )
+    steps: int = option(500, "total optimizer steps")
+    batch_size: int = option(16, "examples per step, over all devices")
     eval_every: int = option(50, "steps between evaluations and checkpoints")
-    eval_examples: int = option(512, "validation rows looked at while training; 0: all")
+    eval_examples: int = option(512, "validation rows used while training; 0 means all")
     seed: int = option(0, "of data, parameters and batches")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -69,7 +71,7 @@ class PretrainConfig:
 
 
 class TrainState(NamedTuple):
-    """All that training needs to go on."""
+    """All that training needs to continue."""
 
     variables: Variables
     opt_state: PyTree
@@ -115,7 +117,7 @@ def train_steps(
 
 
 def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
-    """Runs all steps, or those that an earlier process has left; batches are split over devices."""
+    """Runs all steps, or those that remain after a restart; batches are split over devices."""
     optimizer = make_optimizer(config.local)
     mesh = make_mesh(data=_divisor(config.batch_size, len(jax.devices())))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -134,7 +136,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
         done = 0
         if checkpoints.latest_step() is not None:
             done, state = checkpoints.restore(like=state)
-            print(f"Going on after step {done}, from {checkpoints.folder}.")
+            print(f"Continuing after step {done}, from {checkpoints.folder}.")
         with RunLog(config.run_dir, resume_step=done or None) as log:
             for start in progress(range(done, config.steps, config.eval_every), "chunks"):
                 number = min(start + config.eval_every, config.steps)
@@ -147,12 +149,12 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
 
 
 def _divisor(batch_size: int, devices: int) -> int:
-    """The most devices that share a batch evenly."""
+    """Returns the largest number of devices that share a batch evenly."""
     return max(n for n in range(1, devices + 1) if batch_size % n == 0)
 
 
 def main(config: PretrainConfig) -> None:
-    """The whole run, with model and report at the end."""
+    """Trains, tests, and saves the model and the report."""
     use_cores(config.batch_size)
     run_dir = open_run(config, config.run_dir)
     data = load_data(config.data, config.seed)

@@ -36,7 +36,7 @@ NUM_CLASSES = 10  # of all the sets of images
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learned, and who holds which part of it."""
+    """What is learned from, and which client holds which rows."""
 
     source: Literal["stdlib", "text", "digits", "mnist", "cifar10"] = option(
         "stdlib",
@@ -51,22 +51,26 @@ class DataConfig:
     length: int = option(128, "text only: tokens of a row")
     partition: Dealing = option(
         "auto",
-        "how examples are dealt to clients; natural: by package (stdlib), sub-folder (text), "
-        "writer (mnist); auto: natural where there are owners, else dirichlet",
+        "how examples are dealt to clients; natural means by package (stdlib), sub-folder (text) "
+        "or writer (mnist); auto means natural where rows have owners, dirichlet elsewhere",
     )
     beta: float = option(
         0.5, "concentration (often called alpha) of dirichlet (by label) and quantity (by size)"
     )
     shards_per_client: int = option(2, "of the shards partition")
-    num_clients: int = option(24, "clients; of a natural partition the largest")
+    num_clients: int = option(24, "number of clients; of a natural partition the largest")
     local_test: float = option(0.1, "share of each client's rows held out as its local test set")
     local_validation: float = option(
-        0.0, "share of the rest held out to watch clients' own models by; 0: only tested at the end"
+        0.0,
+        "share of the rest held out to validate clients' own models; 0 means they are only tested, "
+        "at the end",
     )
     public: float = option(
         0.0, "share of the training rows that the server gets, unlabelled, for distillation"
     )
-    synthetic: int = option(0, "images only: smooth noise for public rows, where nobody has any")
+    synthetic: int = option(
+        0, "images only: number of public images of smooth noise, for lack of real ones"
+    )
 
     def __post_init__(self):
         check(self)
@@ -147,14 +151,14 @@ def _images(config: DataConfig, seed: int) -> dict[str, Source]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which network; sizes that a family does not have are not looked at."""
+    """Which network; options that a family lacks are ignored."""
 
     family: Literal[
         "auto", "decoder", "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32",
         "resnet34", "resnet44", "resnet56", "resnet110", "vgg11", "vgg16",
     ] = option(
         "auto",
-        "auto: decoder for text, cnn for images; resnet* and vgg* as they are for 32x32 images",
+        "auto means decoder for text, cnn for images; resnet* and vgg* are those for 32x32 images",
     )  # fmt: skip
     embed_dim: int = option(128, "decoder, vit: width of the residual stream")
     num_layers: int = option(4, "decoder, vit: layers")
@@ -168,7 +172,7 @@ class ModelConfig:
 
 
 def family_of(config: ModelConfig, data: Data) -> str:
-    """The family that "auto" stands for; raises ValueError where family and data do not fit."""
+    """Returns the family that "auto" stands for; raises ValueError if it does not fit the data."""
     text = "tokens" in data.validation
     family = ("decoder" if text else "cnn") if config.family == "auto" else config.family
     if (family == "decoder") != text:
@@ -178,7 +182,7 @@ def family_of(config: ModelConfig, data: Data) -> str:
 
 
 def make_model(config: ModelConfig, data: Data) -> Model:
-    """A model that fits the data; raises ValueError where the family cannot."""
+    """Returns a model that fits the data; raises ValueError if the family cannot."""
     family = family_of(config, data)
     if family == "decoder":
         assert data.tokenizer is not None
@@ -200,10 +204,10 @@ def make_model(config: ModelConfig, data: Data) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move in local (or central) training."""
+    """The optimizer of local (or central) training."""
 
     name: Literal["adam", "sgd"] = option("adam", "adam (b2 = 0.95) or sgd")
-    learning_rate: float = option(0.0, "of each step; 0: 0.002 for adam, 0.1 for sgd")
+    learning_rate: float = option(0.0, "step size; 0 means 0.002 for adam and 0.1 for sgd")
     momentum: float = option(0.0, "of sgd")
     clip_norm: float = option(1.0, "largest norm of a gradient")
 
@@ -219,7 +223,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optax chain of a config."""
+    """Returns the optax chain of a config."""
     if config.name == "adam":
         step = optax.adam(config.learning_rate or 2e-3, b2=0.95)
     else:
@@ -228,10 +232,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def use_cores(most: int) -> None:
-    """On a CPU, makes each core a device, up to `most`; to be called before JAX is first used.
+    """Makes each core of a CPU a device, up to `most`; call it before JAX is first used.
 
-    More devices than cores would wait for each other in every collective. Where XLA_FLAGS already
-    says how many devices there are, that stands.
+    More devices than cores would wait for each other in every collective. If XLA_FLAGS already sets
+    the number of devices, it is left alone.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(1, min(most, os.cpu_count() or 1)))

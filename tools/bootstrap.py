@@ -2,12 +2,12 @@
 
     python3 tools/bootstrap.py [--parity] [--venv FOLDER]
 
-Does nothing where the environment is up to date. It is made anew when pyproject.toml or the Python
-changes, and when an earlier set-up did not come to its end: a stamp written last says that one is
-complete. --parity also installs PyTorch for the parity tests, where a CPU build is to be had.
+Does nothing if the environment is up to date. It is rebuilt when pyproject.toml or the Python
+changes, and when an earlier set-up did not finish: a stamp, written last, marks a complete one.
+--parity also installs PyTorch for the parity tests, if a CPU build is available.
 
-Whatever is in the way is said in one sentence. The syntax is kept so old that an old Python can say
-it too.
+A failure is reported in one sentence. The syntax is old on purpose, so that an old Python can
+report it, too.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NO_NETWORK = re.compile(
 
 
 class SetupError(Exception):
-    """What is in the way, as one sentence for the user."""
+    """Why setting up failed, as one sentence for the user."""
 
 
 def check_python():
@@ -84,25 +84,25 @@ def run(command, log):
         raise SetupError("The disk is full: free about {} GiB and run again.".format(NEEDED_GIB))
     if NO_NETWORK.search(text):
         raise SetupError(
-            "No network: pip could not reach its package index (its words are in {}); connect, or "
+            "No network: pip could not reach its package index (its output is in {}); connect, or "
             "point pip at an index or wheel folder that you have, and run again.".format(log)
         )
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()] or lines
     raise SetupError(
-        "Setting up failed: {} (all of it is in {}).".format((errors or ["no output"])[-1], log)
+        "Setting up failed: {} (the whole log is {}).".format((errors or ["no output"])[-1], log)
     )
 
 
 def fingerprint():
-    """What the environment depends on: the project's file and the Python."""
+    """Returns a hash of what the environment depends on: pyproject.toml and the Python."""
     with open(os.path.join(REPOSITORY, "pyproject.toml"), "rb") as file:
         content = file.read()
     return hashlib.sha256(content + sys.version.encode() + sys.base_prefix.encode()).hexdigest()
 
 
 def read(path):
-    """The text of a small file; empty where there is none."""
+    """Returns the text of a small file, or "" if it does not exist."""
     try:
         with open(path) as file:
             return file.read()
@@ -111,14 +111,14 @@ def read(path):
 
 
 def write(path, text):
-    """Writes a small file in one step."""
+    """Writes a small file atomically."""
     with open(path + ".part", "w") as file:
         file.write(text)
     os.replace(path + ".part", path)
 
 
 def make_environment(folder, log):
-    """Makes `folder` a complete environment, unless it is one."""
+    """Makes `folder` a complete environment unless it is one already."""
     stamp = os.path.join(folder, "jaxfm-stamp")
     python = os.path.join(folder, "bin", "python")
     if read(stamp) == fingerprint() and os.path.exists(python):
@@ -136,7 +136,7 @@ def make_environment(folder, log):
 
 
 def add_torch(folder, log):
-    """Adds PyTorch where a CPU build is to be had, or says why not."""
+    """Adds PyTorch if a CPU build is available, or says why not."""
     stamp = os.path.join(folder, "jaxfm-parity")
     if read(stamp):
         return
@@ -148,7 +148,9 @@ def add_torch(folder, log):
         if not imports_torch(python):
             run(pip + dry + [TORCH], log)  # reads the metadata, not the wheel
             if needs_cuda(json.loads(read(report))):
-                raise SetupError("{} is here only a CUDA build of several GB.".format(TORCH))
+                raise SetupError(
+                    "{} is only available as a CUDA build of several GB here.".format(TORCH)
+                )
             say("Adding {} for the parity tests".format(TORCH))
             run(pip + [TORCH], log)
         write(stamp, TORCH)
@@ -160,13 +162,13 @@ def add_torch(folder, log):
 
 
 def imports_torch(python):
-    """Whether the environment has a PyTorch already."""
+    """Returns whether the environment already has PyTorch."""
     with open(os.devnull, "w") as nowhere:
         return subprocess.call([python, "-c", "import torch"], stderr=nowhere) == 0
 
 
 def needs_cuda(report):
-    """Whether installing what pip's report names would bring the CUDA libraries."""
+    """Returns whether installing what pip's report names would bring the CUDA libraries."""
     required = report["install"][0]["metadata"].get("requires_dist", [])
     names = [line.split(";")[0].lower() for line in required if "extra ==" not in line]
     has_cuda = any(name.startswith(("nvidia", "cuda")) for name in names)
@@ -174,7 +176,7 @@ def needs_cuda(report):
 
 
 def say(text):
-    """Tells the user, at once."""
+    """Tells the user immediately."""
     sys.stderr.write("jaxfm: {}\n".format(text))
     sys.stderr.flush()
 
@@ -199,7 +201,7 @@ def main():
         say("Setting up failed: {}.".format(error))
         return 1
     except KeyboardInterrupt:
-        say("Stopped; the next run sets up anew.")
+        say("Stopped; the next run starts over.")
         return 130
     return 0
 

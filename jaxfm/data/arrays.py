@@ -11,7 +11,7 @@ from jaxfm.data.source import Source, checked, with_clients
 
 
 def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
-    """Arrays of an npz file as one split.
+    """Returns the arrays of an npz file as one split.
 
     Args:
       path: the file. Object arrays (pickles) are refused.
@@ -40,7 +40,7 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
 
 
 def digits(*, seed: int = 0) -> dict[str, Source]:
-    """1,797 handwritten digits that come with scikit-learn: the default for vision.
+    """Returns scikit-learn's 1,797 handwritten digits, the default data set for vision.
 
     {"train": 1297, "validation": 250, "test": 250} rows of "image" f32[N, 8, 8, 1] in 0..1 and
     "label" i32[N], split at random by `seed`.

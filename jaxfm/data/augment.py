@@ -10,7 +10,7 @@ Array = jax.Array
 
 
 def pad_crop_flip(images: Array, key: Array, *, pad: int = 4, flip: bool = True) -> Array:
-    """Each image padded by reflection, cropped back at random, and mirrored half of the time.
+    """Pads each image by reflection, crops it back at random and mirrors it half of the time.
 
     Args:
       images: [B, H, W, C], any dtype; H and W above `pad`.
@@ -46,7 +46,7 @@ def image_transform(
     pad: int = 0,
     flip: bool = False,
 ) -> Callable[[Array, Array | None], Array]:
-    """(images, key) -> f32 images, for `jaxfm.tasks.classify(transform=...)`.
+    """Returns `(images, key) -> f32 images` for `jaxfm.tasks.classification(transform=...)`.
 
     u8 is scaled to 0..1, then (x - mean) / std per channel; with a key (training) the images are
     first augmented by `pad_crop_flip`.

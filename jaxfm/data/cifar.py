@@ -31,7 +31,7 @@ SAFE_GLOBALS = {
 
 
 def cifar10(folder: str | Path) -> dict[str, Source]:
-    """CIFAR-10: {"train", "test"} of "image" u8[N, 32, 32, 3] and "label" i32[N].
+    """Returns CIFAR-10: {"train", "test"} of "image" u8[N, 32, 32, 3] and "label" i32[N].
 
     Args:
       folder: holds data_batch_1 ... data_batch_5 and test_batch, all with or all without ".bin"; or
@@ -47,7 +47,7 @@ def cifar10(folder: str | Path) -> dict[str, Source]:
 
 
 def cifar100(folder: str | Path) -> dict[str, Source]:
-    """CIFAR-100 with its 100 fine labels, otherwise as `cifar10`; files train and test."""
+    """Returns CIFAR-100 with its 100 fine labels, otherwise as `cifar10`; files train and test."""
     names = tuple(f"class {number}" for number in range(100))
     return _load(Path(folder), {"train": ["train"], "test": ["test"]}, 2, names)
 
@@ -90,7 +90,7 @@ def _load(
 
 
 def read_binary(path: Path, label_bytes: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels u8[n, 3072] and labels i32[n] of one binary file; the last label byte counts."""
+    """Returns pixels u8[n, 3072] and labels i32[n], the last label byte, of one binary file."""
     record = label_bytes + PIXELS
     data = np.fromfile(path, np.uint8)
     if data.size == 0 or data.size % record:
@@ -102,7 +102,7 @@ def read_binary(path: Path, label_bytes: int = 1) -> tuple[np.ndarray, np.ndarra
 
 
 def read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels u8[n, 3072] and labels i32[n] of one pickled file, without running code from it."""
+    """Returns pixels u8[n, 3072] and labels i32[n] of a pickled file; runs no code from it."""
     try:
         with path.open("rb") as file:
             batch = _ArrayUnpickler(file, encoding="bytes").load()

@@ -2,7 +2,7 @@
 
 Clients own unequal numbers of examples. The examples stay flat, each once, and a padded table of
 row numbers says whose they are, so a compiled round gathers a client's batch with two indexing
-operations and a new partition of the same data changes numbers only.
+operations, and a new partition of the same data changes only numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Federation(NamedTuple):
 
 
 def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]) -> Federation:
-    """Join examples with a partition of their rows into a `Federation` of host arrays.
+    """Joins examples with a partition of their rows into a `Federation` of host arrays.
 
     Args:
       examples: arrays of equal leading size N.
@@ -56,7 +56,7 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
 
 
 def leading_size(examples: Mapping[str, Any]) -> int:
-    """The number of examples, having checked that every leaf agrees on it."""
+    """Returns the number of examples and checks that every leaf agrees on it."""
     if not examples:
         raise ValueError(
             "There is no leaf among the examples; give a dict of arrays, each [N, ...]."
@@ -69,7 +69,7 @@ def leading_size(examples: Mapping[str, Any]) -> int:
 
 
 def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) -> Federation:
-    """The given clients, in the given order, over the same examples."""
+    """Returns the given clients, in the given order, over the same examples."""
     num_clients = len(federation.count)
     clients = np.asarray(clients, np.int64)
     if clients.size == 0 or clients.min() < 0 or clients.max() >= num_clients:
@@ -82,7 +82,7 @@ def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) 
 
 
 def merge(federation: Federation) -> dict[str, np.ndarray]:
-    """All that the clients own in one pile, client after client: the centralised data set."""
+    """Returns all rows that clients own, client after client: the centralised data set."""
     index, count = np.asarray(federation.index), np.asarray(federation.count)
     rows = np.concatenate([row[:n] for row, n in zip(index, count, strict=True)])
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], federation.examples)
@@ -95,7 +95,7 @@ def summary(
     *,
     num_largest: int = 5,
 ) -> str:
-    """A table for people: how many clients, how unequal, how skewed, which are the largest.
+    """Returns a readable table: how many clients, how unequal, how skewed, which are the largest.
 
     Args:
       federation: what to describe.

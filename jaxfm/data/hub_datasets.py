@@ -18,7 +18,7 @@ def huggingface(
     client: str | None = None,
     **options: Any,
 ) -> Source:
-    """Columns of one split as examples.
+    """Returns columns of one split as examples.
 
     Args:
       name: on the hub, or a local folder, or a format such as "json" with `data_files=...`.
@@ -51,7 +51,7 @@ def huggingface_documents(
     client: str | None = None,
     **options: Any,
 ) -> list[Document]:
-    """One text column as documents for `jaxfm.data.text.corpus`; arguments as `huggingface`.
+    """Returns one text column as documents for `jaxfm.data.corpus`; arguments as of `huggingface`.
 
     Rows are named by their number; without a `client` column each row is its own owner.
     """

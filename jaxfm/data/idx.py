@@ -23,7 +23,7 @@ TYPES: dict[int, np.dtype] = {
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The array in an IDX file, gzipped or not, in native byte order.
+    """Returns the array in an IDX file, gzipped or not, in native byte order.
 
     Raises:
       FileNotFoundError: no such file.
@@ -51,7 +51,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def mnist(folder: str | Path, *, writers: str | Path | None = None) -> dict[str, Source]:
-    """MNIST, or any data set in the same four files (Fashion-MNIST, KMNIST): {"train", "test"}.
+    """Returns MNIST, or a data set in the same four files (Fashion-MNIST, KMNIST), as two splits.
 
     "image" u8[N, 28, 28, 1], "label" i32[N].
 
@@ -82,7 +82,7 @@ def mnist(folder: str | Path, *, writers: str | Path | None = None) -> dict[str,
 
 
 def _writers(folder: Path, split: str, labels: np.ndarray) -> np.ndarray:
-    """QMNIST's columns: 0 the digit, 2 the writer. Its test part goes on where MNIST's ends."""
+    """Returns each row's writer (column 2). QMNIST's test part goes on where MNIST's ends."""
     path = _either(folder / f"qmnist-{split}-labels-idx2-int")
     table = read_idx(path)
     if table.ndim != 2 or table.shape[1] < 3 or len(table) < len(labels):

@@ -1,4 +1,4 @@
-"""Images that nobody has to own, to distil on where there are no public data."""
+"""Images of noise, to distill on where there are no public data."""
 
 import jax
 import numpy as np
@@ -12,10 +12,10 @@ def smooth_noise(
     high: float = 1.0,
     seed: int = 0,
 ) -> np.ndarray:
-    """Random blobs on a background of zeros: coarse uniform noise, blown up linearly, cut at half.
+    """Returns random blobs on zeros: coarse uniform noise, enlarged linearly, cut at one half.
 
-    They look like nothing, but like images they have edges and areas, so that an ensemble's
-    predictions differ from one to the next, which distillation lives by.
+    They show nothing, but have edges and areas as images do, so that an ensemble's predictions
+    differ from one to the next, which distillation needs.
 
     Args:
       num: images.

@@ -1,8 +1,8 @@
-"""Whose example is it: partitions of a data set over clients.
+"""Partitions of a data set over clients: who owns which example.
 
-Every function returns one array of rows per client, `list[np.ndarray]` of i64. Arrays are disjoint,
-and together hold every row (`natural` leaves out the rows of nobody). The same seed gives the same
-partition. `jaxfm.data.federation.federate` makes a `Federation` of it.
+Every function returns one array of rows per client, `list[np.ndarray]` of i64. Arrays are disjoint
+and together hold every row (`natural` leaves out rows without an owner). The same seed gives the
+same partition. `jaxfm.data.federation.federate` makes a `Federation` of it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Partition = list[np.ndarray]
 
 
 def natural(keys: np.ndarray | Sequence, num_clients: int | None = None) -> Partition:
-    """Clients as the data has them: rows with an equal key belong together.
+    """Gives each key's rows to one client.
 
     Args:
       keys: [N], the owner of each row: numbers or strings.
@@ -37,7 +37,7 @@ def natural(keys: np.ndarray | Sequence, num_clients: int | None = None) -> Part
 
 
 def iid(num_examples: int, num_clients: int, *, seed: int) -> Partition:
-    """Equal shares (to within one example) of the shuffled rows."""
+    """Gives each client an equal share (to within one example) of the shuffled rows."""
     _check_enough(num_examples, num_clients, 1)
     return np.array_split(np.random.default_rng(seed).permutation(num_examples), num_clients)
 
@@ -45,7 +45,7 @@ def iid(num_examples: int, num_clients: int, *, seed: int) -> Partition:
 def shards(
     labels: np.ndarray, num_clients: int, *, shards_per_client: int = 2, seed: int
 ) -> Partition:
-    """Rows sorted by label, cut into equal shards, each client dealt some of them.
+    """Sorts rows by label, cuts them into equal shards and deals each client some of them.
 
     So a client sees few classes. Source: McMahan et al. 2017, "Communication-Efficient Learning of
     Deep Networks from Decentralized Data", section 3.
@@ -72,7 +72,7 @@ def dirichlet(
     balanced: bool = True,
     num_draws: int = 100,
 ) -> Partition:
-    """Label skew: each class is shared out by its own draw of proportions from Dir(beta).
+    """Skews labels: each class is shared out by its own draw of proportions from Dir(beta).
 
     Small beta (0.1) gives clients of few classes, large beta (100) nearly IID ones.
 
@@ -81,9 +81,9 @@ def dirichlet(
       num_clients: C.
       beta: concentration, above 0.
       seed: of every draw.
-      min_examples: what each client is promised. The whole partition is drawn again, up to
-        `num_draws` times, until the promise holds; if it never does, the last draw is repaired:
-        clients that are short are given random examples of the client that then is the largest.
+      min_examples: of each client. The whole partition is drawn again, up to `num_draws` times,
+        until every client has as many; if that fails, the last draw is repaired: clients with too
+        few are given random examples of whichever client is the largest at the time.
       balanced: clients that already hold N / C examples get nothing of the classes still to come.
     Raises:
       ValueError: fewer than `num_clients * min_examples` examples, beta not above 0.
@@ -106,7 +106,7 @@ def dirichlet(
 def quantity(
     num_examples: int, num_clients: int, *, beta: float, seed: int, min_examples: int = 1
 ) -> Partition:
-    """Quantity skew: IID content, sizes in proportion to one draw from Dir(beta).
+    """Skews quantities: contents are IID, sizes proportional to one draw from Dir(beta).
 
     Clients below `min_examples` are repaired as in `dirichlet`.
     """
@@ -118,7 +118,7 @@ def quantity(
 
 
 def holdout(partition: Partition, fraction: float, *, seed: int) -> tuple[Partition, Partition]:
-    """Split every client's own rows into (the rest, held out): local test sets.
+    """Splits every client's own rows into (the rest, held out), for local test sets.
 
     A client with two rows or more holds out at least one and keeps at least one; a client with
     fewer holds out none.
@@ -138,7 +138,7 @@ def holdout(partition: Partition, fraction: float, *, seed: int) -> tuple[Partit
 def match_labels(
     partition: Partition, labels: np.ndarray, other_labels: np.ndarray, *, seed: int
 ) -> Partition:
-    """Share out another data set (a test set) so that each client's mix of classes is followed.
+    """Shares out another data set (a test set) in each client's proportions of classes.
 
     Each class of `other_labels` goes to clients in proportion to what they own of it in
     `partition` of `labels`; a class that no client owns is shared out equally.
@@ -171,7 +171,7 @@ def _draw_by_label(
 
 
 def _log_dirichlet(beta: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Logarithms of a Dirichlet draw, up to a constant; for a small beta shares underflow to 0."""
+    """Returns log-shares of a Dirichlet draw, up to a constant; shares could underflow."""
     # Gamma(beta) = Gamma(beta + 1) * U^(1 / beta)
     log_uniform = -rng.exponential(size=size)
     return np.log(rng.gamma(beta + 1, size=size)) + log_uniform / beta

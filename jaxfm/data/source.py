@@ -1,4 +1,4 @@
-"""What a data source hands over."""
+"""What a data source returns."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ class Source(NamedTuple):
     Attributes:
       examples: leaves [N, ...]: "image" u8 or f32 [N, H, W, C], "label" i32[N],
         "tokens" i32[N, T + 1].
-      client: i32[N], whose each row is: a number below len(clients), -1 for nobody's; None where
+      client: i32[N], the owner of each row: a number below len(clients), or -1 for none; None if
         the data has no natural owners. `federation_of` groups by it.
       clients: the owners' names.
       classes: the names of the labels, where known.
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 def checked(source: Source, origin: str | Path) -> Source:
-    """The source itself, having checked that its parts fit; errors name `origin`."""
+    """Returns the source after checking that its parts fit; errors name `origin`."""
     try:
         size = leading_size(source.examples)
     except ValueError as error:
@@ -51,13 +51,13 @@ def checked(source: Source, origin: str | Path) -> Source:
 
 
 def with_clients(source: Source, keys: np.ndarray) -> Source:
-    """The source with one client for each distinct key of its rows, named by it, sorted."""
+    """Returns the source with one client, named by it, for each distinct key of its rows."""
     distinct, client = np.unique(keys, return_inverse=True)
     return source._replace(client=client.astype(np.int32), clients=tuple(map(str, distinct)))
 
 
 def federation_of(source: Source) -> Federation:
-    """The source with its natural clients, in their order; one without rows here is empty."""
+    """Returns the natural clients of a source, in their order; one without rows is empty."""
     if source.client is None:
         raise ValueError(
             "The examples have no natural owners (client is None); choose a partition from "
@@ -67,7 +67,7 @@ def federation_of(source: Source) -> Federation:
 
 
 def describe(splits: Mapping[str, Source]) -> str:
-    """A table for people: examples, owners and shapes of each split."""
+    """Returns a readable table of examples, owners and shapes of each split."""
     lines = [f"{'split':<12}{'examples':>10}{'clients':>9}  leaves"]
     for name, source in splits.items():
         leaves = ", ".join(

@@ -4,11 +4,11 @@ Real, some 8 MB, and naturally unequal and non-IID: one client is one top-level 
 (`asyncio`, `email`, `typing`, ...), about 190 of them. A file's split follows from its path alone
 (`jaxfm.data.text.split_of`), so patch versions of Python agree on it.
 
-Left out, so that distributions and versions of Python hold nearly the same corpus:
+These are left out, so that all distributions and versions of Python give nearly the same corpus:
 - tests (some 17 MB where installed) and installed packages;
-- what distributions package apart or later versions dropped: tkinter and turtledemo, idlelib,
+- what distributions package separately or later versions dropped: tkinter and turtledemo, idlelib,
   lib2to3, distutils, ensurepip;
-- what is a table rather than a program: encodings, pydoc_data, the build's own configuration.
+- tables rather than programs: encodings, pydoc_data, the build's own configuration.
 """
 
 import sysconfig
@@ -35,7 +35,7 @@ TINY = (
 
 
 def stdlib_documents(root: str | Path | None = None, *, tiny: bool = False) -> list[Document]:
-    """The files of the standard library, sorted by path.
+    """Returns the files of the standard library, sorted by path.
 
     Args:
       root: the library's folder; by default that of the running Python.
@@ -64,7 +64,7 @@ def stdlib(
     root: str | Path | None = None,
     tiny: bool = False,
 ) -> dict[str, Source]:
-    """The corpus as rows of tokens; see `jaxfm.data.text.corpus`. Bytes by default."""
+    """Returns the corpus as rows of tokens, bytes by default; see `jaxfm.data.corpus`."""
     documents = stdlib_documents(root, tiny=tiny)
     tokenizer = tokenizer or ByteTokenizer()
     return corpus(documents, tokenizer, length=length, num_clients=num_clients, held_out=held_out)

@@ -1,6 +1,6 @@
 """Text: documents with an owner, split by file, packed into rows of tokens.
 
-A stream of tokens is made for each client and split: a separator, the first document, a separator,
+Each client has one stream of tokens per split: a separator, the first document, a separator,
 the second document, ..., a separator. It is cut into rows of `length + 1` tokens that overlap by
 one, so with `tokens[:, :-1]` as inputs and `tokens[:, 1:]` as targets every token is a target
 exactly once: bits per byte are exact. The separator is the tokenizer's end-of-text token. The last
@@ -22,15 +22,15 @@ SPLITS = ("train", "validation", "test")
 
 
 class Document(NamedTuple):
-    """One text and whose it is."""
+    """One text and its owner."""
 
-    name: str  # the path below the root, with forward slashes: decides the split
+    name: str  # the path below the root, with forward slashes; it decides the split
     client: str  # its owner
     text: str
 
 
 def split_of(name: str, held_out: float = 0.1) -> str:
-    """The split of a document: a share `held_out` of names each in "validation" and "test".
+    """Returns a document's split; "validation" and "test" each get a share `held_out` of names.
 
     Decided by a SHA-256 hash of the name alone, so it is the same on every machine, and a file
     does not change sides when others come or go.
@@ -49,7 +49,7 @@ def read_folder(
     client: Callable[[Path], str] | None = None,
     encoding: str = "utf-8",
 ) -> list[Document]:
-    """The text files below `folder`, sorted by path.
+    """Returns the text files below `folder`, sorted by path.
 
     Args:
       folder: the root.
@@ -77,7 +77,7 @@ def read_folder(
 
 
 def top_level(name: Path) -> str:
-    """The first part of a path below the root, without a suffix where it is a file."""
+    """Returns the first part of a path below the root, without the suffix if it is a file."""
     return name.parts[0] if len(name.parts) > 1 else name.stem
 
 
@@ -89,7 +89,7 @@ def corpus(
     num_clients: int | None = None,
     held_out: float = 0.1,
 ) -> dict[str, Source]:
-    """Documents as rows of tokens: {"train", "validation", "test"}: `Source` of "tokens".
+    """Returns documents as rows of tokens: a `Source` each of "train", "validation" and "test".
 
     All splits share `clients`: those with the most bytes of training text first, and a client's
     rows together. A client may have no row in a held-out split, as files are never divided.
@@ -99,7 +99,7 @@ def corpus(
       tokenizer: see `jaxfm.tokenizer`.
       length: T; rows are i32[T + 1].
       num_clients: how many of the largest owners become clients. The others' training text is left
-        out; their held-out text stays in, as nobody's (-1): text from places never trained on.
+        out; their held-out text stays in without an owner (-1): text from sources never trained on.
       held_out: as in `split_of`.
     Raises:
       ValueError: no training text, fewer owners than `num_clients`.
@@ -126,7 +126,7 @@ def corpus(
             owner = number.get(document.client, -1)
             if side == split and document.text and (owner >= 0 or split != "train"):
                 groups.setdefault(owner, []).append(document.text)
-        # Nobody's text comes last.
+        # Text without an owner comes last.
         owners = sorted(groups, key=lambda owner: (owner < 0, owner))
         rows = [pack(groups[owner], tokenizer, length) for owner in owners]
         tokens = np.concatenate(rows) if rows else np.zeros((0, length + 1), np.int32)
@@ -136,7 +136,7 @@ def corpus(
 
 
 def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> np.ndarray:
-    """Texts in one stream, cut into rows i32[n, length + 1] that overlap by one token."""
+    """Returns texts in one stream, cut into rows i32[n, length + 1] that overlap by one token."""
     separator = tokenizer.eos_id
     if separator is None:
         raise ValueError("The tokenizer has no end-of-text token (eos_id) to separate documents.")
@@ -154,7 +154,7 @@ def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> np.ndarray:
 
 
 def sizes_table(documents: Sequence[Document], held_out: float = 0.1, num_largest: int = 10) -> str:
-    """A table for people: files and bytes of each split, and of the largest owners."""
+    """Returns a readable table of files and bytes, by split and by the largest owners."""
     files: Mapping[str, Counter[str]] = {split: Counter() for split in SPLITS}
     sizes: Mapping[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for document in documents:

@@ -1,9 +1,9 @@
 """Our configs in Hugging Face's words and back.
 
-Fields that only differ in name stand in one table a family; what takes a thought (rope scaling,
-sliding windows, biases) has a reader and a writer side by side. What our models cannot do raises
-and is named. Both spellings of rope are read: `rope_parameters` of transformers 5, `rope_scaling`
-and `rope_theta` of 4.
+Fields that only differ in name stand in one table a family; what differs more (rope scaling,
+sliding windows, biases) has a reader and a writer side by side. A feature that our models lack
+raises an error that names it. Both spellings of rope are read: `rope_parameters` of transformers
+5, `rope_scaling` and `rope_theta` of 4.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
-# Fields that change the function, and the values with which they do not.
+# Fields that change the function, and the values for which they do not.
 _FIXED: dict[str, tuple] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
@@ -101,7 +101,7 @@ _SIDES = ("image_size", "patch_size")
 
 
 def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
-    """Our config of a Hugging Face config's fields.
+    """Returns our config of a Hugging Face config's fields.
 
     Raises:
       ValueError: the architecture, or a feature of it, is not one of ours.
@@ -151,10 +151,10 @@ def require_known(architecture: str) -> None:
 
 
 def to_hf(config: Config) -> dict[str, Any]:
-    """The fields of a Hugging Face config, `model_type` and `architectures` among them.
+    """Returns the fields of a Hugging Face config, with `model_type` and `architectures`.
 
     Raises:
-      ValueError: the format cannot say this config.
+      ValueError: the format cannot express this config.
     """
     family = "vit" if isinstance(config, VitConfig) else config.family
     head = "causal" if isinstance(config, DecoderConfig) else config.head
@@ -192,7 +192,7 @@ def _require_widths(config: Config, family: str) -> None:
 
 
 def _rotary_fields(config: DecoderConfig) -> dict[str, Any]:
-    """What the Llama family has beside the fields that only differ in name."""
+    """Returns the fields of the Llama family that differ in more than their name."""
     scaling = config.rope_scaling
     fields: dict[str, Any] = {
         "head_dim": config.head_dim,
@@ -218,7 +218,7 @@ def _require_same(config: Config, read: Config, architecture: str) -> None:
     wrong = [f"{name}={own!r} (it means {theirs!r})" for name, (own, theirs) in pairs.items()
              if own != theirs]  # fmt: skip
     if wrong:
-        raise ValueError(f"The format of {architecture} cannot say {', '.join(wrong)}.")
+        raise ValueError(f"The format of {architecture} cannot express {', '.join(wrong)}.")
 
 
 def _activation(fields: Mapping[str, Any]) -> str:
@@ -236,7 +236,7 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
 
 
 def _window(fields: Mapping[str, Any], family: str) -> int | None:
-    """How many positions each layer sees; Qwen2 says it layer by layer."""
+    """Returns how many positions each layer sees; Qwen2 states it for each layer."""
     if family == "llama":
         return None
     window = fields.get("sliding_window")

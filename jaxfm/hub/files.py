@@ -1,6 +1,6 @@
 """Where the tensors of a pretrained model lie: safetensors folders, the hub's cache, llama2.c.
 
-Whatever the file, its tensors are a dict of `Stored` by their Hugging Face names.
+Whatever the file, its tensors are a dict of `StoredTensor` by their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _INDEX = "model.safetensors.index.json"
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor of a file: its shape, its dtype's name, and how to read it."""
 
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Stored(NamedTuple):
 
 
 def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
-    """The local folder of a path or hub name."""
+    """Returns the local folder of a path or hub name."""
     path = pathlib.Path(path_or_name)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -50,8 +50,8 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
         ) from error
 
 
-def open_safetensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files."""
+def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns every tensor of a folder's safetensors files."""
     from safetensors import safe_open
 
     if (folder / "model.safetensors").exists():
@@ -72,12 +72,12 @@ def open_safetensors(folder: pathlib.Path) -> dict[str, Stored]:
             part = handle.get_slice(name)
             kind = part.get_dtype()
             read = functools.partial(handle.get_tensor, name)
-            stored[name] = Stored(tuple(part.get_shape()), DTYPES.get(kind, kind), read)
+            stored[name] = StoredTensor(tuple(part.get_shape()), DTYPES.get(kind, kind), read)
     return stored
 
 
-def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, Stored]]:
-    """The header (dim, hidden, layers, heads, kv heads, vocab, length) and tensors of llama2.c.
+def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, StoredTensor]]:
+    """Returns the header (dim, hidden, layers, heads, kv heads, vocab, length) and the tensors.
 
     The vocabulary is negative where the output layer has weights of its own.
     """
@@ -121,7 +121,8 @@ def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, Stored]]:
     del tensors["rotary tables"]
     reader = lambda tensor: functools.partial(np.asarray, tensor)
     return header, {
-        name: Stored(tensor.shape, "float32", reader(tensor)) for name, tensor in tensors.items()
+        name: StoredTensor(tensor.shape, "float32", reader(tensor))
+        for name, tensor in tensors.items()
     }
 
 
@@ -156,7 +157,7 @@ def write_safetensors(
 
 
 def _shards(bytes_of: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-    """Names in runs of at most `max_bytes`, or of one tensor."""
+    """Yields lists of names of at most `max_bytes` together, or of one tensor."""
     shard: list[str] = []
     used = 0
     for name, size in bytes_of.items():

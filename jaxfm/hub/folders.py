@@ -36,14 +36,14 @@ from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import names as hub_names
-from jaxfm.hub.files import DTYPES, Stored
-from jaxfm.hub.names import Piece
+from jaxfm.hub.files import DTYPES, StoredTensor
+from jaxfm.hub.names import Placement
 from jaxfm.model import Model, Variables, is_stacked, layers_of, with_layers
 from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig, build
 from jaxfm.models.families.decoder import resized
 from jaxfm.subnet import axis_sizes
 
-Plan = dict[str, tuple[Piece, ...]]
+TensorMap = dict[str, tuple[Placement, ...]]
 
 
 def load(
@@ -56,9 +56,9 @@ def load(
 
     Args:
       path_or_name: a folder, or a name on the Hugging Face hub (downloaded once, then cached).
-      dtype: "float32", "bfloat16" or "float16"; None: the one that most numbers are stored in.
+      dtype: "float32", "bfloat16" or "float16"; None means the one that most numbers are stored in.
       shardings: where leaves go: one sharding for all, or a function from the Model to a tree of
-        shardings like the Variables. None: the default device.
+        shardings like the Variables. None means the default device.
     Raises:
       FileNotFoundError: no such folder, no such files in it, or a name that cannot be fetched.
       ValueError: an architecture or feature that is not supported; a missing, unknown or misshapen
@@ -76,7 +76,7 @@ def load(
 
 
 def has_format(model: Model) -> bool:
-    """Whether `save` takes it: a decoder, an encoder or a vision transformer."""
+    """Returns whether `save` takes the model: a decoder, an encoder or a vision transformer."""
     return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig)
 
 
@@ -101,8 +101,8 @@ def save(
       max_shard_bytes: tensors are spread over files of at most this size.
     Raises:
       TypeError: the model has no Hugging Face format.
-      ValueError: the format cannot say this model: masked channels, layers of unequal width, or
-        a switch that its family lacks.
+      ValueError: the format cannot express this model: masked channels, layers of unequal width,
+        or a switch that its family lacks.
     """
     config, params = _to_save(model, variables)
     fields = hub_config.to_hf(config)
@@ -113,16 +113,18 @@ def save(
         if name in leaves and not np.isclose(scale, 1.0, rtol=1e-6):
             scaled = leaves[name].astype(np.float32) * np.float32(scale)
             leaves[name] = scaled.astype(leaves[name].dtype)
-    plan = _plan(config, leaves)
+    tensors = _tensor_map(config, leaves)
 
     def tensor(name: str) -> np.ndarray:
-        rows = [leaves[p.path] if p.layer is None else leaves[p.path][p.layer] for p in plan[name]]
-        own = [hub_names.to_file(piece, row) for piece, row in zip(plan[name], rows, strict=True)]
+        rows = [
+            leaves[p.path] if p.layer is None else leaves[p.path][p.layer] for p in tensors[name]
+        ]
+        own = [hub_names.to_file(p, row) for p, row in zip(tensors[name], rows, strict=True)]
         return np.concatenate(own, axis=-1) if len(own) > 1 else own[0]
 
     shapes = {
         name: (hub_names.tensor_shape(some), leaves[some[0].path].itemsize)
-        for name, some in plan.items()
+        for name, some in tensors.items()
     }
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,7 @@ def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:
 
 
 def _read_config(folder: pathlib.Path) -> hub_config.Config:
-    """Our config. Fields that config.json leaves out have the defaults of transformers' class."""
+    """Returns our config; fields that config.json omits have the defaults of transformers."""
     raw = json.loads((folder / "config.json").read_text())
     kind = raw.get("model_type", "unknown")
     first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
@@ -165,9 +167,9 @@ def _read_config(folder: pathlib.Path) -> hub_config.Config:
 
 
 def _fill(
-    config: hub_config.Config, stored: Mapping[str, Stored], dtype: str | None, shardings: Any
+    config: hub_config.Config, stored: Mapping[str, StoredTensor], dtype: str | None, shardings: Any
 ) -> tuple[Model, Variables]:
-    """The model of `config` in the dtype of a file, and its Variables filled from it."""
+    """Returns the model of `config` in the dtype of a file, and its Variables filled from it."""
     amounts: collections.Counter[str] = collections.Counter()
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES.values():
@@ -179,20 +181,20 @@ def _fill(
     model = build(dataclasses.replace(config, dtype=dtype or amounts.most_common(1)[0][0]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     leaves = flatten_dict(shapes.params, sep=".")
-    plan = _plan(model.config, leaves)
-    stored = _matched(plan, stored, model.config)
+    tensors = _tensor_map(model.config, leaves)
+    stored = _matched(tensors, stored, model.config)
     where = shardings(model) if callable(shardings) else None
     place = lambda part, path: shardings if where is None else flatten_dict(part, sep=".")[path]
-    homes: dict[str, list[tuple[str, Piece]]] = {}
-    for name, some in plan.items():
-        for piece in some:
-            homes.setdefault(piece.path, []).append((name, piece))
+    homes: dict[str, list[tuple[str, Placement]]] = {}
+    for name, some in tensors.items():
+        for placement in some:
+            homes.setdefault(placement.path, []).append((name, placement))
     params, live = {}, {}
     for path, leaf in leaves.items():
         value = np.empty(leaf.shape, leaf.dtype)
-        for name, piece in homes[path]:
-            own = hub_names.from_file(piece, plan[name], stored[name].read())
-            value[... if piece.layer is None else piece.layer] = own
+        for name, placement in homes[path]:
+            own = hub_names.from_file(placement, tensors[name], stored[name].read())
+            value[... if placement.layer is None else placement.layer] = own
         params[path] = jax.device_put(value, place(where and where.params, path))
     for path, leaf in flatten_dict(shapes.live, sep=".").items():
         ones = np.ones(leaf.shape, leaf.dtype)
@@ -200,33 +202,33 @@ def _fill(
     return model, Variables(unflatten_dict(params, sep="."), {}, unflatten_dict(live, sep="."))
 
 
-def _plan(config: hub_config.Config, leaves: Mapping[str, Any]) -> Plan:
-    """The tensors of this model's file."""
+def _tensor_map(config: hub_config.Config, leaves: Mapping[str, Any]) -> TensorMap:
+    """Returns the tensors of this model's file."""
     rows = hub_names.GPT2 if getattr(config, "family", "") == "gpt2" else hub_names.LLAMA
     if isinstance(config, EncoderConfig):
         rows = {"bert": hub_names.BERT, "roberta": hub_names.ROBERTA}[config.family][config.head]
     if isinstance(config, VitConfig):
         rows = hub_names.VIT
-    plan = hub_names.pieces(rows, {name: leaf.shape for name, leaf in leaves.items()})
+    tensors = hub_names.placements(rows, {name: leaf.shape for name, leaf in leaves.items()})
     if not isinstance(config, DecoderConfig) and config.head in ("none", "pooler"):
-        return {_short(name): some for name, some in plan.items()}  # a bare model has no prefix
-    return plan
+        return {_short(name): some for name, some in tensors.items()}  # a bare model has no prefix
+    return tensors
 
 
 def _short(name: str) -> str:
-    """A tensor's name without its model's prefix, which files have or leave out, and up to date."""
+    """Returns a tensor's name without its optional prefix and with current norm names."""
     name = re.sub(r"^(model|transformer|bert|roberta|vit)\.", "", name)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _matched(
-    plan: Plan, stored: Mapping[str, Stored], config: hub_config.Config
-) -> dict[str, Stored]:
-    """`stored` under the names of the plan; raises where the two do not fit."""
+    tensors: TensorMap, stored: Mapping[str, StoredTensor], config: hub_config.Config
+) -> dict[str, StoredTensor]:
+    """Returns `stored` by the names in `tensors`; raises where the two do not fit."""
     found = {_short(name): (name, tensor) for name, tensor in stored.items()}
     matched = {}
-    for name, some in plan.items():
+    for name, some in tensors.items():
         shape = hub_names.tensor_shape(some)
         ours = f"{some[0].path} {some[0].leaf_shape}"
         if _short(name) not in found:
@@ -249,7 +251,7 @@ def _matched(
 
 
 def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
-    """The config and the parameters, layers stacked, of a model or of a subnet of it."""
+    """Returns the config and the parameters, layers stacked, of a model or of a subnet of it."""
     if not has_format(model):
         raise TypeError(
             f"A model of {type(model.config).__name__} has no Hugging Face format; decoders, "

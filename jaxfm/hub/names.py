@@ -1,8 +1,8 @@
 """What each parameter is called in Hugging Face files, and how its axes lie there.
 
-One table a family, read in both directions: names, shapes and values of the file follow from a
-row and the shape of our leaf. The layout of a row is written like an einsum, with axes of the file
-between commas: "dgrk->grk,d" is our q kernel [D, G, R, K] stored as a matrix [G*R*K, D].
+One table per family, read in both directions: names, shapes and values of the file follow from a
+rule and the shape of our leaf. The layout of a rule is written like an einsum, with axes of the
+file between commas: "dgrk->grk,d" is our q kernel [D, G, R, K] stored as a matrix [G*R*K, D].
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Row(NamedTuple):
-    """One kind of leaf.
+class NameRule(NamedTuple):
+    """What one kind of leaf is called in a file.
 
     Attributes:
       path: of our leaf, joined by dots; leaves under "layers" have a leading axis of layers, which
@@ -31,34 +31,34 @@ class Row(NamedTuple):
     part: int = 0
 
 
-def linear(path: str, name: str, ours: str, outputs: str) -> tuple[Row, ...]:
-    """PyTorch's Linear: the weight is [outputs, inputs]."""
+def linear(path: str, name: str, ours: str, outputs: str) -> tuple[NameRule, ...]:
+    """Returns the rules of PyTorch's Linear, whose weight is [outputs, inputs]."""
     inputs = "".join(axis for axis in ours if axis not in outputs)
     return (
-        Row(f"{path}.kernel", f"{name}.weight", f"{ours}->{outputs},{inputs}"),
-        Row(f"{path}.bias", f"{name}.bias", f"{outputs}->{outputs}"),
+        NameRule(f"{path}.kernel", f"{name}.weight", f"{ours}->{outputs},{inputs}"),
+        NameRule(f"{path}.bias", f"{name}.bias", f"{outputs}->{outputs}"),
     )
 
 
-def conv1d(path: str, name: str, ours: str, outputs: str, part: int = 0) -> tuple[Row, ...]:
-    """GPT-2's Conv1D: the weight is [inputs, outputs]."""
+def conv1d(path: str, name: str, ours: str, outputs: str, part: int = 0) -> tuple[NameRule, ...]:
+    """Returns the rules of GPT-2's Conv1D, whose weight is [inputs, outputs]."""
     inputs = "".join(axis for axis in ours if axis not in outputs)
     return (
-        Row(f"{path}.kernel", f"{name}.weight", f"{ours}->{inputs},{outputs}", part),
-        Row(f"{path}.bias", f"{name}.bias", f"{outputs}->{outputs}", part),
+        NameRule(f"{path}.kernel", f"{name}.weight", f"{ours}->{inputs},{outputs}", part),
+        NameRule(f"{path}.bias", f"{name}.bias", f"{outputs}->{outputs}", part),
     )
 
 
-def norm(path: str, name: str) -> tuple[Row, ...]:
-    """A layer norm, or an RMS norm, which has no bias."""
-    return Row(f"{path}.scale", f"{name}.weight", "d->d"), Row(
+def norm(path: str, name: str) -> tuple[NameRule, ...]:
+    """Returns the rules of a layer norm, or of an RMS norm, which has no bias."""
+    return NameRule(f"{path}.scale", f"{name}.weight", "d->d"), NameRule(
         f"{path}.bias", f"{name}.bias", "d->d"
     )
 
 
-def table(path: str, name: str) -> tuple[Row, ...]:
-    """An embedding."""
-    return (Row(f"{path}.table", f"{name}.weight", "vd->v,d"),)
+def table(path: str, name: str) -> tuple[NameRule, ...]:
+    """Returns the rule of an embedding."""
+    return (NameRule(f"{path}.table", f"{name}.weight", "vd->v,d"),)
 
 
 # Axes: d embed, g kv_heads, r q_per_kv, k head dim, f mlp, v vocab, p pooled, c class or channel.
@@ -93,7 +93,7 @@ GPT2 = (
 )
 
 
-def _encoder(base: str, *head: Row) -> tuple[Row, ...]:
+def _encoder(base: str, *head: NameRule) -> tuple[NameRule, ...]:
     layer = f"{base}.encoder.layer.{{}}"
     return (
         *table("embed.tokens", f"{base}.embeddings.word_embeddings"),
@@ -121,7 +121,7 @@ BERT = {
         "bert",
         *linear("head.transform", "cls.predictions.transform.dense", "de", "e"),
         *norm("head.norm", "cls.predictions.transform.LayerNorm"),
-        Row("head.bias", "cls.predictions.bias", "v->v"),
+        NameRule("head.bias", "cls.predictions.bias", "v->v"),
     ),
     "classify": _encoder(
         "bert", *_BERT_POOLER, *linear("head.classifier", "classifier", "pc", "c")
@@ -134,7 +134,7 @@ ROBERTA = {
         "roberta",
         *linear("head.transform", "lm_head.dense", "de", "e"),
         *norm("head.norm", "lm_head.layer_norm"),
-        Row("head.bias", "lm_head.bias", "v->v"),
+        NameRule("head.bias", "lm_head.bias", "v->v"),
     ),
     "classify": _encoder(
         "roberta",
@@ -144,12 +144,12 @@ ROBERTA = {
 }
 
 VIT = (
-    Row("embed.class_token", "vit.embeddings.cls_token", "d->,,d"),
-    Row("embed.positions", "vit.embeddings.position_embeddings", "nd->,n,d"),
-    Row(
+    NameRule("embed.class_token", "vit.embeddings.cls_token", "d->,,d"),
+    NameRule("embed.positions", "vit.embeddings.position_embeddings", "nd->,n,d"),
+    NameRule(
         "embed.patches.kernel", "vit.embeddings.patch_embeddings.projection.weight", "hwcd->d,c,h,w"
     ),
-    Row("embed.patches.bias", "vit.embeddings.patch_embeddings.projection.bias", "d->d"),
+    NameRule("embed.patches.bias", "vit.embeddings.patch_embeddings.projection.bias", "d->d"),
     *norm("layers.attention_norm", "vit.encoder.layer.{}.layernorm_before"),
     *linear("layers.attention.q", "vit.encoder.layer.{}.attention.attention.query", "dgrk", "grk"),
     *linear("layers.attention.k", "vit.encoder.layer.{}.attention.attention.key", "dgk", "gk"),
@@ -172,14 +172,14 @@ HARMLESS = (
 )  # fmt: skip
 
 
-class Piece(NamedTuple):
+class Placement(NamedTuple):
     """Where one leaf, or one layer of it, lies.
 
     Attributes:
       path, layer: our leaf, and which row of its axis of layers; None where it has none.
-      layout: of the row.
+      layout: of the rule.
       leaf_shape, shape: ours (of one layer), and what it takes up in the file.
-      part: its place among the pieces of one tensor.
+      part: its place among the placements of one tensor.
     """
 
     path: str
@@ -190,42 +190,49 @@ class Piece(NamedTuple):
     part: int
 
 
-def pieces(
-    rows: tuple[Row, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Piece, ...]]:
-    """The tensors of a file by name, each with the leaves of `shapes` it holds side by side."""
-    found: dict[str, list[Piece]] = {}
-    for row in rows:
-        if row.path not in shapes:
+def placements(
+    rules: tuple[NameRule, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Placement, ...]]:
+    """Returns the tensors of a file by name, each with the leaves that it holds side by side."""
+    found: dict[str, list[Placement]] = {}
+    for rule in rules:
+        if rule.path not in shapes:
             continue
-        shape = shapes[row.path]
-        layered = row.path.startswith("layers.")
+        shape = shapes[rule.path]
+        layered = rule.path.startswith("layers.")
         for layer in range(shape[0]) if layered else (None,):
             own = shape[1:] if layered else shape
-            piece = Piece(row.path, layer, row.layout, own, _file_shape(row.layout, own), row.part)
-            found.setdefault(row.name.format(layer), []).append(piece)
+            placement = Placement(
+                path=rule.path,
+                layer=layer,
+                layout=rule.layout,
+                leaf_shape=own,
+                shape=_file_shape(rule.layout, own),
+                part=rule.part,
+            )
+            found.setdefault(rule.name.format(layer), []).append(placement)
     return {name: tuple(sorted(some, key=lambda p: p.part)) for name, some in found.items()}
 
 
-def tensor_shape(some: tuple[Piece, ...]) -> tuple[int, ...]:
-    """The shape of a tensor of these pieces."""
-    return *some[0].shape[:-1], sum(piece.shape[-1] for piece in some)
+def tensor_shape(some: tuple[Placement, ...]) -> tuple[int, ...]:
+    """Returns the shape of a tensor of these placements."""
+    return *some[0].shape[:-1], sum(placement.shape[-1] for placement in some)
 
 
-def to_file(piece: Piece, leaf: np.ndarray) -> np.ndarray:
-    """Our leaf (of one layer) as the file has it."""
-    ours, groups = _axes(piece.layout)
+def to_file(placement: Placement, leaf: np.ndarray) -> np.ndarray:
+    """Returns our leaf (of one layer) in the layout of the file."""
+    ours, groups = _axes(placement.layout)
     order = [ours.index(axis) for group in groups for axis in group]
-    return leaf.transpose(order).reshape(piece.shape)
+    return leaf.transpose(order).reshape(placement.shape)
 
 
-def from_file(piece: Piece, some: tuple[Piece, ...], tensor: np.ndarray) -> np.ndarray:
-    """Our leaf (of one layer) out of the tensor that holds `some` pieces."""
-    start = sum(other.shape[-1] for other in some if other.part < piece.part)
-    own = tensor[..., start : start + piece.shape[-1]]
-    ours, groups = _axes(piece.layout)
+def from_file(placement: Placement, some: tuple[Placement, ...], tensor: np.ndarray) -> np.ndarray:
+    """Returns our leaf (of one layer) out of the tensor that holds `some` placements."""
+    start = sum(other.shape[-1] for other in some if other.part < placement.part)
+    own = tensor[..., start : start + placement.shape[-1]]
+    ours, groups = _axes(placement.layout)
     order = [ours.index(axis) for group in groups for axis in group]
-    return own.reshape([piece.leaf_shape[i] for i in order]).transpose(np.argsort(order))
+    return own.reshape([placement.leaf_shape[i] for i in order]).transpose(np.argsort(order))
 
 
 def _axes(layout: str) -> tuple[str, list[str]]:

@@ -46,7 +46,7 @@ _Names = Iterator[tuple[str, str]]  # our module and theirs, each a dotted path
 def load_torch(
     config: VisionConfig, source: str | os.PathLike | Mapping[str, Any]
 ) -> tuple[Model, Variables]:
-    """The model of `config` with the weights of a PyTorch state dict.
+    """Returns the model of `config` with the weights of a PyTorch state dict.
 
     Args:
       config: of the network that was trained, for example `jaxfm.models.resnet_config(20)`.
@@ -90,7 +90,7 @@ def load_torch(
 
 
 def to_torch(model: Model, variables: Variables) -> dict[str, np.ndarray]:
-    """The state dict of a model or of a subnet of it, by PyTorch's names.
+    """Returns the state dict of a model or of a subnet of it, by PyTorch's names.
 
     Raises:
       TypeError: the model's family has no names here.
@@ -153,7 +153,7 @@ def _tensor_name(names: Mapping[str, str], path: str) -> str:
 
 
 def _to_torch(path: str, leaf: np.ndarray) -> np.ndarray:
-    """Kernels HWIO as OIHW, matrices [..., I, O] as [O, I ...]: PyTorch flattens channels first."""
+    """Turns kernels HWIO to OIHW and matrices [..., I, O] to [O, I ...], channels first."""
     if not path.endswith("kernel"):
         return leaf
     turned = leaf if leaf.ndim == 2 else leaf.transpose(2, 0, 1, 3)
@@ -162,7 +162,7 @@ def _to_torch(path: str, leaf: np.ndarray) -> np.ndarray:
 
 
 def _from_torch(path: str, tensor: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """The inverse of `_to_torch`."""
+    """Inverts `_to_torch`."""
     expected = _to_torch(path, np.empty(shape, np.bool_)).shape
     if tensor.shape != expected:
         raise ValueError(

@@ -46,7 +46,7 @@ Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig | VisionConfig
 
 
 def build(config: Config) -> Model:
-    """The model of a config, of whichever family.
+    """Returns the model of a config of any family.
 
     Raises:
       TypeError: not a config of one of our families.

@@ -52,22 +52,22 @@ class Card(NamedTuple):
 
 
 def heading(text: str, explanation: str = "") -> Html:
-    """The head of a section, and what the reader should know before looking."""
+    """Returns the head of a section, and what the reader should know before looking."""
     return Html(f"<h2>{html.escape(text)}</h2>" + (paragraph(explanation) if explanation else ""))
 
 
 def paragraph(text: str) -> Html:
-    """Running text."""
+    """Returns a paragraph of running text."""
     return Html(f"<p>{html.escape(text)}</p>")
 
 
 def row(*parts: Html) -> Html:
-    """Parts side by side where the window is wide enough."""
+    """Returns parts side by side where the window is wide enough."""
     return Html(f'<div class="row">{"".join(parts)}</div>')
 
 
 def cards(figures: Iterable[Card]) -> Html:
-    """Key figures, large."""
+    """Returns key figures in large type."""
     items = [
         f'<div class="card"><div class="name">{html.escape(card.label)}</div>'
         f'<div class="value">{html.escape(show(card.value))}</div>'
@@ -84,7 +84,7 @@ def table(
     best: Mapping[str, Callable] | None = None,
     title: str = "",
 ) -> Html:
-    """A table; `best={"loss": min}` marks the best number of a column.
+    """Returns a table; `best={"loss": min}` marks the best number of a column.
 
     Raises:
       ValueError: a row of another length than columns, or a name in `best` that is no column.
@@ -131,7 +131,7 @@ def text_panel(
     *,
     title: str = "",
 ) -> Html:
-    """Text or code in a fixed-width face, parts of it coloured by kind.
+    """Returns text or code in a fixed-width face, parts of it coloured by kind.
 
     Args:
       spans: (text, kind) one after the other; kind "" is plain.
@@ -160,14 +160,14 @@ def text_panel(
 
 
 def json_panel(title: str, values: Any) -> Html:
-    """JSON values, folded until clicked."""
+    """Returns JSON values, folded until clicked."""
     text = html.escape(json.dumps(values, indent=2, ensure_ascii=False))
     summary = f"<summary>{html.escape(title)}</summary>"
     return Html(f'<details class="panel">{summary}<pre>\n{text}</pre></details>')
 
 
 def render(report: Report) -> str:
-    """The page as HTML text."""
+    """Returns the page as HTML text."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -193,7 +193,7 @@ def _is_number(cell: Any) -> bool:
 
 
 def _texts(column: Sequence[Any]) -> list[str]:
-    """The cells of a column as text; fractions of like size get equally many decimals."""
+    """Returns the cells of a column as text; fractions of like size get equally many decimals."""
     numbers = [abs(cell) for cell in column if _is_number(cell)]
     sizes = [number for number in numbers if number]
     uneven = not sizes or min(sizes) < max(sizes) / 100 or math.isinf(max(sizes))

@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 50
 
 
 def show(value: object) -> str:
-    """A number as a reader wants it: 12,345, 0.123, 1.2e-05; a dash for None and NaN."""
+    """Returns a number for readers: 12,345, 0.123, 1.2e-05; a dash for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -44,7 +44,7 @@ def line_plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Html:
-    """Curves over one pair of axes, a legend above them, values on hovering.
+    """Draws curves over one pair of axes, a legend above them, values on hovering.
 
     Args:
       series: name -> (xs, ys). What is not finite, and what is not positive on a logarithmic
@@ -76,7 +76,7 @@ def line_plot(
 
 
 def bar_plot(values: Mapping[str, float], *, unit: str = "", title: str = "") -> Html:
-    """Horizontal bars from zero, each with its name and value.
+    """Draws horizontal bars from zero, each with its name and value.
 
     Raises:
       ValueError: a value is negative or not finite; it names the bar.
@@ -97,7 +97,7 @@ def bar_plot(values: Mapping[str, float], *, unit: str = "", title: str = "") ->
 def grid_plot(
     rows: Mapping[str, Sequence[int]], kinds: Mapping[int, str], *, x_label: str, title: str = ""
 ) -> Html:
-    """A row of cells for each name, coloured by kind: who did what when.
+    """Draws a row of cells for each name, coloured by kind: who did what when.
 
     Args:
       rows: name -> kind of each cell.
@@ -225,7 +225,7 @@ def _axes(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]
 
 
 def _curve(name: str, curve: Sequence, x_axis: _Axis, y_axis: _Axis, color: str) -> str:
-    """A path that breaks at gaps, and a spot to hover on for each point."""
+    """Draws a path that breaks at gaps, and a spot to hover on for each point."""
     path, spots, pen_is_down = [], [], False
     for x, y in curve:
         if x is None or y is None:

@@ -1,4 +1,4 @@
-"""Which class does an example belong to?"""
+"""Classification: which class an example belongs to."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def classification(
     label_smoothing: float = 0.0,
     transform: Callable[[Array, Array | None], Array] | None = None,
 ) -> Task:
-    """Predict "label" i32[B] from one other leaf. Outputs: logits [B, num_classes].
+    """Predicts "label" i32[B] from one other leaf. Outputs: logits [B, num_classes].
 
     Metrics: "loss" in nats (never smoothed), "accuracy".
 

@@ -22,7 +22,7 @@ def evaluate(
     count: int | None = None,
     key: Array | None = None,
 ) -> dict[str, float]:
-    """Every metric of the task over all examples, as a plain number.
+    """Returns every metric of the task over all examples as a plain number.
 
     Compiled once for each pair of `apply` and `task` (pass the same function objects again) and
     each shape of the examples. The last batch is filled up with rows of weight 0, so the result
@@ -68,7 +68,7 @@ def metric_totals(
     count: Array | int | None = None,
     key: Array | None = None,
 ) -> dict[str, Ratio]:
-    """The traceable part of `evaluate`, for use inside a compiled round.
+    """Computes the sums of `evaluate`; traceable, for use inside a compiled round.
 
     Args:
       rows: i32[n], which examples, in this order; all by default. With `count` this is one client

@@ -10,7 +10,7 @@ from jaxfm.tasks.task import Array, Ratio, Task, count_correct, leaf, row_weight
 
 
 def causal_lm(bytes_per_token: np.ndarray | None = None, pad_id: int | None = None) -> Task:
-    """Predict each token from those before it.
+    """Predicts each token from those before it.
 
     Batch: "tokens" i32[B, T + 1]; inputs are the first T, targets the last T. Outputs: logits
     [B, T, V] of any float type. Metrics: "loss" in nats per token, "accuracy", and, given
@@ -44,7 +44,7 @@ def causal_lm(bytes_per_token: np.ndarray | None = None, pad_id: int | None = No
 def masked_lm(
     mask_id: int, vocab_size: int, special_ids: Iterable[int] = (), rate: float = 0.15
 ) -> Task:
-    """Recover tokens that were hidden.
+    """Recovers tokens that were hidden.
 
     Of the tokens that are not special each is chosen with probability `rate`; a chosen one is
     replaced by `mask_id` (80%), by a random ordinary token (10%) or left as it is (10%). Batch:
@@ -90,7 +90,7 @@ def masked_lm(
 
 
 def cross_entropy(logits: Array, targets: Array, weight: Array) -> Ratio:
-    """(weighted sum of -log softmax(logits)[target] in nats, sum of weights), computed in f32."""
+    """Returns (weighted sum of -log softmax(logits)[target] in nats, sum of weights), in f32."""
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"Logits {logits.shape} do not fit targets {targets.shape}; one row of logits each."

@@ -14,8 +14,8 @@ Ratio = tuple[Array, Array]  # (total f32[], count f32[])
 class Task(NamedTuple):
     """Three pure functions. Scores are sums with their counts, never means.
 
-    So a mean over microbatches, clients or devices is the ratio of two sums of sums, and whatever
-    has weight 0 (padding, rows filled up to a full batch) counts nowhere. A task of your own:
+    So a mean over microbatches, clients or devices is the ratio of two sums of sums, and rows of
+    weight 0 (padding, rows that fill up a batch) count nowhere. A task of your own:
 
     >>> def regression():
     ...     def prepare(batch, key=None):
@@ -55,7 +55,7 @@ def prepare_weighted(
 
 
 def row_weight(batch: dict[str, Array], targets: Array) -> Array:
-    """f32 of the shape of `targets`: each row's "weight" (1 where the batch has none)."""
+    """Returns f32 of the shape of `targets`: each row's "weight", 1 if the batch has none."""
     if "weight" not in batch:
         return jnp.ones(targets.shape, jnp.float32)
     rows = batch["weight"].astype(jnp.float32)
@@ -63,17 +63,17 @@ def row_weight(batch: dict[str, Array], targets: Array) -> Array:
 
 
 def leaf(batch: dict[str, Array], name: str) -> Array:
-    """A leaf of the batch, or an error that says which leaves there are."""
+    """Returns a leaf of the batch; if it is missing, the error says which leaves there are."""
     if name not in batch:
         raise ValueError(f"The batch has no leaf {name!r}; it has {sorted(batch)}.")
     return batch[name]
 
 
 def weighted_sum(values: Array, weight: Array) -> Array:
-    """Sum of weight * values in f32, where weight 0 also silences NaN and infinity."""
+    """Returns the sum of weight * values in f32; weight 0 also silences NaN and infinity."""
     return jnp.sum(jnp.where(weight > 0, values.astype(jnp.float32) * weight, 0.0))
 
 
 def count_correct(logits: Array, targets: Array, weight: Array) -> Ratio:
-    """(weighted number of targets with the largest logit, sum of weights)."""
+    """Returns (weighted number of targets with the largest logit, sum of weights)."""
     return weighted_sum(jnp.argmax(logits, axis=-1) == targets, weight), jnp.sum(weight)

@@ -10,7 +10,7 @@ from jaxfm.report.sections import figures, section
 
 @section("draft", order=30)
 def draft(part: Mapping) -> list[Html]:
-    """How the draft learned, and how often it agrees with its parent."""
+    """Shows how the draft learned, and how often it agrees with its parent."""
     curve = {"distillation": (list(range(len(part["losses"]))), part["losses"])}
     return [
         heading(
@@ -31,7 +31,7 @@ def draft(part: Mapping) -> list[Html]:
 
 @section("decode", order=40, title="Federate, cut, serve")
 def decoders(part: Mapping) -> list[Html]:
-    """The decoders' speeds, and a text of each with what was drafted."""
+    """Shows the decoders' speeds, and a text of each with what was drafted."""
     rows = [
         [d["name"], d["tokens_per_s"], d["speed_up"], d["acceptance"], d["tokens_per_pass"],
          "yes" if d["identical"] else "NO"]
@@ -55,6 +55,6 @@ def decoders(part: Mapping) -> list[Html]:
 
 @figures("decode")
 def decoder_figures(part: Mapping) -> list[Card]:
-    """The best speed-up."""
+    """Returns the best speed-up."""
     best = max(part["decoders"], key=lambda d: d["speed_up"])
     return [Card("speed-up", f"{best['speed_up']:.2f}x", f"{best['name']} decoding")]

@@ -17,7 +17,7 @@ from jaxfm.report.sections import (
 
 @section("federate", order=10, title="A federated run")
 def clients(part: Mapping) -> list[Html]:
-    """The three metrics, the tiers, the bytes on the wire and the sizes of clients."""
+    """Shows the three metrics, the tiers, the bytes on the wire and the sizes of clients."""
     test, tiers, totals = part["test"], part["tiers"], part["totals"]
     metric = main_metric(list(test))
     best = min if metric in LOWER_IS_BETTER else max
@@ -60,7 +60,7 @@ def clients(part: Mapping) -> list[Html]:
 
 @figures("federate")
 def client_figures(part: Mapping) -> list[Card]:
-    """The main metric, the clients served worst, bytes and, where simulated, time."""
+    """Returns the main metric, the clients served worst, bytes and, where simulated, time."""
     metric = main_metric(list(part["test"]))
     own, overall = (part["test"].get(f"{w}/{metric}") for w in ("personal", "global"))
     if overall is None:
@@ -86,6 +86,6 @@ section("compare", order=20, title="Federated algorithms side by side")(comparis
 
 @figures("compare")
 def comparison_figures(part: Mapping) -> list[Card]:
-    """Which algorithm is best by each column."""
+    """Returns which algorithm is best by each column."""
     metric = next(iter(part["algorithms"].values()))["metric"]
     return best_cards(part, metric in LOWER_IS_BETTER)

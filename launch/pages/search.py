@@ -16,7 +16,7 @@ from jaxfm.report.sections import (
 
 @section("search", order=50, title="A model cut to a budget")
 def search(part: Mapping) -> list[Html]:
-    """What a search found: before and after, the ratio of each group, the curve, all candidates."""
+    """Shows a search: before and after, the ratio of each group, the curve, all candidates."""
     metric = main_metric(list(part["dense"]))
     stages = [["dense", part["dense"][metric]]]
     stages += [[stage, values[metric]] for stage, values in part["stages"].items()]
@@ -49,7 +49,7 @@ def search(part: Mapping) -> list[Html]:
 
 @figures("search")
 def search_figures(part: Mapping) -> list[Card]:
-    """The main metric of the pruned model, its cost and its speed."""
+    """Returns the main metric of the pruned model, its cost and its speed."""
     metric = main_metric(list(part["dense"]))
     last = list(part["stages"].values())[-1]
     dense_macs, macs = part["costs"]["macs"]
@@ -63,7 +63,7 @@ def search_figures(part: Mapping) -> list[Card]:
 
 @section("supernet", order=60, title="A network for every device")
 def supernet(part: Mapping) -> list[Html]:
-    """The members of all budgets, and the scores that the predictor learned from."""
+    """Shows the members of all budgets, and the scores that the predictor learned from."""
     metric, cost = main_metric(list(part["dense"])), part["cost"]
     label = metric_label(metric)
     members = part["members"]
@@ -101,7 +101,7 @@ def supernet(part: Mapping) -> list[Html]:
 
 @figures("supernet")
 def member_figures(part: Mapping) -> list[Card]:
-    """The main metric of the member chosen for each budget."""
+    """Returns the main metric of the member chosen for each budget."""
     metric = main_metric(list(part["dense"]))
     dense = f"dense {part['dense'][metric]:.4f}"
     return [
@@ -115,7 +115,7 @@ def member_figures(part: Mapping) -> list[Card]:
 
 
 def _front(scored: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """The candidates that no cheaper one beats, from cheap to dear."""
+    """Returns the candidates that no cheaper one beats, from cheap to expensive."""
     front: list[tuple[float, float]] = []
     for share, score in sorted(scored, key=lambda x: (x[0], -x[1])):
         if not front or score > front[-1][1]:

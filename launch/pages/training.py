@@ -9,7 +9,7 @@ from jaxfm.report.sections import main_metric, metric_label
 
 
 def training(metrics: list[dict], results: Mapping) -> list[Html]:
-    """The validation metric by step, and of a federated run by bytes and by time as well."""
+    """Shows the validation metric by step, and of a federated run by bytes and by time as well."""
     shown = ("validation", "personal/")
     names = {name for line in metrics for name in line if name.startswith(shown)}
     steps = "round" if any("clients/reported" in line for line in metrics) else "step"
@@ -36,7 +36,7 @@ def training(metrics: list[dict], results: Mapping) -> list[Html]:
 
 
 def training_figures(metrics: list[dict]) -> list[Card]:
-    """The main metric, last measured."""
+    """Returns the main metric as it was last measured."""
     last = {name: value for line in metrics for name, value in line.items()}
     shown = [name for name in last if name.startswith(("validation/", "test/"))]
     if not shown:

@@ -89,7 +89,7 @@ class Cnn(nnx.Module):
 
 
 def cnn(config: CnnConfig = CnnConfig()) -> Model:
-    """A classifier: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
+    """Returns a Model: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
     expected = (*config.image_size, config.num_channels)
     network = from_nnx(lambda rngs: Cnn(config, rngs))
 
@@ -124,7 +124,7 @@ class Mlp(nnx.Module):
 
 
 def mlp(sizes: tuple[int, ...] = (784, 200, 10)) -> Model:
-    """A classifier of `sizes` units a layer: `apply(variables, f32[B, ...]) -> logits f32[B, C]`.
+    """Returns a Model of `sizes` units a layer: `apply(variables, f32[B, ...]) -> logits [B, C]`.
 
     Raises:
       ValueError: fewer than two sizes, or one below 1.

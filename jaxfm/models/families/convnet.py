@@ -33,8 +33,8 @@ _RELU_GAIN = 2**0.5  # He et al. 2015, equation 10: keeps the variance through a
 class Conv(nnx.Module):
     """A convolution, padded by size // 2 on all sides; kernel [size, size, in // groups, out].
 
-    The centre of the kernel is a kernel of its own: what is cut off leaves as much padding, on all
-    sides alike, so the window stays where it was whatever the stride. `taps` names both axes.
+    The centre of a kernel is a smaller kernel: a crop reduces the padding by as much on all sides,
+    so the window stays in place for any stride. `taps` names both axes.
     """
 
     def __init__(
@@ -90,21 +90,21 @@ class ConvNorm(nnx.Module):
 
 
 def depthwise(axis: Axis, size: int = 3, **options: Any) -> ConvNorm:
-    """One filter a channel."""
+    """Returns a convolution with one filter per channel."""
     return ConvNorm(axis, axis, size, groups=axis[1], **options)
 
 
 def max_pool_3x3(x: Array) -> Array:
-    """Largest of each 3x3 window, stride 2, padded by 1: the pooling after ImageNet stems."""
-    lowest = np.asarray(-np.inf, x.dtype)  # of NumPy: a value that JAX sees, and a gradient
+    """Pools 3x3 windows by their largest value, stride 2, padded by 1, as ImageNet stems do."""
+    lowest = np.asarray(-np.inf, x.dtype)  # of NumPy: JAX must see its value to differentiate
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 
 def average_pool_3x3(x: Array) -> Array:
-    """Mean of each 3x3 window, stride 2, padded by 1 with zeros that count."""
+    """Returns the mean of each 3x3 window, stride 2; the padding of 1 counts as zeros."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
-    zero = np.zeros((), x.dtype)  # of NumPy: a value that JAX sees and so differentiates the sum
+    zero = np.zeros((), x.dtype)  # of NumPy: JAX must see its value to differentiate
     return lax.reduce_window(x, zero, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), pads) / 9
 
 
@@ -122,10 +122,10 @@ class Sequence(nnx.Module):
         return x
 
 
-def image_classifier(
+def as_classifier(
     config: Any, make_module: Callable[[Any, nnx.Rngs], nnx.Module], image_size: int | None = None
 ) -> Model:
-    """The Model of a network of images: checks them, casts to its dtype, gives float32 logits."""
+    """Returns a Model that checks images, casts them to its dtype and gives float32 logits."""
     network = from_nnx(lambda rngs: make_module(config, rngs))
     size = "H, W" if image_size is None else f"{image_size}, {image_size}"
 

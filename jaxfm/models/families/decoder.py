@@ -54,18 +54,20 @@ class DecoderConfig:
       vocab_size: tokens.
       embed_dim: width of the residual stream.
       num_layers, num_heads: depth, and query heads.
-      num_kv_heads: key/value heads, of which num_heads is a multiple; None: num_heads.
-      head_dim: of each head; None: embed_dim // num_heads.
+      num_kv_heads: key/value heads, of which num_heads is a multiple; None means
+        num_heads.
+      head_dim: of each head; None means embed_dim // num_heads.
       mlp_dim: hidden width of each MLP.
       max_len: longest context, in tokens; the size of the table for learned positions.
       activation, gated: of the MLP.
       norm, norm_eps: "rms" or "layer".
       positions: "rotary" or "learned".
       rope_theta, rope_scaling: of rotary positions.
-      sliding_window: number of latest positions that a token sees; None: all.
+      sliding_window: number of latest positions that a token sees; None means all.
       qkv_bias, out_bias, mlp_bias: which linear maps have a bias.
       tied: the head is the transposed embedding.
-      attention_scale: on the scores; None: head_dim ** -0.5. A subnet keeps its parent's.
+      attention_scale: factor on the scores; None means head_dim ** -0.5. A subnet keeps its
+        parent's.
       dtype: of the parameters and the computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
     """
@@ -119,7 +121,7 @@ class DecoderConfig:
 
 
 def gpt2_config(**sizes) -> DecoderConfig:
-    """A `DecoderConfig` with GPT-2's switches; `sizes` are its remaining fields."""
+    """Returns a `DecoderConfig` with GPT-2's switches; `sizes` are its remaining fields."""
     switches: dict[str, Any] = {
         "family": "gpt2", "activation": "gelu_tanh", "gated": False, "norm": "layer",
         "positions": "learned", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True,
@@ -173,7 +175,7 @@ class Block(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The last norm and the map to logits; with tied weights it is handed the embedding."""
+    """The last norm and the map to logits; with tied weights it is given the embedding."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
@@ -191,7 +193,7 @@ class Head(nnx.Module):
 
 
 def decoder(config: DecoderConfig) -> Model:
-    """A causal language model: `apply(variables, tokens i32[B, T]) -> logits f32[B, T, V]`."""
+    """Returns a causal LM: `apply(variables, tokens i32[B, T]) -> logits f32[B, T, V]`."""
     embedding = split(lambda rngs: TokenEmbedding(config, rngs))
     block = split(lambda rngs: Block(config, rngs))
     out = split(lambda rngs: Head(config, rngs))
@@ -227,7 +229,7 @@ def decoder(config: DecoderConfig) -> Model:
 
 
 def resized(config: Config, sizes: Mapping[str, int]) -> Config:
-    """The config of a subnet whose axes have `sizes` (`jaxfm.subnet.axis_sizes` of its variables).
+    """Returns the config of a subnet whose axes have `sizes` (`jaxfm.axis_sizes` of its variables).
 
     Args:
       config: of the whole model; a decoder, encoder or vision transformer.

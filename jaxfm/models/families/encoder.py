@@ -42,7 +42,7 @@ class EncoderConfig:
         are not `pad_id`, from `pad_id + 1` on.
       vocab_size, num_types: tokens, and segment types.
       embed_dim, num_layers, num_heads, mlp_dim: widths and depth.
-      head_dim: of attention; None: embed_dim // num_heads.
+      head_dim: of attention; None means embed_dim // num_heads.
       max_len: rows of the table of positions (RoBERTa's inputs may be `pad_id + 1` shorter).
       pad_id: the padding token.
       activation, norm_eps: of the MLPs and the layer norms.
@@ -53,7 +53,8 @@ class EncoderConfig:
         "masked_lm": logits f32[B, T, V], tied to the embedding;
         "classify": logits f32[B, num_classes] of the pooled vector.
       num_classes: of "classify".
-      attention_scale: on the scores; None: head_dim ** -0.5. A subnet keeps its parent's.
+      attention_scale: factor on the scores; None means head_dim ** -0.5. A subnet keeps its
+        parent's.
       dtype: of parameters and computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
     """
@@ -135,7 +136,7 @@ class MaskedLmHead(nnx.Module):
         self.transform = Linear((embed,), (embed,), bias=True, dtype=dtype, rngs=rngs)
         self.norm = Norm(embed, kind="layer", eps=config.norm_eps, dtype=dtype)
         self.bias = param(jnp.zeros((config.vocab_size,), dtype), ("vocab",))
-        # RoBERTa's head is a GELU whatever the layers have.
+        # RoBERTa's head always uses GELU.
         self.activation = "gelu" if config.family == "roberta" else config.activation
 
     def __call__(self, x: Array, table: Array) -> Array:
@@ -145,10 +146,10 @@ class MaskedLmHead(nnx.Module):
 
 
 class PooledHead(nnx.Module):
-    """tanh of a linear map of the first token, and a classifier of it where one is asked for."""
+    """tanh of a linear map of the first token, and a classifier of that for "classify"."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        # Not "embed": a cut of the residual stream leaves the pooled vector whole.
+        # Not named "embed", so that a cut of the residual stream leaves the pooled vector whole.
         embed, pooled = ("embed", config.embed_dim), ("pooled", config.embed_dim)
         kw = {"bias": True, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.pooler = Linear((embed,), (pooled,), **kw)
@@ -161,13 +162,13 @@ class PooledHead(nnx.Module):
         return self.classifier(pooled).astype(jnp.float32) if self.classifies else pooled
 
 
-class _Nothing(nnx.Module):
+class _NoHead(nnx.Module):
     """The head of a model that has none."""
 
 
 def encoder(config: EncoderConfig) -> Model:
-    """An encoder: `apply(variables, {"tokens", "mask", "types"}) -> output` of `config.head`."""
-    heads = {"none": lambda config, rngs: _Nothing(), "masked_lm": MaskedLmHead}
+    """Returns an encoder: `apply(variables, {"tokens", "mask", "types"}) -> output` of `head`."""
+    heads = {"none": lambda config, rngs: _NoHead(), "masked_lm": MaskedLmHead}
     embedding = split(lambda rngs: EncoderEmbedding(config, rngs))
     block = split(lambda rngs: EncoderBlock(config, rngs))
     out = split(lambda rngs: heads.get(config.head, PooledHead)(config, rngs))
@@ -205,11 +206,11 @@ def encoder(config: EncoderConfig) -> Model:
 
 
 def _read(inputs: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    """Tokens, mask bool[B, T] and types of a dict of inputs."""
+    """Returns tokens, mask bool[B, T] and types of a dict of inputs."""
     if not isinstance(inputs, Mapping) or "tokens" not in inputs or set(inputs) - set(_INPUTS):
         given = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(
-            f"An encoder takes a dict of 'tokens' i32[B, T] and, where wanted, 'mask' and 'types'; "
+            f"An encoder takes a dict of 'tokens' i32[B, T] and, optionally 'mask' and 'types'; "
             f"got {given}."
         )
     tokens = inputs["tokens"]

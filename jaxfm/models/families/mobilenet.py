@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxfm.layers import Axis, Linear, check_fields
 from jaxfm.model import Array, Model
-from jaxfm.models.families.convnet import ConvNorm, Sequence, depthwise, image_classifier
+from jaxfm.models.families.convnet import ConvNorm, Sequence, as_classifier, depthwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class MobileNetConfig:
 
     Attributes:
       version: 1 or 2.
-      rows: (expansion, channels, blocks, stride of the first) of each stage; version 1 has no
-        expansion: 1.
+      rows: (expansion, channels, blocks, stride of the first) of each stage; in version 1 the
+        expansion is 1.
       stem_channels: of the first convolution.
       stem_stride: of the first convolution; 1 suits 32x32 images.
       last_channels: of the 1x1 convolution before the classifier (version 2).
@@ -62,7 +62,7 @@ _ROWS = {
 
 
 def mobilenet_config(version: int, **changes: Any) -> MobileNetConfig:
-    """MobileNet v1 or v2 for ImageNet, at width 1.
+    """Returns the config of MobileNet v1 or v2 for ImageNet, at width 1.
 
     Raises:
       ValueError: another version.
@@ -73,7 +73,7 @@ def mobilenet_config(version: int, **changes: Any) -> MobileNetConfig:
     return MobileNetConfig(**(fields | changes))
 
 
-class Separable(nnx.Module):
+class SeparableBlock(nnx.Module):
     """A depthwise 3x3 and a 1x1 convolution, each with norm and ReLU (v1)."""
 
     def __init__(self, inputs: Axis, outputs: Axis, stride: int, taps: str, **kw: Any):
@@ -84,7 +84,7 @@ class Separable(nnx.Module):
         return self.point(self.depth(x))
 
 
-class Inverted(nnx.Module):
+class InvertedBlock(nnx.Module):
     """Expand by 1x1, filter by depthwise 3x3, project by 1x1 without activation (v2)."""
 
     def __init__(self, inputs: Axis, outputs: Axis, inner: Axis, stride: int, taps: str, **kw: Any):
@@ -119,14 +119,14 @@ class MobileNet(nnx.Module):
                 taps = f"kernel_stage{i}_{j}"
                 if config.version == 1:
                     outputs = (f"stage{i}_{j}", channels)
-                    blocks.append(Separable(stream, outputs, step, taps, **kw))
+                    blocks.append(SeparableBlock(stream, outputs, step, taps, **kw))
                 else:
                     # A block that adds to its input shares its channels, even across stages.
                     adds = step == 1 and channels == stream[1]
                     outputs = stream if adds else (f"stage{i}", channels)
                     wide = (f"stage{i}_{j}", expansion * stream[1])
                     inner = stream if expansion == 1 else wide
-                    blocks.append(Inverted(stream, outputs, inner, step, taps, **kw))
+                    blocks.append(InvertedBlock(stream, outputs, inner, step, taps, **kw))
                 stream = outputs
             setattr(self, f"stage{i}", Sequence(blocks))
         self.has_last = config.version == 2
@@ -146,5 +146,5 @@ class MobileNet(nnx.Module):
 
 
 def mobilenet(config: MobileNetConfig) -> Model:
-    """A classifier: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
-    return image_classifier(config, MobileNet)
+    """Returns a Model: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
+    return as_classifier(config, MobileNet)

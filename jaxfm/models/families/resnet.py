@@ -7,7 +7,7 @@
 >>> logits.shape
 (2, 10)
 
-Each block has its own parameters: blocks whose inner channels were pruned unequally run as they
+Each block has its own parameters, so blocks whose inner channels were pruned unequally run as they
 are. Source: He et al. 2016, sections 3 and 4.2.
 """
 
@@ -22,7 +22,7 @@ from flax import nnx
 
 from jaxfm.layers import Axis, Linear, check_fields
 from jaxfm.model import Array, Model
-from jaxfm.models.families.convnet import ConvNorm, Sequence, image_classifier, max_pool_3x3
+from jaxfm.models.families.convnet import ConvNorm, Sequence, as_classifier, max_pool_3x3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ _IMAGENET: dict[int, tuple[str, tuple[int, ...]]] = {
 
 
 def resnet_config(depth: int, **changes: Any) -> ResNetConfig:
-    """ResNet-18, 34 or 50 for ImageNet; or of depth 6n + 2 (8, 20, 32, 44, 56, 110) for CIFAR.
+    """Returns the config of ResNet-18, 34, 50 (ImageNet) or 6n + 2: 8, 20, ..., 110 (CIFAR).
 
     Raises:
       ValueError: another depth.
@@ -153,7 +153,7 @@ class ResNet(nnx.Module):
         wider = 1 if config.block == "basic" else 4
         kw: dict[str, Any] = {"norm": config.norm, "num_groups": config.num_groups}
         size, stride = (3, 1) if config.stem == "cifar" else (7, 2)
-        # A basic first stage adds to the stem's output, which hence is its stream.
+        # A basic first stage adds to the stem's output, so both are one stream.
         first = "stage1" if wider == 1 else "stem"
         stream: Axis = (first if named else None, config.widths[0])
         image = ("channel", config.num_channels)
@@ -182,5 +182,5 @@ class ResNet(nnx.Module):
 
 
 def resnet(config: ResNetConfig = ResNetConfig()) -> Model:
-    """A classifier: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
-    return image_classifier(config, ResNet)
+    """Returns a Model: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
+    return as_classifier(config, ResNet)

@@ -1,8 +1,8 @@
 """ShuffleNet v1 and v2: grouped and split convolutions with channel shuffles.
 
 Source: Zhang et al. 2018, figure 2 and table 1; Ma et al. 2018, figure 3 and table 5. A shuffle
-ties channels to others by their number, so the streams of the stages have no axis name and are cut
-by `jaxfm.search` alone; the inner channels of v2, which no shuffle sees, are "stage{i}_{j}".
+ties channels to others by their number, so the streams of the stages have no axis name and only
+`jaxfm.search` can cut them; the inner channels of v2, which are not shuffled, are "stage{i}_{j}".
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxfm.model import Array, Model
 from jaxfm.models.families.convnet import (
     ConvNorm,
     Sequence,
+    as_classifier,
     average_pool_3x3,
     depthwise,
-    image_classifier,
     max_pool_3x3,
 )
 
@@ -76,7 +76,7 @@ class ShuffleNetConfig:
 
 
 def shufflenet_config(version: int, **changes: Any) -> ShuffleNetConfig:
-    """ShuffleNet v1 (3 groups) or v2 for ImageNet, at width 1.
+    """Returns the config of ShuffleNet v1 (3 groups) or v2 for ImageNet, at width 1.
 
     Raises:
       ValueError: another version.
@@ -88,12 +88,12 @@ def shufflenet_config(version: int, **changes: Any) -> ShuffleNetConfig:
 
 
 def shuffle(x: Array, groups: int) -> Array:
-    """Channels of all groups in turn: the transpose of [groups, channels // groups]."""
+    """Takes channels of all groups in turn: transposes [groups, channels // groups]."""
     y = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     return y.swapaxes(-1, -2).reshape(x.shape)
 
 
-class Grouped(nnx.Module):
+class GroupedBlock(nnx.Module):
     """v1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added, or beside the pooled input."""
 
     def __init__(
@@ -116,7 +116,7 @@ class Grouped(nnx.Module):
         return jax.nn.relu(x + y)
 
 
-class Split(nnx.Module):
+class SplitBlock(nnx.Module):
     """v2: half of the channels pass, the other half is convolved; with stride 2, both are."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, name: str, **kw: Any):
@@ -161,10 +161,10 @@ class ShuffleNet(nnx.Module):
                     first = 1 if i == 1 and j == 0 else config.groups
                     taps = f"kernel_stage{i}_{j}"
                     blocks.append(
-                        Grouped(channels, width, config.groups, stride, first, taps, **kw)
+                        GroupedBlock(channels, width, config.groups, stride, first, taps, **kw)
                     )
                 else:
-                    blocks.append(Split(channels, width, stride, f"stage{i}_{j}", **kw))
+                    blocks.append(SplitBlock(channels, width, stride, f"stage{i}_{j}", **kw))
                 channels = width
             setattr(self, f"stage{i}", Sequence(blocks))
         stream: Axis = (None, channels)
@@ -186,5 +186,5 @@ class ShuffleNet(nnx.Module):
 
 
 def shufflenet(config: ShuffleNetConfig) -> Model:
-    """A classifier: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
-    return image_classifier(config, ShuffleNet)
+    """Returns a Model: `apply(variables, images f32[B, H, W, C]) -> logits f32[B, num_classes]`."""
+    return as_classifier(config, ShuffleNet)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxfm.conv import max_pool
 from jaxfm.layers import Axis, Linear, check_fields
 from jaxfm.model import Array, Model
-from jaxfm.models.families.convnet import ConvNorm, Sequence, image_classifier
+from jaxfm.models.families.convnet import ConvNorm, Sequence, as_classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class VggConfig:
       stages: channels of the convolutions of each stage; a 2x2 pooling follows each stage.
       batch_norm: after every convolution.
       dense_dims: units of the dense layers before the classifier.
-      image_size: height and width in pixels; what the poolings leave is flattened.
+      image_size: height and width in pixels; the output of the last pooling is flattened.
       num_channels: of the image.
       num_classes: outputs.
       dtype: of parameters and computation; logits are float32.
@@ -58,7 +58,7 @@ _STAGES = {
 
 
 def vgg_config(depth: int, *, cifar: bool = False, **changes: Any) -> VggConfig:
-    """VGG-11 or VGG-16, for ImageNet or for 32x32 images with the classifier right on top.
+    """Returns the config of VGG-11 or VGG-16; `cifar` is 32x32 images and no dense layers between.
 
     Raises:
       ValueError: another depth.
@@ -107,4 +107,4 @@ class Vgg(nnx.Module):
 
 def vgg(config: VggConfig) -> Model:
     """A classifier: `apply(variables, images f32[B, S, S, C]) -> logits f32[B, num_classes]`."""
-    return image_classifier(config, Vgg, config.image_size)
+    return as_classifier(config, Vgg, config.image_size)

@@ -26,7 +26,7 @@ class VitConfig:
       patch_size: of a patch, likewise; pixels beyond the last whole patch are dropped.
       num_channels: of the image.
       embed_dim, num_layers, num_heads, mlp_dim: widths and depth.
-      head_dim: of attention; None: embed_dim // num_heads.
+      head_dim: of attention; None means embed_dim // num_heads.
       activation, norm_eps, qkv_bias: of the layers.
       head: what is on top, and so the output:
         "none": tokens [B, 1 + N, D], the class token first;
@@ -34,7 +34,8 @@ class VitConfig:
           map and tanh;
         "classify": logits f32[B, num_classes] of the class token.
       num_classes: of "classify".
-      attention_scale: on the scores; None: head_dim ** -0.5. A subnet keeps its parent's.
+      attention_scale: factor on the scores; None means head_dim ** -0.5. A subnet keeps its
+        parent's.
       dtype: of parameters and computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
     """
@@ -78,7 +79,7 @@ class VitConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many patches an image has, down and across."""
+        """Returns how many patches an image has, down and across."""
         (height, width), (down, across) = self.image_size, self.patch_size
         return height // down, width // across
 
@@ -133,14 +134,14 @@ class VitBlock(nnx.Module):
 
 
 class VitHead(nnx.Module):
-    """The last norm, and a linear map of the class token where one is asked for."""
+    """The last norm, and for "pooler" and "classify" a linear map of the class token."""
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
         kw = {"bias": True, "dtype": dtype, "rngs": rngs}
         self.norm = Norm(embed, kind="layer", eps=config.norm_eps, dtype=dtype)
         if config.head == "pooler":
-            # Not "embed": a cut of the residual stream leaves the pooled vector whole.
+            # Not named "embed", so that a cut of the stream leaves the pooled vector whole.
             self.pooler = Linear((embed,), (("pooled", config.embed_dim),), **kw)
         if config.head == "classify":
             self.classifier = Linear((embed,), (("class", config.num_classes),), **kw)
@@ -156,7 +157,7 @@ class VitHead(nnx.Module):
 
 
 def vit(config: VitConfig) -> Model:
-    """A vision transformer: `apply(variables, images f32[B, H, W, C])`; output as `config.head`."""
+    """Returns a ViT: `apply(variables, images f32[B, H, W, C]) -> output` of `config.head`."""
     embedding = split(lambda rngs: PatchEmbedding(config, rngs))
     block = split(lambda rngs: VitBlock(config, rngs))
     out = split(lambda rngs: VitHead(config, rngs))
