@@ -272,10 +272,10 @@ def test_both_spellings_of_rope_are_read():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"qkv_bias": True}, r"LlamaForCausalLM cannot say out_bias=False \(it means True\)"),
-        ({"sliding_window": 4}, "cannot say sliding_window=4"),
-        ({"norm": "layer"}, "cannot say norm='layer'"),
-        ({"family": "mistral", "qkv_bias": True}, "MistralForCausalLM cannot say qkv_bias=True"),
+        ({"qkv_bias": True}, r"LlamaForCausalLM cannot express out_bias=False \(it means True\)"),
+        ({"sliding_window": 4}, "cannot express sliding_window=4"),
+        ({"norm": "layer"}, "cannot express norm='layer'"),
+        ({"family": "mistral", "qkv_bias": True}, "MistralForCausalLM cannot express qkv_bias=True"),
         ({"embed_dim": 18, "head_dim": 4}, "embed_dim to be a multiple of num_heads; they are 18"),
         ({"family": "gpt2", "num_kv_heads": 4, "head_dim": 6}, "needs embed_dim = num_heads"),
     ],

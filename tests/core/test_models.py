@@ -131,7 +131,7 @@ def test_robertas_positions_start_after_its_padding_token():
     params["embed"]["positions"] = {"table": table.at[:2].set(jnp.nan)}
     same, _ = apply(variables._replace(params=params), {"tokens": TOKENS})
     chex.assert_trees_all_equal(same, expected)  # rows 0 and 1 are never read
-    with pytest.raises(ValueError, match="have 7 tokens, but the model knows 6 positions"):
+    with pytest.raises(ValueError, match="have 7 tokens, but the model has 6 positions"):
         apply(variables, {"tokens": np.full((1, 7), 3, np.int32)})
 
 
@@ -193,7 +193,7 @@ def test_each_config_builds_its_own_family():
         ({"tokens": TOKENS, "attention_mask": TOKENS}, r"got \['attention_mask', 'tokens'\]"),
         ({"tokens": TOKENS, "mask": TOKENS[:, :2]}, r"one shape \[B, T\]; got"),
         ({"tokens": TOKENS[0]}, r"one shape \[B, T\]; got {'tokens': \(6,\)}"),
-        ({"tokens": np.zeros((1, 65), np.int32)}, "have 65 tokens, but the model knows 64"),
+        ({"tokens": np.zeros((1, 65), np.int32)}, "have 65 tokens, but the model has 64"),
     ],
 )
 def test_inputs_that_an_encoder_cannot_read_are_refused(inputs, message):
@@ -210,7 +210,7 @@ KEY = jax.random.key(0)
     [
         (tiny_vit(), IMAGES[:, :4], r"shape \(2, 4, 8, 3\); this model takes .*\[B, 8, 8, 3\]"),
         (tiny_cnn(), IMAGES, r"shape \(2, 8, 8, 3\); this model takes .*\[B, 8, 8, 1\]"),
-        (tiny_gpt2(), np.zeros((1, 65), np.int32), "have 65 tokens, but the model knows 64"),
+        (tiny_gpt2(), np.zeros((1, 65), np.int32), "have 65 tokens, but the model has 64"),
     ],
 )
 def test_inputs_of_the_wrong_size_are_refused(model, inputs, message):

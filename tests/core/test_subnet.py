@@ -297,7 +297,7 @@ def test_of_a_kernel_only_the_centre_is_a_kernel(taps):
 
 def test_a_list_must_hold_one_array_a_layer():
     model, _ = FAMILIES["decoder"]
-    with pytest.raises(ValueError, match="a list stands for one array a layer"):
+    with pytest.raises(ValueError, match="a list means one array per layer"):
         extract(drawn("decoder"), model.axes, Subnet({"mlp": [0, 1]}))
     with pytest.raises(ValueError, match=r"has leading shape \(3,\).*sizes \(2,\)"):
         extract(drawn("decoder"), model.axes, Subnet({"mlp": [np.arange(2)] * 3}))
