@@ -1,108 +1,124 @@
-"""What wants an accelerator, one run after another, each within its own time.
+"""What wants an accelerator, in parts that each fit into a few minutes and go on where they stopped.
 
-    python benchmarks/accelerator.py --data_dir=cifar10.npz --weights_dir=FOLDER [--out=FOLDER]
+    python benchmarks/accelerator.py --part=0,1,2 --folder=FOLDER
+    python benchmarks/accelerator.py --part=3 --folder=FOLDER --data_dir=CIFAR10
+    python benchmarks/accelerator.py --part=4 --folder=FOLDER --data_dir=CIFAR10 --weights=resnet56.npz
+    python benchmarks/accelerator.py --dry_run
 
-The papers' federated setting with ResNet-20 and VGG-11, and the search on ResNet-56 with many
-candidates and long fine-tuning (resnet56.npz in the folder of weights). A run that is cut off has
-printed the rows that it finished; what each printed is in a file of its own, and the last line is
-one JSON object: by run, how it ended, its seconds, and its last line where that is JSON.
+The parts, in the order in which they are wanted:
+
+- 0: what machine this is, and its two ceilings: bytes copied and bf16 operations a second;
+- 1: decoding and speculative decoding of 100 M to 1 B parameters, as shares of the bandwidth;
+- 2: rounds of 1000 tiny clients and of 100 clients with a CNN, against jitted loops over clients;
+- 3: SPATL, FedAvg and SCAFFOLD with ResNet-20 at the papers' setting on CIFAR-10;
+- 4: a search on ResNet-56, and 40 epochs of training of what it finds;
+- 5: FedKEMF with residual networks of three depths, against FedAvg;
+- 6: 15,000 candidates scored by one masked program, against slices one by one.
+
+A call stops by its own clock, `--minutes` after it began, and keeps what it has in the folder: called
+again, it goes on. Every part prints one line of JSON, which `lines.jsonl` in the folder keeps, too;
+`docs/accelerator.md` says how to read it. `--dry_run` runs all parts in miniature on any machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
-import subprocess
 import sys
-import time
+
+import jax
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
 
-HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for its import by tests
+
+from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part  # noqa: E402
+from accelerator_parts.images import decoded  # noqa: E402
+
+MODULES = ("ceilings", "decoding", "clients", "paper", "shrinking", "knowledge", "candidates")
+NEED_IMAGES, NEED_WEIGHTS = (3, 4, 5, 6), (4, 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is run, and for how long."""
 
-    data_dir: str = option("", "npz with train_images, train_labels, test_images, test_labels")
-    weights_dir: str = option("", "folder with resnet56.npz")
-    out: str = option("runs/accelerator", "folder for what the runs print")
-    minutes: float = option(28.0, "for all of them, dealt out by weight")
-    quick: bool = option(False, "only says what would be run")
+    part: tuple[int, ...] = option(tuple(range(len(MODULES))), "parts to run, in this order")
+    folder: str = option("runs/accelerator", "what is done, and where to go on")
+    minutes: float = option(9.0, "for this call, dealt out evenly over its parts")
+    dry_run: bool = option(False, "all parts in miniature, on any machine")
+    quick: bool = option(False, "only say which cases there are")
+    data_dir: str = option("", "CIFAR-10: an npz file, or a folder of its published files")
+    weights: str = option("", "PyTorch's state dict of ResNet-56 trained on CIFAR-10")
+    num_rounds: int = option(60, "most rounds of parts 3 and 5")
+    rate: float = option(0.01, "learning rate of clients in parts 3 and 5, the papers' own")
+    seed: int = option(0, "of weights, partitions and searches")
+    commit: str = option("", "of the code, where git cannot say it")
 
     def __post_init__(self):
         check(self)
         if not self.minutes > 0:
             raise ValueError(f"minutes={self.minutes}: give a time above 0.")
-        if not self.quick and not (self.data_dir and self.weights_dir):
-            raise ValueError("Give --data_dir and --weights_dir, or --quick.")
+        if unknown := sorted(set(self.part) - set(range(len(MODULES)))):
+            raise ValueError(f"part={unknown}: choose from 0 to {len(MODULES) - 1}.")
+        if self.dry_run or self.quick:
+            return
+        if not self.data_dir and set(self.part) & set(NEED_IMAGES):
+            raise ValueError(f"Parts {NEED_IMAGES} need CIFAR-10: give --data_dir, or other parts.")
+        if not self.weights and set(self.part) & set(NEED_WEIGHTS):
+            raise ValueError(f"Parts {NEED_WEIGHTS} need a network: give --weights=resnet56.npz.")
 
 
-def runs(config: Config) -> dict[str, tuple[float, list[str]]]:
-    """(weight, command) by name, the most wanted first."""
-    table = [
-        "federated_table.py", f"--data_dir={config.data_dir}", "--num_seeds=1", "--rates=0.01",
-        "--only=spatl_personal,spatl_personal_narrow,spatl,scaffold,fed_nova",
-    ]  # fmt: skip
-    search = [
-        "search_cifar.py", f"--data_dir={config.data_dir}",
-        f"--weights={config.weights_dir}/resnet56.npz", "--repaired",
-    ]  # fmt: skip
-    return {
-        "paper_resnet20": (3, [*table, "--work=paper_resnet20", "--num_rounds=60"]),
-        "search_finetuned": (3, [
-            *search, "--evaluations=512", "--reward=1000", "--report=5000", "--finetune=40",
-            "--num_seeds=1", "--strategies=random,gnn_rl",
-        ]),
-        "search_many": (2, [
-            *search, "--evaluations=15000", "--reward=5000", "--report=5000", "--num_seeds=1",
-            "--strategies=gnn_rl",
-        ]),
-        "paper_vgg11": (2, [*table, "--work=paper_vgg11", "--num_rounds=30"]),
-    }  # fmt: skip
+def part_of(number: int) -> Part:
+    return importlib.import_module(f"accelerator_parts.{MODULES[number]}").PART
 
 
-def run(command: list[str], path: pathlib.Path, seconds: float) -> dict:
-    """Runs one benchmark for at most so long; its output goes to a file as it comes."""
-    began = time.perf_counter()
-    with path.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-u", str(HERE / command[0]), *command[1:]],
-            stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            ended: int | str = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            ended = "cut off"
-    lines = path.read_text().splitlines()
-    found = {"ended": ended, "seconds": round(time.perf_counter() - began)}
-    if lines and lines[-1].startswith("{"):
-        found["result"] = json.loads(lines[-1])
-    return found
+def run(config: Config) -> list[dict]:
+    """Runs the parts, prints the line of each, and returns the lines."""
+    whole, folder = Clock(60 * config.minutes), pathlib.Path(config.folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A program compiled once serves later calls; part 6, which times compilation, goes without.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache" / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    commit, lines = commit_of(config.commit), []
+    images = decoded(config.data_dir, folder / "cache") if config.data_dir else None
+    for place, number in enumerate(config.part):
+        clock = Clock(whole.left() / (len(config.part) - place))
+        setting = Setting(
+            dry=config.dry_run,
+            folder=folder,
+            clock=clock,
+            images=images,
+            weights=pathlib.Path(config.weights) if config.weights else None,
+            num_rounds=config.num_rounds,
+            rate=config.rate,
+            seed=config.seed,
+        )
+        line = run_part(part_of(number), setting, commit)
+        print(json.dumps(line), flush=True)
+        with (folder / "lines.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        lines.append(line)
+    return lines
+
+
+def listed(config: Config) -> dict:
+    """The names of all cases of the parts."""
+    folder = pathlib.Path(config.folder)
+    setting = Setting(True, folder, Clock(0), None, None, config.num_rounds, config.rate, 0)
+    parts = map(part_of, config.part)
+    return {"name": "accelerator", "cases": {p.name: list(p.cases(setting)) for p in parts}}
 
 
 def main(config: Config) -> None:
-    """All runs, in the order of the list."""
-    plan = runs(config)
-    folder = pathlib.Path(config.out)
-    left, weights = 60 * config.minutes, sum(weight for weight, _ in plan.values())
-    result: dict = {"name": "accelerator", "runs": {}}
-    for name, (weight, command) in plan.items():
-        seconds = left * weight / weights
-        print(f"{name}: {seconds:.0f} s at most: {' '.join(command)}", flush=True)
-        if config.quick:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        result["runs"][name] = run(command, folder / f"{name}.log", seconds)
-        # What one leaves of its time is for those that follow.
-        left, weights = left - result["runs"][name]["seconds"], weights - weight
-        print(json.dumps(result["runs"][name]), flush=True)
-    print(json.dumps(result))
+    if config.quick:
+        print(json.dumps(listed(config)))
+        return
+    if any(line["failed"] for line in run(config)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

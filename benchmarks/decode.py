@@ -90,20 +90,25 @@ class Transformers:
         return answer["tokens"], answer["seconds"]
 
 
-def make_pair(sizes: dict):
-    """(model, target variables, draft model, draft variables)."""
+def make_pair(sizes: dict, widths: dict = WIDTHS):
+    """(model, target variables, draft model, draft variables).
+
+    Args:
+      sizes: "layers", "draft_layers" and "damping", by which the other layers' output is scaled.
+      widths: the other fields of `DecoderConfig`.
+    """
     import jax
 
     from jaxfm.models.families.decoder import DecoderConfig, decoder, resized
     from jaxfm.parallel.cache import decoding_layout
     from jaxfm.subnet import Subnet, axis_sizes, extract
 
-    model = decoder(DecoderConfig(num_layers=sizes["layers"], **WIDTHS))
+    model = decoder(DecoderConfig(num_layers=sizes["layers"], **widths))
     variables = model.init(jax.random.key(0))
     first = sizes["draft_layers"]
     scale = np.where(np.arange(sizes["layers"]) < first, 1, sizes["damping"]).astype(np.float32)
     layers = dict(variables.params["layers"])
-    damp = lambda leaf: leaf * scale.reshape(-1, *[1] * (leaf.ndim - 1))
+    damp = lambda leaf: leaf * scale.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
     for part, name in (("attention", "o"), ("mlp", "down")):
         layers[part] = {**layers[part], name: {"kernel": damp(layers[part][name]["kernel"])}}
     variables = variables._replace(params={**variables.params, "layers": layers})

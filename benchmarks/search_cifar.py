@@ -108,9 +108,7 @@ def load(config: Config) -> Work:
         start = model.init(jax.random.key(0))
         variables, _ = jax.jit(fit)(start, data, jnp.int32(2**30), jax.random.key(1))
         return Work(model, variables, task, train, parts["validation"], parts["test"])
-    model, variables = torch_vision.load_torch(
-        resnet_config(_depth(config.weights)), config.weights
-    )
+    model, variables, task = load_network(config.weights)
     with np.load(config.data_dir) as file:
         data = {
             part: {
@@ -119,20 +117,26 @@ def load(config: Config) -> Work:
             }
             for part in ("train", "test")
         }
+    order = rng.permutation(len(data["test"]["label"]))
+    half = len(order) // 2
+    train = rows(data["train"], rng.permutation(len(data["train"]["label"])))
+    return Work(
+        model, variables, task, train,
+        rows(data["test"], order[:half][: config.reward]),
+        rows(data["test"], order[half:][: config.report]),
+    )  # fmt: skip
+
+
+def load_network(weights: str) -> tuple[Model, Variables, Task]:
+    """A ResNet for CIFAR-10 from PyTorch's state dict, and its task, which scales images for it."""
+    model, variables = torch_vision.load_torch(resnet_config(_depth(weights)), weights)
     mean, std = (np.array(x, np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def scale(images, key):
         wide = lambda x: jnp.broadcast_to(jnp.asarray(x), images.shape)
         return (images.astype(jnp.float32) / 255 - wide(mean)) / wide(std)
 
-    order = rng.permutation(len(data["test"]["label"]))
-    half = len(order) // 2
-    train = rows(data["train"], rng.permutation(len(data["train"]["label"])))
-    return Work(
-        model, variables, classification(10, transform=scale), train,
-        rows(data["test"], order[:half][: config.reward]),
-        rows(data["test"], order[half:][: config.report]),
-    )  # fmt: skip
+    return model, variables, classification(10, transform=scale)
 
 
 def _depth(weights: str) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ import numpy as np
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
+from jaxfm.model import Model, Variables
 from jaxfm.models import build, resnet_config
 from jaxfm.search import (
+    Network,
     budgets,
     cut,
     importance,
@@ -51,34 +54,75 @@ class Config:
         check(self)
 
 
+class Race(NamedTuple):
+    """Candidates of one network, and the images that they are scored on.
+
+    Attributes:
+      network, variables: the dense network.
+      order: `ranks`: which units go first.
+      counts: i32[N, G], channels of each candidate.
+      images, labels: f32[B, H, W, C] and i32[B].
+    """
+
+    network: Network
+    variables: Variables
+    order: Any
+    counts: jax.Array
+    images: jax.Array
+    labels: jax.Array
+
+
+def race(
+    model: Model, variables: Variables, images: jax.Array, labels: jax.Array, number: int,
+    macs: float = 0.5,
+) -> Race:  # fmt: skip
+    """As many random candidates as `number`, all with a share `macs` of the multiply-adds."""
+    net = model_network(model, variables, images)
+    order = jax.jit(lambda v: ranks(importance(net, v, "l2")))(variables)
+    project = projection(net.sizes, budgets(net, macs=macs))
+    logits = jax.random.normal(jax.random.key(1), (number, len(net.groups)))
+    counts = jax.jit(jax.vmap(project))(logits)
+    return Race(net, variables, order, counts, images, labels)
+
+
+def score(out: jax.Array, labels: jax.Array) -> jax.Array:
+    return (out.argmax(-1) == labels).astype(jnp.float32).mean()
+
+
+def masked_scores(race: Race, width: int | None = None) -> Callable[[jax.Array], jax.Array]:
+    """`(counts i32[n, G]) -> accuracies f32[n]`, one program, `width` candidates side by side."""
+    run = masked(race.network)
+
+    def every(variables, order, counts, images, labels):
+        one = lambda c: score(run(variables, masks(order, c), images), labels)
+        return jax.lax.map(one, counts, batch_size=width)
+
+    compiled = jax.jit(every)
+    return lambda counts: compiled(race.variables, race.order, counts, race.images, race.labels)
+
+
+def sliced_score(race: Race, counts: np.ndarray) -> Callable[[], jax.Array]:
+    """`() -> accuracy` of one candidate, cut out of the network; the first call compiles it."""
+    kept = keep(race.order, counts)
+    small = cut(race.network, race.variables, kept)
+    run = jax.jit(sliced(race.network, kept))
+    return lambda: score(run(small, race.images), race.labels)
+
+
 def main(config: Config) -> None:
     quick = config.quick
     model = tiny_resnet() if quick else build(resnet_config(20))
     side, number, some = (8, 64, 3) if quick else (32, config.candidates, config.serial)
     images = jax.random.normal(jax.random.key(0), (config.images, side, side, 3))
     labels = jnp.arange(config.images) % 5
-    variables = random_variables(model)
-    net = model_network(model, variables, images)
-    order = jax.jit(lambda v: ranks(importance(net, v, "l2")))(variables)
-    project = projection(net.sizes, budgets(net, macs=0.5))
-    logits = jax.random.normal(jax.random.key(1), (number, len(net.groups)))
-    counts = jax.jit(jax.vmap(project))(logits)
-    score = lambda out: (out.argmax(-1) == labels).astype(jnp.float32).mean()
+    candidates = race(model, random_variables(model), images, labels, number)
 
     began = time.perf_counter()
-    run = masked(net)
-    one = lambda variables, order, c: score(run(variables, masks(order, c), images))
-    every = jax.jit(lambda v, order, c: jax.lax.map(lambda x: one(v, order, x), c))
-    found = np.asarray(every(variables, order, counts))
+    found = np.asarray(masked_scores(candidates)(candidates.counts))
     together = time.perf_counter() - began
 
-    alone: list[Any] = []
     began = time.perf_counter()
-    for row in np.asarray(counts[:some]):
-        kept = keep(order, row)
-        small = cut(net, variables, kept)
-        run = jax.jit(sliced(net, kept))
-        alone.append(score(run(small, images)))
+    alone = [sliced_score(candidates, row)() for row in np.asarray(candidates.counts[:some])]
     serial = (time.perf_counter() - began) / some * number
     gap = float(np.abs(found[:some] - np.array(alone)).max())
     print(f"masked {together:.1f} s, serial {serial:.1f} s for {number} candidates")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,17 @@ def count_copies(program: str, state: State) -> int:
     return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
 
 
-def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, State]:
+def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, Any]:
     """The optimised program of a piece of one text, as XLA prints it, and the state it starts from.
 
     Args:
-      decoder: of `pipeinfer`.
+      decoder: any.
       cells: tokens of the text.
     """
     length, limit = jnp.full((1,), 2, jnp.int32), jnp.full((1,), cells, jnp.int32)
     tokens, zero = jnp.zeros((1, cells), jnp.int32), jnp.zeros((1,), jnp.int32)
-    stats = Stats(zero, zero[:, None], zero[:, None])
+    drafts = jnp.zeros((1, decoder.draft_length), jnp.int32)
+    stats = Stats(zero, drafts, drafts)
     text = Text(tokens, length, limit, zero > 0, zero, stats)
     rules = Rules(Sampling(jax.random.key(0), zero), jnp.zeros((0,), jnp.int32))
     state = start(decoder.functions, decoder.variables, tokens, length, 16, None)
