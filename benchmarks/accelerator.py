@@ -1,8 +1,9 @@
-"""What wants an accelerator, in parts that each fit into a few minutes and go on where they stopped.
+r"""What wants an accelerator, in parts that fit into minutes and go on where they stopped.
 
     python benchmarks/accelerator.py --part=0,1,2 --folder=FOLDER
     python benchmarks/accelerator.py --part=3 --folder=FOLDER --data_dir=CIFAR10
-    python benchmarks/accelerator.py --part=4 --folder=FOLDER --data_dir=CIFAR10 --weights=resnet56.npz
+    python benchmarks/accelerator.py --part=4 --folder=FOLDER --data_dir=CIFAR10 \
+        --weights=resnet56.npz
     python benchmarks/accelerator.py --dry_run
 
 The parts, in the order in which they are wanted:
@@ -15,9 +16,10 @@ The parts, in the order in which they are wanted:
 - 5: FedKEMF with residual networks of three depths, against FedAvg;
 - 6: 15,000 candidates scored by one masked program, against slices one by one.
 
-A call stops by its own clock, `--minutes` after it began, and keeps what it has in the folder: called
-again, it goes on. Every part prints one line of JSON, which `lines.jsonl` in the folder keeps, too;
-`docs/accelerator.md` says how to read it. `--dry_run` runs all parts in miniature on any machine.
+A call stops by its own clock, `--minutes` after it began, and keeps what it has in the folder;
+called again, it goes on. Every part prints one line of JSON, which `lines.jsonl` in the folder
+keeps, too; `docs/accelerator.md` says how to read it. `--dry_run` runs all parts in miniature on
+any machine.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ from jaxfm.config import check, option
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for its import by tests
 
-from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part  # noqa: E402
-from accelerator_parts.images import decoded  # noqa: E402
+from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part
+from accelerator_parts.images import decoded
 
 MODULES = ("ceilings", "decoding", "clients", "paper", "shrinking", "knowledge", "candidates")
 NEED_IMAGES, NEED_WEIGHTS = (3, 4, 5, 6), (4, 6)

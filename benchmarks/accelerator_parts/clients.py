@@ -35,7 +35,9 @@ def make_work(name: str, setting: Setting) -> bench.Work:
     data = bench.load(bench.Config(quick=setting.dry, data_dir=""))
     data = {leaf: rows[: clients * each] for leaf, rows in data.items()}
     if name == "tiny":
-        return bench.Work(name, mlp(), federate(data, iid(clients * each, clients, seed=1)), clients)
+        return bench.Work(
+            name, mlp(), federate(data, iid(clients * each, clients, seed=1)), clients
+        )
     parts = dirichlet(data["label"], clients, beta=0.5, seed=1, min_examples=bench.BATCH)
     if setting.dry:
         parts = [part[: 2 * bench.BATCH] for part in parts[:4]]

@@ -149,9 +149,7 @@ def measure(size: dict[str, int], dtype: str, setting: Setting, note) -> Figures
 
 def cases(setting: Setting) -> dict[str, Case]:
     sizes, dtypes = (TINY, DTYPES[:1]) if setting.dry else (SIZES, DTYPES)
-    table = {
-        f"{name}_{dtype}": (size, dtype) for name, size in sizes.items() for dtype in dtypes
-    }
+    table = {f"{name}_{dtype}": (size, dtype) for name, size in sizes.items() for dtype in dtypes}
     return {
         name: Case(lambda done, note, w=what: measure(*w, setting, note), 45)
         for name, what in table.items()

@@ -154,7 +154,7 @@ def run_part(part: Part, setting: Setting, commit: str) -> dict[str, Any]:
         if before["done"]:
             continue
         began = time.monotonic()
-        spent = lambda s=before["seconds"], b=began: s + time.monotonic() - b  # noqa: B023
+        spent = lambda s=before["seconds"], b=began: s + time.monotonic() - b
         note = lambda figures, n=name, t=spent: record.put(
             n, figures, done=False, seconds=t(), commit=commit
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -53,7 +54,7 @@ def _streams(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         for split in SPLITS:
             data, ends = file[f"{split}_bytes"].tobytes(), file[f"{split}_offsets"]
-            streams = (data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+            streams = (data[a:b] for a, b in itertools.pairwise(ends))
             images = [np.asarray(Image.open(io.BytesIO(s)).convert("RGB")) for s in streams]
             arrays[f"{split}_images"] = np.stack(images)
             arrays[f"{split}_labels"] = file[f"{split}_labels"].astype(np.int32)

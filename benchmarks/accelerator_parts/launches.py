@@ -103,7 +103,7 @@ def launched(hlo: str) -> int:
 
 
 def profiled(run: Callable[[], Any]) -> dict[str, float] | None:
-    """Kernels that a call launched on the first GPU and the seconds that they took, by the profiler.
+    """Kernels that a call launched on the first GPU, and their seconds, by the profiler.
 
     None where there is no GPU, or the profiler recorded none.
     """
