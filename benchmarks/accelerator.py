@@ -31,14 +31,11 @@ import pathlib
 import sys
 
 import jax
+from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part
+from accelerator_parts.images import decoded
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for its import by tests
-
-from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part
-from accelerator_parts.images import decoded
 
 MODULES = ("ceilings", "decoding", "clients", "paper", "shrinking", "knowledge", "candidates")
 NEED_IMAGES, NEED_WEIGHTS = (3, 4, 5, 6), (4, 6)
@@ -95,7 +92,7 @@ def run(config: Config) -> list[dict]:
             clock=clock,
             images=images,
             weights=pathlib.Path(config.weights) if config.weights else None,
-            num_rounds=config.num_rounds,
+            num_rounds=min(config.num_rounds, 3) if config.dry_run else config.num_rounds,
             rate=config.rate,
             seed=config.seed,
         )

@@ -26,7 +26,7 @@ from jaxfm.config import check, option
 from jaxfm.model import Model, Variables
 from jaxfm.models import build, resnet_config
 from jaxfm.search import (
-    Graph,
+    Network,
     budgets,
     cut,
     importance,
@@ -58,13 +58,13 @@ class Race(NamedTuple):
     """Candidates of one network, and the images that they are scored on.
 
     Attributes:
-      graph, variables: the dense network.
+      network, variables: the dense network.
       order: `ranks`: which units go first.
       counts: i32[N, G], channels of each candidate.
       images, labels: f32[B, H, W, C] and i32[B].
     """
 
-    graph: Graph
+    network: Network
     variables: Variables
     order: Any
     counts: jax.Array
@@ -91,7 +91,7 @@ def score(out: jax.Array, labels: jax.Array) -> jax.Array:
 
 def masked_scores(race: Race, width: int | None = None) -> Callable[[jax.Array], jax.Array]:
     """`(counts i32[n, G]) -> accuracies f32[n]`, one program, `width` candidates side by side."""
-    run = masked(race.graph)
+    run = masked(race.network)
 
     def every(variables, order, counts, images, labels):
         one = lambda c: score(run(variables, masks(order, c), images), labels)
@@ -104,8 +104,8 @@ def masked_scores(race: Race, width: int | None = None) -> Callable[[jax.Array],
 def sliced_score(race: Race, counts: np.ndarray) -> Callable[[], jax.Array]:
     """`() -> accuracy` of one candidate, cut out of the network; the first call compiles it."""
     kept = keep(race.order, counts)
-    small = cut(race.graph, race.variables, kept)
-    run = jax.jit(sliced(race.graph, kept))
+    small = cut(race.network, race.variables, kept)
+    run = jax.jit(sliced(race.network, kept))
     return lambda: score(run(small, race.images), race.labels)
 
 

@@ -22,7 +22,7 @@ from accelerator_parts.frame import Case, Figures, Part, Setting, digits, fastes
 from jaxfm.data.federation import federate
 from jaxfm.data.partition import dirichlet, iid
 from jaxfm.federated.algorithms.fed_avg import fed_avg
-from jaxfm.models.families.cnn import cnn, mlp
+from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
 from jaxfm.tasks import classification
 
 LARGEST_DISTANCE = 1e-4  # of parameters after a round, relative: rounding of sums in another order
@@ -41,7 +41,9 @@ def make_work(name: str, setting: Setting) -> bench.Work:
     parts = dirichlet(data["label"], clients, beta=0.5, seed=1, min_examples=bench.BATCH)
     if setting.dry:
         parts = [part[: 2 * bench.BATCH] for part in parts[:4]]
-    return bench.Work(name, cnn(), federate(data, parts), len(parts))
+    small = CnnConfig(image_size=(28, 28), conv_channels=(2, 4), dense_dim=8)
+    model = cnn(small) if setting.dry else cnn()
+    return bench.Work(name, model, federate(data, parts), len(parts))
 
 
 def fits(work: bench.Work) -> Callable:
