@@ -125,7 +125,9 @@ def engine_of(work: Work, algorithm: Algorithm, devices: int = 1, width: int | N
     num_clients = len(work.federation.count)
     people = Population(work.federation, profiles(num_clients), np.zeros(num_clients, np.int32))
     mesh = make_mesh(clients=devices, devices=jax.devices()[:devices])
-    return compile_rounds(algorithm, people, cohort_size=work.cohort_size, mesh=mesh, clients_at_once=width)
+    return compile_rounds(
+        algorithm, people, cohort_size=work.cohort_size, mesh=mesh, clients_at_once=width
+    )
 
 
 def compare(work: Work, repeats: int) -> dict:

@@ -114,7 +114,8 @@ class Sides:
 
     def distances(self, engine) -> dict[str, float]:
         """How far each loop ends from our parameters after a round, relative."""
-        with jax.default_matmul_precision("highest"):
+        # A CPU multiplies so anyway; its programs need not be compiled again.
+        with jax.default_matmul_precision(None if jax.default_backend() == "cpu" else "highest"):
             ours = engine.run(engine.init(self.variables, self.key))[0].server.variables.params
             found = {n: run(self.variables.params, self.batches) for n, run in self.loops.items()}
         return {name: bench.distance(ours, params) for name, params in found.items()}

@@ -23,9 +23,9 @@ from jaxfm.federated import (
     Population,
     client_costs,
     client_metrics,
+    compile_rounds,
     profiles,
     round_costs,
-    rounds,
 )
 from jaxfm.model import Model
 from jaxfm.tasks.evaluation import evaluate
@@ -171,7 +171,9 @@ class Entry:
 
 def engine_of(who: Contender, people: Population, width: int):
     cohort = len(people.federation.count)
-    return rounds(who.algorithm, people, cohort_size=cohort, public=who.public, width=width)
+    return compile_rounds(
+        who.algorithm, people, cohort_size=cohort, public=who.public, clients_at_once=width
+    )
 
 
 def width_case(who: Callable[[], Contender], rows: Callable[[], Rows], setting: Setting) -> Case:

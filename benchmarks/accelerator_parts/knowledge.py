@@ -14,7 +14,7 @@ import optax
 
 from accelerator_parts import contest
 from accelerator_parts.frame import Case, Figures, Part, Setting
-from jaxfm.federated import Distil, Local, fed_avg, fed_kemf
+from jaxfm.federated import Distill, Local, fed_avg, fed_kemf
 from jaxfm.model import Model
 from jaxfm.models.families.cnn import CnnConfig, cnn
 from jaxfm.models.families.resnet import resnet, resnet_config
@@ -51,8 +51,8 @@ def cases(setting: Setting) -> dict[str, Case]:
         local = Local(optax.sgd(setting.rate, momentum=0.9), size.batch, epochs)
         everybody = np.zeros(size.clients, np.int32)
         if name == "fed_kemf":
-            distill = Distil(optax.adam(DISTILL_RATE), steps, size.batch)
-            algorithm = fed_kemf(knowledge, owned, contest.TASK, local, distill)
+            distill = Distill(optax.adam(DISTILL_RATE), steps, size.batch)
+            algorithm = fed_kemf(knowledge, contest.TASK, local, owned, distill)
             bucket = np.arange(size.clients, dtype=np.int32) % len(owned)
             return contest.Contender(algorithm, knowledge, bucket, dealt()[1])
         model = owned[-1] if name == "fed_avg_large" else knowledge
