@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +19,15 @@ from jaxfm.log import read_metrics
 from jaxfm.report.sections import main_metric
 from jaxfm.run_folder import load_results, open_run, save_results
 
-if TYPE_CHECKING:
-    from jaxfm.launch.federate import FederateConfig
-
 MACHINES = ("pi", "phone", "laptop")  # where no profile is given: time and energy are compared, too
 WATCHED = 0.1  # of each client's rows: some algorithms have no global model to watch
 
 
-def compare(config: FederateConfig, run: Callable[[FederateConfig], pathlib.Path]) -> pathlib.Path:
+def compare(config: Any, run: Callable[[Any], pathlib.Path]) -> pathlib.Path:
     """Runs all of `config.compare` with all seeds; returns the path of the report.
 
     Args:
+      config: a `FederateConfig`.
       run: of one algorithm with one seed, in a folder of its own.
     """
     folder = open_run(config, config.run_dir)
@@ -45,7 +43,7 @@ def compare(config: FederateConfig, run: Callable[[FederateConfig], pathlib.Path
     return write_report(folder)
 
 
-def one_of(config: FederateConfig, name: str, seed: int) -> FederateConfig:
+def one_of(config: Any, name: str, seed: int) -> Any:
     """The config of one algorithm with one seed."""
     watched = config.data.local_validation or WATCHED
     return dataclasses.replace(
@@ -61,7 +59,7 @@ def one_of(config: FederateConfig, name: str, seed: int) -> FederateConfig:
 
 
 def _finished(
-    config: FederateConfig, run: Callable[[FederateConfig], pathlib.Path]
+    config: Any, run: Callable[[Any], pathlib.Path]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Results and metrics of a run, which is not run again where it has ended."""
     folder = open_run(config, config.run_dir)

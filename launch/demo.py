@@ -27,10 +27,11 @@ import optax
 from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.config import check, option
-from jaxfm.data.dealing import subsample
+from jaxfm.data.dealing import Data, subsample
 from jaxfm.distillation import distill
+from jaxfm.federated import TrainedRun
 from jaxfm.launch import federate
-from jaxfm.launch.federate import FederateConfig, Setting, Trained
+from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, use_cores
 from jaxfm.model import Model, Variables, count_parameters
@@ -69,14 +70,14 @@ class DemoConfig:
                 object.__setattr__(self, name, min(most, getattr(self, name)))
 
 
-def federated_config(config: DemoConfig) -> FederateConfig:
+def federated_config(config: DemoConfig) -> Any:
     """Returns the config of the federated part, as `jaxfm.launch.federate` takes it."""
     small = ModelConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
     return FederateConfig(
         run_dir=config.run_dir,
         algorithm="hetero_fl",
         rounds=config.rounds,
-        cohort=8,
+        cohort_size=8,
         batch_size=8,
         max_steps=8,
         tiers=(1.0, 0.5, 0.25),
@@ -99,20 +100,20 @@ def main(config: DemoConfig) -> None:
     federation = federated_config(config)
 
     tell("1. Clients: the largest packages of the standard library.")
-    setting = federate.prepare(federation)
-    print(federate.describe_clients(setting))
+    data, model, prepared = federate.ready(federation)
 
     tell(
         f"2. Federated training, {config.rounds} rounds (the first compiles). After Ctrl-C, "
         "the same command continues."
     )
-    trained = federate.train(federation, setting)
-    save_results(run_dir, "federate", federate.results(federation, setting, trained))
-    _tell_training(setting, trained)
+    result = federate.train(federation, data, model, prepared)
+    _tell_training(result)
 
     tell("3. The quarter tier becomes a draft: cut out, then distilled from its parent.")
-    parent = setting.model, trained.state.server.variables
-    draft, about = make_draft(config, setting, trained)
+    server = result.state.server
+    parent = model, server.variables
+    tier = prepared.algorithm.buckets[-1].shared(server)
+    draft, about = make_draft(config, data, parent, tier)
     save_results(run_dir, "draft", about)
     print(
         f"   {about['parameters']:,} of {about['parent_parameters']:,} parameters; agrees with its "
@@ -121,26 +122,25 @@ def main(config: DemoConfig) -> None:
     )
 
     tell("4. Held-out code, completed three ways.")
-    part = decode(config, setting, parent, draft)
+    part = decode(config, data, parent, draft)
     save_results(run_dir, "decode", part)
     _tell_decoding(part)
 
     tell("5. Saving both models in Hugging Face format, and the report.")
-    hub.save(*parent, run_dir / "model", tokenizer=setting.data.tokenizer)
-    hub.save(*draft, run_dir / "draft", tokenizer=setting.data.tokenizer)
+    hub.save(*parent, run_dir / "model", tokenizer=data.tokenizer)
+    hub.save(*draft, run_dir / "draft", tokenizer=data.tokenizer)
     print(f"   {run_dir / 'model'}, {run_dir / 'draft'}")
     tell(f"Done: {write_report(run_dir)}")
 
 
 def make_draft(
-    config: DemoConfig, setting: Setting, trained: Trained
+    config: DemoConfig, data: Data, full: tuple[Model, Variables], cut: Variables
 ) -> tuple[tuple[Model, Variables], dict[str, Any]]:
     """Returns the smallest tier as a model of its own, and what the report says about it.
 
     It learns from the parent's predictions on the server's validation text; no client takes part.
     """
-    model, data, parent = setting.model, setting.data, trained.state.server.variables
-    cut = setting.algorithm.buckets[-1].personal(trained.state.server, ())
+    model, parent = full
     small = decoder(resized(model.config, axis_sizes(cut, model.axes)))
     test = jnp.asarray(subsample(data.test, 256)["tokens"][:, :-1])
     rate = optax.cosine_decay_schedule(2e-3, config.distill_steps)
@@ -175,13 +175,13 @@ def agreement(
 
 def decode(
     config: DemoConfig,
-    setting: Setting,
+    data: Data,
     parent: tuple[Model, Variables],
     draft: tuple[Model, Variables],
 ) -> dict[str, Any]:
     """Completes held-out code with each decoder, in turn for each prompt, and times it."""
-    tokenizer = text_tokenizer(setting)
-    prompts = held_out_prompts(config, setting)
+    tokenizer = text_tokenizer(data)
+    prompts = held_out_prompts(config, data)
     parent = parent[0], decoding_layout(parent[1])  # once, for all three
     decoders = {
         "plain": plain(*parent),
@@ -226,16 +226,16 @@ def decode(
     return {"decoders": rows, "note": note, "samples": samples}
 
 
-def text_tokenizer(setting: Setting) -> Tokenizer:
+def text_tokenizer(data: Data) -> Tokenizer:
     """Returns the tokenizer, which text always has."""
-    assert setting.data.tokenizer is not None
-    return setting.data.tokenizer
+    assert data.tokenizer is not None
+    return data.tokenizer
 
 
-def held_out_prompts(config: DemoConfig, setting: Setting) -> list[list[int]]:
+def held_out_prompts(config: DemoConfig, data: Data) -> list[list[int]]:
     """Returns the beginnings of rows of the test split, at equal distances; none has padding."""
-    rows = setting.data.test["tokens"]
-    special = list(text_tokenizer(setting).special_ids)
+    rows = data.test["tokens"]
+    special = list(text_tokenizer(data).special_ids)
     length = min(config.prompt_bytes, rows.shape[1])
     whole = rows[~np.isin(rows[:, :length], special).any(axis=1)]
     chosen = np.linspace(0, len(whole) - 1, config.num_prompts).astype(int)
@@ -257,14 +257,14 @@ def _logits(apply, variables: Variables, tokens: jax.Array) -> jax.Array:
     return apply(variables, tokens)[0]
 
 
-def _tell_training(setting: Setting, trained: Trained) -> None:
-    for cost, metrics in zip(setting.costs, trained.tiers, strict=True):
+def _tell_training(result: TrainedRun) -> None:
+    for cost, metrics in zip(result.placement.costs, result.buckets, strict=True):
         print(f"   {cost.parameters:>9,} parameters: {metrics['bits_per_byte']:.3f} bits per byte "
               "of held-out code")  # fmt: skip
     for way in ("up", "down"):
-        sent = trained.totals[f"bytes_{way}"]
-        clients = trained.totals["reported" if way == "up" else "selected"]
-        full = clients * getattr(setting.costs[0], f"bytes_{way}")
+        sent = result.totals[f"bytes_{way}"]
+        clients = result.totals["reported" if way == "up" else "selected"]
+        full = clients * getattr(result.placement.costs[0], f"bytes_{way}")
         print(f"   {sent / 1e6:.0f} MB {way}; the full model everywhere would take "
               f"{full / 1e6:.0f} MB ({full / sent:.2f}x)")  # fmt: skip
 

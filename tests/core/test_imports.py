@@ -1,16 +1,38 @@
-"""Imports run one way: launch -> federated -> search -> parallel -> jaxfm.
+"""Imports run one way: launch -> federated -> search -> parallel -> jaxfm; inside folders, too.
 
 Read from the syntax trees, so imports inside functions count too.
 """
 
 import ast
+import importlib
 import pathlib
+import pkgutil
+import tomllib
 
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LAYERS = ("jaxfm", "parallel", "search", "federated", "launch")  # ground first
 INSTALLED_UNDER = LAYERS[1:]  # top-level folders whose import name is jaxfm.<folder>
+# What the modules of a sub-package may import of their own folder: its root modules, by name, and
+# sub-packages. None: all of the root. A root module may import the sub-packages of its folder.
+INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
+    "parallel.decoders": (None, ()),
+    "parallel.pipe": (None, ("parallel.simulation",)),
+    "parallel.simulation": (None, ("parallel.pipe",)),
+    "search.trace": ((), ()),
+    "search.strategies": ((), ("search.trace",)),
+    "search.elastic": ((), ("search.trace", "search.strategies")),
+    "federated.accounting": (
+        ("algorithm", "cohort", "local", "population", "rounds"), ()
+    ),
+    "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
+    "federated.wrappers": (("algorithm",), ()),
+    "federated.algorithms": (
+        ("algorithm", "averaging", "local", "partition", "registry", "slices"),
+        ("federated.parts",),
+    ),
+}  # fmt: skip
 
 
 def imported_names(path: pathlib.Path, package: str) -> list[tuple[int, str]]:
@@ -56,9 +78,70 @@ def violations(root: pathlib.Path) -> list[str]:
     return found
 
 
+def inner_violations(root: pathlib.Path) -> list[str]:
+    """Imports of a sub-package that `INSIDE` does not allow, one line each."""
+    found = []
+    for package, (modules, packages) in INSIDE.items():
+        folder = package.split(".")[0]
+        subpackages = {p.name for p in (root / folder).iterdir() if (p / "__init__.py").exists()}
+        for path in sorted((root / package.replace(".", "/")).rglob("*.py")):
+            for line, name in imported_names(path, f"jaxfm.{package}"):
+                parts = name.split(".")
+                if parts[:2] != ["jaxfm", folder] or len(parts) < 3:
+                    continue
+                own = ".".join(parts[1:3])
+                if parts[2] in subpackages:
+                    allowed = own == package or own in packages
+                else:
+                    allowed = modules is None or parts[2] in modules
+                if not allowed:
+                    found.append(f"{path.relative_to(root)}:{line}: {package} imports {name}")
+    return found
+
+
 @pytest.mark.smoke
 def test_imports_run_one_way():
     assert violations(REPOSITORY) == []
+
+
+@pytest.mark.smoke
+def test_imports_run_one_way_inside_folders():
+    assert inner_violations(REPOSITORY) == []
+
+
+def test_every_folder_of_code_is_a_package_that_is_installed():
+    tree = set()
+    for layer in LAYERS:
+        for init in (REPOSITORY / layer).rglob("__init__.py"):
+            parts = init.parent.relative_to(REPOSITORY).parts
+            tree.add(".".join(parts if layer == "jaxfm" else ("jaxfm", *parts)))
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(settings["packages"]) == sorted(tree)
+    folders = {path.parent for layer in LAYERS for path in (REPOSITORY / layer).rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_no_function_hides_the_module_it_lives_in():
+    """`import jaxfm.search.elastic.supernet as s` gives a module, for every module."""
+    hidden, packages = [], ["jaxfm", *(f"jaxfm.{layer}" for layer in INSTALLED_UNDER)]
+    for name in packages:
+        package = importlib.import_module(name)
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+            importlib.import_module(module.name)
+            parent, _, last = module.name.rpartition(".")
+            found = getattr(importlib.import_module(parent), last)
+            if getattr(found, "__name__", None) != module.name:
+                hidden.append(module.name)
+    assert hidden == []
+
+
+def test_one_import_reaches_everything():
+    import jaxfm
+
+    assert callable(jaxfm.search.prune) and callable(jaxfm.federated.fed_avg)
+    assert {"federated", "parallel", "search"} <= set(dir(jaxfm))
+    with pytest.raises(AttributeError, match="no attribute 'serch'"):
+        jaxfm.serch  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The config of a federated run, with a section of options for every registered algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from jaxfm.config import check, option
+from jaxfm.federated import DEVICES, fleet
+from jaxfm.federated.registry import entries
+from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.options import config_of, with_options
+
+_LEAST = {
+    "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
+    "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _FederateConfig:
+    """A federated run."""
+
+    run_dir: str = option("runs/federate", "folder of the run; an unfinished run there goes on")
+    algorithm: str = option("fed_avg", "of the registry, or a .py file that registers one")
+    compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
+    seeds: int = option(1, "runs of each algorithm in a comparison, with seeds from --seed on")
+    rounds: int = option(60, "rounds in all")
+    cohort_size: int = option(8, "clients drawn a round")
+    batch_size: int = option(8, "examples of a local step")
+    epochs: int = option(1, "local epochs a round")
+    max_steps: int = option(8, "most local steps a round; 0: as many as the epochs take")
+    drop_rate: float = option(0.0, "probability that a drawn client fails to report")
+    tiers: tuple[float, ...] = option(
+        (1.0, 0.5, 0.25),
+        "share of each width that the clients of a tier hold, for algorithms with unequal clients",
+    )
+    profile: tuple[str, ...] = option(
+        (),
+        f"clients' machines, dealt out in turn, whose time is simulated: {', '.join(DEVICES)}",
+    )
+    deadline_s: float = option(
+        0.0,
+        "simulated seconds of a round on a --profile, to which models and steps are fitted; 0: as "
+        "long as the slowest needs for the smallest model; inf: memory alone decides",
+    )
+    upload: Literal["full", "8bit", "4bit", "top_k"] = option(
+        "full", "how uploads travel: floats, randomly rounded, or only the largest, in 8 bits"
+    )
+    top_k: float = option(0.1, "upload=top_k: share of the entries of each array")
+    download: Literal["full", "8bit", "4bit"] = option("full", "how downloads travel")
+    eval_every: int = option(5, "rounds between evaluations and checkpoints")
+    eval_examples: int = option(512, "validation rows looked at while training; 0: all")
+    test_examples: int = option(0, "test rows looked at in the end; 0: all")
+    clients_at_once: int = option(0, "clients side by side on a device; 0: chosen per backend")
+    seed: int = option(0, "of data, parameters and rounds")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    local: OptimizerConfig = OptimizerConfig()
+
+    retired: ClassVar[dict[str, Any]] = {
+        "cohort": "cohort_size",
+        "mu": "fed_prox.mu",
+        "server_learning_rate": ("fed_adam.learning_rate", "fed_yogi.learning_rate"),
+        "server_momentum": "fed_avg_m.momentum",
+        "keep": ("spatl.keep", "adp.keep"),
+        "select": "spatl.select",
+        "policy": "spatl.policy",
+        "fed_dyn_alpha": "fed_dyn.alpha",
+        "threshold": "fed_dp.threshold",
+        "distil.steps": ("fed_df.distill_steps", "fed_kemf.distill_steps", "rafl.distill_steps"),
+        "distil.batch_size": ("fed_kemf.distill_batch_size", "rafl.distill_batch_size"),
+        "distil.learning_rate": ("fed_kemf.distill_learning_rate", "rafl.distill_learning_rate"),
+        "distil.temperature": ("fed_kemf.distill_temperature", "rafl.distill_temperature"),
+        "distil.vote": ("fed_df.vote", "fed_kemf.vote", "rafl.vote"),
+    }
+
+    def __post_init__(self):
+        check(self)
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate={self.drop_rate}: give a probability from 0 and below 1.")
+        if not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k={self.top_k}: give a share above 0 and up to 1.")
+        if self.cohort_size > self.data.num_clients:
+            raise ValueError(
+                f"cohort_size={self.cohort_size}: there are only "
+                f"data.num_clients={self.data.num_clients}."
+            )
+        if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
+            raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
+        if self.profile:
+            fleet(self.profile, 1)  # raises for unknown names
+        elif self.deadline_s:
+            raise ValueError(f"deadline_s={self.deadline_s} requires --profile.")
+        for name in self.compare or (self.algorithm,):
+            options = getattr(self, name, None)
+            if getattr(options, "select", "") == "agent" and not self.data.local_validation:
+                raise ValueError(
+                    f"{name}.select=agent judges by validation rows: give --data.local_validation."
+                )
+
+
+def federate_config() -> type:
+    """The config of a run, with a section of options for every registered algorithm."""
+    sections = {
+        name: config_of(name, entry.options, (entry.factory.__doc__ or name).splitlines()[0])
+        for name, entry in entries().items()
+    }
+    return with_options(("algorithm", "compare"), sections)(_FederateConfig)
+
+
+FederateConfig: Any = federate_config()
