@@ -23,8 +23,8 @@ from jax import lax
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.search.ranking import Scores, masks, ranks
-from jaxfm.search.strategies.project import projection
-from jaxfm.search.trace.cost import budgets, costs
+from jaxfm.search.strategies.project import budgets, projection
+from jaxfm.search.trace.cost import costs
 from jaxfm.search.trace.graph import Op
 from jaxfm.search.trace.groups import Group, Network
 from jaxfm.search.trace.interpret import coverage, full, masked, record, summed_axes
