@@ -3,6 +3,12 @@
 The ground that everything shares: models as pure functions over trees with named axes, subnets,
 data, tasks, checkpoints. On it stand `jaxfm.parallel` (decoding), `jaxfm.search` (compression),
 `jaxfm.federated` (training over clients) and `jaxfm.launch` (scripts).
+
+Models: Model, Variables, Stages, Past, Frozen, from_nnx, count_parameters; families in `models`,
+pretrained ones through `hub`; freeze, freeze_variables and thaw hold parameters fixed.
+Subnets: Subnet, axis_sizes, width, extract, mask, embed, cover.
+Training: `data`, `tasks`, Task, evaluate, distill, Checkpointer.
+Text: Tokenizer, ByteTokenizer, load_tokenizer, train_bpe.
 """
 
 import importlib

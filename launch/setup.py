@@ -15,20 +15,13 @@ from jaxfm.config import check, option
 from jaxfm.data.arrays import digits
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data, Dealing, deal_out, with_validation
-
-# launch/federate.py still takes these from here.
-from jaxfm.data.dealing import subsample as spread  # noqa: F401
 from jaxfm.data.idx import mnist
 from jaxfm.data.source import Source
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
 from jaxfm.models import DecoderConfig, decoder
-from jaxfm.models.by_name import (
-    image_classifier,
-    width_axes,  # noqa: F401
-)
-from jaxfm.run_folder import open_run, save_results  # noqa: F401
+from jaxfm.models.by_name import image_classifier
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer, bytes_per_token, load_tokenizer
 
 NUM_CLASSES = 10  # of all the sets of images
