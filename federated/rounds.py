@@ -25,6 +25,7 @@ from jaxfm.federated.cohort import (
     Report,
     RoundInfo,
     Slots,
+    Whereabouts,
     deal,
     draw,
     joined,
@@ -122,30 +123,16 @@ def compile_rounds(
         bucket, a home, a row of a client or an example does not exist.
     """
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
-    devices = mesh.shape["clients"]
     at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
+    _check_options(num_rounds, drop_rate, at_once)
     check = functools.partial(
         check_population,
         num_buckets=len(algorithm.buckets),
         cohort_size=cohort_size,
-        devices=devices,
+        devices=mesh.shape["clients"],
     )
     check(population)
-    _check_options(num_rounds, drop_rate, at_once)
-    where, members = homes.find(population, len(algorithm.buckets), devices)
-    engine = _Engine(
-        algorithm=algorithm,
-        mesh=mesh,
-        members=members,
-        slots=tuple(
-            _slots(cohort_size, ids, devices, at_once, population.home is not None)
-            for ids in members
-        ),
-        num_clients=len(population.bucket),
-        cohort_size=cohort_size,
-        num_rounds=num_rounds,
-        lives_at_home=population.home is not None,
-    )
+    engine, where = _engine(algorithm, population, mesh, cohort_size, num_rounds, at_once)
     everywhere = NamedSharding(mesh, P())
     place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     given = homes.settle(population, mesh)
@@ -175,7 +162,27 @@ def compile_rounds(
                 )
         return compiled(state, (homes.settle(people, mesh), fixed))
 
-    return Rounds(init, run, members)
+    return Rounds(init, run, engine.members)
+
+
+def _engine(
+    algorithm: Algorithm, population: Population, mesh: Mesh, cohort_size: int, num_rounds: int,
+    at_once: int | None,
+) -> tuple[_Engine, Whereabouts]:  # fmt: skip
+    devices, lives_at_home = mesh.shape["clients"], population.home is not None
+    where, members = homes.find(population, len(algorithm.buckets), devices)
+    slots = tuple(_slots(cohort_size, ids, devices, at_once, lives_at_home) for ids in members)
+    engine = _Engine(
+        algorithm=algorithm,
+        mesh=mesh,
+        members=members,
+        slots=slots,
+        num_clients=len(population.bucket),
+        cohort_size=cohort_size,
+        num_rounds=num_rounds,
+        lives_at_home=lives_at_home,
+    )
+    return engine, where
 
 
 def _run(engine: _Engine, state: RunState, constants) -> tuple[RunState, RoundInfo]:

@@ -12,11 +12,12 @@ split is looked at once, at the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.cohort import RoundInfo, Status
 from jaxfm.federated.placement import Placement, place
 from jaxfm.federated.population import Population
-from jaxfm.federated.rounds import RunState, compile_rounds
+from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Variables
 
@@ -120,20 +121,48 @@ def train(
     if placement is None:
         placement = place(
             algorithm, data.train, variables, public=data.public,
-            local_validation=_held(data),
+            local_validation=data.local_validation,
         )  # fmt: skip
-    population = Population(data.train, placement.profiles, placement.bucket, _held(data))
+    population = Population(data.train, placement.profiles, placement.bucket, data.local_validation)
     engine = compile_rounds(
         algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
         mesh=mesh, clients_at_once=clients_at_once,
     )  # fmt: skip
     measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=_EVAL_BATCH)
-    watched = subsample(data.validation, eval_examples)
     state = engine.init(variables, jax.random.key(seed + 1))
     num_clients = len(data.train.count)
     account = Account(
         np.zeros(len(TOTALS)), np.zeros(num_clients, bool), np.zeros(num_clients, np.int64)
     )
+    watch = functools.partial(
+        validation, algorithm, data=data, examples=subsample(data.validation, eval_examples),
+        measure=measure,
+    )  # fmt: skip
+    state, account, history = _play(
+        engine, state, account, placement, data, num_rounds, eval_every, watch, run_dir
+    )
+    test, buckets, clients = final_metrics(
+        algorithm, state, data, placement.bucket, measure, test_examples
+    )
+    totals = dict(zip(TOTALS, account.totals.tolist(), strict=True))
+    if placement.machines is None:
+        totals = {name: value for name, value in totals.items() if name in TOTALS[:5]}
+    return TrainedRun(
+        state=state, placement=placement, totals=totals, history=history, test=test,
+        buckets=buckets, clients=clients, failures=account.failures,
+    )  # fmt: skip
+
+
+def _play(
+    engine: Rounds, state: RunState, account: Account, placement: Placement, data: Data,
+    num_rounds: int, eval_every: int, watch: Callable[..., dict[str, float]],
+    run_dir: str | os.PathLike[str] | None,
+) -> tuple[RunState, Account, list[dict[str, float]]]:  # fmt: skip
+    """The rounds that are left, with their log and checkpoints.
+
+    Args:
+      watch: `(state=...) -> figures`, of an evaluation.
+    """
     done, history = 0, []
     with contextlib.ExitStack() as stack:
         checkpoints = log = None
@@ -145,29 +174,20 @@ def train(
                 print(f"Going on after round {done}, from {checkpoints.folder}.")
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:
-            log.write(0, validation(algorithm, state, data, watched, measure))
+            log.write(0, watch(state=state))
         for number in progress(range(done + 1, num_rounds + 1), "rounds"):
             state, info = engine.run(state)
-            account, line = add_round(account, placement, jax.device_get(info))
+            info = jax.device_get(info)
+            account, line = add_round(account, placement, info)
             _warn(number, info, data.names)
             is_due = number % eval_every == 0 or number == num_rounds
-            if is_due:
-                line |= validation(algorithm, state, data, watched, measure)
+            line |= watch(state=state) if is_due else {}
             history.append({"round": float(number)} | line)
             if log is not None:
                 log.write(number, line)
             if checkpoints is not None and is_due:
                 checkpoints.save(number, (state, account))
-    test, buckets, clients = final_metrics(
-        algorithm, state, data, placement.bucket, measure, test_examples
-    )
-    totals = dict(zip(TOTALS, account.totals.tolist(), strict=True))
-    if placement.machines is None:
-        totals = {name: value for name, value in totals.items() if name in TOTALS[:5]}
-    return TrainedRun(
-        state=state, placement=placement, totals=totals, history=history, test=test,
-        buckets=buckets, clients=clients, failures=account.failures,
-    )  # fmt: skip
+    return state, account, history
 
 
 def add_round(
@@ -284,11 +304,6 @@ def _on_server(
     return global_metrics(
         algorithm, state, data.task, examples, batch_size=_EVAL_BATCH, bucket=bucket
     )
-
-
-def _held(data: Data) -> Any:
-    """Validation rows that clients may select by: those that they are watched by."""
-    return data.local_validation
 
 
 def _warn(number: int, info: RoundInfo, names: tuple[str, ...]) -> None:

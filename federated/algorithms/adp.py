@@ -14,6 +14,7 @@ runs. The paper's successor zeroes single weights (`fed_dp`), by which nothing r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ def adp(
         trained, info = fit(start, data, profile.max_steps, key)
         step = scaled(info.examples, difference(trained, download.variables))
         step = jax.tree.map(
-            lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), covered(kept), step
+            lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), _covered(gates, kept), step
         )
         gained = scaled(info.examples, scores) if federated_gates else ()
         upload = AdpUpload(step, info.examples, kept, gained)
@@ -136,19 +137,17 @@ def adp(
         info = info.measured(flops=flops, bytes_up=wire_bytes(upload, travels(upload)))
         return upload, () if federated_gates else scores, info
 
-    def covered(kept: tuple[Array, ...]) -> Movement:
-        coordinates = gates.coverage(kept)
-        return Movement(coordinates.params, Exact(coordinates.stats))
-
     def receive(server: AdpState, public, upload: AdpUpload) -> Mean:
-        den = jax.tree.map(lambda m: jnp.where(m, upload.examples, 0), covered(upload.masks))
+        den = jax.tree.map(
+            lambda m: jnp.where(m, upload.examples, 0), _covered(gates, upload.masks)
+        )
         units = (upload.examples,) * len(upload.scores)
         return Mean((upload.step, upload.scores), (den, units))
 
     def travels(upload: AdpUpload) -> AdpUpload:
         # Federated masks follow from the download, personal ones are a bit a unit.
         bits = 0.0 if federated_gates else 1 / 8
-        shares = jax.tree.map(lambda m: m.mean(dtype=jnp.float32), covered(upload.masks))
+        shares = jax.tree.map(lambda m: m.mean(dtype=jnp.float32), _covered(gates, upload.masks))
         whole = jax.tree.map(lambda _: 1.0, upload)
         return whole._replace(step=shares, masks=(bits,) * len(upload.masks))
 
@@ -159,14 +158,23 @@ def adp(
         round = state.round + came.astype(jnp.int32)
         return AdpState(moved(state.variables, step), scores, round), {}
 
-    def gated(server: AdpState, memory: Scores = ()) -> Variables:
-        return server.variables._replace(masks=kept_channels(gates, server, memory))
-
     bucket = Bucket(
         own, lambda server, public: server, client, init_client, receive,
-        shared=gated, personal=None if federated_gates else gated, travels=travels,
+        shared=functools.partial(_gated, gates), travels=travels,
+        personal=None if federated_gates else functools.partial(_gated, gates),
     )  # fmt: skip
     return Algorithm(init, (bucket,), server, model)
+
+
+def _gated(gates: Gates, server: AdpState, memory: Scores = ()) -> Variables:
+    """The variables of the network that a client keeps."""
+    return server.variables._replace(masks=kept_channels(gates, server, memory))
+
+
+def _covered(gates: Gates, kept: tuple[Array, ...]) -> Movement:
+    """bool, like a movement: the coordinates of the kept units."""
+    coordinates = gates.coverage(kept)
+    return Movement(coordinates.params, Exact(coordinates.stats))
 
 
 def kept_channels(gates: Gates, server: AdpState, scores: Scores = ()) -> tuple[Array, ...]:

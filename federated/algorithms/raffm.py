@@ -103,12 +103,7 @@ def raffm(
     axes = [name for name in free if name in cut] if axes is None else list(axes)
     if not set(axes) <= set(free):
         raise ValueError(f"axes={axes} cannot all be reordered; those that can are {list(free)}.")
-    losses = [objective(model, task)] * len(tiers)
-    if distill > 0:
-        student = _smallest(model, tiers) if student is None else student
-        taught = slice_objective(model, task, student, distill, temperature)
-        larger = _larger(model, tiers, student)
-        losses = [taught if more else plain for more, plain in zip(larger, losses, strict=True)]
+    losses = _losses(model, task, tiers, student, distill, temperature)
 
     def rank(variables: Variables) -> Variables:
         return prioritise(model, variables, axes, importance) if axes else variables
@@ -205,6 +200,19 @@ def slice_objective(
         return value + distill * gap / jnp.where(rows > 0, rows, 1), (stats, total, count)
 
     return loss
+
+
+def _losses(
+    model: Model, task: Task, tiers: Sequence[Subnet], student: Subnet | None, distill: float,
+    temperature: float,
+) -> list[Objective]:  # fmt: skip
+    """What the clients of each tier minimise."""
+    plain = objective(model, task)
+    if distill == 0:
+        return [plain] * len(tiers)
+    student = _smallest(model, tiers) if student is None else student
+    taught = slice_objective(model, task, student, distill, temperature)
+    return [taught if larger else plain for larger in _larger(model, tiers, student)]
 
 
 def _check_leading(slices: Subnet) -> None:

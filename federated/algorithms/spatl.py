@@ -207,13 +207,6 @@ def _bucket(
             select.init(key), jnp.int32(0),
         )  # fmt: skip
 
-    def choose(memory: SpatlMemory, variables: Variables, data: ClientData, key: Key):
-        again = lambda: select.choose(memory.selector, variables, data, key)
-        if select_times is None:
-            return again()
-        stay = lambda: (memory.masks, memory.selector)
-        return lax.cond(memory.choices < select_times, again, stay)
-
     def client(download: SpatlDownload, memory: SpatlMemory, data: ClientData, profile, key: Key):
         select_key = jax.random.fold_in(key, _SELECT)
         start = join_variables(download.encoder, memory.predictor)
@@ -226,7 +219,7 @@ def _bucket(
             memory.variate, download.variate, download.encoder.params, encoder.params,
             info.spent.steps, sgd,
         )  # fmt: skip
-        masks, selector = choose(memory, trained, data, select_key)
+        masks, selector = _choose(select, select_times, memory, trained, data, select_key)
         covered = split_variables(coverage(network, masks), is_personal)[0]
         gain = _where(covered.params, jax.tree.map(jnp.subtract, new, memory.variate))
         kept = new if published else jax.tree.map(jnp.add, memory.variate, gain)
@@ -258,6 +251,18 @@ def _bucket(
         return join_variables(split_variables(server.variables, is_personal)[0], memory.predictor)
 
     return Bucket(model, send, client, init_client, receive, personal=personal, travels=travels)
+
+
+def _choose(
+    select: Select, select_times: int | None, memory: SpatlMemory, variables: Variables,
+    data: ClientData, key: Key,
+) -> tuple[tuple[Array, ...], PyTree]:  # fmt: skip
+    """(masks, selector's state): chosen again, or those of the last time."""
+    again = lambda: select.choose(memory.selector, variables, data, key)
+    if select_times is None:
+        return again()
+    stay = lambda: (memory.masks, memory.selector)
+    return lax.cond(memory.choices < select_times, again, stay)
 
 
 def _everywhere(tree: PyTree, params: PyTree, is_personal: IsPersonal) -> PyTree:

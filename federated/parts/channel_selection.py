@@ -150,20 +150,12 @@ def agent(
         return AgentState(strategy.init(key), jnp.zeros(len(network.groups), jnp.int32))
 
     def choose(state: AgentState, variables: Variables, data: ClientData, key: Key):
-        if data.validation_index is None or data.validation_count is None:
-            raise ValueError(
-                "An agent judges by rows that clients hold back from training: give "
-                "Population(local_validation=...)."
-            )
         ask_key, row_key, task_key = jax.random.split(key, 3)
         scores = _scores(network, variables, kind)
         order = ranks(scores)
         first = project(to_logits(ratios(threshold_counts(scores, network.sizes, limits),
                                          network.sizes)))  # fmt: skip
-        size = jnp.maximum(data.validation_count, 1)
-        chosen = data.validation_index[jax.random.randint(row_key, (rows,), 0, size)]
-        batch = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), dict(data.examples))
-        inputs, targets, weight = task.prepare(batch, task_key)
+        inputs, targets, weight = task.prepare(_validation_batch(data, rows, row_key), task_key)
 
         def judge(counts: Array) -> Array:
             total, count = task.loss(run(variables, masks(order, counts), inputs), targets, weight)
@@ -186,6 +178,18 @@ def agent(
         return masks(order, best), AgentState(own, best)
 
     return Select(network, init, choose)
+
+
+def _validation_batch(data: ClientData, rows: int, key: Key) -> dict[str, Array]:
+    """Some validation rows of a client, drawn with replacement."""
+    if data.validation_index is None or data.validation_count is None:
+        raise ValueError(
+            "An agent judges by rows that clients hold back from training: give "
+            "Population(local_validation=...)."
+        )
+    size = jnp.maximum(data.validation_count, 1)
+    chosen = data.validation_index[jax.random.randint(key, (rows,), 0, size)]
+    return jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), dict(data.examples))
 
 
 def _shape(group) -> tuple[int, ...]:

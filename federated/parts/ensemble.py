@@ -207,8 +207,9 @@ def public_inputs(task: Task, public: Mapping[str, Array] | None) -> tuple[Any, 
     """
     if public is None:
         raise ValueError(
-            "This algorithm learns from public, unlabelled data: give rounds(public={...}) with "
-            "the leaves of the clients' examples but the label."
+            "This algorithm learns from public, unlabelled data, and there are none: give "
+            "compile_rounds(public={...}) with the leaves of the clients' examples but the label, "
+            "or --data.public=0.1 or --data.synthetic=200 on the command line."
         )
     blind = jnp.zeros(leading_size(public), jnp.int32)
     inputs, _, weight = task.prepare({**public, "label": blind}, None)
