@@ -116,8 +116,7 @@ def compile_rounds(
       drop_rate: probability with which a drawn client fails to report.
       public: data of the server's own, handed to `send`, `receive` and `server`.
       mesh: with an axis "clients"; None: all devices.
-      clients_at_once: clients that one device runs side by side; None:
-        `default_clients_at_once()`.
+      clients_at_once: clients that one device runs side by side; None: chosen per backend.
     Raises:
       ValueError: the cohort exceeds the population, arrays disagree on the number of clients, or a
         bucket, a home, a row of a client or an example does not exist.

@@ -130,10 +130,7 @@ def train(
     )  # fmt: skip
     measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=_EVAL_BATCH)
     state = engine.init(variables, jax.random.key(seed + 1))
-    num_clients = len(data.train.count)
-    account = Account(
-        np.zeros(len(TOTALS)), np.zeros(num_clients, bool), np.zeros(num_clients, np.int64)
-    )
+    account = no_account(len(data.train.count))
     watch = functools.partial(
         validation, algorithm, data=data, examples=subsample(data.validation, eval_examples),
         measure=measure,
@@ -188,6 +185,15 @@ def _play(
             if checkpoints is not None and is_due:
                 checkpoints.save(number, (state, account))
     return state, account, history
+
+
+def no_account(num_clients: int) -> Account:
+    """The account before the first round."""
+    return Account(
+        totals=np.zeros(len(TOTALS)),
+        served=np.zeros(num_clients, bool),
+        failures=np.zeros(num_clients, np.int64),
+    )
 
 
 def add_round(

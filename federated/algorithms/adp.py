@@ -112,8 +112,7 @@ def adp(
     dense = float(gates.macs(gates.network.sizes.astype(np.int64)))
 
     def init(variables: Variables) -> AdpState:
-        scores = gates.silent if federated_gates else ()
-        return AdpState(variables, scores, jnp.zeros((), jnp.int32))
+        return AdpState(variables, gates.silent if federated_gates else (), jnp.int32(0))
 
     def init_client(download: AdpState, data: ClientData, profile: Profile, key: Key) -> Scores:
         return () if federated_gates else gates.measure(download.variables, data)
@@ -155,8 +154,7 @@ def adp(
         came = anybody(totals.den)
         step, new = mean(totals)
         scores = jax.tree.map(lambda x, old: jnp.where(came, x, old), new, state.scores)
-        round = state.round + came.astype(jnp.int32)
-        return AdpState(moved(state.variables, step), scores, round), {}
+        return AdpState(moved(state.variables, step), scores, state.round + came), {}
 
     bucket = Bucket(
         own, lambda server, public: server, client, init_client, receive,
