@@ -51,6 +51,11 @@ def moved(variables: Variables, step: tuple, rate: Array | float = 1.0) -> Varia
     )
 
 
+def where_covered(covered: PyTree, tree: PyTree) -> PyTree:
+    """The tree, and zeros outside of the coordinates that are `covered`, bool like it."""
+    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), covered, tree)
+
+
 Fit = Callable[..., tuple[Variables, Info]]  # (variables, data, max_steps, key)
 
 

@@ -34,7 +34,7 @@ from jaxfm.federated.algorithm import (
     scaled,
     wire_bytes,
 )
-from jaxfm.federated.averaging import Movement, difference, moved
+from jaxfm.federated.averaging import Movement, difference, moved, where_covered
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.channel_gates import Gates, channel_gates, gated_model
 from jaxfm.federated.registry import Setting, register
@@ -125,9 +125,7 @@ def adp(
         start = download.variables._replace(masks=kept)
         trained, info = fit(start, data, profile.max_steps, key)
         step = scaled(info.examples, difference(trained, download.variables))
-        step = jax.tree.map(
-            lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), _covered(gates, kept), step
-        )
+        step = where_covered(_covered(gates, kept), step)
         gained = scaled(info.examples, scores) if federated_gates else ()
         upload = AdpUpload(step, info.examples, kept, gained)
         # A machine that runs the slice computes and sends so much.
@@ -154,6 +152,7 @@ def adp(
         came = anybody(totals.den)
         step, new = mean(totals)
         scores = jax.tree.map(lambda x, old: jnp.where(came, x, old), new, state.scores)
+        came = came.astype(jnp.int32)
         return AdpState(moved(state.variables, step), scores, state.round + came), {}
 
     bucket = Bucket(

@@ -39,7 +39,7 @@ from jaxfm.federated.algorithm import (
     scaled,
     wire_bytes,
 )
-from jaxfm.federated.averaging import moved
+from jaxfm.federated.averaging import moved, where_covered
 from jaxfm.federated.local import UNLIMITED_STEPS, Local, Objective, local_fit, objective
 from jaxfm.federated.partition import (
     check_partition,
@@ -221,7 +221,7 @@ def _bucket(
         )  # fmt: skip
         masks, selector = _choose(select, select_times, memory, trained, data, select_key)
         covered = split_variables(coverage(network, masks), is_personal)[0]
-        gain = _where(covered.params, jax.tree.map(jnp.subtract, new, memory.variate))
+        gain = where_covered(covered.params, jax.tree.map(jnp.subtract, new, memory.variate))
         kept = new if published else jax.tree.map(jnp.add, memory.variate, gain)
         # An empty client weighs nothing, and clients that count alike weigh one.
         weight = jnp.sign(info.examples) if published else info.examples
@@ -238,7 +238,7 @@ def _bucket(
             jax.tree.map(lambda m: upload.weight * m.astype(jnp.float32), covered.params),
             jax.tree.map(lambda _: upload.weight, upload.stats),
         )
-        move = _where(covered.params, movement(upload.gain, server.variate, upload.length))
+        move = where_covered(covered.params, movement(upload.gain, server.variate, upload.length))
         return SpatlSums(Mean((scaled(upload.weight, move), upload.stats), weights), upload.gain)
 
     def travels(upload: SpatlUpload) -> SpatlUpload:
@@ -268,10 +268,6 @@ def _choose(
 def _everywhere(tree: PyTree, params: PyTree, is_personal: IsPersonal) -> PyTree:
     """An encoder's tree with zeros where the predictor is."""
     return join_tree(tree, no_variates(split_tree(params, is_personal)[1]))
-
-
-def _where(covered: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), covered, tree)
 
 
 def train_predictor(
