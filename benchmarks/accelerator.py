@@ -29,6 +29,7 @@ import importlib
 import json
 import pathlib
 import sys
+import traceback
 
 import jax
 from accelerator_parts.frame import Clock, Part, Setting, commit_of, run_part
@@ -96,7 +97,12 @@ def run(config: Config) -> list[dict]:
             rate=config.rate,
             seed=config.seed,
         )
-        line = run_part(part_of(number), setting, commit)
+        try:
+            line = run_part(part_of(number), setting, commit)
+        except ImportError as error:  # a package that is not there: the other parts still run
+            traceback.print_exc()
+            line = {"name": f"accelerator_part{number}", "complete": False, "ratio": None,
+                    "failed": {"import": str(error)}, "commit": commit}  # fmt: skip
         print(json.dumps(line), flush=True)
         with (folder / "lines.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -49,7 +49,7 @@ from jaxfm.federated import (
     Population,
     client_costs,
     client_metrics,
-    compressed,
+    compile_rounds,
     coverage_vote,
     fed_avg,
     fed_df,
@@ -59,8 +59,9 @@ from jaxfm.federated import (
     quantised,
     rafl,
     round_costs,
-    rounds,
+    with_compression,
 )
+from jaxfm.federated.algorithms.rafl import plan_members
 from jaxfm.federated.parts.ensemble import learn
 from jaxfm.model import Model, Variables
 from jaxfm.models.families.cnn import mlp
@@ -143,7 +144,7 @@ def contenders(
     )
 
     def kemf(public, bits: int | None = None) -> Contender:
-        algorithm = fed_kemf(small, [large, other], TASK, local, distil, vote=VOTE)
+        algorithm = fed_kemf(small, TASK, local, [large, other], distil, vote=VOTE)
         if bits is not None:
             algorithm = with_compression(algorithm, quantised(bits, block=256), down=bits)
         return Contender(algorithm, small, two, public, True)
@@ -153,12 +154,13 @@ def contenders(
         full = float(net.parameters(net.largest * 1.0))
         limits = full * np.linspace(0.2, 1.0, work.num_clients)
         budget = [Budget("parameters", net.parameters, limits)]
-        plan = rafl(net, large, TASK, local, distil, budget, vote=VOTE)
+        members = plan_members(net, large, budget)
+        algorithm = rafl(large, TASK, local, members, distil, vote=VOTE)
         start = large._replace(init=lambda key: small.init(key))
-        return Contender(plan.algorithm, start, plan.bucket, public, True)
+        return Contender(algorithm, start, members.assignment, public, True)
 
     shape = (len(public["image"]), 10)
-    by_logits = lambda: fed_md([large, other], TASK, local, local._replace(epochs=1), shape)
+    by_logits = lambda: fed_md([large, other], TASK, local, local._replace(epochs=1), logits=shape)
     everything = {
         "fedavg": lambda: Contender(fed_avg(large, TASK, local), large, one, None),
         "fedavg_small": lambda: Contender(fed_avg(small, TASK, local), small, one, None),

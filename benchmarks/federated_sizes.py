@@ -32,7 +32,6 @@ from jaxfm.federated import (
     Population,
     adp,
     client_costs,
-    compressed,
     fed_avg,
     fed_nova,
     head,
@@ -42,6 +41,7 @@ from jaxfm.federated import (
     scaffold,
     spatl,
     top_k,
+    with_compression,
 )
 from jaxfm.federated.accounting.ledger import client_shapes
 from jaxfm.federated.algorithm import wire_bytes

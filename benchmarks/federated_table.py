@@ -71,9 +71,11 @@ from jaxfm.federated import (
     Local,
     Population,
     adp,
+    channel_gates,
     client_costs,
     client_metrics,
-    compressed,
+    client_variables,
+    compile_rounds,
     fed_adam,
     fed_avg,
     fed_dyn,
@@ -88,15 +90,16 @@ from jaxfm.federated import (
     quantised,
     raffm,
     round_costs,
-    rounds,
     saliency,
     scaffold,
     spatl,
     top_k,
     under,
+    with_compression,
 )
-from jaxfm.federated.algorithms.adp import gated
+from jaxfm.federated.algorithms.adp import kept_channels
 from jaxfm.federated.partition import IsPersonal
+from jaxfm.federated.parts.channel_gates import Gates, gated_model
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.families.cnn import CnnConfig, cnn
 from jaxfm.models.families.resnet import ResNetConfig, resnet, resnet_config
@@ -270,8 +273,9 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
     clients = work.size.clients
     shared = functools.partial(spatl, select=salient, num_clients=clients, is_personal=nothing)
     personal = functools.partial(spatl, select=salient, num_clients=clients, is_personal=work.head)
-    gates = {"target": config.keep, "rounds": max(1, config.num_rounds // 2)}
-    pruning = lambda *a, **kw: adp(work.network, *a, **gates, **kw).algorithm
+    pruning = lambda model, task, local, **kw: adp(
+        model, task, local, gates_of(work, config, local.batch_size), **kw
+    )
     everything: dict[str, Make] = {
         "fed_avg": fed_avg,
         "fed_avg_topk8": lambda *a: with_compression(fed_avg(*a), top_k(0.1, bits=8)),
@@ -289,7 +293,7 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         "raffm": lambda *a: raffm(*a, work.tiers, distill=0.5),
         "raffm_low": lambda *a: raffm(*a, tiers_of(work.model, LOW_RATIOS), distill=0.5),
         "adp": pruning,
-        "adp_federated": lambda *a: pruning(*a, gates="federated"),
+        "adp_federated": lambda *a: pruning(*a, federated_gates=True),
         "spatl": lambda *a: shared(*a),
         "spatl_once": lambda *a: shared(*a, select_times=1),
         "spatl_topk8": lambda *a: with_compression(shared(*a), top_k(0.1, bits=8)),
@@ -305,6 +309,14 @@ def algorithms(work: Work, config: Config) -> dict[str, Make]:
         raise ValueError(f"only={unknown}: choose of {', '.join(everything)}.")
     names = ("fed_avg", *config.only) if config.only else quick if config.quick else everything
     return {name: everything[name] for name in names}
+
+
+def gates_of(work: Work, config: Config, batch_size: int) -> Gates:
+    """ADP's gates, at their target after half of the rounds."""
+    rounds = max(1, config.num_rounds // 2)
+    return channel_gates(
+        work.network, TASK, batch_size=batch_size, target=config.keep, rounds=rounds
+    )
 
 
 PERSONAL = ("fed_per", "lg_fed_avg", "spatl_personal", "spatl_personal_narrow")
@@ -448,14 +460,14 @@ def slices(runs: Mapping[str, Run], work: Work, config: Config) -> dict[str, flo
     if "adp" in runs:
         run, base = runs["adp"], runs["fed_avg"]
         end = lambda r: r.curve[:, -LAST:, 2].mean()
-        made = adp(work.network, work.model, TASK, Local(optax.sgd(0.1), 20), target=config.keep)
+        gates = gates_of(work, config, 20)
         own = costs(work.network)
         shares = []
         for state in run.ends:
             for client in range(work.size.clients):
                 scores = jax.tree.map(lambda x, i=client: x[i], state.memories[0])
                 late = state.server._replace(round=np.int32(10**6))
-                kept = jax.device_get(made.kept(late, scores))
+                kept = jax.device_get(kept_channels(gates, late, scores))
                 shares.append(
                     own.macs(counts_of(work.network, kept)) / own.macs(work.network.sizes)
                 )
@@ -475,10 +487,10 @@ def lost_by_slicing(run: Run, work: Work) -> dict[str, float]:
     """
     (bucket,), network = run.algorithm.buckets, work.network
     clients, batch = work.size.clients, 64
-    gate, rows = gated(network, work.model), 4 * batch
+    gate, rows = gated_model(network, work.model), 4 * batch
 
     def networks(server, memory, examples) -> dict[str, tuple[Variables, tuple]]:
-        whole, flat = bucket.personal(server, memory), TASK.prepare(examples, None)[0]
+        whole, flat = client_variables(bucket, server, memory), TASK.prepare(examples, None)[0]
         inputs = flat.reshape(-1, batch, *flat.shape[1:])
         everything, salient = (tuple(jnp.ones_like(m) for m in memory.masks), memory.masks)
 
@@ -496,7 +508,7 @@ def lost_by_slicing(run: Run, work: Work) -> dict[str, float]:
 
     over_clients = jax.jit(lambda server, *own: lax.map(lambda x: networks(server, *x), own))
     held = bucket._replace(
-        model=gate, personal=lambda _, memory: memory[0]._replace(live=(memory[0].live, memory[1]))
+        model=gate, personal=lambda _, memory: memory[0]._replace(masks=memory[1])
     )
     measure = client_metrics(
         run.algorithm._replace(buckets=(held,)), np.zeros(clients, int), TASK, batch_size=batch

@@ -16,7 +16,7 @@ from accelerator_parts import contest
 from accelerator_parts.frame import Case, Figures, Part, Setting
 from jaxfm.federated import Distill, Local, fed_avg, fed_kemf
 from jaxfm.model import Model
-from jaxfm.models.families.cnn import CnnConfig, cnn
+from jaxfm.models.families.cnn import mlp
 from jaxfm.models.families.resnet import resnet, resnet_config
 
 DISTILL_RATE = 1e-3
@@ -25,10 +25,7 @@ DISTILL_RATE = 1e-3
 def networks(setting: Setting) -> tuple[Model, list[Model]]:
     """The knowledge network, and those that clients own, the largest last."""
     if setting.dry:
-        tiny = lambda *channels: cnn(
-            CnnConfig(image_size=(8, 8), conv_channels=channels, dense_dim=16)
-        )
-        return tiny(2, 4), [tiny(4, 4), tiny(4, 8)]
+        return mlp((64, 4, 10)), [mlp((64, 8, 10)), mlp((64, 16, 10))]
     return resnet(resnet_config(20)), [resnet(resnet_config(depth)) for depth in (32, 44)]
 
 
