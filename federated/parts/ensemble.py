@@ -189,7 +189,7 @@ def fusion(model: Model, task: Task, how: Distill, vote: Vote, *, average: bool 
         voted = (totals.votes.den > 0).any()
         keep = lambda new, old: jnp.where(voted, new, old)
         variables = jax.tree.map(keep, learned, averaged)
-        return state._replace(variables=variables), {"distil_loss": keep(losses.mean(), 0.0)}
+        return state._replace(variables=variables), {"distill_loss": keep(losses.mean(), 0.0)}
 
     return receive, server
 

@@ -82,7 +82,8 @@ def main() -> None:
     data = federate({"x": x, "label": label}, np.split(np.arange(30), [4, 5, 11, 18, 21, 29]))
     model, task = mlp((6, 8, 3)), classification(3, inputs="x")
     tiers = [Subnet({}), Subnet({"hidden1": np.arange(4)})]
-    algorithm = hetero_fl(model, task, Local(optax.sgd(0.1), 4, 2), tiers, optax.adam(0.02))
+    local, server = Local(optax.sgd(0.1), 4, 2), optax.adam(0.02)
+    algorithm = hetero_fl(model, task, local, tiers, optimizer=server)
     bucket = np.arange(7) % 2
     people = Population(data, profiles(7, max_steps=np.array([1, 9, 2, 9, 3, 9, 9])), bucket)
     engine = compile_rounds(algorithm, people, cohort_size=5, num_rounds=2, drop_rate=0.1)

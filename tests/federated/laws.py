@@ -205,6 +205,16 @@ def loss_gradient(params: dict, rows: dict) -> dict:
     }
 
 
+def one_step(name: str):
+    """(parameters, their gradient on the rows of one client, the state after one step of it)."""
+    people = population(name, federation((4, 0, 0, 0, 0, 0)), max_steps=1)
+    state, info = run(name, people)
+    assert info.spent.steps.sum() == 1 and info.examples.sum() == 4
+    before = jax.tree.map(np.asarray, start().params)
+    rows = {key: value[:4] for key, value in examples(24).items()}
+    return before, loss_gradient(before, rows), state
+
+
 def batch_norm_model() -> Model:
     class Net(nnx.Module):
         def __init__(self, rngs):

@@ -11,6 +11,7 @@ from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import compile_rounds
+from jaxfm.model import Variables
 
 
 def test_the_toy_of_the_contract_is_a_mean():
@@ -26,5 +27,6 @@ def test_the_toy_of_the_contract_is_a_mean():
     x = np.array([1.0, 1.0, 1.0, 4.0, 4.0, 4.0], np.float32)
     data = federate({"x": x}, [np.arange(3), np.arange(3, 6)])
     engine = compile_rounds(toy, Population(data, profiles(2), np.zeros(2, int)), cohort_size=2)
-    state, _ = engine.run(engine.init(jnp.zeros(()), jax.random.key(0)))
-    assert float(state.server) == 2.5
+    start = Variables({"x": jnp.zeros(())}, {}, {})
+    state, _ = engine.run(engine.init(start, jax.random.key(0)))
+    assert float(state.server.variables.params["x"]) == 2.5

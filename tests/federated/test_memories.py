@@ -12,7 +12,17 @@ import pytest
 from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.metrics import client_metrics
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Mean, mean, scaled
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Exact,
+    Info,
+    Mean,
+    Spent,
+    mean,
+    weighted,
+)
 from jaxfm.federated.local import Local, local_fit
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import compile_rounds
@@ -52,9 +62,10 @@ def scaffold(pulls: tuple[float, ...]) -> Algorithm:
             for _ in range(STEPS):
                 y = y - LR * (pull * (y - t) - memory.c + c)
             new = memory.c - c + (x - y) / (STEPS * LR)
-            upload = (Mean(y - x, jnp.ones(())), new - memory.c)
+            upload = (Mean(y - x, Exact(jnp.ones(()))), new - memory.c)
             stray = (memory.owner != owner) | (profile.max_steps != owner)
-            info = {"stray": stray.astype(jnp.float32)}
+            zero, extra = jnp.zeros(()), {"stray": stray.astype(jnp.float32)}
+            info = Info(Spent(zero), zero, zero, zero, extra)
             return upload, Memory(new, memory.visits + 1, memory.owner), info
 
         return Bucket(
@@ -68,15 +79,15 @@ def scaffold(pulls: tuple[float, ...]) -> Algorithm:
     return Algorithm(lambda x: Control(x, jnp.zeros(2)), tuple(map(bucket, pulls)), server)
 
 
-@pytest.mark.parametrize(("devices", "width"), [(2, 1), (1, 2)])
-def test_memories_stay_with_their_clients(devices, width):
+@pytest.mark.parametrize(("devices", "clients_at_once"), [(2, 1), (1, 2)])
+def test_memories_stay_with_their_clients(devices, clients_at_once):
     targets = np.random.default_rng(0).normal(size=(CLIENTS, 2)).astype(np.float32)
     owners = np.arange(100, 100 + CLIENTS, dtype=np.int32)
     data = federate({"t": targets, "owner": owners}, [np.array([i]) for i in range(CLIENTS)])
     pulls, bucket = (1.0, 3.0), np.arange(CLIENTS) % 3 % 2
     people = Population(data, profiles(CLIENTS, max_steps=owners), bucket)
     engine = compile_rounds(
-        scaffold(pulls), people, cohort_size=4, drop_rate=0.2, clients_at_once=width,
+        scaffold(pulls), people, cohort_size=4, drop_rate=0.2, clients_at_once=clients_at_once,
         mesh=make_mesh(clients=devices),
     )  # fmt: skip
     state = engine.init(jnp.ones(2), jax.random.key(0))
@@ -91,7 +102,7 @@ def test_memories_stay_with_their_clients(devices, width):
             np.testing.assert_array_equal(memory.owner, owners[bucket == b])
         cohort = np.flatnonzero(seen - visits)
         assert (seen - visits)[cohort].tolist() == [1] * len(cohort)
-        assert len(cohort) == info.counted.sum() and info["stray"][0] == 0
+        assert len(cohort) == info.counted.sum() and info.extra["stray"][0] == 0
         visits = seen
         moves, controls = [], []
         for i in cohort:
@@ -156,7 +167,7 @@ def mutual(models) -> Algorithm:
             both = Variables({"own": memory.params, "shared": download.params}, {}, {})
             trained, info = fit(both, data, profile.max_steps, key)
             move = jax.tree.map(jnp.subtract, trained.params["shared"], download.params)
-            upload = Mean(scaled(info.examples, move), info.examples)
+            upload = weighted(info.examples, move)
             return upload, memory._replace(params=trained.params["own"]), info
 
         return Bucket(

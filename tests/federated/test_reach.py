@@ -11,7 +11,7 @@ import pytest
 from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.ledger import client_costs, round_costs
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithm import Algorithm, Bucket, Mean, mean
+from jaxfm.federated.algorithm import Algorithm, Bucket, Exact, Info, Mean, Spent, mean
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import compile_rounds
 from jaxfm.model import Variables
@@ -26,9 +26,9 @@ class State(NamedTuple):
     round: jax.Array  # i32[]
 
 
-def people(bucket=(0, 0, 0, 0), held=None) -> Population:
+def people(bucket=(0, 0, 0, 0), validation=None) -> Population:
     data = federate({"x": VALUES}, PARTS)
-    return Population(data, profiles(len(PARTS)), np.array(bucket), held)
+    return Population(data, profiles(len(PARTS)), np.array(bucket), validation)
 
 
 def own_mean(data) -> jax.Array:
@@ -38,8 +38,9 @@ def own_mean(data) -> jax.Array:
     ).astype(jnp.float32)
 
 
-def reports(steps=1.0) -> dict:
-    return {"steps": jnp.asarray(steps), "loss_total": jnp.zeros(()), "loss_count": jnp.ones(())}
+def report(**extra) -> Info:
+    one, zero = jnp.ones(()), jnp.zeros(())
+    return Info(Spent(one), examples=one, loss_total=zero, loss_count=one, extra=extra)
 
 
 def algorithm(*buckets: Bucket) -> Algorithm:
@@ -59,7 +60,7 @@ def run(algorithm: Algorithm, population: Population, num_rounds: int = 1, **cha
 
 def plain_client(download, memory, data, profile, key):
     move = jnp.full(SIZE, own_mean(data)) - download
-    return Mean(move, jnp.ones(())), memory, reports()
+    return Mean(move, Exact(jnp.ones(()))), memory, report()
 
 
 def test_uploads_travel_smaller_than_they_are_summed():
@@ -72,7 +73,7 @@ def test_uploads_travel_smaller_than_they_are_summed():
 
     def receive(server, public, upload):
         codes, scale = upload
-        return Mean(codes.astype(jnp.float32) * scale, jnp.ones(()))
+        return Mean(codes.astype(jnp.float32) * scale, Exact(jnp.ones(())))
 
     send = lambda server, public: server.variables
     personal = lambda server, memory: Variables(server.variables, {}, {})
@@ -92,11 +93,11 @@ def test_a_window_may_roll_with_the_round():
     window = lambda server: (jnp.arange(half) + server.round) % SIZE
 
     def client(download, memory, data, profile, key):
-        return Mean(jnp.ones(half), jnp.ones(())), memory, reports()
+        return Mean(jnp.ones(half), Exact(jnp.ones(()))), memory, report()
 
     def lift(server, sums):
         full = jnp.zeros(SIZE).at[window(server)]
-        return Mean(full.set(sums.num), full.set(sums.den))
+        return Mean(full.set(sums.num), full.set(sums.den.value))
 
     send = lambda server, public: server.variables[window(server)]
     state, _ = run(algorithm(Bucket(None, send, client, lift=lift)), people(), num_rounds=3)
@@ -120,19 +121,19 @@ def test_memories_start_from_the_clients_own_data_and_key():
 
 def test_clients_may_hold_rows_back():
     rows = [np.array([10]), np.array([11]), np.array([10, 11]), np.array([], int)]
-    held = federate({"x": VALUES}, rows)
+    validation = federate({"x": VALUES}, rows)
 
     def client(download, memory, data, profile, key):
-        upload, memory, info = plain_client(download, memory, data, profile, key)
-        real = jnp.arange(data.held_index.shape[0]) < data.held_count
-        values = jnp.where(real, data.examples["x"][data.held_index], 0)
-        return upload, memory, info | {"held": values.sum()}
+        upload, memory, _ = plain_client(download, memory, data, profile, key)
+        real = jnp.arange(data.validation_index.shape[0]) < data.validation_count
+        values = jnp.where(real, data.examples["x"][data.validation_index], 0)
+        return upload, memory, report(held=values.sum())
 
     toy = algorithm(Bucket(None, lambda server, public: server.variables, client))
-    _, info = run(toy, people(held=held))
-    assert info["held"][0] == sum(VALUES[r].sum() for r in rows)
-    with pytest.raises(ValueError, match="held"):
-        run(toy, people(held=federate({"x": VALUES}, rows[:3])))
+    _, info = run(toy, people(validation=validation))
+    assert info.extra["held"][0] == sum(VALUES[r].sum() for r in rows)
+    with pytest.raises(ValueError, match="local_validation"):
+        run(toy, people(validation=federate({"x": VALUES}, rows[:3])))
 
 
 def test_a_memory_that_is_not_finite_is_not_kept():
@@ -148,8 +149,8 @@ def test_a_memory_that_is_not_finite_is_not_kept():
     assert info.non_finite.tolist() == [[1]]
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_empty_slots_are_never_run(width):
+@pytest.mark.parametrize("clients_at_once", [1, 2])
+def test_empty_slots_are_never_run(clients_at_once):
     """Three buckets have room for the whole cohort each; only the drawn clients' programs run."""
     calls: list[int] = []
 
@@ -161,7 +162,7 @@ def test_empty_slots_are_never_run(width):
     toy = algorithm(*[Bucket(None, send, client) for _ in range(3)])
     mesh = jax.make_mesh((1,), ("clients",), devices=jax.devices()[:1],
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
-    state, _ = run(toy, people((0, 0, 1, 2)), mesh=mesh, clients_at_once=width)
+    state, _ = run(toy, people((0, 0, 1, 2)), mesh=mesh, clients_at_once=clients_at_once)
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert sorted(calls) == sorted(len(rows) for rows in PARTS)

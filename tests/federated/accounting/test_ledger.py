@@ -92,7 +92,8 @@ def test_rounds_cost_what_their_clients_cost():
     _, info = engine.run(engine.init(variables(), jax.random.key(0)))
     total = round_costs(costs, info)
     selected, clients, failed, steps = (
-        np.asarray(info[n]).sum(0) for n in ("selected", "clients", "non_finite", "steps")
+        np.asarray(x).sum(0)
+        for x in (info.selected, info.counted, info.non_finite, info.spent.steps)
     )
     assert selected.tolist() == [9, 6] and 0 < clients.sum() + failed.sum() < 15 and failed[0]
     by_bucket = lambda name: np.array([getattr(cost, name) for cost in costs])
@@ -107,7 +108,7 @@ def test_a_client_may_report_its_own_bytes():
 
     def client(*args):
         upload, memory, info = bucket.client(*args)
-        return upload, memory, info | {"bytes_up": jnp.asarray(7.0)}
+        return upload, memory, info.measured(bytes_up=jnp.asarray(7.0))
 
     algorithm = algorithm._replace(buckets=(bucket._replace(client=client),))
     people = population()

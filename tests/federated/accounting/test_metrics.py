@@ -17,6 +17,7 @@ from jaxfm.federated.algorithm import Bucket
 from jaxfm.federated.algorithms.hetero_fl import hetero_fl
 from jaxfm.federated.local import Local
 from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification
@@ -35,7 +36,7 @@ TEST = federate(EXAMPLES, [np.arange(9), [9, 10], [], np.arange(11, 19), [19]])
 
 
 def state():
-    engine = rounds(ALGORITHM, Population(TEST, profiles(5), BUCKET), cohort_size=2)
+    engine = compile_rounds(ALGORITHM, Population(TEST, profiles(5), BUCKET), cohort_size=2)
     return engine.init(MODEL.init(jax.random.key(0)), jax.random.key(1))
 
 

@@ -122,11 +122,12 @@ def test_what_clients_did_adds_up_to_the_ledger():
     failed = 0
     for number in range(6):
         state, info = engine.run(state)
-        drawn, reports = draw(key, number, 5, 3, 0.4)
-        work = client_work(costs, people.bucket, steps, drawn, reports, info)
+        work = client_work(costs, people.bucket, info)
         for name, total in round_costs(costs, info).items():
             assert getattr(work, name).sum() == pytest.approx(total)
         took = work.flops > 0
+        drawn, reports = draw(key, number, 5, 3, 0.4)
+        np.testing.assert_array_equal(took, np.isin(np.arange(5), drawn) & reports & (steps > 0))
         per_step = np.array([cost.flops_per_step for cost in costs])[people.bucket]
         np.testing.assert_allclose(work.flops[took], (steps * per_step)[took])
         assert (work.bytes_down > 0).sum() == 3
@@ -135,4 +136,4 @@ def test_what_clients_did_adds_up_to_the_ledger():
     assert failed > 0
     two = jax.tree.map(lambda x: np.concatenate([x, x]), info)
     with pytest.raises(ValueError, match="one round of 2 buckets at a time"):
-        client_work(costs, people.bucket, steps, drawn, reports, two)
+        client_work(costs, people.bucket, two)

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from laws import BATCH_NORM, batch_norm_step, federation, population, run_new
+from laws import (
+    BATCH_NORM,
+    batch_norm_step,
+    federation,
+    one_step,
+    population,
+    run_new,
+)
 
 from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.resources import profiles
@@ -167,6 +174,13 @@ def test_fed_dyn_follows_its_equations():
     np.testing.assert_allclose(found[-1], x, rtol=1e-4)
 
 
+def test_one_client_and_one_step_move_fed_dyn_by_the_gradient_and_the_drift():
+    """x + d - h / alpha, with h = - (alpha / 6) d after the first report of one of six clients."""
+    before, gradient, state = one_step("fed_dyn")
+    expected = jax.tree.map(lambda x, g: x - LR * g - LR * g / 6, before, gradient)
+    chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_descent_does_is_measured():
     for given, momentum in ((optax.sgd(0.3), 0.0), (optax.sgd(0.3, momentum=0.9), 0.9)):
         found = sgd_of(given, "x")
@@ -273,6 +287,14 @@ def test_settings_out_of_range_are_refused():
         (lambda: fed_per(NET, TASK, PLAIN, is_personal=under("nowhere")), "dense1"),
         (lambda: fed_rolex(NET, TASK, PLAIN, []), "at least one tier"),
         (lambda: fed_dp(NET, TASK, PLAIN, threshold=-1.0), "threshold"),
+        (
+            lambda: fed_avg(NET, TASK, Local(optax.sgd(0.1), 0)),
+            "batch_size and epochs must be at least 1, got 0",
+        ),
+        (
+            lambda: fed_avg(NET, TASK, Local(optax.sgd(0.1), 4, 0)),
+            "batch_size and epochs must be at least 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

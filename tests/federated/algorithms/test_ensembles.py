@@ -16,7 +16,7 @@ from jaxfm.distillation import kl_divergence
 from jaxfm.federated.accounting.ledger import client_costs, round_costs
 from jaxfm.federated.accounting.metrics import global_metrics
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithm import ClientData, Mean
+from jaxfm.federated.algorithm import ClientData, Exact, Mean
 from jaxfm.federated.algorithms.fed_df import FedDfState, fed_df
 from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_published, mutual_objective
 from jaxfm.federated.algorithms.fed_md import fed_md
@@ -24,7 +24,7 @@ from jaxfm.federated.local import Local
 from jaxfm.federated.parts import ensemble
 from jaxfm.federated.parts.ensemble import (
     Distill,
-    Upload,
+    PredictionUpload,
     coverage_vote,
     entropy_vote,
     fusion,
@@ -129,12 +129,12 @@ def test_a_network_that_overflows_has_no_vote(name):
     receive, server = fusion(KNOWLEDGE, TASK, DISTILL, VOTES[name])
     state = FedDfState(KNOWLEDGE.init(jax.random.key(0)))
     move = jax.tree.map(lambda x: 1e30 + 0 * x, (state.variables.params, {}))
-    sums = receive(state, PUBLIC, Upload(move, jnp.ones(()), jnp.ones(3)))
+    sums = receive(state, PUBLIC, PredictionUpload(move, Exact(jnp.ones(())), Exact(jnp.ones(3))))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(sums.votes))
     absent = sums._replace(move=jax.tree.map(jnp.zeros_like, sums.move))
     after, info = server(state, absent, PUBLIC, jax.random.key(1))
     chex.assert_trees_all_equal(after, state)
-    assert info["distil_loss"] == 0
+    assert info["distill_loss"] == 0
 
 
 def test_distillation_starts_from_the_average_or_where_it_was():
@@ -144,7 +144,7 @@ def test_distillation_starts_from_the_average_or_where_it_was():
     still = DISTILL._replace(optimizer=optax.sgd(0.0))
     for average, moved in ((True, 1.0), (False, 0.0)):
         receive, server = fusion(KNOWLEDGE, TASK, still, mean_vote(), average=average)
-        sums = receive(state, PUBLIC, Upload(move, jnp.asarray(2.0), ()))
+        sums = receive(state, PUBLIC, PredictionUpload(move, Exact(jnp.asarray(2.0)), Exact(())))
         after, _ = server(state, sums, PUBLIC, jax.random.key(1))
         expected = jax.tree.map(lambda x, m=moved: x + m, state.variables.params)
         chex.assert_trees_all_close(after.variables.params, expected, rtol=1e-6)
@@ -198,7 +198,7 @@ def test_traffic_is_the_knowledge_networks_whatever_the_clients_own():
     variables = KNOWLEDGE.init(jax.random.key(0))
     size = 4 * count_parameters(variables.params)
     for extra, vote in ((0, None), (4 * 3, coverage_vote(3))):
-        algorithm = fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTILL, vote=vote)
+        algorithm = fed_kemf(KNOWLEDGE, TASK, LOCAL, OWN, DISTILL, vote=vote)
         first, second = client_costs(algorithm, people(), variables, PUBLIC)
         assert first.bytes_down == second.bytes_down == size
         assert first.bytes_up == second.bytes_up == size + 4 + extra
@@ -206,18 +206,21 @@ def test_traffic_is_the_knowledge_networks_whatever_the_clients_own():
 
 
 def test_fed_md_sends_only_logits():
-    algorithm = fed_md(OWN, TASK, LOCAL, LOCAL, (7, 3))
+    algorithm = fed_md(OWN, TASK, LOCAL, LOCAL, logits=(7, 3))
     population = people()
     costs = client_costs(algorithm, population, Variables({}, {}, {}), PUBLIC)
     assert {(c.bytes_up, c.bytes_down) for c in costs} == {(7 * 3 * 4, 7 * 3 * 4)}
     _, infos = run(algorithm, population, 2)
-    assert [info["digest_steps"][0] for info in infos] == [0, 3 * 2 * 2]  # after the first round
+    assert [info.extra["digest_steps"][0] for info in infos] == [
+        0,
+        3 * 2 * 2,
+    ]  # after the first round
     # An MLP's step costs 3 passes, but for the gradient of the inputs; the prediction one.
     passes = [2 * (6 * 8 + 8 * 3), 2 * (6 * 20 + 20 * 7 + 7 * 3)]
     step = [4 * (3 * p - 2 * 6 * h) for p, h in zip(passes, (8, 20))]
     steps = np.array([4 + 2, 2])  # of clients 0 and 2, and of client 1
     expected = steps * step + np.array([2, 1]) * 7 * passes
-    np.testing.assert_allclose(infos[0]["flops"][0], expected)
+    np.testing.assert_allclose(infos[0].spent.flops[0], expected)
     assert round_costs(costs, infos[0])["flops"] == expected.sum()
 
 
@@ -237,7 +240,7 @@ def test_clients_of_fed_md_come_to_agree():
     """With nothing of their own to learn they approach the consensus, which stays near by."""
     still, digest = Local(optax.sgd(0.0), 4), Local(optax.sgd(0.03), 7, 10)
     population = people()
-    algorithm = fed_md(OWN, TASK, still, digest, (7, 3))
+    algorithm = fed_md(OWN, TASK, still, digest, logits=(7, 3))
     engine = compile_rounds(algorithm, population, cohort_size=3, public=PUBLIC)
     state = engine.init(Variables({}, {}, {}), jax.random.key(3))
 
@@ -262,15 +265,15 @@ def test_clients_of_fed_md_come_to_agree():
     [
         (lambda: max_vote(0.0), "sharpness=0.0 must be positive"),
         (lambda: fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL._replace(steps=0)), "at least 1 .* got 0"),
-        (lambda: fed_kemf(KNOWLEDGE, [], TASK, LOCAL, DISTILL), "needs at least one model"),
-        (lambda: fed_kemf(KNOWLEDGE, OWN, TASK, LOCAL, DISTILL, mutual=-1.0), "not be negative"),
-        (lambda: fed_md([], TASK, LOCAL, LOCAL, (7, 3)), "needs at least one model"),
+        (lambda: fed_kemf(KNOWLEDGE, TASK, LOCAL, [], DISTILL), "needs at least one model"),
+        (lambda: fed_kemf(KNOWLEDGE, TASK, LOCAL, OWN, DISTILL, mutual=-1.0), r"mutual=-1\.0 must be a weight of at least 0"),
+        (lambda: fed_md([], TASK, LOCAL, LOCAL, logits=(7, 3)), "needs at least one model"),
         (
             lambda: run(fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL), people((3,)), public=None),
             r"give rounds\(public=",
         ),
         (
-            lambda: run(fed_md(OWN, TASK, LOCAL, LOCAL, (5, 3)), people((3,))),
+            lambda: run(fed_md(OWN, TASK, LOCAL, LOCAL, logits=(5, 3)), people((3,))),
             r"7 public examples; .* \(5, 3\)",
         ),
     ],
@@ -295,9 +298,9 @@ def test_distillation_beats_averaging_on_clients_of_few_classes():
     clients, public, validation = non_iid_digits()
     knowledge, own, task = mlp((64, 24, 10)), mlp((64, 48, 10)), classification(10)
     local = Local(optax.sgd(0.05, momentum=0.9), 16, 3)
-    distil = Distill(optax.adam(3e-3), 100, 64)
+    how = Distill(optax.adam(3e-3), 100, 64)
     population = Population(clients, profiles(10), np.zeros(10, int))
-    algorithm = fed_kemf(knowledge, [own], task, local, distil, vote=coverage_vote(10))
+    algorithm = fed_kemf(knowledge, task, local, [own], how, vote=coverage_vote(10))
     accuracy = {}
     for name, data in (("average", None), ("distilled", public)):
         engine = compile_rounds(algorithm, population, cohort_size=5, public=data)
@@ -313,6 +316,6 @@ def test_distillation_beats_averaging_on_clients_of_few_classes():
 def test_as_published_the_last_knowledge_is_the_start():
     still = DISTILL._replace(optimizer=optax.sgd(0.0))
     before = KNOWLEDGE.init(jax.random.key(0))
-    state, infos = run(fed_kemf_published(KNOWLEDGE, OWN, TASK, LOCAL, still), people(), 1, before)
+    state, infos = run(fed_kemf_published(KNOWLEDGE, TASK, LOCAL, OWN, still), people(), 1, before)
     chex.assert_trees_all_equal(state.server.variables, KNOWLEDGE.init(jax.random.key(0)))
-    assert infos[0]["clients"].sum() == 3
+    assert infos[0].counted.sum() == 3

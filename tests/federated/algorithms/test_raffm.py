@@ -28,7 +28,7 @@ from jaxfm.data.federation import federate
 from jaxfm.distillation import kl_divergence
 from jaxfm.federated.accounting.ledger import client_costs
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithms.raffm import distilled, prioritise, raffm, raffm_published
+from jaxfm.federated.algorithms.raffm import prioritise, raffm, raffm_published, slice_objective
 from jaxfm.federated.local import Local, objective
 from jaxfm.federated.parts.unit_salience import free_axes, mean_norm, salience
 from jaxfm.federated.population import Population
@@ -186,8 +186,8 @@ def test_slices_of_heads_and_stream_cost_what_they_are():
     people = Population(data, profiles(1), np.zeros(1, int))
     task, local = classification(5), Local(optax.sgd(0.1), 3)
     plain, taught = (
-        client_costs(raffm(model, task, local, tiers, distill=distil), people, like)
-        for distil in (0.0, 1.0)
+        client_costs(raffm(model, task, local, tiers, distill=distill), people, like)
+        for distill in (0.0, 1.0)
     )
     for tier, cost, more in zip(tiers, plain, taught, strict=True):
         params = jax.eval_shape(lambda v, tier=tier: extract(v, model.axes, tier), like).params
@@ -214,8 +214,8 @@ def test_distillation_moves_the_weights_inside_only():
         gradients(loss)
         for loss in (
             objective(MODEL, TASK),
-            distilled(MODEL, TASK, TIERS[2], 0.0),
-            distilled(MODEL, TASK, TIERS[2], 1.0),
+            slice_objective(MODEL, TASK, TIERS[2], 0.0),
+            slice_objective(MODEL, TASK, TIERS[2], 1.0),
         )
     )
     chex.assert_trees_all_close(nothing, plain, rtol=1e-6, atol=1e-7)
@@ -237,9 +237,9 @@ def test_a_slice_that_nobody_trained_alone_speaks_for_the_whole():
     """All clients hold everything. Cut without retraining, the half of a run with distillation says
     what the whole says."""
     gaps = []
-    for distil in (0.0, 1.0):
+    for distill in (0.0, 1.0):
         algorithm = raffm(
-            MODEL, TASK, LOCAL, TIERS[:1], axes=["hidden1"], distill=distil, student=TIERS[1]
+            MODEL, TASK, LOCAL, TIERS[:1], axes=["hidden1"], distill=distill, student=TIERS[1]
         )
         state, _ = run_new(algorithm, tiers_of(1), num_rounds=30)
         whole = state.server.variables
@@ -257,12 +257,12 @@ def test_a_slice_that_nobody_trained_alone_speaks_for_the_whole():
         ({"student": Subnet({"hidden1": np.array([1])})}, r"\[1\] is no leading slice"),
         ({"axes": ["class"]}, r"axes=\['class'\] cannot all be reordered; .* \['hidden1'\]"),
         ({"reorder_every": -1}, "must not be negative .* got -1, 0.0, 1.0"),
-        ({"distil": -1.0}, "must not be negative"),
-        ({"distil": float("nan")}, "must not be negative"),
+        ({"distill": -1.0}, "must not be negative"),
+        ({"distill": float("nan")}, "must not be negative"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"distil": 1.0, "tiers": TIERS[2:]}, "some tier must hold more than the student"),
+        ({"distill": 1.0, "tiers": TIERS[2:]}, "some tier must hold more than the student"),
         (
-            {"distil": 1.0, "student": TIERS[1]},
+            {"distill": 1.0, "student": TIERS[1]},
             "Tier 2 holds 2 of 'hidden1', the student 4: .* one that fits in all",
         ),
     ],

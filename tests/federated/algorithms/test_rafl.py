@@ -1,4 +1,4 @@
-"""What RaFL claims: members within every client's budget, chosen on held rows; correct fusion."""
+"""What RaFL claims: members within every client's budget, chosen on validation rows; correct fusion."""
 
 import itertools
 
@@ -16,6 +16,7 @@ from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithms.rafl import (
     client_limits,
     entropy_divergence,
+    plan_members,
     rafl,
     rafl_published,
     tiers,
@@ -24,6 +25,7 @@ from jaxfm.federated.algorithms.rafl import (
 from jaxfm.federated.local import Local
 from jaxfm.federated.parts.ensemble import Distill
 from jaxfm.federated.population import Population
+from jaxfm.federated.rounds import compile_rounds
 from jaxfm.models.families.cnn import mlp
 from jaxfm.search.elastic.supernet import supernet
 from jaxfm.search.strategies.project import Budget
@@ -57,49 +59,55 @@ def some_budgets(num_clients: int = 12) -> list[Budget]:
     )
 
 
-def make(given, **options):
-    return rafl(NET, MODEL, TASK, LOCAL, DISTILL, given, **options)
+def plan(given, **options):
+    return plan_members(NET, MODEL, given, **options)
+
+
+def make(members):
+    return rafl(MODEL, TASK, LOCAL, members, DISTILL)
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return make(some_budgets())
+def members():
+    return plan(some_budgets())
 
 
-def test_every_client_is_within_its_budgets(plan):
+def test_every_client_is_within_its_budgets(members):
     given = some_budgets()
     limits = client_limits(given)
-    for client, bucket in enumerate(plan.bucket):
-        counts = jnp.asarray(plan.members[bucket], jnp.float32)
+    for client, bucket in enumerate(members.assignment):
+        counts = jnp.asarray(members.counts[bucket], jnp.float32)
         for budget, limit in zip(given, limits[client]):
             assert float(budget.cost(counts)) <= limit * (1 + 1e-6)
-    assert 1 < len(plan.members) <= 3
-    assert len({tuple(counts) for counts in plan.members}) == len(plan.algorithm.buckets)
+    assert 1 < len(members.counts) <= 3
+    assert len({tuple(counts) for counts in members.counts}) == len(make(members).buckets)
 
 
-def test_clients_train_the_member_they_were_given_and_send_the_smallest(plan):
-    num_clients = len(plan.bucket)
+def test_clients_train_the_member_they_were_given_and_send_the_smallest(members):
+    algorithm = make(members)
+    np.testing.assert_array_equal(algorithm.assignment, members.assignment)
+    num_clients, start = len(algorithm.assignment), algorithm.model.init(jax.random.key(0))
     x = np.zeros((num_clients, 6), np.float32)
     data = federate({"x": x, "label": np.zeros(num_clients, np.int32)}, np.arange(12)[:, None])
-    people = Population(data, profiles(num_clients), plan.bucket)
-    costs = client_costs(plan.algorithm, people, plan.start, PUBLIC)
+    people = Population(data, profiles(num_clients), algorithm.assignment)
+    costs = client_costs(algorithm, people, start, PUBLIC)
     smallest = int(NET.parameters(jnp.asarray(NET.smallest, jnp.float32)))
-    assert count_parameters(plan.start.params) == smallest
-    for cost, counts in zip(costs, plan.members):
+    assert count_parameters(start.params) == smallest
+    for cost, counts in zip(costs, members.counts):
         assert cost.parameters == int(NET.parameters(jnp.asarray(counts, jnp.float32)))
         assert (cost.bytes_down, cost.bytes_up) == (4 * smallest, 4 * smallest + 4)
-    engine = rounds(plan.algorithm, people, cohort_size=num_clients, public=PUBLIC)
-    _, info = engine.run(engine.init(plan.start, jax.random.key(0)))
-    assert info.counted.sum() == num_clients and np.isfinite(info["distil_loss"]).all()
+    engine = compile_rounds(algorithm, people, cohort_size=num_clients, public=PUBLIC)
+    _, info = engine.run(engine.init(start, jax.random.key(0)))
+    assert info.counted.sum() == num_clients and np.isfinite(info.server["distill_loss"]).all()
 
 
 def test_members_inherit_the_supernets_weights_or_start_anew():
     one = budgets([LARGEST], [9.0])
     search = lambda budgets, clients: np.array([8, 4])
-    first = lambda plan: plan.algorithm.buckets[0].model.init(jax.random.key(1))
+    first = lambda members: make(members).buckets[0].model.init(jax.random.key(1))
     cut = NET.extract(NET.variables, np.array([8, 4]))
     for scratch, same in ((None, True), (jax.random.key(5), False)):
-        own = first(make(one, search=search, scratch=scratch))
+        own = first(plan(one, search=search, scratch=scratch))
         kernels = [v.params["dense2"]["kernel"] for v in (own, cut)]
         assert kernels[0].shape == (8, 4)
         assert np.array_equal(*kernels) == same
@@ -124,14 +132,14 @@ def test_tiers_lose_least(num_tiers):
     np.testing.assert_allclose(loss(tier), best, atol=1e-9)
 
 
-def test_the_search_reads_held_rows_of_the_tier_alone():
+def test_the_search_reads_validation_rows_of_the_tier_alone():
     rng = np.random.default_rng(3)
     label = rng.integers(0, 3, 40).astype(np.int32)
     x = (rng.normal(size=(40, 6)) + label[:, None]).astype(np.float32)
-    x[:20] = np.nan  # rows to train on, and held rows of client 0
-    held = federate({"x": x, "label": label}, [np.arange(10, 20), np.arange(20, 40)])
+    x[:20] = np.nan  # rows to train on, and validation rows of client 0
+    validation = federate({"x": x, "label": label}, [np.arange(10, 20), np.arange(20, 40)])
     search = validation_search(
-        NET, MODEL, TASK, held, jax.random.key(0), population=8, generations=2
+        NET, MODEL, TASK, validation, jax.random.key(0), population=8, generations=2
     )
     own = [Budget("parameters", NET.parameters, 0.5 * LARGEST)]
     counts = search(own, np.array([1]))
@@ -142,7 +150,7 @@ def test_the_search_reads_held_rows_of_the_tier_alone():
     assert float(NET.parameters(jnp.asarray(counts, jnp.float32))) <= 0.5 * LARGEST
     assert score(counts) <= score(shrunk)
     nobody = federate({"x": x, "label": label}, [np.array([], int), np.arange(20, 40)])
-    with pytest.raises(ValueError, match=r"Clients \[0\] hold no rows back"):
+    with pytest.raises(ValueError, match=r"Clients \[0\] have no validation rows"):
         validation_search(NET, MODEL, TASK, nobody, jax.random.key(0))(own, np.array([0]))
 
 
@@ -165,24 +173,24 @@ def test_the_published_fusion_maximises_entropy_and_ours_does_not():
 
 
 def test_the_published_variant_is_a_variant():
-    options = {"search": lambda budgets, clients: np.array([8, 4])}
-    plan = rafl_published(NET, MODEL, TASK, LOCAL, DISTILL, budgets([LARGEST], [9.0]), **options)
-    assert plan.members.tolist() == [[8, 4]] and plan.bucket.tolist() == [0]
+    members = plan(budgets([LARGEST], [9.0]), search=lambda budgets, clients: np.array([8, 4]))
+    algorithm = rafl_published(MODEL, TASK, LOCAL, members, DISTILL)
+    assert members.counts.tolist() == [[8, 4]] and algorithm.assignment.tolist() == [0]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make([]), "at least one budget"),
-        (lambda: make(budgets([LARGEST, LARGEST], [9.0] * 3)), r"Limits have shapes .*\(3,\)"),
-        (lambda: make(budgets(LARGEST, 9.0)), "one number for each client"),
+        (lambda: plan([]), "at least one budget"),
+        (lambda: plan(budgets([LARGEST, LARGEST], [9.0] * 3)), r"Limits have shapes .*\(3,\)"),
+        (lambda: plan(budgets(LARGEST, 9.0)), "one number for each client"),
         (
-            lambda: make(budgets([LARGEST, 10.0], [9.0, 9.0])),
+            lambda: plan(budgets([LARGEST, 10.0], [9.0, 9.0])),
             "Client 1 allows 10 parameters; the smallest member costs",
         ),
-        (lambda: make(some_budgets(), num_tiers=0), "num_tiers must be at least 1, got 0"),
+        (lambda: plan(some_budgets(), num_tiers=0), "num_tiers must be at least 1, got 0"),
         (
-            lambda: make(budgets([0.5 * LARGEST], [9.0]), search=lambda *_: NET.largest),
+            lambda: plan(budgets([0.5 * LARGEST], [9.0]), search=lambda *_: NET.largest),
             r"The search gave \[32, 16\] for clients \[0\]",
         ),
     ],

@@ -13,11 +13,12 @@ from jaxfm.cost import count_flops
 from jaxfm.data.federation import federate
 from jaxfm.federated.accounting.ledger import client_costs, client_shapes, client_work, round_costs
 from jaxfm.federated.accounting.resources import profiles
-from jaxfm.federated.algorithm import ClientData
+from jaxfm.federated.algorithm import ClientData, Spent
 from jaxfm.federated.algorithms.scaffold import scaffold
-from jaxfm.federated.algorithms.spatl import SpatlMemory, client_model, nothing, spatl, transferred
+from jaxfm.federated.algorithms.spatl import SpatlMemory, client_model, spatl, train_predictor
+from jaxfm.federated.cohort import Cohort, RoundInfo, Status
 from jaxfm.federated.local import Local
-from jaxfm.federated.partition import under
+from jaxfm.federated.partition import nothing, under
 from jaxfm.federated.parts.channel_selection import agent, everything, saliency, threshold_counts
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import compile_rounds
@@ -46,26 +47,29 @@ def rows(num: int) -> dict[str, np.ndarray]:
     return {"x": (rng.normal(size=(num, 6)) + label[:, None]).astype(np.float32), "label": label}
 
 
-def people(held: bool = False) -> Population:
+def people(local_validation: bool = False) -> Population:
     parts = np.split(np.arange(32), [10, 14, 24])
     data = federate(rows(48), list(parts))
-    back = federate(data.examples, np.split(np.arange(32, 48), 4)) if held else None
+    back = federate(data.examples, np.split(np.arange(32, 48), 4)) if local_validation else None
     return Population(data, profiles(CLIENTS), np.zeros(CLIENTS, int), back)
 
 
 ENGINES: dict = {}  # one program an algorithm; its key keeps it alive
 
 
-def engine(algorithm, held: bool = False):
-    key = (id(algorithm), held)
+def engine(algorithm, local_validation: bool = False):
+    key = (id(algorithm), local_validation)
     if key not in ENGINES:
-        ENGINES[key] = (algorithm, compile_rounds(algorithm, people(held), cohort_size=CLIENTS))
+        ENGINES[key] = (
+            algorithm,
+            compile_rounds(algorithm, people(local_validation), cohort_size=CLIENTS),
+        )
     return ENGINES[key][1]
 
 
-def play(algorithm, num_rounds: int = 2, held: bool = False):
+def play(algorithm, num_rounds: int = 2, local_validation: bool = False):
     """(the last state, the last round's info)."""
-    run = engine(algorithm, held)
+    run = engine(algorithm, local_validation)
     state = run.init(jax.tree.map(jnp.copy, START), jax.random.key(3))
     for _ in range(num_rounds):
         state, info = run.run(state)
@@ -116,9 +120,9 @@ def test_the_servers_variate_is_the_mean_of_the_clients_where_they_send(half):
     state = half[2][0]
     mean = jax.tree.map(lambda x: x.mean(0), state.memories[0].variate)
     chex.assert_trees_all_close(state.server.variate, mean, rtol=1e-5, atol=1e-6)
-    paper, _ = play(make(half[0], paper=True), 3)
-    means = jax.tree.map(lambda x: x.mean(0), paper.memories[0].variate)
-    gap = jax.tree.map(lambda a, b: float(abs(a - b).max()), paper.server.variate, means)
+    published, _ = play(make(half[0], published=True), 3)
+    means = jax.tree.map(lambda x: x.mean(0), published.memories[0].variate)
+    gap = jax.tree.map(lambda a, b: float(abs(a - b).max()), published.server.variate, means)
     assert max(jax.tree.leaves(gap)) > 1e-3
 
 
@@ -293,7 +297,7 @@ def test_what_is_rounded_travels_as_far_as_it_is_covered(half):
             up += sum(m.mean() * (m.size + 4) for m in own.params[name].values())
         up += 20 / 8 + 8
     assert info.spent.bytes_up.sum() == pytest.approx(float(up), rel=1e-5)
-    assert up < plain["bytes_up"].sum() / 3
+    assert up < plain.spent.bytes_up.sum() / 3
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +309,7 @@ def tuned():
 
 def test_an_agent_stays_within_the_budget_and_learns_of_each_client(tuned):
     make_tuned = make(tuned)
-    state, _ = play(make_tuned, 2, held=True)
+    state, _ = play(make_tuned, 2, local_validation=True)
     memory = state.memories[0]
     cost = costs(NET).macs
     for client in range(CLIENTS):
@@ -315,31 +319,36 @@ def test_an_agent_stays_within_the_budget_and_learns_of_each_client(tuned):
     apart = lambda memory: max(
         float(np.asarray(x).std(0).max()) for x in jax.tree.leaves(memory.selector.strategy.policy)
     )
-    first = engine(make_tuned, held=True).init(jax.tree.map(jnp.copy, START), jax.random.key(3))
+    first = engine(make_tuned, local_validation=True).init(
+        jax.tree.map(jnp.copy, START), jax.random.key(3)
+    )
     assert apart(first.memories[0]) < 1e-6 < 1e-3 < apart(memory)
 
 
 def test_the_search_of_an_agent_counts_once_a_round(half, tuned):
     algorithm = make(tuned)
-    (cost,) = client_costs(algorithm, people(held=True), START)
+    (cost,) = client_costs(algorithm, people(local_validation=True), START)
     (plain,) = client_costs(half[1], people(), START)
     assert cost.flops_per_step == plain.flops_per_step > 0
     assert cost.flops_per_round > 6 * plain.flops_per_step / 3 and plain.flops_per_round == 0
-    info = {
-        name: np.full((1, 1), value, np.float64)
-        for name, value in (("selected", 4), ("clients", 3), ("non_finite", 1), ("steps", 9))
-    }
+    steps, none = np.array([[4.0, 2.0, 2.0, 1.0]]), np.zeros((1, 4))
+    status = np.array([[Status.COUNTED] * 3 + [Status.NON_FINITE]])
+    sums = lambda value: np.full((1, 1), value, np.float64)
+    info = RoundInfo(
+        selected=sums(4), counted=sums(3), non_finite=sums(1),
+        spent=Spent(sums(9), sums(0), sums(0)),
+        examples=sums(0), loss_total=sums(0), loss_count=sums(0), extra={},
+        cohort=Cohort(np.arange(4)[None], status, steps, none, none, none), server={},
+    )  # fmt: skip
     spent = round_costs((cost,), info)["flops"]
     assert spent == 9 * cost.flops_per_step + 4 * cost.flops_per_round
-    work = client_work(
-        (cost,), np.zeros(5, int), np.array([4, 2, 2, 1, 3]), np.arange(4), np.ones(5, bool), info
-    )
+    work = client_work((cost,), np.zeros(5, int), info)
     assert work.flops.sum() == pytest.approx(spent) and work.flops[4] == 0
     assert work.flops[0] - work.flops[3] == pytest.approx(3 * cost.flops_per_step)
 
 
-def test_an_agent_needs_rows_that_are_held_back(tuned):
-    with pytest.raises(ValueError, match="held"):
+def test_an_agent_needs_validation_rows(tuned):
+    with pytest.raises(ValueError, match="local_validation"):
         play(make(tuned), 1)
 
 
@@ -348,7 +357,7 @@ def test_who_comes_late_trains_a_predictor_alone(half):
     variables = state.server.variables
     data = people().federation
     client = ClientData(data.examples, data.index[0], data.count[0])
-    late = jax.jit(transferred(MODEL, TASK, LOCAL, is_personal=HEAD))(
+    late = jax.jit(train_predictor(MODEL, TASK, LOCAL, is_personal=HEAD))(
         variables, client, jax.random.key(0)
     )
     for name in ("dense1", "dense2"):
