@@ -59,7 +59,7 @@ def client_costs(
 
     Args:
       variables: arrays or shapes of the full model.
-      public: as given to `rounds`.
+      public: as given to `compile_rounds`.
     """
     server = jax.eval_shape(algorithm.init, variables)
     return tuple(_cost(bucket, population, server, public) for bucket in algorithm.buckets)
@@ -72,7 +72,7 @@ def client_shapes(
 
     Args:
       server: shapes of the algorithm's state.
-      public: as given to `rounds`.
+      public: as given to `compile_rounds`.
     """
     federation = population.federation
     shape: Any = jax.ShapeDtypeStruct

@@ -40,7 +40,7 @@ class FedDfState(NamedTuple):
 def fed_df(
     model: Model, task: Task, local: Local, distill: Distill, *, vote: Vote | None = None
 ) -> Algorithm:
-    """Federated averaging, then ensemble distillation on `rounds(public={leaf: [P, ...]})`.
+    """Federated averaging, then ensemble distillation on `compile_rounds(public={leaf: [P, ...]})`.
 
     Partition: parameters and statistics are shared; nothing is personal. Distillation does not
     move the statistics.
@@ -52,7 +52,7 @@ def fed_df(
       distill: how the server distils.
       vote: how the clients' logits make the teacher's; None: their mean, as in the paper.
     Raises:
-      ValueError: settings of distillation out of range; no public data in `rounds`.
+      ValueError: settings of distillation out of range; no public data in `compile_rounds`.
     """
     check_distill(distill)
     vote = mean_vote() if vote is None else vote

@@ -82,7 +82,7 @@ def fed_md(
       digest: training on the consensus.
       logits: the shape of the outputs on all public data, (P, K) for classification.
     Raises:
-      ValueError: no model; no public data in `rounds`, or of another shape.
+      ValueError: no model; no public data in `compile_rounds`, or of another shape.
     """
     if not models:
         raise ValueError("fed_md needs at least one model; give the clients' networks.")

@@ -287,14 +287,8 @@ def test_settings_out_of_range_are_refused():
         (lambda: fed_per(NET, TASK, PLAIN, is_personal=under("nowhere")), "dense1"),
         (lambda: fed_rolex(NET, TASK, PLAIN, []), "at least one tier"),
         (lambda: fed_dp(NET, TASK, PLAIN, threshold=-1.0), "threshold"),
-        (
-            lambda: fed_avg(NET, TASK, Local(optax.sgd(0.1), 0)),
-            "batch_size and epochs must be at least 1, got 0",
-        ),
-        (
-            lambda: fed_avg(NET, TASK, Local(optax.sgd(0.1), 4, 0)),
-            "batch_size and epochs must be at least 1",
-        ),
+        (lambda: fed_avg(NET, TASK, PLAIN._replace(batch_size=0)), "at least 1, got 0"),
+        (lambda: fed_avg(NET, TASK, PLAIN._replace(epochs=0)), "batch_size and epochs must be at"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -266,11 +266,11 @@ def test_clients_of_fed_md_come_to_agree():
         (lambda: max_vote(0.0), "sharpness=0.0 must be positive"),
         (lambda: fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL._replace(steps=0)), "at least 1 .* got 0"),
         (lambda: fed_kemf(KNOWLEDGE, TASK, LOCAL, [], DISTILL), "needs at least one model"),
-        (lambda: fed_kemf(KNOWLEDGE, TASK, LOCAL, OWN, DISTILL, mutual=-1.0), r"mutual=-1\.0 must be a weight of at least 0"),
+        (lambda: fed_kemf(KNOWLEDGE, TASK, LOCAL, OWN, DISTILL, mutual=-1.0), "at least 0"),
         (lambda: fed_md([], TASK, LOCAL, LOCAL, logits=(7, 3)), "needs at least one model"),
         (
             lambda: run(fed_df(KNOWLEDGE, TASK, LOCAL, DISTILL), people((3,)), public=None),
-            r"give rounds\(public=",
+            r"give compile_rounds\(public=",
         ),
         (
             lambda: run(fed_md(OWN, TASK, LOCAL, LOCAL, logits=(5, 3)), people((3,))),

@@ -1,4 +1,4 @@
-"""What RaFL claims: members within every client's budget, chosen on validation rows; correct fusion."""
+"""What RaFL claims: members within every client's budget, chosen on validation rows, and fusion."""
 
 import itertools
 
