@@ -70,7 +70,7 @@ def first_memory(
     Args:
       key: the client's own, `client_key(run_key, client, None)`.
     """
-    return jax.device_get(bucket.init_client(download, data, profile, key))
+    return jax.device_get(jax.jit(bucket.init_client)(download, data, profile, key))
 
 
 def run_client(
@@ -199,15 +199,15 @@ def _combined(
     """The sums of what was received; zeros in the right shapes where nothing was."""
     bucket = algorithm.buckets[b]
     if not received:
-        data, profile = client_data(population, int(np.argmax(population.bucket == b)))
+        client = client_data(population, int(np.argmax(population.bucket == b)))
         key = jax.random.key(0)
 
-        def shapes(download) -> Any:
+        def shapes(download, data: ClientData, profile: Profile) -> Any:
             memory = bucket.init_client(download, data, profile, key)
             upload, _, _ = bucket.client(download, memory, data, profile, key)
             return jax.tree.map(wide, bucket.receive(server, public, upload))
 
-        shape = jax.eval_shape(shapes, download)
+        shape = jax.eval_shape(shapes, download, *client)
         received = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape)]
         counted = np.zeros(1, bool)
     else:

@@ -155,10 +155,10 @@ def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, pas
         place = first.reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)
         taken = jnp.arange(count).reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1) < mine.sum()
     else:
-        here = mine & (where.home[drawn] == jnp.arange(devices)[:, None])
+        here = mine[None] & (where.home[drawn][None] == jnp.arange(devices)[:, None])
         order = lambda own: _fitted(jnp.argsort(~own, stable=True), count // devices)
         place = jax.vmap(order)(here).reshape(-1)
-        taken = jnp.arange(count // devices) < here.sum(1)[:, None]
+        taken = jnp.arange(count // devices)[None] < here.sum(1)[:, None]
         taken = taken.reshape(-1)
     client = drawn[place]
     memory = jnp.where(taken, where.memory[client], past)

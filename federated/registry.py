@@ -164,11 +164,16 @@ _OFFERED = (*Setting._fields, "models", "inputs", "public_inputs")
 
 
 def entries() -> dict[str, Entry]:
-    """All registered algorithms by name, those of `federated/algorithms` first."""
+    """All registered algorithms by name, those of `federated/algorithms` first, file by file."""
     algorithms = importlib.import_module("jaxfm.federated.algorithms")
-    for module in pkgutil.iter_modules(algorithms.__path__, f"{algorithms.__name__}."):
-        importlib.import_module(module.name)
-    return dict(_ENTRIES)
+    modules = [m.name for m in pkgutil.iter_modules(algorithms.__path__, f"{algorithms.__name__}.")]
+    for module in modules:
+        importlib.import_module(module)
+    place = {module: number for number, module in enumerate(modules)}
+    known = sorted(
+        _ENTRIES.values(), key=lambda entry: place.get(entry.factory.__module__, len(place))
+    )
+    return {entry.name: entry for entry in known}
 
 
 def find(name: str) -> Entry:
