@@ -1,7 +1,8 @@
 """A federated run from its data to its last test: rounds, evaluation, checkpoints, records.
 
     data = jaxfm.data.dealing.deal_out(...)
-    result = train(fed_avg(model, data.task, local), data, num_rounds=50, cohort_size=8)
+    ready = prepare("spatl", model, data, local, num_rounds=50, options={"keep": 0.5})
+    result = train(ready, data, num_rounds=50, cohort_size=8)
     result.test["global/accuracy"], result.totals["bytes_up"]
 
 A run with a folder keeps its metrics there (JSONL and TensorBoard), saves checkpoints, and goes on
@@ -32,6 +33,7 @@ from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.cohort import RoundInfo, Status
 from jaxfm.federated.placement import Placement, place
 from jaxfm.federated.population import Population
+from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Variables
@@ -81,7 +83,7 @@ class TrainedRun(NamedTuple):
 
 
 def train(
-    algorithm: Algorithm,
+    algorithm: Algorithm | Prepared,
     data: Data,
     *,
     num_rounds: int,
@@ -100,20 +102,24 @@ def train(
     """Runs all rounds, or those that an earlier process has left, and measures on the test sets.
 
     Args:
-      algorithm: what clients and server do.
+      algorithm: what clients and server do; or, with variables and placement, what `prepare` gives.
       data: of the clients and of the server.
       num_rounds, cohort_size, drop_rate, mesh, clients_at_once: as in `compile_rounds`.
       variables: that the run starts from; None: `algorithm.model.init`.
       placement: who trains what (`place`); None: clients without limits take turns.
       seed: of parameters and rounds.
       eval_every: rounds between evaluations and checkpoints.
-      eval_examples: validation rows looked at while training; 0: all.
-      test_examples: test rows looked at in the end; 0: all.
+      eval_examples, test_examples: validation rows looked at while training, and test rows looked
+        at in the end; 0: all.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
     Raises:
       ValueError: settings out of range, or no variables where the algorithm has no global model.
     """
-    _check(algorithm, num_rounds, eval_every)
+    _check(num_rounds, eval_every)
+    if isinstance(algorithm, Prepared):
+        variables = algorithm.variables if variables is None else variables
+        placement = algorithm.placement if placement is None else placement
+        algorithm = algorithm.algorithm
     if variables is None:
         if algorithm.model is None:
             raise ValueError("This algorithm has no global model: give train(variables=...).")
@@ -324,7 +330,7 @@ def _warn(number: int, info: RoundInfo, names: tuple[str, ...]) -> None:
         )
 
 
-def _check(algorithm: Algorithm, num_rounds: int, eval_every: int) -> None:
+def _check(num_rounds: int, eval_every: int) -> None:
     for name, value in (("num_rounds", num_rounds), ("eval_every", eval_every)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")

@@ -87,12 +87,10 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
 def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedRun:
     """All rounds; the run's figures are saved for its report."""
     result = federated.train(
-        prepared.algorithm,
+        prepared,
         data,
         num_rounds=config.rounds,
         cohort_size=config.cohort_size,
-        variables=prepared.variables,
-        placement=prepared.placement,
         seed=config.seed,
         drop_rate=config.drop_rate,
         eval_every=config.eval_every,
