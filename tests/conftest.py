@@ -26,6 +26,8 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib  # noqa: E402
+import ctypes  # noqa: E402
 import gc  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -41,7 +43,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jaxfm")
 
-_MAPS = pathlib.Path("/proc/self/maps")
+_PROCESS = pathlib.Path("/proc/self")
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +51,26 @@ def room_for_programs():
     """Drops compiled programs before there are too many of them for one process: each maps memory
     of its own, and Linux allows 65,530 maps; one more ends the process in the middle of a test."""
     yield
-    if _MAPS.exists():
-        with _MAPS.open("rb") as maps:
+    if (_PROCESS / "maps").exists():
+        with (_PROCESS / "maps").open("rb") as maps:
             count = sum(1 for _ in maps)
         if count > 25_000:
-            jax.clear_caches()
-            gc.collect()
+            forget_programs()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_memory():
+    """Drops compiled programs after a file that leaves the process large: files share few."""
+    yield
+    if (_PROCESS / "statm").exists():
+        pages = int((_PROCESS / "statm").read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > 1.5 * 2**30:
+            forget_programs()
+
+
+def forget_programs():
+    """Drops compiled programs, and gives their memory back to the system."""
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
