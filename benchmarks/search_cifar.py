@@ -41,7 +41,8 @@ from jaxfm.models import resnet_config
 from jaxfm.search.ranking import gradient
 from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.agmc import agmc, agmc_published, warm_up_of
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published
+from jaxfm.search.strategies.gnn_rl import gnn_rl
+from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
 from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals

@@ -55,7 +55,8 @@ from jaxfm.search.latency import fit_latency, latency_of, measure
 from jaxfm.search.ranking import gradient
 from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.agmc import agmc, agmc_published, warm_up_of
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published, load_policy, save_policy
+from jaxfm.search.strategies.gnn_rl import gnn_rl, load_policy, save_policy
+from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
 from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, evaluate
 

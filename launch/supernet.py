@@ -52,7 +52,8 @@ from jaxfm.report.sections import main_metric
 from jaxfm.run_folder import open_run, save_results
 from jaxfm.search import Budget, member_macs
 from jaxfm.search.elastic.evolve import evolve, fit_predictor
-from jaxfm.search.elastic.supernet import Supernet, sandwich, supernet
+from jaxfm.search.elastic.supernet import Supernet, supernet
+from jaxfm.search.elastic.training import sandwich
 from jaxfm.search.recalibration import recalibrate
 from jaxfm.subnet import axis_sizes
 from jaxfm.tasks import Task, evaluate

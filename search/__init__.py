@@ -1,29 +1,34 @@
 """Search: how to shrink a model to a budget.
 
-`network` reads any function's channel groups from its jaxpr; `prune` cuts it down to a budget;
-`masked` and `sliced` run what is left. `project` turns any proposal into channel counts that meet
-every budget; a `Strategy` proposes; `run` asks, projects, evaluates and tells in one compiled
-program; `supernet` orders a model's channels by importance, trains its members together and hands
-out the ones that fit.
+`network` reads the channel groups of any function from its jaxpr; `prune` cuts it down to a budget;
+`masked` and `sliced` run what is left. `projection` turns any proposal into channel counts that
+meet every budget; a `Strategy` proposes; `run` asks, projects, evaluates and tells in one compiled
+program. `supernet` orders a model's channels by importance, `sandwich` trains its members together
+and `evolve` finds the best member within a budget.
 """
 
+from jaxfm.search.activations import unit_activity
+from jaxfm.search.elastic.evolve import evolve, fit_predictor
 from jaxfm.search.elastic.member_cost import member_macs
-from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.elastic.supernet import Supernet, supernet
+from jaxfm.search.elastic.training import sandwich
 from jaxfm.search.evaluation import halving, split_rows, task_problem
 from jaxfm.search.latency import Latency, fit_latency
 from jaxfm.search.least_squares import repair
-from jaxfm.search.pruning import Pruned, load_pruned, prune, pruned, save_pruned
-from jaxfm.search.ranking import importance, keep, masks, ranks
+from jaxfm.search.pruning import Pruned, prune, pruned
+from jaxfm.search.ranking import gradient, importance, keep, masks, ranks
+from jaxfm.search.recalibration import recalibrate
+from jaxfm.search.saving import load_pruned, save_pruned
 from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
 from jaxfm.search.strategies.gnn_rl import (
     gnn_rl,
-    gnn_rl_published,
     load_policy,
     save_policy,
     transfer_policy,
 )
-from jaxfm.search.strategies.loop import Result, run, search
+from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
+from jaxfm.search.strategies.loop import Result, Search, run, search
 from jaxfm.search.strategies.magnitude import magnitude
 from jaxfm.search.strategies.nsga2 import nsga2
 from jaxfm.search.strategies.policy_graph import PolicyGraph, policy_graph
@@ -31,66 +36,79 @@ from jaxfm.search.strategies.project import Budget, budgets, projection
 from jaxfm.search.strategies.random_search import random_search
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
 from jaxfm.search.strategies.uniform import uniform
-from jaxfm.search.trace.cost import Costs, costs, counts_of, nominal_macs
+from jaxfm.search.trace.cost import costs, counts_of, nominal_macs
 from jaxfm.search.trace.groups import Network, network
 from jaxfm.search.trace.interpret import coverage, cut, full, masked, place, sliced
 from jaxfm.search.trace.models import model_network, to_subnet
-from jaxfm.search.trace.roles import Group
 
-__all__ = [
-    "Budget",
-    "Costs",
-    "Group",
-    "Latency",
-    "Network",
-    "PolicyGraph",
-    "Problem",
+__all__ = [  # noqa: RUF022  # grouped
+    # prune a model in one call
     "Pruned",
-    "Result",
-    "Strategy",
-    "agmc",
-    "agmc_published",
-    "budgets",
-    "cma_es",
-    "costs",
-    "counts_of",
-    "coverage",
-    "cut",
-    "fit_latency",
-    "full",
-    "gnn_rl",
-    "gnn_rl_published",
-    "halving",
-    "importance",
-    "keep",
-    "load_policy",
-    "load_pruned",
-    "magnitude",
-    "masked",
-    "masks",
-    "member_macs",
-    "model_network",
-    "network",
-    "nominal_macs",
-    "nsga2",
-    "place",
-    "policy_graph",
-    "problem",
-    "projection",
     "prune",
     "pruned",
-    "random_search",
-    "ranks",
-    "repair",
-    "run",
-    "save_policy",
+    "load_pruned",
     "save_pruned",
-    "search",
-    "sliced",
-    "split_rows",
-    "supernet",
-    "task_problem",
+    # read a network: its groups, costs and budgets
+    "Network",
+    "network",
+    "model_network",
     "to_subnet",
-    "transfer_policy",
+    "Budget",
+    "budgets",
+    "costs",
+    "counts_of",
+    "nominal_macs",
+    "Latency",
+    "fit_latency",
+    # run what is kept: masked at dense shapes, or really smaller
+    "masked",
+    "sliced",
+    "cut",
+    "full",
+    "place",
+    "coverage",
+    # rank units, and choose the first ones
+    "importance",
+    "gradient",
+    "unit_activity",
+    "ranks",
+    "masks",
+    "keep",
+    # mend what is left
+    "recalibrate",
+    "repair",
+    # state a search and run it
+    "Problem",
+    "problem",
+    "task_problem",
+    "split_rows",
+    "projection",
+    "Strategy",
+    "Search",
+    "search",
+    "Result",
+    "run",
+    "halving",
+    # strategies
     "uniform",
+    "random_search",
+    "magnitude",
+    "cma_es",
+    "nsga2",
+    "agmc",
+    "agmc_published",
+    "gnn_rl",
+    "gnn_rl_published",
+    "PolicyGraph",
+    "policy_graph",
+    "transfer_policy",
+    "save_policy",
+    "load_policy",
+    # supernets: one training, a network for every budget
+    "Supernet",
+    "supernet",
+    "sandwich",
+    "member_macs",
+    "fit_predictor",
+    "evolve",
 ]

@@ -1,10 +1,10 @@
-"""Latency as a budget: a table of a few coefficients, fitted to compiled slices on this machine.
+"""Latency as a budget: a few coefficients, fitted to compiled slices on this machine.
 
     seconds = Σ over kinds of (a · times run + b · multiply-adds + c · values moved)
 
-with kinds convolution, grouped convolution and matrix product, and all coefficients at least 0, so
-that no unit that is cut makes the model slower and the projection onto a budget holds. The fit says
-how far to trust it: its mean relative error on slices that it did not see.
+The kinds are convolution, grouped convolution and matrix product. No coefficient is negative, so
+that cutting a unit never makes the model slower and the projection onto a budget holds. The fit
+reports its mean relative error on slices that it did not see.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from jaxfm.search.trace.interpret import cut, full, sliced
 
 
 class Latency(NamedTuple):
-    """A fitted table.
+    """A fitted table of coefficients.
 
     Attributes:
-      seconds: `(counts [G]) -> []`, of one call.
-      coefficients: f64[9], of `features`.
+      seconds: `(counts [G]) -> []`, duration of one call.
+      coefficients: f64[9], one for each of `features`.
       error: mean relative error on held-out slices.
-      dense_s: the dense network's measured seconds.
+      dense_s: measured seconds of the dense network.
     """
 
     seconds: Expression
@@ -42,20 +42,20 @@ class Latency(NamedTuple):
     dense_s: float
 
     def budget(self, share: float) -> Budget:
-        """At most a share of the dense network's seconds.
+        """Returns a budget of at most a share of the dense network's seconds.
 
-        For a limit in seconds: `Budget("latency", table.seconds, limit)`.
+        For a limit in seconds give `Budget("latency", table.seconds, limit)`.
 
         Raises:
           ValueError: a share that is not in (0, 1].
         """
         if not 0 < share <= 1:
-            raise ValueError(f"share={share}: give a share of the dense network's, in (0, 1].")
+            raise ValueError(f"share={share} must be a share of the dense latency, in (0, 1].")
         return Budget("latency", self.seconds, share * self.dense_s)
 
 
 def features(network: Network) -> Callable[[Any], Any]:
-    """`(counts [G]) -> [9]`: times, multiply-adds and values moved of each kind of operation."""
+    """Returns `(counts [G]) -> [9]`: runs, multiply-adds and values moved by kind of operation."""
     plan = network.plan(0, *network.example)
     found = contractions(plan)
     table = AxisTable(network.groups)
@@ -82,26 +82,31 @@ def fit_latency(
     network: Network, params: PyTree, *inputs: PyTree, samples: int = 16, repeats: int = 10,
     held_out: float = 0.25, seed: int = 0,
 ) -> Latency:  # fmt: skip
-    """Measures random slices and fits the table.
+    """Measures random slices and fits the table to them.
 
     Args:
-      inputs: arrays of the shapes to be served.
-      samples: slices compiled and timed, the dense network among them.
-      repeats: calls of each; the median counts.
+      network: whose slices are measured.
+      params: its dense parameters.
+      *inputs: arrays of the shapes that will be served.
+      samples: number of slices that are compiled and timed, the dense network among them.
+      repeats: calls of each slice; the median counts.
       held_out: share of the slices that only measure the error.
+      seed: seed of the random slices.
     Raises:
       ValueError: too few samples to fit and test.
     """
     test = round(samples * held_out)
     if samples - test < 4 or test < 1:
-        raise ValueError(f"samples={samples}, held_out={held_out}: fit at least 4 and test 1.")
+        raise ValueError(
+            f"samples={samples} with held_out={held_out} is too few: fit to at least 4, test on 1."
+        )
     rng = np.random.default_rng(seed)
     chosen = [full(network), *(_random(network, rng) for _ in range(samples - 1))]
     seconds = np.array([measure(network, params, kept, inputs, repeats) for kept in chosen])
     table = features(network)
     rows = np.stack([table(counts_of(network, kept)) for kept in chosen])
     scale = np.maximum(rows.max(0), 1e-30)
-    # Relative errors count, so that small slices weigh as much as the dense network.
+    # Errors are relative, so that small slices weigh as much as the dense network.
     fitted = slice(0, samples - test)
     weights, _ = nnls(rows[fitted] / scale / seconds[fitted, None], np.ones(samples - test))
     coefficients = weights / scale
@@ -111,7 +116,7 @@ def fit_latency(
 
 
 def latency_of(network: Network, coefficients: np.ndarray, error: float, dense_s: float) -> Latency:
-    """The table of coefficients fitted before, to the same network; nothing is measured."""
+    """Returns the table of coefficients that were fitted before to the same network."""
     table, narrow = features(network), coefficients.astype(np.float32)
 
     def predict(counts: Any) -> Any:
@@ -124,14 +129,14 @@ def latency_of(network: Network, coefficients: np.ndarray, error: float, dense_s
 def measure(
     network: Network, params: PyTree, kept: Kept, inputs: Sequence[PyTree], repeats: int = 10
 ) -> float:
-    """Median seconds of one call of the compiled slice."""
+    """Returns the median seconds of one call of the compiled slice."""
     small = cut(network, params, kept)
     compiled = jax.jit(sliced(network, kept)).lower(small, *inputs).compile()
     return seconds(lambda: compiled(small, *inputs), repeats)
 
 
 def seconds(call: Callable[[], PyTree], repeats: int = 10) -> float:
-    """Median seconds of a call that has run once before."""
+    """Returns the median seconds of a call, after a first one that is not counted."""
     jax.block_until_ready(call())
     taken = []
     for _ in range(repeats):
@@ -148,7 +153,7 @@ def _kind(op: Any) -> int:
 
 
 def _random(network: Network, rng: np.random.Generator) -> Kept:
-    """A slice of any size: small and large ones alike."""
+    """Returns a slice of random size; small and large ones are equally likely."""
     level, out = rng.uniform(0.1, 0.9), []
     for group in network.groups:
         count = int(np.clip(round(group.size * (level + rng.uniform(-0.15, 0.15))), 1, group.size))

@@ -1,12 +1,12 @@
-"""Least squares: the weights that stay make up for the channels that go.
+"""Least squares: the weights that stay make up for the channels that are cut.
 
-A contracted channel that is cut is replaced by its best linear guess from those that are kept,
+A contracted channel that is cut is replaced by its best linear estimate from those that are kept,
 
     x ≈ R x_kept,   R = C M (M C M + λI)⁻¹,   C = mean of x xᵀ over examples and positions,
 
-and R moves into the weights: W' = Rᵀ W. So the network keeps its shape and its cost, and `cut`
-gives the repaired small one. Source: He et al. 2017 (channel pruning, arXiv 1707.06168, section
-3.1) as AMC uses it (arXiv 1802.03494); written here for any contraction with a parameter.
+and R moves into the weights: W' = Rᵀ W. So shapes and cost stay the same, and `cut` returns the
+repaired small network. Source: He et al. 2017 (channel pruning, arXiv 1707.06168, section
+3.1) as AMC uses it (arXiv 1802.03494); here for any contraction with a parameter.
 """
 
 from __future__ import annotations
@@ -26,27 +26,38 @@ from jaxfm.search.trace.plan import AxisPlan
 
 
 class _Site(NamedTuple):
-    """A product of data with one parameter over an axis that may be cut."""
+    """A product of data with one parameter over an axis that may be cut.
+
+    Attributes:
+      leaf: number of the parameter.
+      layered: whether the parameter is stacked over the layers of a loop.
+      operand: number of the value that holds data.
+      axis: its axis that is contracted.
+      kernel_axis: the axis of the parameter that is contracted.
+      kernel_shape: shape of the parameter as it meets the data, for one layer.
+    """
 
     leaf: int
-    layered: bool  # the parameter is stacked over the layers of a loop
-    operand: int  # the value that is data
-    axis: int  # of it
+    layered: bool
+    operand: int
+    axis: int
     kernel_axis: int
-    kernel_shape: tuple[int, ...]  # as it meets the data, of one layer
+    kernel_shape: tuple[int, ...]
 
 
 def repair(
     network: Network, params: PyTree, masks: Sequence[Array], *inputs: PyTree, ridge: float = 1e-3
 ) -> PyTree:
-    """Parameters of dense shapes whose kept part makes up for what is cut.
+    """Returns parameters of dense shapes whose kept part makes up for what is cut.
 
-    Products whose kernel is not one parameter (or a reshape of it), parameters that are used more
-    than once and grouped convolutions stay.
+    Products whose kernel is not one parameter (or a reshape of one), parameters that are used more
+    than once, and grouped convolutions are left as they are.
 
     Args:
-      masks: a group's bool[size] or bool[layers, size]; traced or not.
-      inputs: a batch of examples.
+      network: what `network` or `model_network` returned.
+      params: its dense parameters.
+      masks: bool[size] or bool[layers, size] of each group, traced or not.
+      *inputs: a batch of examples.
       ridge: λ as a share of the mean square of the channels.
     """
     plan = network.plan(0, *inputs)
@@ -72,20 +83,20 @@ def repair(
         there = group_units(network.groups, masks, layers)[..., axis].all(-1)
         leading = value.shape[:1] if site.layered else ()
         kernel = value.reshape(*leading, *site.kernel_shape)
-        mend = lambda k, c, m, s=site: _mend(k, c, m, s.kernel_axis, ridge)
-        mended = (jax.vmap(mend) if site.layered else mend)(kernel, moment, there)
-        flat[site.leaf] = mended.reshape(value.shape).astype(value.dtype)
+        repair_one = lambda k, c, m, s=site: _repair_kernel(k, c, m, s.kernel_axis, ridge)
+        repaired = (jax.vmap(repair_one) if site.layered else repair_one)(kernel, moment, there)
+        flat[site.leaf] = repaired.reshape(value.shape).astype(value.dtype)
     return jax.tree.unflatten(network.treedef, flat)
 
 
-def _mend(kernel: Array, moment: Array, there: Array, axis: int, ridge: float) -> Array:
+def _repair_kernel(kernel: Array, moment: Array, there: Array, axis: int, ridge: float) -> Array:
     m = there.astype(jnp.float32)
     kept = moment * m[:, None] * m[None]
     scale = ridge * jnp.trace(moment) / len(m) + 1e-12
-    # Rows that are cut have an equation of their own, so that the system stays regular.
+    # Rows that are cut get an equation of their own, so that the system stays regular.
     system = kept + jnp.diag(scale * m + (1 - m))
     guess = jnp.linalg.solve(system, (moment * m[None]).T)  # Rᵀ, [kept, all]
-    # A kept channel stands for itself; only the cut ones are guessed.
+    # A kept channel represents itself; only the cut ones are estimated.
     guess = jnp.diag(m) + guess * (1 - m)[None] * m[:, None]
     wide = jnp.moveaxis(kernel.astype(jnp.float32), axis, 0)
     new = jnp.tensordot(guess, wide, axes=1)
@@ -93,7 +104,7 @@ def _mend(kernel: Array, moment: Array, there: Array, axis: int, ridge: float) -
 
 
 def _sites(network: Network, plan: AxisPlan) -> dict[int, _Site]:
-    """By the output of the operation."""
+    """Returns the sites by the output value of their operation."""
     found: dict[int, _Site] = {}
     uses: Counter[int] = Counter()
 
@@ -124,7 +135,7 @@ def _sites(network: Network, plan: AxisPlan) -> dict[int, _Site]:
         number: (i, False) for i, number in enumerate(plan.graph.inputs[: len(network.leaves)])
     }
     visit(plan.graph, starts)
-    # What mends one use of a parameter spoils the others (a tied embedding).
+    # What repairs one use of a parameter spoils the others (a tied embedding).
     return {number: site for number, site in found.items() if uses[site.leaf] == 1}
 
 
@@ -145,4 +156,11 @@ def _site(plan: AxisPlan, op: Op, leaves: dict[int, tuple[int, bool]]) -> _Site 
     if not isinstance(operand, int) or not plan.axes[operand][axis].shape[1]:
         return None
     leaf, layered = leaves[kernel]  # type: ignore[index]
-    return _Site(leaf, layered, operand, axis, kernel_axis, plan.values.shapes[kernel])  # type: ignore[index]
+    return _Site(
+        leaf=leaf,
+        layered=layered,
+        operand=operand,
+        axis=axis,
+        kernel_axis=kernel_axis,
+        kernel_shape=plan.values.shapes[kernel],  # type: ignore[index]
+    )

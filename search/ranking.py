@@ -2,13 +2,14 @@
 
 Every member of a group is one axis of one parameter. Its scores are divided by their mean, so that
 no member outvotes the others by its scale, and averaged over members (Fang et al. 2023, DepGraph,
-section 3.3). A stacked parameter scores each layer by itself.
+section 3.3). A stacked parameter scores each layer separately.
 
     l1, l2       norm of the weights of a unit (Li et al. 2017, Pruning filters)
     taylor       |sum of weight * gradient| over a unit's weights (Molchanov et al. 2019, eq. 8)
     scale        |scale| of the norm after a unit (Liu et al. 2017, network slimming)
     l2_scale     their product: a norm divides weights by their size and multiplies by its scale
     activation   variance of a unit's activations where they are added up
+    a function   of the weights of units
 
 >>> import jax.numpy as jnp
 >>> from jaxfm.search.trace.groups import network
@@ -29,19 +30,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Array, PyTree
+from jaxfm.search.activations import summed_statistics, zero_scores
 from jaxfm.search.trace.cost import is_trained
-from jaxfm.search.trace.groups import Kept, Network
-from jaxfm.search.trace.interpret import record, summed_axes
+from jaxfm.search.trace.groups import Kept, Network, Scores
 from jaxfm.search.trace.labels import Axis
 from jaxfm.search.trace.plan import Leaf
 from jaxfm.search.trace.roles import Group
 from jaxfm.search.trace.rules import LOOPED
 
-Scores = tuple[Array, ...]
-"""One f32[size] a group, or f32[layers, size]."""
-
 Term = tuple[Axis, Array, bool]
-"""An axis, what each of its indices is worth, and whether each layer has a row of its own."""
+"""An axis, what each of its entries is worth, and whether each layer has a row of its own."""
+
+UnitNorm = Callable[[Array], Array]
+"""`(weights f32[n, ...]) -> f32[n]`: what each of n units is worth by its weights."""
 
 KINDS = ("l1", "l2", "taylor", "scale", "l2_scale", "activation")
 _SCALE = re.compile(r"(^|/)(scale|gamma)(/value)?$")
@@ -50,42 +51,56 @@ _SCALE = re.compile(r"(^|/)(scale|gamma)(/value)?$")
 def importance(
     network: Network,
     params: PyTree,
-    kind: str = "l2",
+    kind: str | UnitNorm = "l2",
     *,
     gradient: PyTree = None,
     inputs: Sequence[PyTree] = (),
 ) -> Scores:
-    """The importance of every unit; higher matters more.
+    """Returns the importance of every unit; higher matters more.
 
-    A group that the kind says nothing of (no norm follows it) is ranked by l2.
+    A group for which `kind` has no parameter (no norm follows it, for "scale") is ranked by l2.
 
     Args:
-      kind: one of `KINDS`.
-      gradient: for "taylor": of a loss, like `params`.
-      inputs: for "activation": a batch of what the function takes.
+      network: whose units are ranked.
+      params: its dense parameters.
+      kind: one of `KINDS`, or a function `(weights f32[n, ...]) -> f32[n]` of the weights of n
+        units, such as `lambda w: jnp.abs(w).max(tuple(range(1, w.ndim)))`.
+      gradient: for "taylor", the gradient of a loss by the parameters.
+      inputs: for "activation", a batch of what the function takes.
     Raises:
-      ValueError: an unknown kind, or what it needs is missing; a network without norm scales.
+      ValueError: an unknown kind, a kind whose `gradient` or `inputs` are missing, or "scale" for a
+        network without norms.
     """
-    if kind not in KINDS:
-        raise ValueError(f"importance {kind!r} is unknown; choose from {KINDS}.")
+    if not callable(kind) and kind not in KINDS:
+        raise ValueError(
+            f"importance={kind!r} is unknown; choose from {KINDS}, or give a function of the "
+            "weights of units."
+        )
     if kind == "activation":
         if not inputs:
-            raise ValueError("importance 'activation' needs `inputs`, a batch of examples.")
-        return _filled(network, params, _average(network, _activation(network, params, inputs)))
+            raise ValueError("importance='activation' needs `inputs`: give a batch of examples.")
+        terms = _activation(network, params, inputs)
+        return _filled(network, params, _average(network, terms))
     if kind == "taylor" and gradient is None:
-        raise ValueError("importance 'taylor' needs `gradient`, of a loss by the parameters.")
+        raise ValueError(
+            "importance='taylor' needs `gradient`: give that of a loss by the parameters."
+        )
     if kind == "l2_scale":
         norms, scales = (_average(network, _weights(network, params, k)) for k in ("l2", "scale"))
         both = [n if s is None or n is None else n * s for n, s in zip(norms, scales, strict=True)]
         return _filled(network, params, both)
     terms = _weights(network, params, kind, gradient)
     if not terms:
-        raise ValueError(f"importance {kind!r} finds no parameter to rank by in this network.")
+        raise ValueError(
+            f"importance={kind!r} finds no parameter to rank by in this network; choose 'l2'."
+        )
     return _filled(network, params, _average(network, terms))
 
 
-def _weights(network: Network, params: PyTree, kind: str, gradient: PyTree = None) -> list[Term]:
-    """What each axis of each parameter says of its units."""
+def _weights(
+    network: Network, params: PyTree, kind: str | UnitNorm, gradient: PyTree = None
+) -> list[Term]:
+    """Returns what each axis of each parameter says of its units."""
     flat = jax.tree.leaves(params)
     slopes = jax.tree.leaves(gradient) if gradient is not None else flat
     terms: list[Term] = []
@@ -102,45 +117,45 @@ def _weights(network: Network, params: PyTree, kind: str, gradient: PyTree = Non
 
 
 def _filled(network: Network, params: PyTree, scores: Sequence[Array | None]) -> Scores:
-    """Scores by l2 where there are none."""
+    """Returns the scores, with those by l2 where there are none."""
     if all(x is not None for x in scores):
         return tuple(x for x in scores if x is not None)
     plain = _average(network, _weights(network, params, "l2"))
-    zero = lambda g: jnp.zeros((g.layers, g.size) if g.layers else g.size)
-    pick = lambda g, x, y: x if x is not None else y if y is not None else zero(g)
-    return tuple(map(pick, network.groups, scores, plain))
+    options = zip(scores, plain, zero_scores(network), strict=True)
+    return tuple(next(x for x in option if x is not None) for option in options)
 
 
 def has_scales(network: Network) -> bool:
-    """Whether a norm's scale follows any unit, so that "scale" can rank by it."""
+    """Whether the scale of a norm follows any unit, so that "scale" can rank by it."""
     scale = lambda leaf: _SCALE.search(leaf.path) and any(a.shape[1] for a in leaf.axes)
     return any(scale(leaf) for leaf in network.leaves)
 
 
 def ranks(scores: Scores) -> Scores:
-    """i32 like the scores: 0 for the most important unit of a group (of a layer), then 1, ..."""
+    """Returns i32 like the scores: 0 for the most important unit of a group (per layer), then 1."""
     return tuple(jnp.argsort(jnp.argsort(-s, axis=-1), axis=-1).astype(jnp.int32) for s in scores)
 
 
 def masks(order: Scores, counts: Array) -> tuple[Array, ...]:
-    """bool masks of the first counts[g] units by rank; `counts` i32[G] may be traced."""
+    """Returns bool masks of the first counts[g] units by rank; `counts` i32[G] may be traced."""
     return tuple(rank < counts[g] for g, rank in enumerate(order))
 
 
 def keep(order: Scores, counts: Any) -> Kept:
-    """The same as NumPy masks, for `cut` and `sliced`."""
+    """Returns what `masks` does as NumPy arrays, for `cut` and `sliced`."""
     counts = np.asarray(counts)
     return tuple(np.asarray(rank) < counts[g] for g, rank in enumerate(order))
 
 
-def _counts(kind: str, leaf: Leaf, stacked: bool) -> bool:
+def _counts(kind: str | UnitNorm, leaf: Leaf, stacked: bool) -> bool:
+    """Whether a parameter is ranked by: norms of weights skip biases, stacked or not."""
     if kind == "scale":
         return bool(_SCALE.search(leaf.path))
-    return kind == "taylor" or len(leaf.shape) - stacked > 1  # no biases, stacked or not
+    return kind == "taylor" or len(leaf.shape) - stacked > 1
 
 
 def _layered(network: Network, leaf: Leaf, axis: Axis) -> bool:
-    """Whether the leaf stacks layers that choose this axis' units by themselves."""
+    """Whether the leaf stacks layers that choose the units of this axis by themselves."""
     own = [g for g in network.groups if g.layers and np.isin(axis, _units(g)).any()]
     return bool(own)
 
@@ -149,10 +164,13 @@ def _units(group: Group) -> np.ndarray:
     return np.arange(group.first, group.first + group.size)
 
 
-def _rate(kind: str, value: Array, slope: Array, d: int, layered: bool) -> Array:
-    """f32[n], or f32[layers, n]: of every index of axis d."""
+def _rate(kind: str | UnitNorm, value: Array, slope: Array, d: int, layered: bool) -> Array:
+    """Returns f32[n], or f32[layers, n], of every entry of axis d."""
     value = jnp.asarray(value).astype(jnp.float32)
     others = tuple(i for i in range(value.ndim) if i != d and not (layered and i == 0))
+    if callable(kind):
+        units_first = jnp.moveaxis(value, d, 1 if layered else 0)
+        return jax.vmap(kind)(units_first) if layered else kind(units_first)
     if kind == "l2":
         return jnp.sqrt(jnp.square(value).sum(others))
     if kind == "taylor":
@@ -161,7 +179,7 @@ def _rate(kind: str, value: Array, slope: Array, d: int, layered: bool) -> Array
 
 
 def _average(network: Network, terms: Sequence[Term]) -> list[Array | None]:
-    """A group's mean over its members; None where it has none."""
+    """Returns each group's mean over its members; None where it has none."""
     out: list[Array | None] = []
     for group in network.groups:
         total: Any = jnp.zeros((group.layers, group.size) if group.layers else group.size)
@@ -182,34 +200,16 @@ def _average(network: Network, terms: Sequence[Term]) -> list[Array | None]:
 
 
 def _activation(network: Network, params: PyTree, inputs: Sequence[PyTree]) -> list[Term]:
-    plan = network.plan(0, *inputs)
-
-    def variances(op: Any, values: list[Array]) -> tuple[Array, ...]:
-        side, dims = summed_axes(op, plan)
-        if op.name == "reduce_sum" or not dims or not isinstance(op.inputs[side], int):
-            return ()
-        axes = plan.axes[op.inputs[side]]
-        other = lambda d: tuple(i for i in range(len(axes)) if i != d)
-        wide = values[side].astype(jnp.float32)
-        return tuple(jnp.var(wide, axis=other(d)) for d in dims if axes[d].shape[1])
-
-    terms: list[Term] = []
-    for op, found in record(network, params, variances, *inputs):
-        side, dims = summed_axes(op, plan)
-        if not found:
-            continue
-        labelled = [d for d in dims if plan.axes[op.inputs[side]][d].shape[1]]  # type: ignore[index]
-        for d, rate in zip(labelled, found, strict=True):
-            axis = plan.axes[op.inputs[side]][d]  # type: ignore[index]
-            terms.append((axis, rate, rate.ndim > 1))
-    return terms
+    variance = lambda values, axes: jnp.var(values, axis=axes)
+    found = summed_statistics(network, params, variance, *inputs)
+    return [(axis, rate, rate.ndim > 1) for axis, rate in found]
 
 
 Score = Callable[[PyTree], Array]
 
 
 def gradient(score: Score, params: PyTree) -> PyTree:
-    """The gradient of a scalar by the trained leaves of `params`; zeros for integer leaves."""
+    """Returns the gradient of a scalar by the trained leaves of `params`; zeros for integers."""
     grads = jax.grad(score, allow_int=True)(params)
     wide = lambda g, p: g if g.dtype == p.dtype else jnp.zeros_like(p)
     return jax.tree.map(wide, grads, params)

@@ -1,8 +1,8 @@
-"""The best member of a supernet within a client's budget: an accuracy predictor, then evolution.
+"""The best member of a supernet within a budget: an accuracy predictor, then evolution.
 
-A small MLP learns the score of an architecture from some that were measured; NSGA-II then breeds
-architectures against it, each projected onto the budget, so none is drawn again because it does not
-fit. Source: Cai et al. 2020 (Once-for-All), section 3.4.
+A small MLP learns the score of architectures from some that were measured; NSGA-II then evolves
+architectures against it. Each is projected onto the budget, so none has to be drawn again.
+Source: Cai et al. 2020 (Once-for-All), section 3.4.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jaxfm.search.strategies.strategy import Problem, ratios
 
 
 class Predictor(NamedTuple):
-    """What a fitted predictor is.
+    """A fitted predictor of scores.
 
     Attributes:
       predict: `(counts i32[n, G]) -> scores f32[n]`.
-      rank_correlation: Spearman's, on the held-out share of the architectures.
+      rank_correlation: Spearman's ρ on the held-out architectures.
     """
 
     predict: Callable[[Array], Array]
@@ -38,7 +38,7 @@ class Predictor(NamedTuple):
 
 
 def rank_correlation(a: Array, b: Array) -> Array:
-    """Spearman's ρ of f32[n] and f32[n], f32[] in [-1, 1]; equal values are ranked as they come."""
+    """Returns Spearman's ρ of f32[n] and f32[n], in [-1, 1]; ties are ranked in their order."""
     ranks = [jnp.argsort(jnp.argsort(x)).astype(jnp.float32) for x in (a, b)]
     x, y = (rank - rank.mean() for rank in ranks)
     return (x * y).sum() / jnp.sqrt((x * x).sum() * (y * y).sum())
@@ -55,13 +55,15 @@ def fit_predictor(
     learning_rate: float = 1e-2,
     held_out: float = 0.2,
 ) -> Predictor:
-    """Fits an MLP of two hidden layers to measured architectures, in one compiled loop.
+    """Fits an MLP with two hidden layers to measured architectures, in one compiled loop.
 
     Args:
+      net: the supernet.
       counts, scores: i32[n, G] and f32[n], measured, in random order.
-      key: of the initial weights.
-      hidden, steps, learning_rate: of the MLP and Adam on the whole set.
-      held_out: share of the last rows that only measure the rank correlation.
+      key: key of the initial weights.
+      hidden: width of the MLP.
+      steps, learning_rate: those of Adam on the whole set.
+      held_out: share of the rows, at the end, that only measures the rank correlation.
     Raises:
       ValueError: fewer than two rows on either side, or lengths that differ.
     """
@@ -96,18 +98,25 @@ def evolve(
     population: int = 32,
     generations: int = 20,
 ) -> np.ndarray:
-    """Counts i32[G] of the member with the highest predicted score within the budgets.
+    """Returns counts i32[G] of the member with the highest predicted score within the budgets.
 
+    Args:
+      net: the supernet.
+      predict: `(counts i32[n, G]) -> scores f32[n]`, higher is better.
+      budgets: what the member meets.
+      key: key of the search.
+      population: members per generation, even.
+      generations: number of generations.
     Raises:
-      ValueError: budgets below the smallest member, or an odd population.
+      ValueError: a budget below the smallest member, or an odd population.
     """
     problem = Problem(
-        net.largest,
-        net.fit(budgets),
-        lambda counts: within(budgets, counts),
-        lambda _, counts: predict(counts),
-        (),
-        lambda counts: jnp.stack([b.cost(counts) / b.limit for b in budgets]),
+        sizes=net.largest,
+        project=net.fit(budgets),
+        fits=lambda counts: within(budgets, counts),
+        evaluate=lambda _, counts: predict(counts),
+        data=(),
+        costs=lambda counts: jnp.stack([b.cost(counts) / b.limit for b in budgets]),
     )
     strategy = nsga2(net.largest, batch=population)
     return run(problem, strategy, population * generations, key).best_counts

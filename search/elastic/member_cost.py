@@ -23,19 +23,20 @@ from jaxfm.search.trace.models import axis_names, model_network
 
 
 def member_macs(net: Supernet, model: Model, *inputs: PyTree) -> Callable[[Any], Any]:
-    """Returns `(counts [G]) -> []`, multiply-adds of one example.
+    """Returns `(counts [G]) -> []`, the multiply-adds of one example.
 
     Exact in NumPy (float64); in JAX, as a `Budget`'s cost, to the rounding of float32.
 
     Args:
-      net: a supernet of `model`, of width and kernels.
-      inputs: one example of what `apply` takes, with a batch, or its shapes.
+      net: a supernet of `model` with elastic widths and kernels.
+      model: the model.
+      *inputs: one example of what `apply` takes, with a batch axis, or its shapes.
     Raises:
-      ValueError: an elastic axis whose cost cannot be read from the function; depth is one, since
+      ValueError: an elastic axis whose cost cannot be read from the function, such as depth, since
         the function runs all layers.
     """
     variables = net.variables
-    if "layers" in variables.params:  # counts differ from layer to layer
+    if "layers" in variables.params:  # counts may differ between layers
         variables = with_layers(variables, unstack(layers_of(variables)))
     network = model_network(model, variables, *inputs)
     names = axis_names(model, variables)
@@ -49,7 +50,7 @@ def member_macs(net: Supernet, model: Model, *inputs: PyTree) -> Callable[[Any],
             "the function; budget `net.parameters`, or leave these axes whole."
         )
     each, none = costs(network).each, len(net.groups)
-    # One more place, 1, for what is not elastic.
+    # One more entry, 1, stands for what is not elastic.
     to_group, to_kernel = (np.where(at < 0, none, at) for at in (of_group, of_kernel))
     whole_kernel = np.array([*(g.size for g in net.groups), 1])[to_kernel] ** 2
 
@@ -59,14 +60,14 @@ def member_macs(net: Supernet, model: Model, *inputs: PyTree) -> Callable[[Any],
         known = xp.append(xp.asarray(counts, dtype), xp.ones(1, dtype))
         whole = xp.asarray(network.sizes, dtype)
         kept = xp.where(xp.asarray(of_group < 0), whole, known[to_group])
-        # Multiplied before it is divided: whole numbers stay whole.
+        # It is multiplied before it is divided, so that whole numbers stay whole.
         return (each(kept) * known[to_kernel] ** 2 / xp.asarray(whole_kernel, dtype)).sum()
 
     return macs
 
 
 def _rows_of_groups(network: Network, names: dict, rows: dict) -> np.ndarray:
-    """Which of the supernet's groups each group of the network is, -1 where none."""
+    """Returns the number of the elastic group that each group of the network is, or -1."""
     at = np.full(len(network.groups), -1, np.int32)
     for g, group in enumerate(network.groups):
         for member in group.members:
@@ -78,7 +79,7 @@ def _rows_of_groups(network: Network, names: dict, rows: dict) -> np.ndarray:
 
 
 def _rows_of_kernels(network: Network, names: dict, rows: dict) -> np.ndarray:
-    """Which of the supernet's groups the kernel of each product or convolution is, -1 if none."""
+    """Returns the number of the elastic group of each contraction's kernel, or -1."""
     plan = network.plan(0, *network.example)
     leaf = dict(zip(plan.graph.inputs, network.leaves, strict=False))
     at = []

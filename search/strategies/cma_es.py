@@ -1,7 +1,7 @@
 """CMA-ES: a Gaussian over actions whose mean, step and covariance follow the better half.
 
 Source: Hansen 2016, "The CMA Evolution Strategy: A Tutorial" (arXiv 1604.00772), figure 6 and
-table 1; equation numbers below are its own.
+table 1; numbers in comments are those of its equations.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ class CmaState(NamedTuple):
 
 
 def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
-    """Covariance matrix adaptation from uniform pruning with step `sigma` in logits.
+    """Returns covariance matrix adaptation that starts from uniform pruning.
 
+    Args:
+      num_groups: G.
+      batch: candidates per generation.
+      sigma: first step size, in logits.
     Raises:
-      ValueError: batch < 4, too few to rank.
+      ValueError: a batch below 4, which is too small to rank.
     """
     if batch < 4:
-        raise ValueError(f"batch={batch}: CMA-ES ranks its candidates, give at least 4.")
+        raise ValueError(f"batch={batch} is too small for CMA-ES to rank; give at least 4.")
     size = num_groups
     half = batch // 2
     weights = math.log((batch + 1) / 2) - np.log(np.arange(1, half + 1))
@@ -74,7 +78,7 @@ def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
         sigma = state.sigma * jnp.exp(c_sigma / damping * (norm / expected_norm - 1))  # 44
         generation = state.generation + 1
         unbiased = jnp.sqrt(1 - (1 - c_sigma) ** (2.0 * generation.astype(jnp.float32)))
-        # 45: the path stands still while the step size is still growing fast.
+        # 45: the path stands still while the step size grows fast.
         moving = (norm / unbiased < (1.4 + 2 / (size + 1)) * expected_norm).astype(jnp.float32)
         path_c = (1 - c_c) * state.path_c
         path_c = path_c + moving * math.sqrt(c_c * (2 - c_c) * mu_eff) * y_mean
@@ -83,12 +87,12 @@ def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
         covariance = covariance + c_1 * jnp.outer(path_c, path_c)
         covariance = covariance + c_mu * (y.T * weights[None]) @ y  # 47
         return CmaState(
-            state.mean + state.sigma * y_mean,
-            jnp.clip(sigma, 1e-4, 5.0),
-            0.5 * (covariance + covariance.T),
-            path_sigma,
-            path_c,
-            generation,
+            mean=state.mean + state.sigma * y_mean,
+            sigma=jnp.clip(sigma, 1e-4, 5.0),
+            covariance=0.5 * (covariance + covariance.T),
+            path_sigma=path_sigma,
+            path_c=path_c,
+            generation=generation,
         )
 
     return Strategy(init, ask, tell, batch)

@@ -1,8 +1,8 @@
 """One compiled loop for every strategy: ask, project, evaluate, tell.
 
 The whole search is one program on the device; its state is one pytree, so that a search stopped at
-any step goes on to the identical result. Everything evaluated is kept: the curve, the best and the
-Pareto front are read off afterwards.
+any step goes on to the identical result. Every evaluation is kept: the curve, the best candidate
+and the Pareto front are read from them afterwards.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxfm.search.strategies.strategy import Problem, Strategy
 
 
 class SearchState(NamedTuple):
-    """All that a search needs to go on.
+    """Everything that a search needs to go on.
 
     Attributes:
       step: i32[], batches evaluated.
-      key: of the whole run; step t uses `fold_in(key, t)`.
-      strategy: the strategy's own state.
+      key: key of the whole run; step t uses `fold_in(key, t)`.
+      strategy: the state of the strategy.
       counts: i32[T, n, G], channels of every candidate; 0 where not yet evaluated.
-      scores: f32[T, n], as measured: NaN where evaluation failed or is still to come.
+      scores: f32[T, n] as measured; NaN where evaluation failed or is still to come.
     """
 
     step: Array
@@ -43,12 +43,12 @@ class Result(NamedTuple):
     """What a search found.
 
     Attributes:
-      best_counts: i32[G], of the highest score (the first one of equals).
-      best_score: that score.
+      best_counts: i32[G], the candidate with the highest score, the first one of equals.
+      best_score: its score.
       curve: f32[N], best score after each evaluation.
       counts: i32[N, G], every candidate in order.
       scores: f32[N], NaN where evaluation failed.
-      front: i32[P], rows that no other beats in both score and all of `Problem.costs`.
+      front: i32[P], rows that no other row beats in the score and in all of `Problem.costs`.
       state: the final state.
     """
 
@@ -67,7 +67,7 @@ class Search(NamedTuple):
     Attributes:
       init: `(key) -> SearchState`.
       advance: `(state, num_steps) -> SearchState`; donates the state. The number of steps is an
-        argument of the program and no constant in it.
+        argument of the compiled program, not a constant in it.
       result: `(state) -> Result`.
       num_steps: T.
     """
@@ -79,10 +79,10 @@ class Search(NamedTuple):
 
 
 def search(problem: Problem, strategy: Strategy, evaluations: int) -> Search:
-    """Compiles `strategy` on `problem`; for one run see `run`.
+    """Returns `strategy` on `problem`, ready to be compiled; for one run see `run`.
 
     Raises:
-      ValueError: `evaluations` is no positive multiple of the strategy's batch.
+      ValueError: `evaluations` is not a positive multiple of the strategy's batch.
     """
     if evaluations < 1 or evaluations % strategy.batch:
         raise ValueError(
@@ -105,11 +105,11 @@ def search(problem: Problem, strategy: Strategy, evaluations: int) -> Search:
         measured = problem.evaluate(data, counts)
         inner = strategy.tell(inner, actions, counts, _finite(measured))
         return SearchState(
-            state.step + 1,
-            state.key,
-            inner,
-            state.counts.at[state.step].set(counts),
-            state.scores.at[state.step].set(measured),
+            step=state.step + 1,
+            key=state.key,
+            strategy=inner,
+            counts=state.counts.at[state.step].set(counts),
+            scores=state.scores.at[state.step].set(measured),
         )
 
     def steps(data: Any, state: SearchState, num: Array) -> SearchState:
@@ -132,19 +132,21 @@ def run(
     checkpoints: Checkpointer | None = None,
     every: int = 10,
 ) -> Result:
-    """Searches with `evaluations` candidates; goes on from the newest checkpoint, if there is one.
+    """Searches with `evaluations` candidates and goes on from the newest checkpoint, if any.
 
     Args:
-      problem, strategy: what and how.
-      evaluations: candidates in all, a multiple of the strategy's batch.
-      key: of all randomness: the same key gives the same result.
-      checkpoints: where to save the state after each `every` batches; None runs in one go.
+      problem: what is searched.
+      strategy: how it is searched.
+      evaluations: number of candidates, a multiple of the strategy's batch.
+      key: source of all randomness: the same key gives the same result.
+      checkpoints: where the state is saved after each `every` batches; None runs in one go.
+      every: batches between two checkpoints.
 
     Raises:
       ValueError: as `search`, or `every` < 1.
     """
     if every < 1:
-        raise ValueError(f"every={every}: give the batches between two checkpoints.")
+        raise ValueError(f"every={every} must be at least 1: the batches between two checkpoints.")
     loop = search(problem, strategy, evaluations)
     state = loop.init(key)
     if checkpoints is None:
@@ -161,7 +163,7 @@ def run(
 
 
 def _finite(scores: Array) -> Array:
-    """A failed candidate counts as much as the worst of its batch: no update is poisoned."""
+    """Gives failed candidates the worst score of their batch, so that no update is poisoned."""
     good = jnp.isfinite(scores)
     worst = jnp.min(jnp.where(good, scores, jnp.inf))
     return jnp.where(good, scores, jnp.where(jnp.any(good), worst, 0.0))
@@ -172,7 +174,9 @@ def _result(problem: Problem, state: SearchState) -> Result:
     counts = np.asarray(state.counts)[:done].reshape(-1, len(problem.sizes))
     scores = np.asarray(state.scores)[:done].reshape(-1)
     if not np.isfinite(scores).any():
-        raise ValueError(f"None of the {len(scores)} candidates evaluated so far has a score.")
+        raise ValueError(
+            f"None of the {len(scores)} candidates so far has a finite score; check the evaluation."
+        )
     ordered = np.where(np.isfinite(scores), scores, -np.inf)
     costs = np.asarray(jax.vmap(problem.costs)(jnp.asarray(counts, jnp.float32)))
     best = int(np.argmax(ordered))

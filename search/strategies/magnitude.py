@@ -2,9 +2,9 @@
 
     k_g(t) = #{c : s_gc > t},   t* = the lowest threshold whose counts meet the budget
 
-The importances are given (L1, L2, Taylor, batch-norm scale, activation variance). They compare
-across groups only if they are on one scale; `per_group` divides each group's by its mean, as
-DepGraph (arXiv 2301.12900, section 3.3) does.
+The importances are given (L1, L2, Taylor, batch-norm scale, activation variance). Those of
+different groups can be compared only on one scale; `per_group` divides each group's by their mean,
+as DepGraph (arXiv 2301.12900, section 3.3) does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from jaxfm.search.strategies.uniform import fixed
 
 
 def magnitude(problem: Problem, importance: Sequence[Array], *, per_group: bool = True) -> Strategy:
-    """A strategy of one candidate, fixed by the importances f32[size_g] of every group.
+    """Returns a strategy of one candidate, which the importances of all units determine.
 
+    Args:
+      problem: what is searched.
+      importance: f32[size] of each group; higher matters more.
+      per_group: divide the importances of each group by their mean.
     Raises:
       ValueError: the importances do not have the sizes of the problem's groups.
     """

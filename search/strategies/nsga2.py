@@ -1,7 +1,7 @@
 """NSGA-II: a population ranked by Pareto fronts, bred by simulated binary crossover.
 
-Genes are kept ratios in (0, 1), those that the projection realised, so that a child inherits what
-was measured. With no further objectives it is an elitist genetic algorithm on the score.
+Genes are kept ratios in (0, 1) as the projection realised them, so that a child inherits what was
+measured. Without further objectives it is an elitist genetic algorithm on the score.
 
 Source: Deb et al. 2002, section III; crossover and mutation Deb & Agrawal 1995, Deb & Goyal 1996,
 with the probabilities of BootstrapNAS (arXiv 2112.10878) unless said otherwise.
@@ -40,22 +40,24 @@ def nsga2(
     eta_mutation: float = 3.0,
     spread: float = 1.0,
 ) -> Strategy:
-    """Evolution of a population of `batch`.
+    """Returns evolution of a population of `batch` candidates.
 
     Args:
       sizes: i32[G], channels of each group.
-      batch: population, and children a generation; even.
-      objectives: `(counts f32[G]) -> f32[K]`, costs minimised beside the score; None for none.
+      batch: size of the population and children per generation; even.
+      objectives: `(counts f32[G]) -> f32[K]`, costs that are minimised beside the score; None means
+        none.
       crossover: probability that two parents are mixed.
-      mutation: probability a gene; None is 1/G, at least one gene a child on average.
-      eta_crossover, eta_mutation: distribution indices; larger stays nearer to the parents.
-      spread: of the first generation's logits, as in `random_search`.
+      mutation: probability for each gene; None means 1/G, one gene per child on average.
+      eta_crossover, eta_mutation: distribution indices; children of larger ones stay nearer to
+        their parents.
+      spread: standard deviation of the first generation's logits, as in `random_search`.
 
     Raises:
       ValueError: batch is odd or below 4.
     """
     if batch < 4 or batch % 2:
-        raise ValueError(f"batch={batch}: parents mate in pairs, give an even number from 4 on.")
+        raise ValueError(f"batch={batch} must be even and at least 4: parents mate in pairs.")
     num_groups = len(sizes)
     rate = 1 / num_groups if mutation is None else mutation
 
@@ -100,7 +102,7 @@ def nsga2(
 
 
 def _cross(genes: Array, key: Key, probability: float, eta: float) -> Array:
-    """Simulated binary crossover of neighbours: children spread as by one-point mixing."""
+    """Crosses neighbours by simulated binary crossover: spread as after one-point crossover."""
     keys = jax.random.split(key, 3)
     mother, father = genes[0::2], genes[1::2]
     u = jax.random.uniform(keys[0], mother.shape)
@@ -116,7 +118,7 @@ def _cross(genes: Array, key: Key, probability: float, eta: float) -> Array:
 
 
 def _mutate(genes: Array, key: Key, rate: float, eta: float) -> Array:
-    """Polynomial mutation within [0, 1]."""
+    """Mutates genes by polynomial mutation within [0, 1]."""
     key_u, key_hit = jax.random.split(key)
     u = jax.random.uniform(key_u, genes.shape)
     down = (2 * u) ** (1 / (eta + 1)) - 1

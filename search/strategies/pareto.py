@@ -14,7 +14,7 @@ from jaxfm.model import Array
 
 
 def dominates(objectives: Array) -> Array:
-    """bool[N, N]: [i, j] says that i is nowhere worse than j and somewhere better; f32[N, K]."""
+    """Returns bool[N, N]: row i of f32[N, K] is nowhere worse than row j and somewhere better."""
     a, b = objectives[:, None], objectives[None]
     shape = (*objectives.shape[:1], *objectives.shape)
     a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
@@ -22,7 +22,7 @@ def dominates(objectives: Array) -> Array:
 
 
 def fronts(objectives: Array) -> Array:
-    """i32[N]: 0 for the points that nothing dominates, 1 for those behind them, and so on."""
+    """Returns i32[N]: 0 for points that nothing dominates, 1 for those behind them, and so on."""
     num = objectives.shape[0]
     worse_than = dominates(objectives)
 
@@ -37,9 +37,9 @@ def fronts(objectives: Array) -> Array:
 
 
 def crowding(objectives: Array, rank: Array) -> Array:
-    """f32[N]: how far apart the neighbours in the same front are, summed over objectives.
+    """Returns f32[N], the distance between neighbours in the same front, summed over objectives.
 
-    Infinite at the ends of a front, which therefore always survive.
+    It is infinite at the ends of a front, which therefore always survive.
     """
 
     def along(values: Array) -> Array:
@@ -56,7 +56,7 @@ def crowding(objectives: Array, rank: Array) -> Array:
 
 
 def pareto_front(objectives: np.ndarray) -> np.ndarray:
-    """Indices of the non-dominated rows of f32[N, K], once each, ordered by the first objective."""
+    """Returns indices of the non-dominated rows of f32[N, K], ordered by the first objective."""
     objectives = np.asarray(objectives)
     _, first = np.unique(objectives, axis=0, return_index=True)
     points = objectives[first]

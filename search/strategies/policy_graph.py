@@ -1,8 +1,8 @@
-"""What a policy reads of a network: contractions as nodes, channel groups as hyper-edges.
+"""The graph that a policy reads: contractions are its nodes, channel groups its hyper-edges.
 
-All arrays have static shapes: channel counts are numbers and never shapes, so a policy never
-compiles anew as widths change, and one policy fits any network. Channel nodes of one convolution
-are alike, so a motif of 2c + 2 nodes is kept as its quotient of four, with multiplicities.
+All arrays have static shapes: channel counts are values, never shapes. So a policy is not compiled
+again when widths change, and one policy fits any network. The channel nodes of one convolution are
+equal, so a motif of 2c + 2 nodes is stored as its quotient of four nodes with multiplicities.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from jaxfm.model import Array, PyTree
 from jaxfm.search.ranking import importance
 from jaxfm.search.trace.cost import contractions, costs, is_trained
-from jaxfm.search.trace.graph import Graph, numbers
+from jaxfm.search.trace.graph import Graph, Op, numbers
 from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.plan import AxisPlan
 
@@ -29,14 +29,14 @@ class PolicyGraph(NamedTuple):
     """A network of O contractions and G groups.
 
     Attributes:
-      ops: f32[O, OP_FEATURES], structure of each contraction, on one scale for all networks.
+      ops: f32[O, OP_FEATURES], features of each contraction, on one scale for all networks.
       flow: i32[E, 2], (source, target): the source's result reaches the target directly.
       shortcut: f32[E], 1 where it does so past other contractions (a residual connection).
-      member: i32[M, 2], (contraction, group): units of the group occur in it.
-      contracted: f32[M], 1 where they are added up (inputs), 0 where they come out.
-      channels: f32[O], dense units that a contraction adds up, times smaller axes of one unit.
-      groups: f32[G, GROUP_FEATURES].
-      sizes: f32[G].
+      member: i32[M, 2], (contraction, group): units of the group occur in the contraction.
+      contracted: f32[M], 1 where they are added up (inputs), 0 where they are outputs.
+      channels: f32[O], how many terms a contraction adds up in the dense network.
+      groups: f32[G, GROUP_FEATURES], features of each group.
+      sizes: f32[G], units of each group.
     """
 
     ops: Array
@@ -50,28 +50,16 @@ class PolicyGraph(NamedTuple):
 
 
 def policy_graph(network: Network, params: PyTree) -> PolicyGraph:
-    """The graph of a network's first function at its example, with statistics of its weights."""
+    """Returns the graph of a network's first function at its example, with weight statistics."""
     plan = network.plan(0, *network.example)
     found = contractions(plan)
     own, dense = costs(network), network.sizes.astype(np.int64)
     macs = np.asarray(own.each(dense))
     ops, member, channels = [], [], []
     for o, item in enumerate(found):
-        op, share = item.op, macs[o] / macs.sum()
-        conv = op.name == "conv_general_dilated"
-        summed, out = _sides(plan, op)
-        kernel = op.inputs[1] if conv else min(op.inputs, key=lambda a: a in plan.data)
-        shape = plan.values.shapes[kernel] if isinstance(kernel, int) else ()
-        spatial = (
-            np.prod([shape[d] for d in op.params["dimension_numbers"].rhs_spec[2:]]) if conv else 1
-        )
-        stride = max(op.params["window_strides"], default=1) if conv else 1
-        groups = op.params.get("feature_group_count", 1)
-        both = sum(a in plan.data for a in op.inputs if isinstance(a, int)) == 2
-        kind = [conv and groups == 1, conv and groups > 1, not conv and not both, both]
-        logs = [np.log10(macs[o] + 1) / 8, np.log10(np.prod(shape) + 1) / 6, share * len(found)]
-        position = o / max(len(found) - 1, 1)
-        ops.append([*map(float, kind), *logs, np.log2(spatial) / 4, np.log2(stride), position, 1.0])
+        summed, out = _sides(plan, item.op)
+        position, share = o / max(len(found) - 1, 1), macs[o] / macs.sum() * len(found)
+        ops.append(_op_features(plan, item.op, macs[o], share, position))
         channels.append(float(max(1, math.prod(len(a) for a in summed))))
         for axes, role in ((summed, 1.0), (out, 0.0)):
             hit = {g for axis in axes for g in _groups_in(network, axis)}
@@ -79,19 +67,33 @@ def policy_graph(network: Network, params: PyTree) -> PolicyGraph:
     rows = np.array(member, np.float32).reshape(-1, 3)
     flow, shortcut = _flow(plan, {item.op.outputs[0]: o for o, item in enumerate(found)})
     return PolicyGraph(
-        jnp.asarray(ops, jnp.float32),
-        jnp.asarray(flow, jnp.int32).reshape(-1, 2),
-        jnp.asarray(shortcut, jnp.float32),
-        jnp.asarray(rows[:, :2], jnp.int32),
-        jnp.asarray(rows[:, 2]),
-        jnp.asarray(channels, jnp.float32),
-        jnp.asarray(_group_features(network, params, macs, rows), jnp.float32),
-        jnp.asarray(network.sizes, jnp.float32),
+        ops=jnp.asarray(ops, jnp.float32),
+        flow=jnp.asarray(flow, jnp.int32).reshape(-1, 2),
+        shortcut=jnp.asarray(shortcut, jnp.float32),
+        member=jnp.asarray(rows[:, :2], jnp.int32),
+        contracted=jnp.asarray(rows[:, 2]),
+        channels=jnp.asarray(channels, jnp.float32),
+        groups=jnp.asarray(_group_features(network, params, macs, rows), jnp.float32),
+        sizes=jnp.asarray(network.sizes, jnp.float32),
     )
 
 
-def _sides(plan: AxisPlan, op):
-    """Axes that a contraction adds up, and those that come out of it."""
+def _op_features(plan: AxisPlan, op: Op, macs: float, share: float, position: float) -> list[float]:
+    """Returns OP_FEATURES numbers: four kinds, logarithms of sizes, share and position."""
+    conv = op.name == "conv_general_dilated"
+    kernel = op.inputs[1] if conv else min(op.inputs, key=lambda a: a in plan.data)
+    shape = plan.values.shapes[kernel] if isinstance(kernel, int) else ()
+    taps = [shape[d] for d in op.params["dimension_numbers"].rhs_spec[2:]] if conv else [1]
+    stride = max(op.params["window_strides"], default=1) if conv else 1
+    groups = op.params.get("feature_group_count", 1)
+    both = sum(a in plan.data for a in op.inputs if isinstance(a, int)) == 2
+    kind = [conv and groups == 1, conv and groups > 1, not conv and not both, both]
+    sizes = [np.log10(macs + 1) / 8, np.log10(np.prod(shape) + 1) / 6, share]
+    return [*map(float, kind), *sizes, np.log2(np.prod(taps)) / 4, np.log2(stride), position, 1.0]
+
+
+def _sides(plan: AxisPlan, op: Op):
+    """Returns the axes that a contraction adds up, and the output axes that it makes."""
     axes = plan.axes
     if op.name == "dot_general":
         (contract, _), _ = op.params["dimension_numbers"]
@@ -129,8 +131,9 @@ def _group_features(network: Network, params: PyTree, macs, rows) -> np.ndarray:
 
 
 def _flow(plan: AxisPlan, op_of: dict[int, int]) -> tuple[list[tuple[int, int]], list[float]]:
-    """Edges from each contraction to the next ones, and which of them are shortcuts."""
-    reach: dict[int, dict[int, bool]] = {}  # by value: sources, and whether past an addition
+    """Returns edges from each contraction to the next ones, and which of them are shortcuts."""
+    # By value: its sources, and whether each comes by a shortcut.
+    reach: dict[int, dict[int, bool]] = {}
     edges: dict[tuple[int, int], bool] = {}
 
     def visit(graph: Graph) -> None:
@@ -168,7 +171,10 @@ def _flow(plan: AxisPlan, op_of: dict[int, int]) -> tuple[list[tuple[int, int]],
 
 
 def chain(num_layers: int, *, shortcuts: bool = False, width: int = 32) -> PolicyGraph:
-    """A made-up chain of convolutions with a group between each two, for trying policies out."""
+    """Returns the graph of a fictitious chain of convolutions, for trying policies out.
+
+    There is one group between each two layers.
+    """
     ops = np.zeros((num_layers, OP_FEATURES), np.float32)
     ops[:, 0], ops[:, -1] = 1, 1
     ops[:, -2] = np.linspace(0, 1, num_layers)
@@ -182,29 +188,34 @@ def chain(num_layers: int, *, shortcuts: bool = False, width: int = 32) -> Polic
     features = np.zeros((groups, GROUP_FEATURES), np.float32)
     features[:, 0], features[:, 1] = np.log2(width) / 10, np.linspace(0.1, 0.3, groups)
     return PolicyGraph(
-        jnp.asarray(ops), jnp.asarray(flow, jnp.int32), jnp.asarray(late, jnp.float32),
-        jnp.asarray(member, jnp.int32), jnp.asarray([0.0] * groups + [1.0] * groups),
-        jnp.full(num_layers, float(width)), jnp.asarray(features), jnp.full(groups, float(width)),
-    )  # fmt: skip
+        ops=jnp.asarray(ops),
+        flow=jnp.asarray(flow, jnp.int32),
+        shortcut=jnp.asarray(late, jnp.float32),
+        member=jnp.asarray(member, jnp.int32),
+        contracted=jnp.asarray([0.0] * groups + [1.0] * groups),
+        channels=jnp.full(num_layers, float(width)),
+        groups=jnp.asarray(features),
+        sizes=jnp.full(groups, float(width)),
+    )
 
 
 def kept_channels(graph: PolicyGraph, counts: Array) -> Array:
-    """f32[O]: what each contraction adds up when its groups keep counts f32[G]."""
+    """Returns f32[O], what each contraction adds up when its groups keep counts f32[G]."""
     op, group = graph.member[:, 0], graph.member[:, 1]
     ratio = jnp.log(jnp.maximum(counts, 1e-3) / graph.sizes)[group] * graph.contracted
     return graph.channels * jnp.exp(jax.ops.segment_sum(ratio, op, len(graph.channels)))
 
 
 def motif(split: Array, inner: Array, outer: Array, total: Array, channels: Array) -> Array:
-    """Mean over the 2c + 2 nodes of tanh of one graph convolution on the star of a contraction.
+    """Returns the mean over 2c + 2 nodes of tanh of one graph convolution on a contraction's star.
 
     The star is s -> u_1..u_c -> v_1..v_c -> t with self loops and symmetric normalisation by
     in-degree; all u and all v have one feature, so four nodes with multiplicities 1, c, c, 1 give
     what 2c + 2 would. Source: GNN-RL (arXiv 2102.03214), level 1 of its hierarchical graph.
 
     Args:
-      split, inner, outer, total: f32[D], features of s, u, v, t.
-      channels: f32[], c.
+      split, inner, outer, total: f32[D], features of s, u, v and t.
+      channels: f32[], the number c.
     """
     c = channels
     nodes = (
@@ -217,7 +228,7 @@ def motif(split: Array, inner: Array, outer: Array, total: Array, channels: Arra
 
 
 def spread(graph: PolicyGraph, h: Array) -> Array:
-    """One step of symmetric graph convolution along the flow, both ways: f32[O, D] to f32[O, D].
+    """Returns one step of symmetric graph convolution along the flow, both ways, f32[O, D].
 
     h_i' = sum over neighbours j and i itself of h_j / sqrt(d_i d_j). Source: Kipf and Welling 2017.
     """
@@ -229,7 +240,7 @@ def spread(graph: PolicyGraph, h: Array) -> Array:
 
 
 def at_groups(graph: PolicyGraph, h: Array) -> Array:
-    """f32[G, 2 D]: means of f32[O, D] over the contractions that add a group up, and make it."""
+    """Returns f32[G, 2 D], means of h f32[O, D] over what reads and over what makes a group."""
     op, group = graph.member[:, 0], graph.member[:, 1]
     parts = []
     for weight in (graph.contracted, 1 - graph.contracted):

@@ -1,14 +1,16 @@
-"""Budgets by construction: any real vector becomes channel counts that meet every budget.
+"""Budgets by construction: any real vector is turned into channel counts that meet every budget.
 
     k_g(τ) = round_m(C_g · sigmoid(logit_g + τ)),   τ* = the largest shift that fits
 
 All costs grow with every count and every count grows with τ, so τ* is found by bisection. Counts
-move in steps of m channels and groups may step together, so room is left below the budget; it is
-then filled a step at a time, the group furthest below its wish first, until no group can grow.
-Hence every candidate is feasible, and maximal: one more step anywhere would break a budget.
+change in steps of m channels, and several groups may step at once, so room is left below the
+budget. It is then filled one step at a time, the group that is furthest below its wish first, until
+no group can grow. Hence every candidate is feasible and maximal: one more step of any group would
+exceed a budget.
 
-Source: AGMC (arXiv 2011.12641) section 3 corrects the actions once, linearly and does not check;
-AMC (arXiv 1802.03494) algorithm 1 caps each layer by what the others could still give back.
+Compare AGMC (arXiv 2011.12641, section 3), which corrects the actions once, linearly, without a
+check, and AMC (arXiv 1802.03494, algorithm 1), which caps each layer by what the others could still
+give back.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ class Budget(NamedTuple):
     """An upper bound on a cost.
 
     Attributes:
-      name: for messages.
-      cost: `(counts f32[G]) -> f32[]`, an array expression that no count makes smaller.
-      limit: in the units of `cost`.
+      name: what messages call it.
+      cost: `(counts f32[G]) -> f32[]`, an array expression that does not fall as any count grows.
+      limit: upper bound, in the units of `cost`.
     """
 
     name: str
@@ -47,10 +49,10 @@ class Budget(NamedTuple):
 
 
 def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
-    """Budgets by name: `macs`, `parameters`, `parameter_bytes`, `activation_bytes`.
+    """Returns budgets by name: `macs`, `parameters`, `parameter_bytes`, `activation_bytes`.
 
-    A real number up to 1 that is no integer is a share of what the dense network costs; a larger
-    number is absolute. A latency is a Budget of its own (`jaxfm.search.latency`).
+    A float up to 1 is a share of what the dense network costs; an integer or a larger number is an
+    absolute limit. For a latency see `jaxfm.search.fit_latency`.
 
     Raises:
       ValueError: an unknown name or a limit that is not positive.
@@ -61,7 +63,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
         if name not in Costs._fields[:-1]:
             raise ValueError(f"There is no cost {name!r}; choose from {Costs._fields[:-1]}.")
         if not limit > 0:
-            raise ValueError(f"{name}={limit} must be positive.")
+            raise ValueError(f"{name}={limit} must be positive: give a share or an absolute limit.")
         cost: Expression = getattr(own, name)
         share = np.asarray(limit).dtype.kind not in "iub" and limit <= 1
         out.append(Budget(name, cost, float(limit) * (float(cost(dense)) if share else 1)))
@@ -69,7 +71,7 @@ def budgets(network: Network, **limits: float | int) -> tuple[Budget, ...]:
 
 
 def within(budgets: Sequence[Budget], counts: Array) -> Array:
-    """bool[]: whether counts f32[G] meet all budgets."""
+    """Returns bool[], whether counts f32[G] meet all budgets."""
     return jnp.all(jnp.stack([b.cost(counts) <= b.limit * (1 + _SLACK) for b in budgets]))
 
 
@@ -86,13 +88,12 @@ def projection(
 
     Args:
       sizes: i32[G], channels of each group.
-      budgets: all of them hold for every candidate.
-      channel_multiple: counts are multiples of it, or the whole group where that is no multiple. A
-        group always keeps one step.
-      smallest: the share of a group that is always kept, in [0, 1).
-      fill: use up the budget. False only ever shrinks: ratios below the budget stay what they are,
-        for searches over the whole Pareto front.
-
+      budgets: every candidate meets all of them.
+      channel_multiple: counts are multiples of it, or the whole group where that is not a multiple.
+        A group always keeps one step.
+      smallest: the share of each group that is always kept, in [0, 1).
+      fill: whether the budget is used up. False only shrinks: ratios that already meet the budgets
+        stay what they are, for searches over the whole Pareto front.
     Raises:
       ValueError: a size, `channel_multiple` or `smallest` is out of range, or a budget lies below
         what the smallest network costs (the message says how much that is).
@@ -100,74 +101,95 @@ def projection(
     channel_multiple = channel_multiple if multiple is None else multiple
     sizes = np.asarray(sizes, np.int32)
     if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1:
-        raise ValueError(f"sizes={sizes.tolist()}: give one positive count a group.")
+        raise ValueError(f"sizes={sizes.tolist()} must hold one positive count for each group.")
     if channel_multiple < 1 or not 0 <= smallest < 1:
         raise ValueError(
             f"channel_multiple={channel_multiple} must be at least 1 and smallest={smallest} in "
             "[0, 1)."
         )
-    most = -(-sizes // channel_multiple)  # steps of the whole group; the last one may be shorter
+    most = -(-sizes // channel_multiple)
     least = np.maximum(1, np.ceil(smallest * sizes / channel_multiple)).astype(np.int32)
     least = np.minimum(least, most)
     _check_reachable(budgets, np.minimum(least * channel_multiple, sizes))
-    num_groups = len(sizes)
-
-    def to_counts(steps: Array) -> Array:
-        return jnp.minimum(steps * channel_multiple, sizes)
-
-    def fits(steps: Array) -> Array:
-        return within(budgets, to_counts(steps).astype(jnp.float32))
-
-    def wish(logits: Array, shift: Array) -> Array:
-        return jnp.asarray(sizes, jnp.float32) / channel_multiple * jax.nn.sigmoid(logits + shift)
-
-    def rounded(logits: Array, shift: Array) -> Array:
-        steps = jnp.round(wish(logits, shift)).astype(jnp.int32)
-        # What is checked must be what is returned: computed twice, in two fusions, a sigmoid may
-        # round to two counts.
-        return lax.optimization_barrier(jnp.clip(steps, least, most))
-
-    def bisect(logits: Array) -> tuple[Array, Array]:
-        top = jnp.float32(_WIDEST if fill else 0.0)
-
-        def halve(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            low, high, steps = carry
-            middle = 0.5 * (low + high)
-            tried = rounded(logits, middle)
-            good = fits(tried)
-            return (
-                jnp.where(good, middle, low),
-                jnp.where(good, high, middle),
-                jnp.where(good, tried, steps),
-            )
-
-        start = (jnp.float32(-_WIDEST), top, jnp.asarray(least, jnp.int32))
-        _, high, steps = lax.fori_loop(0, _HALVINGS, halve, start)
-        whole = rounded(logits, top)
-        all_of_it = fits(whole)
-        return jnp.where(all_of_it, whole, steps), jnp.where(all_of_it, top, high)
-
-    def grow(logits: Array, shift: Array, steps: Array) -> Array:
-        target = wish(logits, shift)
-
-        def growable(steps: Array) -> Array:
-            one_more = steps[None] + jnp.eye(num_groups, dtype=jnp.int32)
-            return jax.vmap(fits)(one_more) & (steps < most)
-
-        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            steps, can = carry
-            lack = jnp.where(can, target - steps.astype(jnp.float32), -jnp.inf)
-            steps = steps.at[jnp.argmax(lack)].add(1)
-            return steps, growable(steps)
-
-        return lax.while_loop(lambda c: jnp.any(c[1]), body, (steps, growable(steps)))[0]
+    grid = _Grid(sizes, channel_multiple, least, most, tuple(budgets))
 
     def project(logits: Array) -> Array:
         logits = jnp.clip(logits.astype(jnp.float32), -40.0, 40.0)
-        steps, shift = bisect(logits)
-        return to_counts(grow(logits, shift, steps) if fill else steps)
+        steps, shift = _bisect(grid, logits, jnp.float32(_WIDEST if fill else 0.0))
+        return grid.to_counts(_grow(grid, logits, shift, steps) if fill else steps)
 
     return project
+
+
+class _Grid(NamedTuple):
+    """The counts that groups may have, numbered by steps i32[G].
+
+    Attributes:
+      sizes: i32[G], channels of each group.
+      multiple: channels of a step; the last step of a group may be shorter.
+      least, most: i32[G], the fewest and the most steps of each group.
+      budgets: what candidates must meet.
+    """
+
+    sizes: np.ndarray
+    multiple: int
+    least: np.ndarray
+    most: np.ndarray
+    budgets: tuple[Budget, ...]
+
+    def to_counts(self, steps: Array) -> Array:
+        return jnp.minimum(steps * self.multiple, self.sizes)
+
+    def fits(self, steps: Array) -> Array:
+        return within(self.budgets, self.to_counts(steps).astype(jnp.float32))
+
+    def wish(self, logits: Array, shift: Array) -> Array:
+        sizes = jnp.asarray(self.sizes, jnp.float32)
+        return sizes / self.multiple * jax.nn.sigmoid(logits + shift)
+
+    def rounded(self, logits: Array, shift: Array) -> Array:
+        steps = jnp.round(self.wish(logits, shift)).astype(jnp.int32)
+        # What is checked must be what is returned: computed twice, in two fusions, a sigmoid may
+        # round to two different counts.
+        return lax.optimization_barrier(jnp.clip(steps, self.least, self.most))
+
+
+def _bisect(grid: _Grid, logits: Array, top: Array) -> tuple[Array, Array]:
+    """Returns the steps of the largest feasible shift up to `top`, and that shift from above."""
+
+    def halve(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, steps = carry
+        middle = 0.5 * (low + high)
+        tried = grid.rounded(logits, middle)
+        good = grid.fits(tried)
+        return (
+            jnp.where(good, middle, low),
+            jnp.where(good, high, middle),
+            jnp.where(good, tried, steps),
+        )
+
+    start = (jnp.float32(-_WIDEST), top, jnp.asarray(grid.least, jnp.int32))
+    _, high, steps = lax.fori_loop(0, _HALVINGS, halve, start)
+    whole = grid.rounded(logits, top)
+    all_fits = grid.fits(whole)
+    return jnp.where(all_fits, whole, steps), jnp.where(all_fits, top, high)
+
+
+def _grow(grid: _Grid, logits: Array, shift: Array, steps: Array) -> Array:
+    """Returns steps after adding one at a time, where it is wanted most, until none fits."""
+    target = grid.wish(logits, shift)
+
+    def growable(steps: Array) -> Array:
+        one_more = steps[None] + jnp.eye(len(grid.sizes), dtype=jnp.int32)
+        return jax.vmap(grid.fits)(one_more) & (steps < grid.most)
+
+    def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        steps, can = carry
+        lack = jnp.where(can, target - steps.astype(jnp.float32), -jnp.inf)
+        steps = steps.at[jnp.argmax(lack)].add(1)
+        return steps, growable(steps)
+
+    return lax.while_loop(lambda c: jnp.any(c[1]), body, (steps, growable(steps)))[0]
 
 
 def _check_reachable(budgets: Sequence[Budget], fewest: np.ndarray) -> None:

@@ -9,12 +9,13 @@ from jaxfm.search.strategies.strategy import Strategy
 
 
 def random_search(num_groups: int, *, batch: int = 16, spread: float = 1.0) -> Strategy:
-    """`logit_g ~ N(0, spread²)`, independently: centred on uniform pruning.
+    """Returns a strategy that draws logit_g ~ N(0, spread²), centred on uniform pruning.
 
     Args:
       num_groups: G.
-      batch: candidates evaluated side by side.
-      spread: 1 puts two thirds of the ratios within 0.27 and 0.73 at keep 0.5.
+      batch: candidates that are evaluated side by side.
+      spread: standard deviation; with 1, two thirds of the ratios around 0.5 lie between 0.27 and
+        0.73.
     """
 
     def init(key: Key) -> tuple[()]:

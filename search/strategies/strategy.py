@@ -1,12 +1,12 @@
-"""The contract of every search strategy, and what a strategy may know of its problem.
+"""The contract of every search strategy, and what a strategy knows of its problem.
 
-A strategy proposes how much of each channel group to keep and learns from the scores. It sees
-arrays only: group sizes, a projection onto the budget, scores. What the groups are, and what
-network they belong to, is the business of `jaxfm.search.evaluation`.
+A strategy proposes how much of each channel group to keep and learns from the scores. It sees only
+arrays: group sizes, a projection onto the budget, scores. What the groups are and which network
+they belong to is known to `jaxfm.search.evaluation`.
 
-An *action* is one logit a group. All logits of a candidate are shifted together until the candidate
-meets its budget (`jaxfm.search.strategies.project`), so the strategy chooses proportions and the
-budget sets the level; equal logits are uniform pruning, whatever their value.
+An *action* is one logit per group. All logits of a candidate are shifted together until the
+candidate meets its budget (`jaxfm.search.strategies.project`), so the strategy chooses proportions
+and the budget sets the level; equal logits are uniform pruning, whatever their value.
 
 A complete strategy, hill climbing from the best candidate so far:
 
@@ -50,7 +50,7 @@ class Strategy(NamedTuple):
 
     Attributes:
       init: `(key) -> state`.
-      ask: `(state, key) -> (actions f32[n, G], state)`, n logits vectors to try.
+      ask: `(state, key) -> (actions f32[n, G], state)`, n vectors of logits to try.
       tell: `(state, actions f32[n, G], counts i32[n, G], scores f32[n]) -> state`. `counts` are the
         channels that the projection made of the actions; scores are finite, higher is better.
       batch: n, the number of candidates of each `ask`.
@@ -70,10 +70,10 @@ class Problem(NamedTuple):
       project: `(logits f32[G]) -> counts i32[G]`, always within the budgets.
       fits: `(counts f32[G]) -> bool[]`, whether all budgets hold.
       evaluate: `(data, counts i32[n, G]) -> scores f32[n]`, higher is better.
-      data: what `evaluate` reads (weights, images); an argument of the compiled loop and no
+      data: what `evaluate` reads (weights, images); an argument of the compiled loop, not a
         constant in it.
       costs: `(counts f32[G]) -> f32[K]`, further quantities that a Pareto front trades against the
-        score, lower is better.
+        score; lower is better.
     """
 
     sizes: np.ndarray
@@ -94,9 +94,17 @@ def problem(
     fill: bool = True,
     costs: Callable[[Array], Array] | None = None,
 ) -> Problem:
-    """A problem whose candidates meet `budgets`; `channel_multiple` and `fill` as in `projection`.
+    """Returns a problem whose candidates meet `budgets`.
 
-    Without `costs`, these are the budgets' own, each divided by its limit.
+    Args:
+      sizes: i32[G], channels of each group.
+      budgets: what every candidate meets.
+      evaluate: `(data, counts i32[n, G]) -> scores f32[n]`, higher is better.
+      data: what `evaluate` reads.
+      channel_multiple, fill: as in `projection`.
+      costs: `Problem.costs`; None means those of the budgets, each divided by its limit.
+    Raises:
+      ValueError: as `projection`.
     """
     sizes = np.asarray(sizes, np.int32)
 
@@ -104,34 +112,33 @@ def problem(
         return jnp.stack([b.cost(counts) / b.limit for b in budgets])
 
     return Problem(
-        sizes,
-        projection(sizes, budgets, channel_multiple=channel_multiple, fill=fill),
-        lambda counts: within(budgets, counts),
-        evaluate,
-        data,
-        shares if costs is None else costs,
+        sizes=sizes,
+        project=projection(sizes, budgets, channel_multiple=channel_multiple, fill=fill),
+        fits=lambda counts: within(budgets, counts),
+        evaluate=evaluate,
+        data=data,
+        costs=shares if costs is None else costs,
     )
 
 
 def ratios(counts: Array, sizes: np.ndarray) -> Array:
-    """Kept shares `counts / sizes`, f32 of the shape of `counts` i32[..., G]."""
+    """Returns kept shares `counts / sizes`, f32 of the shape of `counts` i32[..., G]."""
     return counts.astype(jnp.float32) / jnp.broadcast_to(
         jnp.asarray(sizes, jnp.float32), counts.shape
     )
 
 
 def to_logits(ratio: Array) -> Array:
-    """The inverse of the logistic function, kept finite: ratios f32[...] in [0, 1] to logits."""
+    """Returns finite logits f32[...] of ratios in [0, 1], the inverse of the logistic function."""
     ratio = jnp.clip(ratio, 1e-3, 1 - 1e-3)
     return jnp.log(ratio) - jnp.log1p(-ratio)
 
 
 def separable(num_groups: int = 6, *, target: np.ndarray | None = None, seed: int = 0) -> Problem:
-    """A problem with a known answer, for trying strategies out.
+    """Returns a problem with a known answer, for trying strategies out.
 
-    Group g has 32 channels, a channel of it costs w_g, the budget is half of all, and the score is
-    `-mean_g (k_g / 32 - target_g)²`, at most 0 (reached but for rounding: the target itself
-    costs half).
+    Group g has 32 channels that cost w_g each, and the score is  -mean_g (k_g / 32 - target_g)²,
+    at most 0. The budget is what the target itself costs, so the best score is 0 up to rounding.
     """
     rng = np.random.default_rng(seed)
     weight = rng.uniform(0.5, 2.0, num_groups).astype(np.float32)

@@ -9,12 +9,12 @@ from jaxfm.search.strategies.strategy import Strategy
 
 
 def uniform(num_groups: int) -> Strategy:
-    """Equal logits; there is nothing to learn, so one evaluation is all it needs."""
+    """Returns a strategy of equal logits; it has nothing to learn and needs one evaluation."""
     return fixed(jnp.zeros(num_groups))
 
 
 def fixed(logits: Array) -> Strategy:
-    """Always asks for the one candidate `logits` f32[G], known before the search."""
+    """Returns a strategy that always asks for the one candidate `logits` f32[G]."""
 
     def init(key: Key) -> tuple[()]:
         return ()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfm.model import PyTree
+from jaxfm.model import Array, PyTree
 from jaxfm.search.trace.graph import flatten, numbers
 from jaxfm.search.trace.labels import Axis, Labels
 from jaxfm.search.trace.plan import AxisPlan, Leaf, enter, make_planner, shape_of
@@ -34,6 +34,9 @@ from jaxfm.search.trace.rules import read
 
 Kept = tuple[np.ndarray, ...]
 """Which units stay: a group's bool[size], or bool[layers, size] where layers choose their own."""
+
+Scores = tuple[Array, ...]
+"""How much each unit matters: f32[size] of each group, or f32[layers, size]."""
 
 IGNORED = "it is ignored, as requested"
 

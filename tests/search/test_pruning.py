@@ -209,7 +209,7 @@ def test_what_was_ignored_is_ignored_when_it_is_loaded(tmp_path):
     save_pruned(tmp_path, small)
     again = load_pruned(tmp_path, mlp, WIDE, X)
     chex.assert_trees_all_equal(again.apply(again.params, X), small.apply(small.params, X))
-    with pytest.raises(ValueError, match="ignore it there"):
+    with pytest.raises(ValueError, match="give it to `network`"):
         prune(NET, WIDE, X, macs_ratio=0.6, ignore=["up"])
     with pytest.raises(ValueError, match="give the Network that was cut"):
         load_pruned(tmp_path, NET, WIDE, X)
@@ -325,7 +325,7 @@ def test_a_pruned_decoder_drafts_for_its_parent():
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="macs_ratio"):
         prune(mlp, WIDE, X)
-    with pytest.raises(ValueError, match="macs_ratio=50: give a share"):
+    with pytest.raises(ValueError, match="macs_ratio=50 must be a share"):
         prune(mlp, WIDE, X, macs_ratio=50)
     with pytest.raises(ValueError, match="no cost 'flops'"):
         prune(mlp, WIDE, X, budget={"flops": 0.5})

@@ -11,7 +11,8 @@ from jaxfm import count_parameters
 from jaxfm.cost import count_flops
 from jaxfm.search.elastic.evolve import evolve, fit_predictor, rank_correlation
 from jaxfm.search.elastic.member_cost import member_macs
-from jaxfm.search.elastic.supernet import sandwich, supernet
+from jaxfm.search.elastic.supernet import supernet
+from jaxfm.search.elastic.training import sandwich
 from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.project import Budget
 from jaxfm.tasks import classification

@@ -173,7 +173,7 @@ def test_a_policy_is_written_and_read_again(tmp_path):
     again = load_policy(tmp_path / "policy.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, policy)
     save_policy(tmp_path / "other.safetensors", policy | {"head": np.zeros(3, np.float32)})
-    with pytest.raises(ValueError, match="holds no policy"):
+    with pytest.raises(ValueError, match="does not hold a policy"):
         load_policy(tmp_path / "other.safetensors")
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
-from jaxfm.search.strategies.gnn_rl import gnn_rl, gnn_rl_published
+from jaxfm.search.strategies.gnn_rl import gnn_rl
+from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
 from jaxfm.search.strategies.loop import run, search
 from jaxfm.search.strategies.magnitude import magnitude
 from jaxfm.search.strategies.nsga2 import nsga2
