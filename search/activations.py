@@ -13,6 +13,7 @@ from jaxfm.search.trace.groups import Network, Scores
 from jaxfm.search.trace.interpret import record
 from jaxfm.search.trace.labels import Axis
 from jaxfm.search.trace.masking import summed_axes
+from jaxfm.search.trace.unit_weights import zero_scores
 
 Statistic = Callable[[Array, Sequence[int]], Array]
 """`(values f32[...], axes) -> f32[n]`: a statistic over `axes`, which are all but one."""
@@ -47,12 +48,6 @@ def unit_activity(network: Network, params: PyTree, *inputs: PyTree) -> Scores:
             sums = sums.sum(0) if sums.ndim > scores[g].ndim else sums
             scores[g] += sums / jnp.maximum(sums.mean(-1, keepdims=True), 1e-12)
     return tuple(scores)
-
-
-def zero_scores(network: Network) -> Scores:
-    """Returns zeros, f32[size] or f32[layers, size] of each group."""
-    shape = lambda g: (g.layers, g.size) if g.layers else (g.size,)
-    return tuple(jnp.zeros(shape(group), jnp.float32) for group in network.groups)
 
 
 def summed_statistics(

@@ -19,13 +19,14 @@ import numpy as np
 
 from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.least_squares import repair
-from jaxfm.search.ranking import UnitNorm, importance, keep, masks, ranks
+from jaxfm.search.ranking import importance, keep, masks, ranks
 from jaxfm.search.strategies.loop import Result, run
 from jaxfm.search.strategies.project import Budget, budgets
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
 from jaxfm.search.trace.cost import Costs, costs, counts_of
 from jaxfm.search.trace.groups import Kept, Network, Scores, network
 from jaxfm.search.trace.interpret import check, cut, full, masked, sliced
+from jaxfm.search.trace.unit_weights import UnitNorm
 
 MakeStrategy = Callable[[Problem], Strategy]
 Score = Callable[[Callable, PyTree], Array]

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Array, PyTree
-from jaxfm.search.ranking import importance
 from jaxfm.search.trace.cost import contractions, costs, is_trained
 from jaxfm.search.trace.graph import Graph, Op, numbers
 from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.plan import AxisPlan
+from jaxfm.search.trace.unit_weights import l2_scores
 
 OP_FEATURES = 11
 GROUP_FEATURES = 6
@@ -115,7 +115,7 @@ def _groups_in(network: Network, axis: np.ndarray) -> list[int]:
 def _group_features(network: Network, params: PyTree, macs, rows) -> np.ndarray:
     sizes = [leaf.shape for leaf in network.leaves]
     total = sum(np.prod(s) for s, leaf in zip(sizes, network.leaves) if is_trained(leaf))
-    spread = [np.asarray(s, np.float64).reshape(-1) for s in importance(network, params, "l2")]
+    spread = [np.asarray(s, np.float64).reshape(-1) for s in l2_scores(network, params)]
     out = []
     for g, group in enumerate(network.groups):
         touched = rows[rows[:, 1] == g, 0].astype(int)
