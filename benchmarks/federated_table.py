@@ -105,7 +105,7 @@ from jaxfm.models.families.cnn import CnnConfig, cnn
 from jaxfm.models.families.resnet import ResNetConfig, resnet, resnet_config
 from jaxfm.models.families.vgg import vgg, vgg_config
 from jaxfm.search import costs, masked, model_network, repair
-from jaxfm.search.evaluation import recalibrated
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.trace.cost import counts_of
 from jaxfm.search.trace.groups import Network
 from jaxfm.subnet import Subnet, axis_sizes, extract, width
@@ -496,7 +496,7 @@ def lost_by_slicing(run: Run, work: Work) -> dict[str, float]:
 
         def measured(variables: Variables, masks: tuple) -> tuple[Variables, tuple]:
             train = lambda v, x: masked(network, 1)(v, masks, x)[1]
-            return recalibrated(train, variables, inputs), masks
+            return recalibrate(train, variables, inputs), masks
 
         return {
             "whole": (whole, everything),

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxfm.model import Array, PyTree
 from jaxfm.search.trace.graph import Graph, Op, numbers
 from jaxfm.search.trace.groups import Network
-from jaxfm.search.trace.interpret import group_units, record
+from jaxfm.search.trace.interpret import record
+from jaxfm.search.trace.masking import group_units
 from jaxfm.search.trace.plan import AxisPlan
 
 

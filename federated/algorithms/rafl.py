@@ -27,7 +27,8 @@ from jaxfm.federated.parts.ensemble import Distill, Vote, distill_for, max_vote,
 from jaxfm.federated.registry import Setting, register
 from jaxfm.model import Array, Key, Model, Variables, count_parameters
 from jaxfm.search.elastic.evolve import evolve
-from jaxfm.search.elastic.supernet import Supernet, recalibrate, supernet
+from jaxfm.search.elastic.supernet import Supernet, supernet
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.strategies.project import Budget, within
 from jaxfm.subnet import axis_sizes, extract
 from jaxfm.tasks import Task
@@ -208,8 +209,10 @@ def validation_search(
         some = np.asarray(jax.random.permutation(rows_key, size))[:num_rows]
         inputs, targets, weight = task.prepare({n: jnp.asarray(x[some]) for n, x in rows.items()})
 
+        train = lambda v, x: model.apply(v, x, train=True)[1]
+
         def score(counts: Array) -> Array:
-            member = recalibrate(model, net.mask(net.variables, counts), inputs[None])
+            member = recalibrate(train, net.mask(net.variables, counts), inputs[None])
             total, count = task.loss(model.apply(member, inputs)[0], targets, weight)
             return -total / jnp.where(count > 0, count, 1)
 

@@ -27,8 +27,9 @@ from jaxfm.search.strategies.project import budgets, projection
 from jaxfm.search.trace.cost import costs
 from jaxfm.search.trace.graph import Op
 from jaxfm.search.trace.groups import Group, Network
-from jaxfm.search.trace.interpret import coverage, full, masked, record, summed_axes
+from jaxfm.search.trace.interpret import coverage, full, masked, record
 from jaxfm.search.trace.labels import Axis
+from jaxfm.search.trace.masking import summed_axes
 from jaxfm.tasks import Task
 
 
@@ -104,7 +105,7 @@ def schedule(network: Network, target: float, rounds: int, channel_multiple: int
     A group's logit is the share of its units in use, (Σ s)² / (size Σ s²): none is starved.
     """
     limits = budgets(network, macs=float(target))
-    project = projection(network.sizes, limits, multiple=channel_multiple)
+    project = projection(network.sizes, limits, channel_multiple=channel_multiple)
 
     def wish(scores: Array) -> Array:
         s = scores + 1e-6  # a group that is silent everywhere asks for all of itself

@@ -89,7 +89,6 @@ def supernet(
     *,
     shared: Sequence[str] = ("embed",),
     channel_multiple: int | Mapping[str, int] = 1,
-    multiple: int | None = None,  # its former name
     smallest: float = 0.25,
     kernels: Sequence[int] | Mapping[str, Sequence[int]] = (),
     importance: Callable[[PyTree, PyTree, str], Array] | None = None,
@@ -114,7 +113,6 @@ def supernet(
     Raises:
       ValueError: an axis that the model does not have, or a setting out of range.
     """
-    channel_multiple = channel_multiple if multiple is None else multiple
     if not 0 <= smallest < 1:
         raise ValueError(f"smallest={smallest} must be in [0, 1).")
     groups = channel_groups(
@@ -233,10 +231,3 @@ def weight_magnitude(params: PyTree, axes: PyTree, name: str) -> Array:
         scores = size.mean([i for i, own in enumerate(names) if own not in kept])
         total = total + scores / (scores.mean() + 1e-12)
     return total
-
-
-def recalibrate(model: Model, variables: Variables, batches: PyTree) -> Variables:
-    """The former form of `jaxfm.search.recalibrate`."""
-    from jaxfm.search.recalibration import recalibrate as of_function
-
-    return of_function(lambda v, x: model.apply(v, x, train=True)[1], variables, batches)

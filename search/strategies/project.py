@@ -80,7 +80,6 @@ def projection(
     budgets: Sequence[Budget],
     *,
     channel_multiple: int = 1,
-    multiple: int | None = None,  # its former name
     smallest: float = 0.0,
     fill: bool = True,
 ) -> Callable[[Array], Array]:
@@ -98,7 +97,6 @@ def projection(
       ValueError: a size, `channel_multiple` or `smallest` is out of range, or a budget lies below
         what the smallest network costs (the message says how much that is).
     """
-    channel_multiple = channel_multiple if multiple is None else multiple
     sizes = np.asarray(sizes, np.int32)
     if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1:
         raise ValueError(f"sizes={sizes.tolist()} must hold one positive count for each group.")

@@ -259,11 +259,3 @@ def _alive(
 
 def _concrete(dtype: Any) -> Any:
     return np.dtype(np.uint32) if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype
-
-
-def __getattr__(name: str) -> Any:  # the former place of `budgets`
-    if name != "budgets":
-        raise AttributeError(name)
-    from jaxfm.search.strategies.project import budgets
-
-    return budgets

@@ -28,7 +28,6 @@ from jaxfm.search.trace.execution import Dense, Tapped, run_graph
 from jaxfm.search.trace.graph import Op
 from jaxfm.search.trace.groups import Kept, Network
 from jaxfm.search.trace.masking import Masked, group_units
-from jaxfm.search.trace.masking import summed_axes as summed_axes
 from jaxfm.search.trace.plan import AxisPlan
 from jaxfm.search.trace.roles import Group
 from jaxfm.search.trace.slicing import Sliced, count_kept, positions, take

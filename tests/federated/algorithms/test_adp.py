@@ -21,10 +21,10 @@ from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import compile_rounds
 from jaxfm.federated.wrappers.compression import quantised, with_compression
 from jaxfm.models.families.cnn import mlp
-from jaxfm.search.subnets import model_network
 from jaxfm.search.trace.cost import costs, counts_of
 from jaxfm.search.trace.groups import network
 from jaxfm.search.trace.interpret import coverage, cut, full, place
+from jaxfm.search.trace.models import model_network
 from jaxfm.tasks import classification
 from jaxfm.testing import random_variables, tiny_cnn
 

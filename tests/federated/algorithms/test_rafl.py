@@ -34,7 +34,7 @@ from jaxfm.tasks import classification
 MODEL, TASK = mlp((6, 32, 16, 3)), classification(3, inputs="x")
 LOCAL, DISTILL = Local(optax.sgd(0.1), 4), Distill(optax.sgd(0.1), 2, 4)
 NET = supernet(
-    MODEL, MODEL.init(jax.random.key(0)), ("hidden1", "hidden2"), multiple=2, smallest=0.125
+    MODEL, MODEL.init(jax.random.key(0)), ("hidden1", "hidden2"), channel_multiple=2, smallest=0.125
 )
 PUBLIC = {"x": np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)}
 LARGEST = count_parameters(NET.variables.params)
