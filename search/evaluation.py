@@ -196,6 +196,3 @@ def halving(
         chosen = np.argsort(-again, kind="stable")[:survivors]
         alive, best = alive[chosen], float(again[chosen[0]])
     return alive[0], best
-
-
-recalibrated = recalibrate  # its former name

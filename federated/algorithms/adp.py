@@ -41,7 +41,7 @@ from jaxfm.federated.registry import Setting, register
 from jaxfm.model import Array, Key, Model, Variables
 from jaxfm.search.pruning import Pruned, pruned
 from jaxfm.search.ranking import Scores
-from jaxfm.search.subnets import model_network
+from jaxfm.search.trace.models import model_network
 from jaxfm.tasks import Task
 
 

@@ -61,9 +61,9 @@ from jaxfm.federated.parts.control_variates import (
 from jaxfm.federated.parts.sgd import sgd_of
 from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, PyTree, Variables
-from jaxfm.search.evaluation import recalibrated
 from jaxfm.search.least_squares import repair
 from jaxfm.search.pruning import Pruned, pruned
+from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.trace.interpret import coverage, sliced
 from jaxfm.tasks import Task
 from jaxfm.trees import join_tree, split_tree
@@ -329,5 +329,5 @@ def client_model(
         masks = tuple(map(jnp.asarray, kept))
         variables = jax.jit(lambda v, x: repair(network, v, masks, x))(variables, rows)
     small, train = pruned(network, variables, kept), sliced(network, kept, 1)
-    measured = jax.jit(lambda v, x: recalibrated(lambda v, b: train(v, b)[1], v, x))
+    measured = jax.jit(lambda v, x: recalibrate(lambda v, b: train(v, b)[1], v, x))
     return small._replace(params=measured(small.params, inputs))

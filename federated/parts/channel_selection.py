@@ -31,9 +31,9 @@ from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.search.strategies.project import Budget, projection, within
 from jaxfm.search.strategies.project import budgets as make_budgets
 from jaxfm.search.strategies.strategy import Strategy, ratios, to_logits
-from jaxfm.search.subnets import model_network
 from jaxfm.search.trace.groups import Network
 from jaxfm.search.trace.interpret import masked
+from jaxfm.search.trace.models import model_network
 from jaxfm.tasks import Task
 
 _HALVINGS = 40
