@@ -37,7 +37,7 @@ from jaxfm.federated.placement import describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
 from jaxfm.federated.wrappers.compression import named_compression
-from jaxfm.launch.compare import compare
+from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import family_of, load_data, make_model, make_optimizer, use_cores
@@ -76,16 +76,16 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         max_steps=config.max_steps or UNLIMITED_STEPS,
         seed=config.seed,
     )
-    print(describe_clients(prepared.placement, data))
-    print(
-        f"{count_parameters(prepared.variables.params):,} parameters on {len(jax.devices())} "
-        "devices"
-    )
     return data, model, prepared
 
 
 def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedRun:
     """All rounds; the run's figures are saved for its report."""
+    print(describe_clients(prepared.placement, data))
+    print(
+        f"{count_parameters(prepared.variables.params):,} parameters on {len(jax.devices())} "
+        "devices"
+    )
     result = federated.train(
         prepared,
         data,
@@ -118,6 +118,8 @@ def run(config: Any) -> pathlib.Path:
 def main(config: Any) -> None:
     """The whole run, or all of a comparison, with a report at the end."""
     use_cores(config.cohort_size)
+    for name in config.compare:
+        ready(one_of(config, name, config.seed))  # raises before the first of them has run
     print(f"report: {compare(config, run) if config.compare else run(config)}")
 
 

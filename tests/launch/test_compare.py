@@ -1,6 +1,7 @@
 """Algorithms by name, on machines, and side by side."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -8,29 +9,51 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfm.config import override
+from jaxfm.cost import num_bytes
 from jaxfm.federated.accounting.resources import DEVICES
-from jaxfm.federated.partition import split_tree
+from jaxfm.federated.local import Local
+from jaxfm.federated.placement import wanted_steps
+from jaxfm.federated.population import Population
+from jaxfm.federated.registry import entries, last_layer
+from jaxfm.federated.rounds import compile_rounds
+from jaxfm.federated.run import TrainedRun, summary
 from jaxfm.launch import compare, federate
-from jaxfm.launch.algorithms import ALGORITHMS
 from jaxfm.launch.compare_page import best_cards
+from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
 from jaxfm.log import read_metrics
 from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
 from jaxfm.search import save_policy
 from jaxfm.search.strategies.gnn_rl import init_policy
+from jaxfm.trees import split_tree
 
 DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
 CNN = cnn(CnnConfig(image_size=(8, 8), conv_channels=(2, 2), dense_dim=4, num_classes=3))
-TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"}
+PUBLISHED = {"raffm_published", "fed_kemf_published", "rafl_published"}
+TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"} | PUBLISHED
+every_algorithm = pytest.mark.parametrize("algorithm", entries())
 
 
-def small_run(folder, **changes) -> federate.FederateConfig:
-    base = federate.FederateConfig(
-        run_dir=str(folder), tiers=(1.0, 0.5), rounds=2, cohort=6, batch_size=16, max_steps=0,
+def small_run(folder, *options: str, **changes) -> FederateConfig:
+    base = FederateConfig(
+        run_dir=str(folder), tiers=(1.0, 0.5), rounds=2, cohort_size=6, batch_size=16, max_steps=0,
         eval_every=1, profile=("pi", "phone"), data=DIGITS, model=ModelConfig(family="mlp"),
         local=OptimizerConfig(name="sgd", learning_rate=0.3),
     )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+    return override(dataclasses.replace(base, **changes), *options)
+
+
+@functools.cache
+def on_two_machines(algorithm: str):
+    """(data, model, a run before its first round): slow and fast clients in turn."""
+    return federate.ready(small_run("nowhere", algorithm=algorithm, profile=("pi", "server")))
+
+
+def steps_of(config, data, placement) -> np.ndarray:
+    """i32[C], local steps of each client in a round."""
+    wanted = wanted_steps(data.train, Local(None, config.batch_size, config.epochs))
+    return np.minimum(wanted, np.asarray(placement.profiles.max_steps))
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +114,10 @@ def test_what_has_ended_is_not_run_again(compared):
 def test_a_round_takes_as_long_as_its_slowest_client(compared):
     """Every client is in every cohort: all rounds are alike, and the slow board sets the pace."""
     config = compare.one_of(compared, "fed_avg", 0)
-    setting = federate.prepare(config)
-    (cost,) = setting.costs
+    data, _, (_, _, placement) = federate.ready(config)
+    (cost,) = placement.costs
     seconds, joules = [], 0.0
-    for client, steps in enumerate(setting.steps.tolist()):
+    for client, steps in enumerate(steps_of(config, data, placement).tolist()):
         device = DEVICES[config.profile[client % 2]]
         flops = steps * cost.flops_per_step
         seconds.append(
@@ -111,12 +134,11 @@ def test_a_round_takes_as_long_as_its_slowest_client(compared):
     assert last["total/seconds"] == totals["seconds"]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_has_its_name(tmp_path, algorithm):
-    mix = ("pi", "server")
-    setting = federate.prepare(small_run(tmp_path, algorithm=algorithm, profile=mix))
-    assert len(setting.algorithm.buckets) == (2 if algorithm in TIERED else 1)
-    assert (setting.steps > 0).all()
+@every_algorithm
+def test_every_algorithm_has_its_name(algorithm):
+    data, _, (made, _, placement) = on_two_machines(algorithm)
+    assert len(made.buckets) == (2 if algorithm in TIERED else 1)
+    assert (steps_of(small_run("nowhere"), data, placement) > 0).all()
 
 
 def test_an_agent_starts_from_the_policy_of_a_search(tmp_path):
@@ -124,38 +146,42 @@ def test_an_agent_starts_from_the_policy_of_a_search(tmp_path):
     save_policy(tmp_path / "policy.safetensors", policy)
     held = dataclasses.replace(DIGITS, local_validation=0.2)
     config = small_run(
-        tmp_path / "run", algorithm="spatl", data=held, select="agent",
-        policy=str(tmp_path / "policy.safetensors"), rounds=1,
+        tmp_path / "run", "algorithm=spatl", "spatl.select=agent",
+        f"spatl.policy={tmp_path / 'policy.safetensors'}", data=held, rounds=1,
     )  # fmt: skip
-    setting = federate.prepare(config)
-    (cost,) = setting.costs
-    assert cost.flops_per_round > 0 and setting.population.held is not None
-    state = federate.make_engine(config, setting).init(setting.variables, jax.random.key(0))
+    data, _, (algorithm, variables, placement) = federate.ready(config)
+    (cost,) = placement.costs
+    assert cost.flops_per_round > 0 and data.local_validation is not None
+    people = Population(data.train, placement.profiles, placement.bucket, data.local_validation)
+    engine = compile_rounds(algorithm, people, cohort_size=config.cohort_size)
+    state = engine.init(variables, jax.random.key(0))
     own = state.memories[0].selector.strategy.policy
     own = {name: np.asarray(x)[2] for name, x in own.items()}  # the third client's
     chex.assert_trees_all_equal(own | {"log_std": 0}, policy | {"log_std": 0})
     (tmp_path / "policy.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="a search by gnn_rl writes one"):
-        federate.prepare(config)
+        federate.ready(config)
 
 
 def test_what_travels_narrow_is_fewer_bytes(tmp_path):
-    (full,) = federate.prepare(small_run(tmp_path)).costs
-    narrow = lambda **how: federate.prepare(small_run(tmp_path, **how)).costs[0]
+    narrow = lambda **how: federate.ready(small_run(tmp_path, **how))[2].placement.costs[0]
+    full = narrow()
     assert narrow(upload="4bit").bytes_up < full.bytes_up / 7
     assert narrow(upload="top_k", top_k=0.05).bytes_up < full.bytes_up / 10
     down = narrow(download="8bit")
     assert down.bytes_down < full.bytes_down / 3.8 and down.bytes_up == full.bytes_up
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_full_model_is_the_same_for_every_algorithm(tmp_path, algorithm):
-    config = small_run(tmp_path, algorithm=algorithm)
-    setting = federate.prepare(config)
-    nothing = dict.fromkeys(federate.totals_of(setting), 0.0) | {"selected": 3.0, "reported": 2.0}
-    nan = [{"accuracy": float("nan")}] * len(setting.algorithm.buckets)
-    trained = federate.Trained(None, nothing, {}, nan, {})
-    full = federate.results(config, setting, trained)["full_model"]
+@every_algorithm
+def test_the_full_model_is_the_same_for_every_algorithm(algorithm):
+    data, model, (made, _, placement) = on_two_machines(algorithm)
+    trained = TrainedRun(
+        state=None, placement=placement, totals={"selected": 3.0, "reported": 2.0}, history=[],
+        test={}, buckets=[{"accuracy": float("nan")}] * len(made.buckets), clients={},
+        failures=np.zeros(6, int),
+    )  # fmt: skip
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    full = summary(trained, data, num_bytes((shapes.params, shapes.stats)))["full_model"]
     size = 4 * (64 * 200 + 200 + 200 * 10 + 10)
     assert full == {"bytes_down": 3 * size, "bytes_up": 2 * size}
 
@@ -170,37 +196,38 @@ def test_tiers_are_measured_on_the_global_test_set_whatever_clients_keep(tmp_pat
     assert ("validation/bucket1/accuracy" in last) == (algorithm == "hetero_fl")
 
 
-def test_models_of_their_own_are_not_shared(tmp_path):
+@every_algorithm
+def test_models_of_their_own_are_not_shared(algorithm):
     mine = {"fed_per", "lg_fed_avg", "spatl", "adp", "fed_md", "fed_kemf", "rafl"}
-    for algorithm in ALGORITHMS:
-        setting = federate.prepare(small_run(tmp_path, algorithm=algorithm, profile=("pi",)))
-        every = set(range(len(setting.algorithm.buckets)))
-        assert set(setting.shared) == (set() if algorithm in mine else every), algorithm
+    mine |= {"fed_kemf_published", "rafl_published"}
+    own = {
+        bucket.personal is not None for bucket in on_two_machines(algorithm)[2].algorithm.buckets
+    }
+    assert own == {algorithm in mine}
 
 
 @pytest.mark.parametrize("model", [mlp((4,) * 11 + (3,)), CNN], ids=["mlp", "cnn"])
 def test_the_last_layer_is_the_one_that_makes_the_classes(model):
     variables = jax.eval_shape(model.init, jax.random.key(0))
-    shared, last = split_tree(variables.params, federate.last_layer(model))
+    shared, last = split_tree(variables.params, last_layer(model))
     (layer,) = last.values()
     assert layer["kernel"].shape[-1] == 3 and len(shared) == len(variables.params) - 1
 
 
-def test_slow_machines_get_the_smaller_model(tmp_path):
-    mix = ("pi", "server")
-    setting = federate.prepare(small_run(tmp_path, algorithm="hetero_fl", profile=mix))
-    assert setting.population.bucket.tolist() == [1, 0, 1, 0, 1, 0]
+def test_slow_machines_get_the_smaller_model():
+    assert on_two_machines("hetero_fl")[2].placement.bucket.tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_where_all_train_one_model_slow_machines_do_less_of_it(tmp_path):
     config = small_run(tmp_path, profile=("pi", "server"))
-    setting = federate.prepare(config)
-    (cost,), slow = setting.costs, DEVICES["pi"]
+    data, _, (_, _, placement) = federate.ready(config)
+    (cost,), slow = placement.costs, DEVICES["pi"]
     wire = cost.bytes_down / slow.down_bytes_per_s + cost.bytes_up / slow.up_bytes_per_s
     deadline = wire + 2.5 * cost.flops_per_step / slow.flops_per_s
-    rushed = federate.prepare(dataclasses.replace(config, deadline_s=deadline))
-    assert rushed.steps.tolist() == [2, setting.steps[1]] * 3
-    assert np.asarray(rushed.population.profiles.max_steps).tolist() == rushed.steps.tolist()
+    rushed = federate.ready(dataclasses.replace(config, deadline_s=deadline))[2].placement
+    steps = steps_of(config, data, rushed).tolist()
+    assert steps == [2, steps_of(config, data, placement)[1]] * 3
+    assert np.asarray(rushed.profiles.max_steps).tolist() == steps
 
 
 def test_curves_are_means_over_seeds():
@@ -256,22 +283,49 @@ def test_public_and_held_rows_belong_to_nobody_else():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compare": ("fed_avg", "fed_sgd")}, "algorithm=fed_sgd: choose among fed_avg"),
-        ({"algorithm": "fed_md", "data": dataclasses.replace(DIGITS, public=0.0)}, "--data.public"),
+        ({"compare": ("fed_avg", "fed_sgd")}, "fed_sgd"),
         ({"profile": ("toaster",)}, "must name some of pi"),
-        ({"profile": (), "deadline_s": 1.0}, "of a --profile only"),
+        ({"profile": (), "deadline_s": 1.0}, "requires --profile"),
         ({"seeds": 0}, "seeds=0: give at least 1"),
         ({"upload": "2bit"}, "2bit"),
-        ({"select": "agent"}, "--data.local_validation"),
-        ({"policy": "policy.safetensors"}, "select=agent"),
         ({"top_k": 0.0}, "top_k=0.0: give a share"),
-        ({"algorithm": "fed_md", "upload": "top_k"}, "upload=top_k: fed_md uploads predictions"),
-        ({"compare": ("fed_avg", "fed_md"), "upload": "8bit"}, "leave it at full"),
     ],
 )
 def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         small_run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("algorithm", ["spatl", "fed_avg,spatl"])
+def test_an_agent_needs_validation_rows(tmp_path, algorithm):
+    chosen = "compare" if "," in algorithm else "algorithm"
+    with pytest.raises(ValueError, match="--data.local_validation"):
+        small_run(tmp_path, f"{chosen}={algorithm}", "spatl.select=agent")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("compare=fed_avg,fed_md", "data.public=0.0"), "--data.public"),
+        (("compare=fed_avg,fed_df", "data.public=0.0"), "--data.public"),
+        (("compare=fed_avg,fed_md", "upload=top_k"), "uploads predictions"),
+        (("compare=fed_avg,spatl", "spatl.policy=policy.safetensors"), "requires select=agent"),
+        (("compare=fed_avg,fed_prox", "fed_prox.mu=-1.0"), "mu=-1.0 must be"),
+    ],
+)
+def test_a_comparison_refuses_what_one_of_its_algorithms_cannot_do_before_any_runs(
+    tmp_path, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        federate.main(small_run(tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_predictions_may_be_rounded(tmp_path):
+    """Their small entries matter as much as the others, so they are never left out for later."""
+    config = small_run(tmp_path, algorithm="fed_md")
+    costs = lambda **how: federate.ready(dataclasses.replace(config, **how))[2].placement.costs
+    assert costs(upload="8bit")[0].bytes_up < costs()[0].bytes_up / 3
 
 
 def test_shares_of_the_data_are_shares():

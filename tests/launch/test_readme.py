@@ -9,8 +9,9 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.config import define_flags, from_flags
-from jaxfm.launch import demo, federate, generate, pretrain, report, simulate, supernet
+from jaxfm.launch import demo, generate, pretrain, report, simulate, supernet
 from jaxfm.launch import search as search_script
+from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.setup import load_data
 from jaxfm.testing import tiny_decoder
 
@@ -20,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [c for c in re.findall(r"`(python [^`]+)`", README) if "<" not in c]
 CONFIGS = {
     "demo": demo.DemoConfig,
-    "federate": federate.FederateConfig,
+    "federate": FederateConfig,
     "generate": generate.GenerateConfig,
     "pretrain": pretrain.PretrainConfig,
     "report": report.ReportConfig,

@@ -18,8 +18,15 @@ from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
 from jaxfm.launch import search as search_script
-from jaxfm.launch.algorithms import DistilConfig
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data, make_optimizer
+from jaxfm.launch.federate_config import FederateConfig
+from jaxfm.launch.setup import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    load_data,
+    make_model,
+    make_optimizer,
+)
 from jaxfm.log import read_metrics
 from jaxfm.parallel.loading import DECODERS, load_drafter
 from jaxfm.parallel.mesh import make_mesh
@@ -28,7 +35,7 @@ from jaxfm.testing import tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
 CONFIGS = [
-    federate.FederateConfig,
+    FederateConfig,
     pretrain.PretrainConfig,
     generate.GenerateConfig,
     demo.DemoConfig,
@@ -40,9 +47,9 @@ DIGITS = DataConfig(source="digits", partition="dirichlet", num_clients=6)
 SGD = OptimizerConfig(name="sgd", learning_rate=0.3)
 
 
-def small_run(folder, **changes) -> federate.FederateConfig:
-    base = federate.FederateConfig(
-        run_dir=str(folder), algorithm="hetero_fl", tiers=(1.0, 0.5), rounds=4, cohort=4,
+def small_run(folder, **changes) -> FederateConfig:
+    base = FederateConfig(
+        run_dir=str(folder), algorithm="hetero_fl", tiers=(1.0, 0.5), rounds=4, cohort_size=4,
         batch_size=16, max_steps=0, eval_every=2, data=DIGITS, model=ModelConfig(family="mlp"),
         local=SGD,
     )  # fmt: skip
@@ -76,9 +83,9 @@ def test_help_and_mistakes_on_the_command_line():
 
 
 def test_alpha_may_be_either():
-    for name in ("fed_dyn_alpha", "data.beta"):
+    for name in ("fed_dyn.alpha", "data.beta"):
         with pytest.raises(ValueError, match=rf"no 'alpha'. Did you mean .*\b{name}\b"):
-            override(federate.FederateConfig(), "alpha=0.1")
+            override(FederateConfig(), "alpha=0.1")
 
 
 def test_a_run_learns_and_tells_of_it(finished):
@@ -121,21 +128,18 @@ def test_a_report_needs_a_run(tmp_path):
 def test_a_folder_keeps_to_its_config(tmp_path):
     open_run(small_run(tmp_path), tmp_path)
     open_run(small_run(tmp_path, rounds=9), tmp_path)  # longer is going on
-    with pytest.raises(ValueError, match=r"other settings \(cohort differ\)"):
-        open_run(small_run(tmp_path, rounds=9, cohort=3), tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(cohort_size differ\)"):
+        open_run(small_run(tmp_path, rounds=9, cohort_size=3), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cohort": 7}, "there are data.num_clients=6"),
+        ({"cohort_size": 7}, "there are only data.num_clients=6"),
         ({"rounds": 0}, "rounds=0: give at least 1"),
         ({"tiers": (1.0, 0.0)}, "above 0 and up to 1"),
         ({"algorithm": "fed_sgd"}, "algorithm"),
         ({"drop_rate": 1.0}, r"drop_rate=1\.0: give a probability from 0 and below 1"),
-        ({"keep": 0.0}, r"keep=0\.0: give a share above 0 and up to 1"),
-        ({"server_learning_rate": 0.0}, r"server_learning_rate=0\.0: give a number above 0"),
-        ({"server_momentum": 1.0}, r"server_momentum=1\.0: give a number from 0 and below 1"),
     ],
 )
 def test_configs_refuse_what_cannot_be(tmp_path, changes, message):
@@ -147,12 +151,8 @@ def test_configs_refuse_what_cannot_be(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        *((federate.FederateConfig, name) for name in (
-            "drop_rate", "mu", "server_learning_rate", "server_momentum", "keep", "fed_dyn_alpha",
-            "threshold", "top_k", "deadline_s",
-        )),
+        *((FederateConfig, name) for name in ("drop_rate", "top_k", "deadline_s")),
         *((OptimizerConfig, name) for name in ("learning_rate", "momentum", "clip_norm")),
-        *((DistilConfig, name) for name in ("learning_rate", "temperature")),
         *((DataConfig, name) for name in ("beta", "local_test", "local_validation", "public")),
         *((simulate.SimulateConfig, name) for name in ("stage_s", "jitter")),
     ],
@@ -204,9 +204,9 @@ def test_data_need_a_folder():
 def test_families_fit_their_data():
     data = load_data(DIGITS, seed=0)
     with pytest.raises(ValueError, match="decoder does not fit images"):
-        federate.make_model(ModelConfig(family="decoder"), data)
+        make_model(ModelConfig(family="decoder"), data)
     with pytest.raises(ValueError, match=r"vgg11 .* squares of 32x32 or more, and these are 8x8"):
-        federate.make_model(ModelConfig(family="vgg11"), data)
+        make_model(ModelConfig(family="vgg11"), data)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_every_family_makes_ten_classes_of_coloured_images(colours, family):
     data = load_data(colours, seed=0)
     if family == "decoder":
         pytest.skip("of text")
-    model = federate.make_model(ModelConfig(family=family), data)
+    model = make_model(ModelConfig(family=family), data)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     logits, _ = jax.eval_shape(model.apply, variables, jnp.ones((2, 32, 32, 3)))
     assert logits.shape == (2, 10)
@@ -236,17 +236,17 @@ def test_tiers_of_a_resnet_cut_its_blocks(colours, tmp_path):
     config = small_run(
         tmp_path, data=colours, model=ModelConfig(family="resnet8"), rounds=1, max_steps=1
     )
-    large, small = (cost.parameters for cost in federate.prepare(config).costs)
+    large, small = (cost.parameters for cost in federate.ready(config)[2].placement.costs)
     assert 0.4 * large < small < 0.6 * large  # streams stay whole: zeros pad them
 
 
 def test_tiers_go_to_those_who_can_carry_them(tmp_path):
-    setting = federate.prepare(small_run(tmp_path))
-    needs = np.array([cost.memory_bytes for cost in setting.costs])
+    placement = federate.ready(small_run(tmp_path))[2].placement
+    needs = np.array([cost.memory_bytes for cost in placement.costs])
     assert needs[1] < needs[0]
-    carried = needs[setting.population.bucket]
-    assert (carried <= np.asarray(setting.population.profiles.memory_bytes)).all()
-    assert set(setting.population.bucket.tolist()) == {0, 1}
+    carried = needs[placement.bucket]
+    assert (carried <= np.asarray(placement.profiles.memory_bytes)).all()
+    assert set(placement.bucket.tolist()) == {0, 1}
 
 
 def test_pretraining_learns_and_goes_on(tmp_path):
@@ -285,7 +285,7 @@ def test_pretraining_takes_all_its_steps(tmp_path):
 
 def test_pretraining_splits_a_batch_over_devices():
     data = load_data(DIGITS, seed=0)
-    model = federate.make_model(ModelConfig(family="mlp"), data)
+    model = make_model(ModelConfig(family="mlp"), data)
     variables = model.init(jax.random.key(0))
     state = pretrain.TrainState(variables, (), jnp.zeros((), jnp.int32), jax.random.key(0))
     examples = merge(data.train)
