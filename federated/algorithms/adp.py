@@ -81,6 +81,8 @@ def gates_for(setting: Setting, *, keep: float = 0.5) -> Gates:
     Args:
       keep: share of the multiply-adds that every client keeps.
     """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} must be a share above 0 and up to 1.")
     return channel_gates(
         model_network(setting.model, setting.variables, setting.inputs),
         setting.task,

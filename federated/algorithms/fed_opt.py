@@ -38,6 +38,7 @@ def adagrad(setting: Setting, *, learning_rate: float = 0.1) -> optax.GradientTr
     Args:
       learning_rate: of the server's steps.
     """
+    _check(learning_rate=learning_rate)
     return optax.adagrad(learning_rate, initial_accumulator_value=0.0, eps=1e-3)
 
 

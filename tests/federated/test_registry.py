@@ -101,6 +101,36 @@ def test_what_is_refused(call, message, monkeypatch):
         call()
 
 
+NUMBERS = [
+    (name, option.name)
+    for name, entry in entries().items()
+    for option in entry.options
+    if option.annotation is float
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1])
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_no_rate_weight_or_share_is_negative_or_nan(name, option, value):
+    with pytest.raises(ValueError, match=rf"{option.removeprefix('distill_')}.*{value}"):
+        make(find(name), setting(), {option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("spatl", {"keep": 0.0}, r"keep=0\.0 must be a share above 0 and up to 1"),
+        ("adp", {"keep": 0.0}, r"keep=0\.0 must be a share above 0 and up to 1"),
+        ("fed_adam", {"learning_rate": 0.0}, r"learning_rate=0\.0 must be a number above 0"),
+        ("fed_avg_m", {"momentum": 1.0}, r"momentum=1\.0 must be a number from 0 and below 1"),
+        ("spatl", {"policy": "policy.safetensors"}, "requires select=agent"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(find(name), setting(), options)
+
+
 def needy(model, luck):
     """Needs what no run has."""
 

@@ -200,10 +200,8 @@ def test_tiers_are_measured_on_the_global_test_set_whatever_clients_keep(tmp_pat
 def test_models_of_their_own_are_not_shared(algorithm):
     mine = {"fed_per", "lg_fed_avg", "spatl", "adp", "fed_md", "fed_kemf", "rafl"}
     mine |= {"fed_kemf_published", "rafl_published"}
-    own = {
-        bucket.personal is not None for bucket in on_two_machines(algorithm)[2].algorithm.buckets
-    }
-    assert own == {algorithm in mine}
+    buckets = on_two_machines(algorithm)[2].algorithm.buckets
+    assert {bucket.personal is not None for bucket in buckets} == {algorithm in mine}
 
 
 @pytest.mark.parametrize("model", [mlp((4,) * 11 + (3,)), CNN], ids=["mlp", "cnn"])
@@ -299,7 +297,7 @@ def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):
 @pytest.mark.parametrize("algorithm", ["spatl", "fed_avg,spatl"])
 def test_an_agent_needs_validation_rows(tmp_path, algorithm):
     chosen = "compare" if "," in algorithm else "algorithm"
-    with pytest.raises(ValueError, match="--data.local_validation"):
+    with pytest.raises(ValueError, match=r"--data\.local_validation"):
         small_run(tmp_path, f"{chosen}={algorithm}", "spatl.select=agent")
 
 
