@@ -47,7 +47,6 @@ TREE = (0.66, 0.78, 0.84, 0.88)
 ENGINE = """
 import json, sys, numpy as np
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder

@@ -68,10 +68,10 @@ def section(default: T, choice: str | tuple[str, ...], value: str | tuple[str, .
     --help shows it only then, and its flags are refused otherwise.
 
     Args:
-        default: the nested config.
-        choice: name of the other field, or names of several: one of them is enough. A field that
-            holds a tuple has all values in it.
-        value: the value, or several: one of them is enough.
+      default: the nested config.
+      choice: name of the other field, or names of several: one of them is enough. A field that
+        holds a tuple has all values in it.
+      value: the value, or several: one of them is enough.
     """
     needed = Choice(*((x,) if isinstance(x, str) else tuple(x) for x in (choice, value)))
     return dataclasses.field(default=default, metadata={"choice": needed})
@@ -84,8 +84,8 @@ def check(config: Any) -> None:
     configs are equal.
 
     Raises:
-        TypeError: a value is not of its field's type; the message names both.
-        ValueError: a Literal field holds something else.
+      TypeError: a value is not of its field's type; the message names both.
+      ValueError: a Literal field holds something else.
     """
     for field, annotation in fields_of(type(config)):
         value = convert(annotation, getattr(config, field.name), field.name)
@@ -96,7 +96,7 @@ def override(config: T, *assignments: str) -> T:
     """The config with some fields replaced: `override(config, "rounds=3", "model.width=64")`.
 
     Raises:
-        ValueError: an unknown name (with a suggestion), or a text that is not a value of the field.
+      ValueError: an unknown name (with a suggestion), or a text that is not a value of the field.
     """
     values = to_dict(config)
     known = by_name(type(config))
@@ -122,8 +122,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """The inverse of `to_dict`; what is left out keeps its default.
 
     Raises:
-        ValueError: an unknown name, with a suggestion.
-        TypeError: a value of another type than the field's, or a required one left out.
+      ValueError: an unknown name, with a suggestion.
+      TypeError: a value of another type than the field's, or a required one left out.
     """
     return _from_dict(cls, values, "", None, cls)
 
@@ -142,7 +142,7 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
     """Defines an absl flag for each field of `cls` (--model.width for a nested one), and --config.
 
     Raises:
-        TypeError: a field is of a type that has no textual form.
+      TypeError: a field is of a type that has no textual form.
     """
     for name, leaf in by_name(cls).items():
         if leaf.annotation is bool:
@@ -158,7 +158,7 @@ def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
     """The config that parsed flags describe: defaults, then --config, then the flags given.
 
     Raises:
-        ValueError, TypeError: as `from_dict`; also a flag of a section that is not chosen.
+      ValueError, TypeError: as `from_dict`; also a flag of a section that is not chosen.
     """
     config = from_dict(cls, _given(cls, flag_values))
     for leaf in leaves(cls):
@@ -211,10 +211,10 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
     """The text of --help: `text`, then the fields with their defaults, types and meanings.
 
     Args:
-        cls: the config class.
-        text: what comes first.
-        choices: an object with the values of the fields that sections depend on: only the sections
-            that they choose are shown. None shows all.
+      cls: the config class.
+      text: what comes first.
+      choices: an object with the values of the fields that sections depend on: only the sections
+        that they choose are shown. None shows all.
     """
     lines = [text.strip(), "", "Flags, written --name=value:", f"  --config\n      {_CONFIG_HELP}"]
     current, hidden = "", []

@@ -1,19 +1,19 @@
 """The cache of keys and values, and the one pass of a model that reads and fills it.
 
-A cell holds the keys and values of one token in all layers. Beside the rows stands what each cell
-is: its position, and one bit for each branch of text that it belongs to. A query sees a cell if
-they share a bit and the cell is not later:
+A cell holds the keys and values of one token in all layers. Two small arrays say what each cell is:
+its position, and one bit for each branch of text that it belongs to. A query sees a cell if they
+share a bit and the cell is not later:
 
     visible = (query bits & cell bits) != 0  and  0 <= query position - cell position < window
 
-So keeping, dropping and branching are vector operations on two small integer arrays and never
-move a row of keys and values. Decoders of one line of text use bit 0 and the cell numbered like
-the position; cells past what was kept are dropped by `keep` and written over later.
+So keeping, dropping and branching are vector operations on these arrays and never move a row of
+keys or values. Decoders of one line of text use bit 0 and the cell whose number is the position;
+`keep` drops later cells, and they are overwritten.
 
-Keys of all layers are one array and so are values: a stack, or for layers of unequal shape one flat
-row a token. Blocks only read them and return new rows; one update a pass, after all layers, writes
-those. So XLA sees every read before the write and updates the donated buffers in place (arrays of
-their own for each layer are copied whole, twice a pass).
+The keys of all layers are one array, and so are the values: a stack, or for layers of unequal shape
+one flat row a token. Blocks only read them and return new rows, which one update a pass writes
+after all layers. So XLA sees every read before the write and updates the donated buffers in place
+(separate arrays for each layer would be copied whole, twice a pass).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ TRUTH = 1  # bit 0: the text that is committed
 
 
 class CausalModel(NamedTuple):
-    """What of a causal language model is known when tracing; hashable, as Model is not.
+    """The functions of a causal language model, without variables; hashable, unlike Model.
 
     Attributes:
-      stages: its parts.
-      window: number of latest positions seen; None: all.
+      stages: embedding, block and head.
+      window: number of latest positions that a token sees; None: all.
     """
 
     stages: Stages
@@ -58,8 +58,8 @@ class Cache(NamedTuple):
     """Keys and values of tokens already seen.
 
     Attributes:
-      k: [L, B, S, G, K] keys; for layers of unequal shape [B, S, F], the layers' G * K one after
-        the other.
+      k: [L, B, S, G, K] keys; for layers of unequal shape [B, S, F], where F are the G * K of all
+        layers.
       v: values, likewise.
       positions: i32[B, S] of the token in each cell.
       bits: u32[B, S] branches that each cell belongs to; 0: the cell is free.
@@ -77,10 +77,10 @@ class Block(NamedTuple):
     Attributes:
       tokens: i32[B, T].
       positions: i32[B, T].
-      cells: i32[B, T] where their rows go; a cell S or beyond: nowhere.
+      cells: i32[B, T] where their rows are written; a cell S or beyond is nowhere.
       bits: u32[B, T] their branches; 0: no token (its output means nothing).
-      own: bits by which others see them, where these are fewer than they see by themselves (a
-        node of a tree of tokens sees its ancestors, but is none of them); None: `bits`.
+      own: bits by which others see them, where these are fewer than the bits they see by (a node
+        of a tree of tokens sees its ancestors, but is not one of them); None: `bits`.
     """
 
     tokens: Array
@@ -91,13 +91,13 @@ class Block(NamedTuple):
 
 
 def causal_model(model: Model) -> CausalModel:
-    """The static part of a causal language model.
+    """The functions of a causal language model.
 
     Raises:
       ValueError: the model has no stages.
     """
     if model.stages is None:
-        raise ValueError("The model has no stages; only causal language models decode.")
+        raise ValueError("The model has no stages; only causal language models can decode.")
     return CausalModel(model.stages, getattr(model.config, "sliding_window", None))
 
 
@@ -116,12 +116,12 @@ def longest_text(model: Model) -> int | None:
 
 
 def decoding_layout(variables: Variables) -> Variables:
-    """`variables` in the form that decodes fastest on the default backend.
+    """The variables in the form that decodes fastest on the default backend.
 
-    XLA's CPU backend copies each layer's weights out of the stack before it multiplies by them
-    (a third of the speed of a matrix-vector product from memory: 21 against 32 GB/s on two
-    cores), so there the layers are taken apart, once. Elsewhere the slice is read in place and
-    the smaller program of stacked layers is kept. Decode many times from the result to pay once.
+    XLA's CPU backend copies each layer's weights out of the stack before it multiplies by them,
+    which costs a third of the speed of a matrix-vector product from memory (21 against 32 GB/s on
+    two cores). So there the layers are taken apart, once. Other backends read the slice in place,
+    and keep the smaller program of stacked layers. Reuse the result to pay only once.
     """
     layers = layers_of(variables)
     if jax.default_backend() != "cpu" or not is_stacked(layers):
@@ -143,7 +143,7 @@ def init_cache(lm: CausalModel, variables: Variables, batch: int, cells: int) ->
 
 
 def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[list, list]:
-    """Shapes [G, K] and dtypes of one token's keys and of its values in each layer."""
+    """The shapes [G, K] and dtypes of one token's keys, and of its values, in each layer."""
     token = jnp.zeros((1, 1), jnp.int32)
 
     def one(layer: Variables):
@@ -163,9 +163,9 @@ def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[list, list]:
 def visible(
     q_positions: Array, q_bits: Array, positions: Array, bits: Array, window: int | None
 ) -> Array:
-    """bool[B, T, S]: which of S cells each of T queries may see (the rule at the top).
+    """bool[B, T, S]: which of S cells each of T queries may see, by the rule of this module.
 
-    Bits are u32[B, T] and u32[B, S], or have a last axis of words where 32 branches are too few.
+    Bits are u32[B, T] and u32[B, S], or have a last axis of words where 32 branches are not enough.
     """
     distance = q_positions[:, :, None] - positions[:, None, :]
     shared = (q_bits[:, :, None] & bits[:, None]) != 0
@@ -174,15 +174,15 @@ def visible(
 
 
 def keep(cache: Cache, length: Array) -> Cache:
-    """Drops every cell at position `length` i32[B] or later, in all branches."""
+    """The cache without the cells at position `length` i32[B] or later, in all branches."""
     kept = cache.positions < length[:, None]
     return cache._replace(bits=jnp.where(kept, cache.bits, jnp.zeros_like(cache.bits)))
 
 
 def line(tokens: Array, start: Array, live: Array, cells: int) -> Block:
-    """Consecutive tokens [B, T] of one text from position `start` i32[B]; `live` bool[B, T].
+    """The block of consecutive tokens i32[B, T] of one line of text from position `start` i32[B].
 
-    Places that are not live get position 0, which every model can embed.
+    Places that are not `live` bool[B, T] get position 0, which every model can embed.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return Block(
@@ -196,7 +196,7 @@ def line(tokens: Array, start: Array, live: Array, cells: int) -> Block:
 def read(
     lm: CausalModel, variables: Variables, cache: Cache, block: Block, *, empty: bool = False
 ) -> tuple[Array, Cache]:
-    """One pass over a block of tokens: the hidden state before the head, and the fuller cache.
+    """The hidden state before the head after one pass over a block, and the fuller cache.
 
     Args:
       lm, variables: the model.
@@ -208,8 +208,9 @@ def read(
     """
     x = lm.stages.embed(variables, block.tokens, block.positions)
     x, rows = through(lm, variables, x, cache, block, empty=empty)
-    # That x is finite decides where rows go, so that no write can be scheduled before the last
-    # read: otherwise XLA guards the reads with copies of the cache. (Barriers do not hold it.)
+    # Where rows are written depends on whether x is finite, so that no write can be scheduled
+    # before the last read. Otherwise XLA guards the reads with copies of the cache (barriers do not
+    # help).
     return x, store(cache, block, rows, jnp.isfinite(x).all(-1))
 
 
@@ -222,10 +223,10 @@ def through(
     *,
     empty: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """A block of tokens through the layers that `variables` has: a stage's part of a pass.
+    """Runs a block of tokens through the layers that `variables` has: a stage's part of a pass.
 
     Returns:
-      x [B, T, D] and the new rows of keys and values, in the form of the cache; nothing is written.
+      x [B, T, D] and the new rows of keys and values, in the form of the cache, not yet written.
     """
     own = block.bits if block.own is None else block.own
     mask = visible(block.positions, block.bits, block.positions, own, lm.window)
@@ -287,10 +288,14 @@ def num_cells(cache: Cache) -> int:
 def extend(
     lm: CausalModel, variables: Variables, cache: Cache, tokens: Array, start: Array, live: Array
 ) -> tuple[Array, Cache]:
-    """`read` for one line of text: whatever the cache held from `start` on is dropped first.
+    """Like `read` for one line of text, after dropping whatever the cache held from `start` on.
 
     Args:
-      tokens: i32[B, T]; start: i32[B]; live: bool[B, T], as in `line`.
+      lm, variables: the model.
+      cache: of the text so far.
+      tokens: i32[B, T].
+      start: i32[B] position of the first of them.
+      live: bool[B, T], as in `line`.
     Returns:
       x [B, T, D] and the cache.
     """
@@ -306,11 +311,14 @@ def prefill(
     cells: int,
     chunk: int | None = None,
 ) -> Cache:
-    """A cache of the first `length` i32[B] tokens of each right-padded row of `tokens` i32[B, P].
+    """A cache of the first `length` tokens of each text.
 
     Args:
+      lm, variables: the model.
+      tokens: i32[B, P], right-padded.
+      length: i32[B].
       cells: S of the cache, at least P.
-      chunk: tokens a pass, a divisor of P; bounds the memory of the scores. None: all in one.
+      chunk: tokens a pass, to bound the memory of the scores; a divisor of P. None: all at once.
     """
     batch, width = tokens.shape
     cache = init_cache(lm, variables, batch, cells)

@@ -46,7 +46,7 @@ def make_mesh(
 
     Args:
       stage, clients, data, tensor: sizes.
-      devices: which to use; by default the first ones that there are.
+      devices: which to use; None: the first ones that there are.
     Raises:
       ValueError: a size below 1, or more devices needed than there are.
     """
@@ -87,10 +87,10 @@ def shardings(
       like: arrays or their shapes, in the structure of `axes`; layers may be unstacked.
       mesh: of `make_mesh`.
       rules: logical axis name -> mesh axis.
-      replicate_uneven: leave an axis whole whose size the mesh axis does not divide, instead of
+      replicate_uneven: leave an axis whole if the mesh axis does not divide its size, instead of
         raising.
     Raises:
-      ValueError: a rule names no mesh axis, or a size is not divisible.
+      ValueError: a rule names an axis that the mesh lacks, or a size is not divisible.
     """
     for name, axis in rules.items():
         if axis not in mesh.shape:
@@ -125,7 +125,7 @@ def shard(
     *,
     replicate_uneven: bool = False,
 ) -> PyTree:
-    """`variables` moved to where `shardings` puts them; arguments and errors as there."""
+    """The variables, moved to where `shardings` puts them; arguments and errors are the same."""
     return jax.device_put(
         variables, shardings(axes, variables, mesh, rules, replicate_uneven=replicate_uneven)
     )

@@ -22,7 +22,8 @@ class Rows(NamedTuple):
     """Keys and values of several texts, without an axis of size 1 that XLA could lay out anew.
 
     Attributes:
-      k, v: [L, B * C, G, K]; for layers of unequal shape [B * C, F] (`jaxfm.parallel.cache.Cache`).
+      k, v: [L, B * C, G, K]; for layers of unequal shape [B * C, F], as in
+        `jaxfm.parallel.cache.Cache`.
     """
 
     k: Array
@@ -41,8 +42,10 @@ def flat_rows(cache: Cache) -> Rows:
 
 
 def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
-    """The cache of one text, with what the scheduler knows of its cells; the block's own cells,
-    which are filled only now, are hidden."""
+    """The cache of one text, with positions and bits of its cells.
+
+    The cells of the block itself, which are filled only by this pass, are hidden.
+    """
     size = cells.positions.shape[0]
 
     def one(x: Array) -> Array:
@@ -57,7 +60,7 @@ def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
 def read_block(
     lm: CausalModel, variables: Variables, rows: Rows, request: Array, cells: Cells, block: Block
 ) -> tuple[Array, Rows, Cells]:
-    """A block of one text through a whole model.
+    """Runs a block of one text through a whole model.
 
     Returns:
       x [1, T, D], the fuller rows, and the cells with the block in them.
@@ -77,10 +80,10 @@ def read_block(
 def put_rows(
     rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[Array, Array], written: Array
 ) -> Rows:
-    """New keys and values in one text's cells, where `written` bool[1, T].
+    """The rows with new keys and values in one text's cells, where `written` bool[1, T].
 
-    What is not written goes to the last cell, which no token is ever given: one update a token is
-    done in place, where a scatter would have XLA keep the whole cache in another layout.
+    What is not written goes to the last cell, which is never given to a token. Updates of one token
+    each are done in place, whereas a scatter would make XLA keep the whole cache in another layout.
     """
     size = cells.positions.shape[0]
     at = request * size + jnp.where(written, jnp.minimum(block.cells, size - 1), size - 1)[0]

@@ -3,16 +3,16 @@
 The order and the definitions are those of Hugging Face's `transformers`, so settings carry over:
 
     1. temperature: logits / temperature; 0 means greedy: all mass on the largest logit
-    2. top-k: what is smaller than the k-th largest goes
+    2. top-k: tokens below the k-th largest are removed
     3. top-p: of the rest, in descending order, a token stays while the mass before it is < top_p
        (Holtzman et al. 2020); the first one always stays
-    4. min-p: of the rest, what is less probable than min_p times the most probable goes
+    4. min-p: of the rest, tokens less probable than min_p times the most probable are removed
        (Nguyen et al. 2024)
 
-Tokens whose logits tie exactly with the last one kept all stay.
+Tokens whose logits tie exactly with the last one kept stay as well.
 
-Each random draw has a key of its own, folded from (request, position, purpose): what a request
-samples depends neither on its neighbours in the batch nor on how decoding was scheduled.
+Each random draw has its own key, folded from (request, position, purpose): what a request samples
+depends neither on its neighbours in the batch nor on how decoding was scheduled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
 
     Attributes:
       key: typed key.
-      request: i32[B], the request's number.
+      request: i32[B], each request's number.
       temperature: f32[B]; None: greedy.
       top_k: i32[B]; 0: off.
       top_p: f32[B] in (0, 1]; 1: off.
@@ -49,7 +49,7 @@ class Sampling(NamedTuple):
 
 
 def log_probs(logits: Array, sampling: Sampling) -> Array:
-    """Logarithms of the distribution that is drawn from; -inf where a token is out.
+    """The logarithms of the distribution that is drawn from; -inf for tokens that were removed.
 
     Args:
       logits: f32[B, T, V].
@@ -71,7 +71,7 @@ def log_probs(logits: Array, sampling: Sampling) -> Array:
 
 
 def _cut_tail(scores: Array, sampling: Sampling) -> Array:
-    """Top-k, then top-p, from one sort."""
+    """The scores after top-k and top-p, from one sort."""
     ranked = -jnp.sort(-scores, axis=-1)
     if sampling.top_k is not None:
         count = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[-1])

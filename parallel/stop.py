@@ -1,8 +1,8 @@
 """Stop strings, found on the device while tokens are committed.
 
-The strings become one automaton over bytes (Aho and Corasick 1975), and that one over tokens: a
-table `next_state[state, token]`, so that a string is found whichever way the tokens cut it. The
-text is then cut on the host at the byte where the string begins.
+The strings become one automaton over bytes (Aho and Corasick 1975), and from it one over tokens: a
+table `next_state[state, token]`, so that a string is found however the tokens cut it. The text is
+then cut on the host at the byte where the string begins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.n
     """i32[M, V]: the state after each token in each state; M is a multiple of 16.
 
     Args:
-      stop_strings: at least one, none empty.
+      stop_strings: at least one, and none of them empty.
       token_bytes: for each of V token ids the bytes that it stands for.
     Raises:
       ValueError: no string or an empty one, or a table of more than 2**26 entries.
@@ -30,7 +30,7 @@ def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.n
         raise ValueError(f"Stop strings must not be empty, got {list(stop_strings)!r}.")
     prefixes = sorted({stop[:i] for stop in stops for i in range(len(stop))}, key=len)
     states = [prefixes[0], None, *prefixes[1:]]
-    # States that nothing leads to, so that few shapes are compiled for.
+    # Unreachable states are added, so that programs are compiled for few shapes.
     states += [None] * (-len(states) % 16)
     if len(states) * len(token_bytes) > _MOST_ENTRIES:
         raise ValueError(
@@ -58,7 +58,7 @@ def automaton(stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.n
 
 
 def cut(text: bytes, stops: Sequence[bytes]) -> bytes:
-    """`text` up to the stop string that is complete first."""
+    """The text up to the stop string that is complete first."""
     ends = [(text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
     if not ends:
         return text
@@ -69,8 +69,8 @@ def cut(text: bytes, stops: Sequence[bytes]) -> bytes:
 class Detokenizer:
     """The text of one growing sequence of tokens, in pieces that are never taken back.
 
-    Held back are the bytes of a character that is not complete and whatever may turn out to be
-    the beginning of a stop string.
+    It holds back the bytes of an incomplete character and whatever may turn out to be the
+    beginning of a stop string.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stop_strings: Sequence[str] = ()):
@@ -81,7 +81,7 @@ class Detokenizer:
         self.given = 0
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
-        """The next piece; `last`: nothing follows, so nothing is held back."""
+        """The next piece; after the `last` tokens nothing is held back."""
         self.text += b"".join(self.token_bytes[token] for token in tokens)
         ready = len(cut(self.text, self.stops))
         if ready == len(self.text) and not last:

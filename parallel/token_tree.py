@@ -22,12 +22,13 @@ NONE = 0  # the node slot that is never used: bit 0 is the truth
 
 
 class Cells(NamedTuple):
-    """What stands in each cell of a text's cache; the same on every stage.
+    """What each cell of a text's cache holds; the same on every stage.
 
     Attributes:
-      tokens, positions: i32[C].
+      tokens: i32[C].
+      positions: i32[C].
       bits: u32[C, W]; all zero: the cell is free.
-      read: bool[C] whether the draft has read the cell, too.
+      read: bool[C] whether the draft has read the cell as well.
     """
 
     tokens: Array
@@ -37,7 +38,7 @@ class Cells(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """The tokens of a text that are on their way.
+    """The proposed tokens of a text, and its newest right one.
 
     Attributes:
       tip: i32[] node of the newest right token.
@@ -68,12 +69,12 @@ class Tree(NamedTuple):
 
 
 def num_words(num_nodes: int) -> int:
-    """W, the 32-bit words that hold one bit a node."""
+    """W, the number of 32-bit words that hold one bit a node."""
     return -(-num_nodes // 32)
 
 
 def bit(nodes: Array, words: int) -> Array:
-    """u32[..., W] with the bit of each node i32[...] set."""
+    """u32[..., W]: for each node i32[...] the set that holds only its bit."""
     word, place = nodes // 32, (nodes % 32).astype(jnp.uint32)
     every = jnp.arange(words, dtype=jnp.int32).reshape(*[1] * nodes.ndim, words)
     return jnp.where(every == word[..., None], jnp.left_shift(jnp.uint32(1), place)[..., None], 0)
@@ -86,7 +87,7 @@ def has(bits: Array, node: Array) -> Array:
 
 
 def init_cells(tokens: Array, length: Array, num_cells: int, words: int) -> Cells:
-    """The cells after the first `length - 1` of `tokens` i32[P] were read by target and draft."""
+    """The cells after target and draft have read the first `length - 1` of `tokens` i32[P]."""
     places = jnp.arange(num_cells, dtype=jnp.int32)
     known = places < length - 1
     padded = jnp.zeros((num_cells,), jnp.int32).at[: tokens.shape[0]].set(tokens)
@@ -111,9 +112,12 @@ def init_tree(num_nodes: int) -> Tree:
 def replant(
     tree: Tree, cells: Cells, token: Array, position: Array, busy: Array
 ) -> tuple[Tree, Cells]:
-    """The tree of one right token that no node stood for: everything else dies.
+    """The tree of one right token that no node had proposed: all other nodes die.
 
-    `busy` bool[N] are slots that packets in flight may still name.
+    Args:
+      tree, cells: of the text.
+      token, position: i32[] of the right token.
+      busy: bool[N] slots that packets in flight may still refer to.
     """
     words = tree.bits.shape[1]
     tree = tree._replace(alive=jnp.zeros_like(tree.alive))
@@ -144,7 +148,7 @@ def replant(
 
 
 def descend(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
-    """The tip goes on to one of its children; only the child's subtree lives."""
+    """Moves the tip to one of its children: only the child's subtree stays alive."""
     truth = bit(jnp.zeros((), jnp.int32), tree.bits.shape[1])
     tree = tree._replace(tip=node, alive=tree.alive & has(tree.bits, node))
     cell = tree.cells[node]
@@ -153,8 +157,10 @@ def descend(tree: Tree, cells: Cells, node: Array) -> tuple[Tree, Cells]:
 
 
 def release(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
-    """Bits of dead nodes vanish: their slots can be used again, and their cells are free. Committed
-    cells keep the truth's bit."""
+    """Clears the bits of dead nodes, so that their slots and cells can be used again.
+
+    Committed cells keep the truth's bit.
+    """
     words = tree.bits.shape[1]
     nodes = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
     keep = jnp.where(tree.alive[:, None], bit(nodes, words), jnp.uint32(0))
@@ -164,7 +170,7 @@ def release(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
 
 
 def kill(tree: Tree, cells: Cells) -> tuple[Tree, Cells]:
-    """All nodes die: the text is done."""
+    """Lets all nodes die, since the text is done."""
     tree = tree._replace(alive=jnp.zeros_like(tree.alive))
     return release(tree, cells)
 

@@ -1,7 +1,8 @@
-"""What every decoder shares: the text so far, the check of drafted tokens, and their commitment.
+"""What all decoders share: the text so far, the check of drafted tokens, and their commitment.
 
-`verify` decides how many drafted tokens stand and which token follows them; `commit` writes these
-to the text and stops where the rules say so. Both are pure and know nothing of models or caches.
+`verify` decides how many drafted tokens are accepted and which token follows them; `commit` writes
+these to the text and stops where the rules say so. Both are pure and independent of models and
+caches.
 Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1.
 """
 
@@ -23,8 +24,8 @@ class Stats(NamedTuple):
 
     Attributes:
       passes: i32[B] passes of the target model.
-      drafted: i32[B, g] tokens proposed, by their place in the draft.
-      accepted: i32[B, g] of these, the ones committed.
+      drafted: i32[B, g] tokens that were proposed, by their place in the draft.
+      accepted: i32[B, g] the ones of them that were committed.
     """
 
     passes: Array
@@ -36,7 +37,7 @@ class Text(NamedTuple):
     """A batch of texts, prompts included.
 
     Attributes:
-      tokens: i32[B, N]; what is past `length` means nothing.
+      tokens: i32[B, N]; places from `length` on are undefined.
       length: i32[B] tokens so far.
       limit: i32[B] length at which a request ends.
       done: bool[B].
@@ -73,9 +74,9 @@ class Draft(NamedTuple):
 
     Attributes:
       tokens: i32[B, g].
-      size: i32[B] how many of them are meant, from the left.
-      probs: f32[B, g, V] the distributions they were drawn from; None: they were not drawn (all
-        mass is on the token).
+      size: i32[B] how many of them are proposed; the first ones.
+      probs: f32[B, g, V] the distributions that they were drawn from; None: they were not drawn
+        (all mass is on the token).
     """
 
     tokens: Array
@@ -84,11 +85,11 @@ class Draft(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a pass of the target says.
+    """The outcome of a pass of the target.
 
     Attributes:
       tokens: i32[B, g + 1]; the accepted drafts, then the target's own token.
-      accepted: i32[B] number of accepted drafts, so `accepted + 1` tokens are meant.
+      accepted: i32[B] number of accepted drafts; the first `accepted + 1` tokens count.
     """
 
     tokens: Array
@@ -96,13 +97,13 @@ class Verdict(NamedTuple):
 
 
 def newest(text: Text, count: int) -> Array:
-    """i32[B, count], the last tokens of each text (the first one's, where there are fewer)."""
+    """i32[B, count], the last tokens of each text; the first repeats where there are fewer."""
     places = text.length[:, None] - count + jnp.arange(count)[None]
     return jnp.take_along_axis(text.tokens, jnp.maximum(places, 0), axis=1)
 
 
 def room(text: Text, length: int) -> Array:
-    """i32[B], how many of `length` drafts could still be of use; 0 for texts that are done."""
+    """i32[B], how many of `length` drafts a text still has room for; 0 if it is done."""
     left = jnp.clip(text.limit - text.length - 1, 0, length)
     return jnp.where(text.done, 0, left)
 
@@ -110,9 +111,10 @@ def room(text: Text, length: int) -> Array:
 def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Verdict:
     """Accepts a prefix of the draft and chooses the token after it.
 
-    Greedy: drafts stand while they are the argmax. Sampling: draft d stands with probability
-    min(1, p(d) / q(d)); the first that falls is replaced by a draw from max(p - q, 0), normalised;
-    if none falls the next token is drawn from p. Either way each token is distributed as p says.
+    Greedy: drafts are accepted as long as they are the argmax. Sampling: draft d is accepted with
+    probability min(1, p(d) / q(d)); the first that is rejected is replaced by a draw from
+    max(p - q, 0), normalised; if none is rejected, the next token is drawn from p. Either way each
+    token has the distribution p.
 
     Args:
       logits: f32[B, g + 1, V] of the target, after the newest token and after each draft.
@@ -147,7 +149,7 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
         else:
             q_at = jnp.take_along_axis(draft.probs, fell, axis=1)
         rest = jnp.maximum(jnp.exp(logp_at) - q_at, 0)
-        # Nothing is left where p and q agree up to rounding; then p itself is right.
+        # Nothing is left where p and q agree up to rounding; then the draw is from p itself.
         rejected = (at < draft.size[:, None, None]) & (rest.sum(-1, keepdims=True) > 0)
         logp_at = jnp.where(rejected, jnp.log(rest), logp_at)
     place = (length + accepted)[:, None]
@@ -165,7 +167,7 @@ def _join(drafts: Array, own: Array, accepted: Array) -> Array:
 def commit(
     text: Text, verdict: Verdict, drafted: Array, rules: Rules, logits: Array | None = None
 ) -> Text:
-    """Appends a verdict to the texts, up to their limits and the first stop inside it, and counts.
+    """The texts with a verdict appended, up to their limits and the first stop inside it.
 
     Args:
       text: the texts.
@@ -199,18 +201,18 @@ def chosen(logits: Array, tokens: Array) -> Array:
 def append(
     text: Text, new: Array, meant: Array, rules: Rules, logprobs: Array | None = None
 ) -> tuple[Text, Array]:
-    """Appends tokens to the texts, up to their limits and the first stop among them.
+    """The texts with tokens appended, up to their limits and the first stop among the tokens.
 
     The token that stops a text is part of it. Texts that are done do not change.
 
     Args:
       text: the texts.
       new: i32[B, n] tokens.
-      meant: i32[B] how many of them, from the left.
+      meant: i32[B] how many of them to append; the first ones.
       rules: where texts end.
       logprobs: f32[B, n], needed where `text.logprobs` is kept.
     Returns:
-      The texts, and i32[B] how many tokens each took.
+      The texts, and i32[B] how many tokens each of them took.
     """
     order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops, progress = [], [text.progress]

@@ -1,1 +1,1 @@
-"""Drafters: a model, the model's own first layers, the text itself, one after another, a script."""
+"""Drafters: a model or its first layers, lookup in the text, one after another, a script."""

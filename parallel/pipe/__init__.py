@@ -1,1 +1,1 @@
-"""PipeInfer: a model cut by layers over a pipe of devices that never waits to guess on."""
+"""PipeInfer: a model cut by layers over a pipe of devices, which speculates without waiting."""

@@ -1,10 +1,11 @@
 """PipeInfer on a device mesh: continuous asynchronous speculation with early cancellation.
 
 The target is cut by layers over the mesh axis "stage"; a tick moves every packet of proposed tokens
-on by one stage. A token launched in one tick is answered S ticks later, and the pipe does not wait:
-the draft proposes on, below what is still in flight. When an answer contradicts a proposal, all
-that hangs below it is cancelled everywhere in the next tick, and what agrees with the answer lives
-on. With a draft that answers within a tick and is right with probability a, a token takes
+one stage further. A token launched in one tick is answered S ticks later, and the pipe does not
+wait: the draft goes on proposing below what is still in flight. When an answer contradicts a
+proposal, everything below that proposal is cancelled on all stages in the next tick, and what
+agrees with the answer stays. With a draft that answers within a tick and is right with probability
+a, a token takes
 
     (1 - a) S + a    ticks, where plain decoding through the same pipe takes S.
 
@@ -13,10 +14,11 @@ makes the same decisions from the same answers, so nothing but one stage's hidde
 (`ppermute`) and a few integers (`psum`) is sent between stages in a tick, and no collective between
 stages stands inside a branch.
 
-Beside the published algorithm: the newest right token is launched on its own only where no packet
-holds it already; cancelling is by token, not by packet; trees stay alive across a correction that
-one of their branches foresaw; several texts share the pipe, the first one first; texts are sampled
-without loss and do not depend on how they were scheduled (`jaxfm.parallel.drafting`).
+It differs from the published algorithm as follows. The newest right token is launched on its own
+only where no packet holds it already. Tokens are cancelled, not whole packets. A tree stays alive
+across a correction that one of its branches foresaw. Several texts share the pipe, and the first
+one has priority. Sampled texts have the target's distribution and do not depend on how they were
+scheduled (`jaxfm.parallel.drafting`).
 Source: PipeInfer (arXiv 2407.11798); trees in the pipe as in PipeDec (arXiv 2504.04104).
 """
 
@@ -34,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxfm.model import Array, Model, Variables, layers_of, num_layers
 from jaxfm.parallel.cache import CausalModel, causal_model, init_cache, longest_text, vocab_size
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
-from jaxfm.parallel.drafting import Ask, Drafter, Proposer, check_vocabulary
+from jaxfm.parallel.drafting import Drafter, Proposer, check_vocabulary
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipe import scheduler
 from jaxfm.parallel.pipe.pipeline import (
@@ -46,9 +48,9 @@ from jaxfm.parallel.pipe.pipeline import (
     even_split,
     skipping,
 )
-from jaxfm.parallel.pipe.scheduler import LATE, Limits, Packet
+from jaxfm.parallel.pipe.scheduler import Limits, Packet
 from jaxfm.parallel.pipe.stage import NO_DRAFT, prefill
-from jaxfm.parallel.pipe.state import Arrays, Counters, Message, Shape, State
+from jaxfm.parallel.pipe.state import Arrays, Message, Shape, State, init_ask, init_counters
 from jaxfm.parallel.pipe.tick import one_tick
 from jaxfm.parallel.rows import flat_rows
 from jaxfm.parallel.token_tree import init_cells, init_tree, num_words, replant
@@ -143,7 +145,11 @@ def _split(
 def pipelined(
     model: Model, variables: Variables, *, mesh: Mesh | None = None, split=None, record: int = 0
 ) -> Decoder:
-    """Plain decoding through a pipe of stages: one token of each text in S ticks."""
+    """The decoder that drafts nothing: one token of each text takes S ticks of the pipe.
+
+    Args:
+      model, variables, mesh, split, record: as in `pipeinfer`.
+    """
     return pipeinfer(model, variables, None, mesh=mesh, split=split, record=record)
 
 
@@ -158,13 +164,13 @@ def _functions(
     arrays_spec = Arrays(Cut(spec(), spec(STAGE)), spec(), spec())
     state_spec = State(*[spec()] * len(State._fields))
     state_spec = state_spec._replace(rows=spec(STAGE), draft=spec(STAGE), hidden=spec(STAGE))
-    # Over "tensor" XLA splits the bodies, as the weights lie. Its sums stand inside the branches,
-    # but only devices of one stage take part in one, and these all take the same branch.
+    # Over "tensor" XLA splits the bodies by where the weights are. Its sums stand inside branches,
+    # but only devices of one stage take part in a sum, and they all take the same branch.
     manual = set(mesh.axis_names) - ({TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set())
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, axis_names=manual)
 
-    def settled(tree, specs):
-        """As a tick leaves them, whatever XLA would choose: the next one finds what it expects."""
+    def placed(tree, specs):
+        """The tree, placed as a tick leaves it: so the next one finds what it was compiled for."""
         if TENSOR in manual:
             return tree
         place = lambda spec, part: lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
@@ -178,7 +184,7 @@ def _functions(
         )
         specs = (arrays_spec, everywhere, everywhere)
         state = sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
-        return settled(state, kept_spec)
+        return placed(state, kept_spec)
 
     def tick(arrays: Arrays, state: State, text: Text, rules: Rules) -> tuple[State, Text]:
         body = functools.partial(one_tick, lm, drafter, shape)
@@ -186,7 +192,7 @@ def _functions(
         out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
             arrays, state, text, rules
         )
-        return settled(out, (kept_spec, everywhere))
+        return placed(out, (kept_spec, everywhere))
 
     return DecoderFunctions(start, tick, lambda state: state.counters)
 
@@ -195,7 +201,7 @@ def _start(
     lm: CausalModel, drafter: Proposer, shape: Shape, arrays: Arrays, tokens: Array, length: Array,
     num_cells: int, chunk: int | None,
 ) -> State:  # fmt: skip
-    """The state after the prompts were read, all but their newest tokens."""
+    """The state after the prompts were read, except for their newest tokens."""
     batch, wide = tokens.shape
     words = num_words(shape.nodes)
     num_cells += shape.nodes  # text and tree; one of them is the last, which stays empty
@@ -216,30 +222,6 @@ def _start(
     one = jax.ShapeDtypeStruct((1, shape.packet), jnp.int32)
     x = jax.eval_shape(lambda t: lm.stages.embed(variables, t, t), one)
     zeros = lambda *dims: jnp.zeros(dims, jnp.int32)
-    places = (shape.levels, shape.width)
-    asked = Ask(
-        wanted=jnp.zeros((), bool),
-        request=zeros(),
-        tips=zeros(shape.width),
-        slots=zeros(*places),
-        cells=zeros(*places),
-        late=jnp.full((LATE,), num_cells, jnp.int32),
-        late_bits=jnp.zeros((LATE, words), jnp.uint32),
-        behind=jnp.zeros((), bool),
-    )
-    counters = Counters(
-        ticks=zeros(),
-        prefill=ticks,
-        executed=zeros(shape.stages),
-        cancelled=zeros(shape.stages),
-        launched=zeros(2),
-        drafted=zeros(),
-        corrections=zeros(batch),
-        places=zeros(shape.width),
-        wide=zeros(),
-        in_flight=zeros(),
-        timeline=jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
-    )
     lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return State(
         rows=rows,
@@ -250,6 +232,6 @@ def _start(
         pipe=Packet(zeros(shape.stages), zeros(shape.stages, shape.packet)),
         sizes=zeros(shape.stages),
         sent=zeros(Message.size(shape)),
-        asked=asked,
-        counters=counters,
+        asked=init_ask(shape, num_cells),
+        counters=init_counters(shape, batch, ticks),
     )

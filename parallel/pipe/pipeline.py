@@ -1,12 +1,11 @@
 """A causal language model cut by layers over the mesh axis "stage".
 
-Each device of the axis holds some of the layers and the keys and values of these; embedding and
-head are everywhere. Where stages hold different numbers of layers, all are padded to the longest,
-and what is padding is skipped when it is run. A slot in front of the first stage may hold no
-layers: it drafts.
+Each device of the axis holds some of the layers with their keys and values; embedding and head are
+on every device. Where stages hold different numbers of layers, all are padded to the longest, and
+the padding is skipped at run time. A slot before the first stage may hold no layers: it drafts.
 
 Within a stage, the mesh axis "tensor" splits key/value heads (with their rows of the cache) and the
-units of the MLP; what goes by no layer is whole on every device.
+units of the MLP; embedding and head are whole on every device.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Cut(NamedTuple):
 
 
 def even_split(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers a stage, as even as they come; the last stage, which has the head, gets fewer.
+    """The layers of each stage, as even as possible; the last stages get fewer.
 
     Raises:
       ValueError: fewer layers than stages.
@@ -70,7 +69,7 @@ def even_split(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def cut(variables: Variables, axes: Variables, split: Sequence[int], mesh: Mesh) -> Cut:
-    """Deals the layers out to the slots of the mesh axis "stage", in order.
+    """Distributes the layers over the slots of the mesh axis "stage", in order.
 
     Args:
       variables: of a causal language model whose layers have equal shapes.
@@ -85,7 +84,8 @@ def cut(variables: Variables, axes: Variables, split: Sequence[int], mesh: Mesh)
     total = num_layers(layers)
     if sum(split) != total or min(split) < 0:
         raise ValueError(
-            f"split={tuple(split)} deals out {sum(split)} of the model's {total} layers."
+            f"split={tuple(split)} has {sum(split)} of the model's {total} layers; place each "
+            "layer once."
         )
     if len(split) != mesh.shape[STAGE]:
         raise ValueError(
@@ -96,7 +96,7 @@ def cut(variables: Variables, axes: Variables, split: Sequence[int], mesh: Mesh)
     if len({str(jax.tree.map(jnp.shape, layer)) for layer in each}) > 1:
         raise ValueError(
             "The layers have unequal shapes, so they cannot be cut over stages; such a model can "
-            "draft."
+            "only draft."
         )
     specs = _tensor_specs(layers_of(axes), each[0], mesh.shape.get(TENSOR, 1))
     nothing = jax.tree.map(jnp.zeros_like, each[0])
@@ -160,7 +160,7 @@ _PRESENT = "present"  # whether a slot's place holds a layer or padding
 
 @functools.cache
 def skipping(lm: CausalModel) -> CausalModel:
-    """The network whose blocks pass by what is padding."""
+    """The model whose blocks skip padding."""
 
     def block(layer: Variables, x, positions, mask, past=None):
         if _PRESENT not in layer.live:
@@ -176,7 +176,7 @@ def skipping(lm: CausalModel) -> CausalModel:
 
 
 def local(tree: PyTree) -> PyTree:
-    """What a device holds of leaves that are split over slots."""
+    """A device's own part of leaves that are split over slots."""
     return jax.tree.map(lambda x: x[0], tree)
 
 

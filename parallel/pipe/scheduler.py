@@ -1,18 +1,17 @@
-"""What the pipe works on next: continuous speculation as a pure function on small arrays.
+"""What the pipe works on next: continuous speculation as pure functions on small arrays.
 
-Every text has a tree of proposed tokens. Its root, the *tip*, is the newest token that is known to
-be right; a node's children are guesses at what follows it. Nodes travel through the pipe in
-packets, S ticks long; what returns is the target's own token after each node. In a tick, in this
-order:
+Every text has a tree of proposed tokens (`jaxfm.parallel.token_tree`). Its nodes travel through the
+pipe in packets, which takes S ticks; what returns is the target's own token after each node. A tick
+does this, in this order:
 
     insert    what the draft proposed in the last tick becomes nodes below those it was asked about
-    settle    answers come back: the tip moves to the child that was right, its siblings' subtrees
-              die; if no child was right, the tree is replaced by the right token (a correction)
+    settle    answers come back: the tip moves to the child that was right, and its siblings'
+              subtrees die; if no child was right, the right token replaces the tree (a correction)
     launch    nodes that no packet holds yet are put into the pipe
-    ask       the draft is given the deepest nodes to go on from
+    ask       the draft is asked what follows the deepest nodes
 
-A node that died is taken out of the packets in flight at once, so a packet without nodes computes
-nothing, and its cache cells can be given away (`jaxfm.parallel.token_tree`).
+A node that dies is taken out of the packets in flight at once. So a packet without nodes computes
+nothing, and its cache cells can be given to others.
 
 All functions work on one text (no batch axis); callers `vmap` or index them.
 Source: PipeInfer (arXiv 2407.11798), sections on continuous speculation and early cancellation;
@@ -45,7 +44,7 @@ LATE = 4  # cells that a drafting model reads a tick beside the nodes it is aske
 
 
 class Limits(NamedTuple):
-    """How eagerly to speculate; arrays, so that a policy changes them without a compilation.
+    """How eagerly to speculate; arrays, so that a policy can change them without a compilation.
 
     Attributes:
       width: i32[] candidates alive at each depth; 0 switches speculation off.
@@ -67,7 +66,7 @@ class Limits(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """Nodes that go through the stages together.
+    """Nodes that go through the stages of a pipe together.
 
     Attributes:
       request: i32[...] text they belong to.
@@ -82,7 +81,17 @@ def limits(
     *, width: int = 1, levels: int = 1, window: int = 1 << 30, accept: float = 0.0,
     branch: float = 0.0, recovery: float = 0.0, decay: float = 0.0,
 ) -> Limits:  # fmt: skip
-    """`Limits` of plain numbers; the defaults speculate without restraint."""
+    """The `Limits` of plain numbers; the defaults do not restrain speculation.
+
+    Args:
+      width: candidates alive at each depth; 0 switches speculation off.
+      levels: tokens of a path that are drafted a tick.
+      window: most packets of one text in flight.
+      accept: least probability of a proposed token.
+      branch: least probability of a second or later candidate.
+      recovery: added to both cut-offs for each packet in flight.
+      decay: taken from both cut-offs for each time in a row that nothing was proposed.
+    """
     whole = lambda x: jnp.asarray(x, jnp.int32)
     real = lambda x: jnp.asarray(x, jnp.float32)
     return Limits(
@@ -97,15 +106,15 @@ def limits(
 
 
 class NewTokens(NamedTuple):
-    """What a verdict added to a text.
+    """The tokens of a text that became known in a tick.
 
     Attributes:
       tokens: i32[E] new right tokens, in order.
-      logprobs: f32[E].
-      size: i32[] how many are meant.
+      logprobs: f32[E] of these, by the target.
+      size: i32[] how many of the E are meant.
       guessed: i32[] how many of these the draft had made any proposal for.
       right: i32[] how many of these it had proposed.
-      places: i32[E] of the proposed ones among the candidates of their depth; -1: not proposed.
+      places: i32[E] place of each among the candidates of its depth; -1: it was not proposed.
     """
 
     tokens: Array
@@ -117,7 +126,7 @@ class NewTokens(NamedTuple):
 
 
 def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, NewTokens]:
-    """Moves the tip along the answers that are known; at most `most` (static) tokens."""
+    """Moves the tip along the answers that are known, by at most `most` (static) tokens."""
     busy = tree.alive
 
     def step(carry, _):
@@ -151,7 +160,7 @@ def settle(tree: Tree, cells: Cells, most: int) -> tuple[Tree, Cells, NewTokens]
 
 
 def mark_read(tree: Tree, cells: Cells, ask: Ask, reads: Array) -> Cells:
-    """What the draft was asked about has been read, where `reads` bool[] says it read at all."""
+    """The cells, with those that the draft was asked about marked as read if it `reads` bool[]."""
     none = cells.positions.shape[0]
     read = cells.read.at[jnp.where(reads, ask.late, none)].set(True, mode="drop")
     tips = jnp.where(reads & ~ask.behind & (ask.tips != NONE), tree.cells[ask.tips], none)
@@ -168,16 +177,16 @@ def insert(
     in_flight: Array,
     end: Array,
 ) -> tuple[Tree, Cells]:
-    """The proposals that the draft was asked for last tick become nodes.
+    """The tree with the proposals that the draft was asked for in the last tick as nodes.
 
     Args:
       tree, cells: of the text that was asked about.
       ask: of the last tick.
       proposals: the answer.
-      reads: bool[] whether the draft read its own levels but the last.
+      reads: bool[] whether the draft has read all its own levels except the last.
       limits: cut-offs.
       in_flight: i32[] packets of the text, for `Limits.recovery`.
-      end: i32[] position from which on nothing is proposed.
+      end: i32[] first position for which nothing is proposed.
     """
     words = tree.bits.shape[1]
     levels, width = proposals.tokens.shape
@@ -226,12 +235,12 @@ def insert(
 
 
 def waiting(tree: Tree) -> Array:
-    """bool[N]: nodes that no packet holds yet."""
+    """bool[N]: which live nodes no packet holds yet."""
     return tree.alive & ~tree.launched
 
 
 def launch(tree: Tree, size: int) -> tuple[Tree, Array]:
-    """Up to `size` waiting nodes, parents first: i32[size], NONE where there are fewer."""
+    """Takes up to `size` waiting nodes, parents first: i32[size], NONE where there are fewer."""
     free = waiting(tree)
     late = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(free, tree.positions, late), stable=True)
@@ -246,25 +255,25 @@ def launch(tree: Tree, size: int) -> tuple[Tree, Array]:
 def could_ask(
     tree: Tree, cells: Cells, limits: Limits, in_flight: Array, end: Array, new: int
 ) -> Array:
-    """bool[]: whether the draft may go on with a text.
+    """bool[]: whether the draft may be asked about a text.
 
     Args:
       in_flight: i32[] packets of the text.
-      end: i32[] position at which the text ends: nothing is proposed there.
+      end: i32[] position at which the text ends; nothing is proposed there.
       new: nodes that an answer may hold.
     """
     deepest = jnp.where(tree.alive, tree.positions, -1).max()
-    room = (~tree.alive).sum() - 1 >= new + 1  # a correction needs one, too
+    room = (~tree.alive).sum() - 1 >= new + 1  # a correction needs one as well
     room &= is_free(cells).sum() >= new + 1
     idle = ~waiting(tree).any() & (in_flight < limits.window)
     return tree.alive.any() & idle & room & (limits.width > 0) & (deepest + 1 < end)
 
 
 def ask(tree: Tree, cells: Cells, request: Array, wanted: Array, levels: int, width: int) -> Ask:
-    """Asks for what follows the most probable of the deepest nodes.
+    """The question what follows the most probable of the deepest nodes.
 
-    The nodes and cells of the answer are the first free ones; `insert` comes before anything that
-    could give them away.
+    The nodes and cells of the answer are the first free ones; `insert` runs before anything that
+    could give them to others.
     """
     deepest = jnp.where(tree.alive, tree.positions, -1).max()
     here = tree.alive & (tree.positions == deepest)
@@ -286,8 +295,11 @@ def ask(tree: Tree, cells: Cells, request: Array, wanted: Array, levels: int, wi
 
 
 def _unread(tree: Tree, cells: Cells, tips: Array) -> tuple[Array, Array, Array]:
-    """Cells that the best tip sees and the draft has not read: the first ones, what these see, and
-    whether there are more."""
+    """The first cells that the best tip sees and the draft has not read.
+
+    Returns:
+      i32[M] cells, u32[M, W] what these see, and bool[] whether there are more.
+    """
     none, words = cells.positions.shape[0], tree.bits.shape[1]
     seen = ((cells.bits & tree.bits[tips[0]][None]) != 0).any(1)
     missing = seen & ~cells.read & (cells.positions < tree.positions[tips[0]])

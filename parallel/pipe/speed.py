@@ -1,10 +1,10 @@
-"""How fast a pipe decodes: closed forms, and the settings that are fastest by them.
+"""How fast a pipe decodes: closed forms, and the settings that they find fastest.
 
 Symbols: S stages, t_s seconds a stage takes for one token, l seconds a hop, T = S (t_s + l) one
-trip, t_d seconds the draft takes a token, a the share of drafts that are right, g the draft's
+trip, t_d seconds the draft takes for a token, a the share of drafts that are right, g the draft's
 length, b(k) the cost of k tokens in a stage relative to one (1 where weights dominate, as on
-accelerators). Source: Leviathan et al. 2023, theorem 3.8 for the second; the third follows from a
-cycle of accepted tokens, one every tau, that a mismatch ends with one trip.
+accelerators). Source: Leviathan et al. 2023, theorem 3.8 for `speculative_rate`; `continuous_rate`
+follows from a cycle of accepted tokens, one every tau, that a mismatch ends with one trip.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Cost = Callable[[float], float]
 
 
 def linear_cost(per_token: float) -> Cost:
-    """b(k) = 1 + per_token (k - 1): 0 where extra tokens are free, 1 where each costs a pass."""
+    """The cost b(k) = 1 + per_token (k - 1): 0 if extra tokens are free, 1 if each costs a pass."""
     return lambda tokens: 1 + per_token * (tokens - 1)
 
 
 class Pipe(NamedTuple):
-    """A pipe and its draft.
+    """The times of a pipe and its draft.
 
     Attributes:
       stages: S.
@@ -51,15 +51,17 @@ def plain_rate(pipe: Pipe) -> float:
 
 
 def speculative_rate(pipe: Pipe, right: float, length: int) -> float:
-    """Tokens a second of draft-then-verify: (1 - a^(g+1)) / (1 - a) of them in a round, which takes
-    g t_d + S (t_s b(g + 1) + l)."""
+    """Tokens a second of draft-then-verify.
+
+    A round gives (1 - a^(g+1)) / (1 - a) of them and takes g t_d + S (t_s b(g + 1) + l).
+    """
     expected = sum(right**i for i in range(length + 1))
     verify = pipe.stages * (pipe.stage_s * pipe.cost(length + 1) + pipe.link_s)
     return expected / (length * pipe.draft_s + verify)
 
 
 def best_length(pipe: Pipe, right: float, most: int = 64) -> int:
-    """The draft length that makes draft-then-verify fastest; 0: not to draft."""
+    """The draft length that makes draft-then-verify fastest; 0: drafting does not pay."""
     return max(range(most + 1), key=lambda length: speculative_rate(pipe, right, length))
 
 
@@ -81,7 +83,7 @@ def lockstep_rate(pipe: Pipe, right: float, *, levels: int = 1, width: int = 1) 
     `jaxfm.parallel.pipe.pipeinfer`: 1 / (tick ((1 - a) S + a / k)), tick = t_s b(k w) + l + t_d.
 
     Args:
-      pipe: its draft time is what a tick takes longer with a draft than without.
+      pipe: its draft time is how much longer a tick takes with a draft than without.
       right: probability that one of the w candidates is right.
     """
     tick = pipe.stage_s * pipe.cost(levels * width) + pipe.link_s + pipe.draft_s
@@ -89,10 +91,10 @@ def lockstep_rate(pipe: Pipe, right: float, *, levels: int = 1, width: int = 1) 
 
 
 class Choice(NamedTuple):
-    """Settings, and the speed that is expected of them.
+    """Settings, and the speed that is expected with them.
 
     Attributes:
-      width, levels: of `jaxfm.parallel.pipe.scheduler.Limits`; a width of 0: do not speculate.
+      width, levels: as in `jaxfm.parallel.pipe.scheduler.Limits`; a width of 0: do not speculate.
       window: packets in flight that keep the pipe full, T / tau + 1.
       rate: tokens a second.
     """
@@ -110,7 +112,7 @@ def choose(
     levels: int = 1,
     rate: Callable[..., float] = continuous_rate,
 ) -> Choice:
-    """The fastest settings of a pipe, by the model.
+    """The settings with which a pipe is fastest, by the model.
 
     Args:
       pipe: measured.

@@ -30,10 +30,10 @@ def prefill(
     lm: CausalModel, shape: Shape, variables: Variables, rows: Rows, cells: Cells, tokens: Array,
     length: Array, chunk: int,
 ) -> tuple[Rows, Array]:  # fmt: skip
-    """Reads the prompts in chunks, one after the other through the pipe.
+    """Reads the prompts in chunks, which go through the pipe one after the other.
 
     Returns:
-      The stage's rows, and how many ticks it took: chunks + S - 1.
+      The stage's rows, and how many ticks it took: all chunks + S - 1.
     """
     batch, wide = tokens.shape
     chunks = -(-wide // chunk)
@@ -50,7 +50,7 @@ def prefill(
         meant = (places < length[request] - 1) & (number >= 0) & (number < batch * chunks)
         meant &= stage >= 0
         own = take(cells, request)
-        # Later tokens are not there yet; earlier ones are all in the cache.
+        # Later tokens are not there yet; all earlier ones are in the cache.
         before = own._replace(bits=jnp.where((own.positions < first)[:, None], own.bits, 0))
         truth = bit(jnp.zeros((), jnp.int32), own.bits.shape[1])
         block = Block(
@@ -84,10 +84,10 @@ def _one(sampling: Sampling, request: Array) -> Sampling:
 
 
 def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: Rules):
-    """This device's packet through its layers; on the last stage, the target's own tokens.
+    """Runs this device's packet through its layers; the last stage picks the target's own tokens.
 
     Returns:
-      The state, x [1, K, D], answers i32[K], their log-probabilities, executed i32[S].
+      The state, x [1, K, D], answers i32[K], their log-probabilities f32[K], and executed i32[S].
     """
     stage, none = stage_of(shape), state.cells.positions.shape[1]
     request, nodes = take(state.pipe, jnp.maximum(stage, 0))
@@ -120,8 +120,8 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
     )
     one = lambda x, rows: jax.tree.map(fill, run(1, x, rows), shapes)
     by = lambda x, rows: (x, *jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes[1:]))
-    # Passing by comes first: XLA copies what the first branch writes. A token alone is read alone,
-    # so that a wide packet costs only those who use it.
+    # The branch that passes the packet by comes first: XLA copies what the first branch writes. A
+    # single token is read alone, so that wide packets cost only where they are used.
     ways: list[Callable] = [by, one, whole] if shape.packet > 1 else [by, whole]
     way = meant.any().astype(jnp.int32) + meant[1:].any().astype(jnp.int32)
     x, new, answers, logprobs, ran = lax.switch(way, ways, state.hidden, state.rows)
@@ -155,7 +155,7 @@ def _pick_nothing(x: Array, positions: Array) -> tuple[Array, Array]:
 
 
 def _nothing(variables, state, question, levels: int, width: int):
-    raise AssertionError("No draft was given, so none is asked.")
+    raise AssertionError("There is no drafter, so none is asked.")
 
 
 NO_DRAFT = Proposer(no_state, _nothing)
@@ -164,10 +164,10 @@ NO_DRAFT = Proposer(no_state, _nothing)
 def propose(
     drafter: Proposer, shape: Shape, variables: PyTree, state: State, text: Text, rules: Rules
 ):
-    """What the draft answers, on the device that drafts.
+    """Asks the drafter, on the device that drafts.
 
     Returns:
-      The state, proposals, whether it read, and 1 where it ran.
+      The state, the proposals, whether it read, and 1 where it ran.
     """
     like = Message.like(shape)
     blank = (like.proposals, like.reads, jnp.zeros((), jnp.int32))
@@ -199,7 +199,7 @@ def propose(
 
 
 def _path(tree: Tree, node: Array, tokens: Array) -> tuple[Array, Array]:
-    """A text with the tokens on the way to a node written behind it, and its new length."""
+    """The text followed by the tokens on the way to a node, and its new length."""
     every = jnp.arange(tree.alive.shape[0], dtype=jnp.int32)
     above = jax.vmap(lambda i: has(tree.bits[node], i))(every) & tree.alive
     at = jnp.where(above, tree.positions, tokens.shape[0])

@@ -16,9 +16,9 @@ from jax import lax
 from jaxfm.model import Array, PyTree
 from jaxfm.parallel.drafting import Ask, Proposals
 from jaxfm.parallel.pipe.pipeline import STAGE, Cut
-from jaxfm.parallel.pipe.scheduler import Limits, Packet
+from jaxfm.parallel.pipe.scheduler import LATE, Limits, Packet
 from jaxfm.parallel.rows import Rows
-from jaxfm.parallel.token_tree import NONE, Cells, Tree
+from jaxfm.parallel.token_tree import NONE, Cells, Tree, num_words
 
 IDLE, LIVE, CANCELLED, PREFILL, DRAFTED = range(5)  # what a stage, or the draft, did in a tick
 
@@ -55,7 +55,7 @@ class Counters(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything between two ticks.
+    """Everything that the pipe holds between two ticks.
 
     Attributes:
       rows: keys and values; leaves [slots * L, B * C, G, K].
@@ -185,13 +185,47 @@ class Message(NamedTuple):
         return jax.tree.unflatten(form, [back(x, like) for x, like in zip(parts, leaves)])
 
 
+def init_ask(shape: Shape, num_cells: int) -> Ask:
+    """What the draft was asked before the first tick: nothing."""
+    whole = lambda *dims: jnp.zeros(dims, jnp.int32)
+    places = (shape.levels, shape.width)
+    return Ask(
+        wanted=jnp.zeros((), bool),
+        request=whole(),
+        tips=whole(shape.width),
+        slots=whole(*places),
+        cells=whole(*places),
+        late=jnp.full((LATE,), num_cells, jnp.int32),
+        late_bits=jnp.zeros((LATE, num_words(shape.nodes)), jnp.uint32),
+        behind=jnp.zeros((), bool),
+    )
+
+
+def init_counters(shape: Shape, batch: int, prefill: Array) -> Counters:
+    """The counts before the first tick; `prefill` i32[] ticks were needed to read the prompts."""
+    whole = lambda *dims: jnp.zeros(dims, jnp.int32)
+    return Counters(
+        ticks=whole(),
+        prefill=prefill,
+        executed=whole(shape.stages),
+        cancelled=whole(shape.stages),
+        launched=whole(2),
+        drafted=whole(),
+        corrections=whole(batch),
+        places=whole(shape.width),
+        wide=whole(),
+        in_flight=whole(),
+        timeline=jnp.zeros((shape.record, shape.stages + 1), jnp.uint8),
+    )
+
+
 def stage_of(shape: Shape) -> Array:
     """i32[] the stage of this device; -1: it only drafts."""
     return lax.axis_index(STAGE) - shape.own_slot
 
 
 def pass_on(x: Array, shape: Shape) -> Array:
-    """What each stage receives from the one before; one collective, outside of all branches."""
+    """What each stage receives from the one before it: one collective, outside of all branches."""
     first, last = shape.own_slot, shape.own_slot + shape.stages - 1
     return lax.ppermute(x, STAGE, [(i, i + 1) for i in range(first, last)])
 
@@ -207,6 +241,6 @@ def put(tree: PyTree, i: Array, value: PyTree) -> PyTree:
 
 
 def in_flight(pipe: Packet, batch: int) -> Array:
-    """i32[B] packets of each text that have not left the pipe."""
+    """i32[B] number of live packets of each text in the pipe."""
     live = (pipe.nodes != NONE).any(1)
     return jnp.zeros((batch,), jnp.int32).at[pipe.request].add(live.astype(jnp.int32))

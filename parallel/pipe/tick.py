@@ -1,4 +1,4 @@
-"""One tick of the pipe: decide (the same everywhere), compute (what is this device's), send."""
+"""One tick of the pipe: every device decides the same, computes its own part, and sends it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_tick(
     lm: CausalModel, drafter: Proposer, shape: Shape, arrays: Arrays, state: State, text: Text,
     rules: Rules,
 ) -> tuple[State, Text]:  # fmt: skip
-    """Decides (the same everywhere), computes (what is this device's), sends."""
+    """The state and the texts after one tick, inside `shard_map`."""
     sent = Message.unpack(state.sent, shape)
     with jax.named_scope("schedule"):
         state = _insert(shape, state, text, sent, arrays.limits)
@@ -61,7 +61,7 @@ def one_tick(
 def _settle(
     shape: Shape, state: State, text: Text, rules: Rules, sent: Message
 ) -> tuple[State, Text]:
-    """The packet that has left the pipe brings its answers to its text."""
+    """Brings the answers of the packet that has left the pipe to its text."""
     request, nodes = jax.tree.map(lambda x: x[-1], state.pipe)
     tree, cells = take(state.trees, request), take(state.cells, request)
     at = jnp.where(nodes != NONE, nodes, shape.nodes)
@@ -89,7 +89,7 @@ def _settle(
         (tree, cells),
     )
     trees, all_cells = put(state.trees, request, ended[0]), put(state.cells, request, ended[1])
-    # What died is in no packet any more; its cells and slots may be given away.
+    # Dead nodes are in no packet any more; their cells and slots may be given to others.
     alive = trees.alive[state.pipe.request[:, None], state.pipe.nodes]
     pipe = state.pipe._replace(nodes=jnp.where(alive, state.pipe.nodes, NONE))
     corrections = state.counters.corrections + some(new.size - new.right)
@@ -104,7 +104,7 @@ def _settle(
 
 
 def _insert(shape: Shape, state: State, text: Text, sent: Message, limits: Limits) -> State:
-    """The draft's proposals of the last tick join the tree that it was asked about."""
+    """Adds the draft's proposals of the last tick to the tree that it was asked about."""
     asked = state.asked
     request = asked.request
     old = take(state.trees, request), take(state.cells, request)
@@ -121,7 +121,7 @@ def _insert(shape: Shape, state: State, text: Text, sent: Message, limits: Limit
 
 
 def _launch(shape: Shape, state: State, limits: Limits) -> State:
-    """The pipe moves on; the first text that has something to launch launches it."""
+    """Moves the pipe on by one stage; the first text that has waiting nodes launches them."""
     batch = state.trees.tip.shape[0]
     moved = jax.tree.map(lambda x: x[:-1], state.pipe)
     flying = in_flight(moved, batch)
@@ -145,7 +145,7 @@ def _launch(shape: Shape, state: State, limits: Limits) -> State:
 
 
 def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
-    """The draft is asked about the first text that it could go on with."""
+    """Asks the draft about the first text that it may continue."""
     batch = text.length.shape[0]
     new = shape.packet
     can = jax.vmap(
@@ -158,7 +158,7 @@ def _ask(shape: Shape, state: State, text: Text, limits: Limits) -> State:
 
 
 def tally(state: State, message: Message) -> Counters:
-    """The counts after a tick."""
+    """The counts after a tick, with the message of that tick."""
     live = (state.pipe.nodes != NONE).any(1)
     cancelled = ~live & (state.sizes > 0)
     old = state.counters

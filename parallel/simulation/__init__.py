@@ -1,1 +1,1 @@
-"""What a cluster of given stages would do: closed forms, a simulator, an emulated cluster."""
+"""What a given cluster would do: a simulator, a cluster of sleeping threads, a probe of XLA."""

@@ -1,4 +1,4 @@
-"""The head of a simulated pipe: the scheduler of one text, written as one reads it.
+"""The heads of a simulated pipe: schedulers of one text in plain Python.
 
 The head knows which drafts will be right, so that no model is needed. It keeps the same tree and
 takes the same decisions as `jaxfm.parallel.pipe.scheduler`, of which it is the oracle in tests.
@@ -24,25 +24,25 @@ class Node:
 
 @dataclasses.dataclass(eq=False)
 class Packet:
-    """Nodes that go through the pipe together, and what they were when they were launched."""
+    """Nodes that go through the pipe together, and how many they were when they were launched."""
 
     nodes: list[Node]
     size: int
 
     def is_live(self) -> bool:
-        """Whether any of its nodes still may be right."""
+        """Whether any of its nodes may still be right."""
         return any(node.alive for node in self.nodes)
 
 
 class Head:
-    """The scheduler of one text: the oracle of `jaxfm.parallel.pipe.scheduler`.
+    """The scheduler of one text: continuous speculation, or plain decoding with a width of 0.
 
     Args:
-      ranks: place of the right token among the draft's candidates, for each token to come; the
-        width or more: it is not among them.
-      width, levels, window: as `jaxfm.parallel.pipe.scheduler.Limits`.
+      ranks: for each token to come, the place of the right token among the draft's candidates; at
+        or above the width, it is not among them.
+      width, levels, window: as in `jaxfm.parallel.pipe.scheduler.Limits`.
       duplicates: launch every newly verified token on its own, even where a packet already holds
-        it, as PipeInfer was published.
+        it, as in the published PipeInfer.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Head:
         return self.tip.position >= len(self.ranks)
 
     def propose(self) -> list[Node] | None:
-        """The nodes that the draft is asked to go on from; None: it is not asked."""
+        """The nodes that the draft is asked to continue; None if it is not asked."""
         alive = [node for node in self.nodes if node.alive]
         if self.done or not self.width or any(not node.launched for node in alive):
             return None
@@ -74,7 +74,7 @@ class Head:
         return [node for node in alive if node.position == deepest]
 
     def insert(self, tips: list[Node]) -> None:
-        """The draft answers: candidates below the tip that is right, or else below the first."""
+        """Adds the draft's candidates below the tip that is right, or else below the first."""
         parents = tips
         for _ in range(self.levels):
             parent = next((node for node in parents if node.right), parents[0])
@@ -92,7 +92,7 @@ class Head:
                     node.alive = False
 
     def settle(self, packet: Packet) -> int:
-        """Answers come back; returns how many tokens they settle."""
+        """Takes a packet's answers; returns how many tokens are known by them."""
         self.in_flight.remove(packet)
         for node in packet.nodes:
             node.answered = node.alive
@@ -122,7 +122,7 @@ class Head:
         return node is self.tip
 
     def launch(self) -> Packet | None:
-        """The next packet, parents first; None: there is nothing to launch."""
+        """The next packet, parents first; None if there is nothing to launch."""
         if self.done or sum(packet.is_live() for packet in self.in_flight) >= self.window:
             return None
         waiting = sorted(
@@ -142,8 +142,11 @@ class Head:
 
 
 class RoundHead(Head):
-    """Draft-then-verify: `length` tokens are drafted while the pipe is empty, then all are checked
-    in one packet. A length of 0 is plain decoding."""
+    """The scheduler of draft-then-verify.
+
+    `length` tokens are drafted while the pipe is empty, then all are checked in one packet. A
+    length of 0 is plain decoding.
+    """
 
     def __init__(self, ranks: Sequence[int], length: int):
         super().__init__(ranks, width=min(length, 1), levels=length)

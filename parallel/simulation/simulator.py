@@ -83,7 +83,7 @@ _DRAFTED, _ANSWERED, _ENTERS, _FREE = range(4)
 
 
 class _Stage:
-    """A node of the pipe: what waits for it, and until when it computes what."""
+    """A node of the pipe: what waits for it, what it computes, and until when."""
 
     def __init__(self, slow: float):
         self.slow, self.until = slow, 0.0
@@ -173,13 +173,22 @@ class _Simulation:
 
 
 def best_speculative(ranks: Sequence[int], pipe: Pipe, most: int = 24) -> tuple[int, Timing]:
-    """Draft-then-verify with the length that is best for this very text, found by trying all."""
+    """The length of draft-then-verify that is best for this very text, and its timing.
+
+    All lengths up to `most` are tried.
+    """
     tried = {length: simulate(RoundHead(ranks, length), pipe) for length in range(most + 1)}
     best = max(tried, key=lambda length: tried[length].rate)
     return best, tried[best]
 
 
 def draw_ranks(tokens: int, right: Sequence[float], *, seed: int = 0) -> list[int]:
-    """Ranks of independent draws: right[w - 1] is the probability of being among w candidates."""
+    """The rank of each right token among a draft's candidates, drawn independently.
+
+    Args:
+      tokens: how many.
+      right: right[w - 1] is the probability that the right token is among the first w.
+      seed: of the draws.
+    """
     draws = np.random.default_rng(seed).random(tokens)
     return np.searchsorted(np.asarray(right), draws, side="right").tolist()

@@ -1,4 +1,4 @@
-"""What XLA made of a tick: its program, and the copies of keys and values in it."""
+"""A probe of whether XLA copies the cache: the compiled program of a tick, and its copies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from jaxfm.parallel.verification import Rules, Stats, Text
 
 
 def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
-    """Copies of a stage's keys or values in the optimised program of a tick: 0, or a tick costs
-    more than it should. Whether XLA makes one depends on its version.
+    """The number of copies of a stage's keys or values in the optimised program of a tick.
+
+    It should be 0: a copy makes every tick slower. Whether XLA makes one depends on its version.
 
     Args:
       decoder: of `pipeinfer`.
@@ -28,14 +29,14 @@ def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
 
 
 def count_copies(program: str, state: State) -> int:
-    """`cache_copies` of a program of `tick_program`."""
+    """The number of copies of keys or values in what `tick_program` returned."""
     size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program)
     return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
 
 
 def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, Any]:
-    """The optimised program of a piece of one text, as XLA prints it, and the state it starts from.
+    """The optimised program of a piece of one text, as XLA prints it, and its first state.
 
     Args:
       decoder: any.

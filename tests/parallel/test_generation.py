@@ -6,8 +6,11 @@ from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.lookup import lookup_drafter
 from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
+from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.tokenizer import ByteTokenizer
 
 CONFIG = gpt2_config(
@@ -79,6 +82,15 @@ def test_decoders_refuse_what_they_cannot_do():
         speculative(MODEL, VARIABLES, model_drafter(MODEL, VARIABLES), length=0)
     with pytest.raises(ValueError, match="min_ngram=3 and max_ngram=2"):
         lookup(MODEL, VARIABLES, max_ngram=2, min_ngram=3)
+    both = composite_drafter(lookup_drafter(), model_drafter(MODEL, VARIABLES))
+    with pytest.raises(ValueError, match=r"continues trees only: give it to `pipeinfer`"):
+        speculative(MODEL, VARIABLES, both)
+    with pytest.raises(ValueError, match=r"continues chains only: give it to `speculative`"):
+        pipeinfer(MODEL, VARIABLES, lookup_drafter()._replace(tree=None))
+    with pytest.raises(ValueError, match=r"know different numbers of tokens: \[8, 260\]"):
+        composite_drafter(both, model_drafter(smaller, smaller.init(jax.random.key(0))))
+    with pytest.raises(ValueError, match="one of them has no `tree`"):
+        composite_drafter(both, lookup_drafter()._replace(tree=None))
 
 
 def test_pieces_join_to_the_whole():

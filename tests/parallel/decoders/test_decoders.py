@@ -11,7 +11,7 @@ from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
-from jaxfm.parallel.drafters.model import model_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
 from jaxfm.parallel.generation import advance, generate, start
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -61,6 +61,9 @@ DECODERS = {
     "itself": draft_with(lambda model, variables: variables),
     "narrow": draft_with(narrow, length=1),
     "uneven": draft_with(uneven),
+    "exit": lambda model, variables: speculative(
+        model, variables, early_exit_drafter(model, variables, 1), length=2
+    ),
 }
 everywhere = pytest.mark.parametrize("family", list(MODELS))
 
@@ -104,7 +107,7 @@ def run(family, name, stop=UNSAID):
 @pytest.mark.parametrize(
     "family, name",
     [(family, name) for family in MODELS for name in DECODERS
-     if (family, name) not in {("rotary", "narrow"), ("gpt2", "uneven")}],
+     if (family, name) not in {("rotary", "narrow"), ("rotary", "exit"), ("gpt2", "uneven")}],
 )  # fmt: skip
 def test_greedy_is_the_uncached_model_whatever_drafts(family, name, reference):
     tokens, logprobs = reference[family]

@@ -8,7 +8,7 @@ from jaxfm.parallel import generate, make_mesh, plain
 from jaxfm.parallel.drafters.lookup import lookup_drafter
 from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.generation import advance
-from jaxfm.parallel.pipe.adapt import OFF, SINGLE, WIDE, adapt, among, count, kind, published
+from jaxfm.parallel.pipe.adapt import OFF, SINGLE, WIDE, adapt, among, count, kind, limits_published
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.pipe.speed import (
     Choice,
@@ -122,5 +122,5 @@ def test_wrong_policies_are_refused():
     for settings in ({"margin": 1.0}, {"memory": 0}):
         with pytest.raises(ValueError, match=str(*settings.values())):
             adapt(pipeinfer(MODEL, VARIABLES, lookup_drafter()), **settings)
-    limits = jax.device_get(published())
+    limits = jax.device_get(limits_published())
     assert (limits.width, limits.accept, limits.recovery) == (3, np.float32(0.1), 0)

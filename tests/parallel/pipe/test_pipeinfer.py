@@ -246,9 +246,7 @@ def test_wrong_settings_are_refused(mesh):
 MANY = """
 import json, numpy as np, jax
 from jaxfm.parallel import generate, make_mesh, plain
-from jaxfm.parallel.drafters.composite import composite_drafter
-from jaxfm.parallel.drafters.lookup import lookup_drafter
-from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter
 from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.testing import random_variables, tiny_decoder
