@@ -112,7 +112,8 @@ def client_data(population: Population, client: int) -> tuple[ClientData, Profil
         index[:count] = np.arange(first, first + count)
         parts += [index, np.int32(count)]
         first += count
-    return ClientData(own, *parts), jax.tree.map(lambda x: x[client], population.profiles)
+    data: Any = ClientData(own, *parts)  # type: ignore[arg-type]  # host arrays
+    return data, jax.tree.map(lambda x: x[client], population.profiles)
 
 
 def client_key(run_key: Key, client: int, number: int | None) -> Key:

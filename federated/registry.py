@@ -111,7 +111,7 @@ class Entry(NamedTuple):
 
     name: str
     factory: Callable[..., Algorithm]
-    supply: Mapping[str, Callable[..., Any]]
+    supply: Mapping[str, Callable[..., Any] | None]
     like: str | None
     breaks: Mapping[str, str]
     options: tuple[Option, ...]
@@ -125,7 +125,7 @@ def register(
     *,
     like: str | None = None,
     breaks: Mapping[str, str] | None = None,
-    **supply: Callable[..., Any],
+    **supply: Callable[..., Any] | None,
 ) -> Any:
     """Registers the factory of an algorithm under its own name; a decorator.
 

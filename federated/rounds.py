@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,10 +136,8 @@ def compile_rounds(
     place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     given = homes.settle(population, mesh)
     fixed = place((where, public, np.float32(drop_rate)))
-    state_sharding = RunState(
-        everywhere, NamedSharding(mesh, P("clients") if engine.lives_at_home else P()),
-        everywhere, everywhere,
-    )  # fmt: skip
+    at_home = NamedSharding(mesh, P("clients")) if engine.lives_at_home else everywhere
+    state_sharding: Any = RunState(everywhere, at_home, everywhere, everywhere)  # type: ignore[arg-type]
     compiled = jax.jit(
         functools.partial(_run, engine),
         donate_argnums=0,
@@ -208,16 +206,16 @@ def _one_round(engine: _Engine, state: RunState, constants) -> tuple[RunState, R
             continue
         past = len(engine.members[b]) // (devices if engine.lives_at_home else 1)
         own = deal(drawn, where, b, count, devices, past)
-        sums, received, reports[b], kept = _over_devices(engine, bucket, at_once)(
+        sums, received, report, kept = _over_devices(engine, bucket, at_once)(
             state.server, public, people, state.memories[b], own,
             own.taken & reporting[own.client], client_key,
         )  # fmt: skip
         if bucket.combine is not None:
-            sums = bucket.combine(state.server, received, reports[b].counted > 0)
+            sums = bucket.combine(state.server, received, report.counted > 0)
         if not engine.lives_at_home:
             write = lambda x, new, at=own.memory: x.at[at].set(new, mode="drop")
             kept = jax.tree.map(write, state.memories[b], kept)
-        slots[b], memories[b] = own, kept
+        slots[b], reports[b], memories[b] = own, report, kept
         lifted = bucket.lift(state.server, sums)
         totals = lifted if totals is None else jax.tree.map(jnp.add, totals, lifted)
     server, figures = algorithm.server(state.server, totals, public, server_key)
@@ -235,8 +233,8 @@ def _over_devices(engine: _Engine, bucket: Bucket, at_once: int) -> Callable:
 
     def on_device(server, public, people, memories, slots: Slots, present: Array, key: Key):
         download = bucket.send(server, public)
-        run = functools.partial(_run_client, bucket, download, server, public, people, key)
-        run = jax.jit(run, inline=True)  # traced once, for its shapes and in the loop
+        one = functools.partial(_run_client, bucket, download, server, public, people, key)
+        run = jax.jit(one, inline=True)  # traced once, for its shapes and in the loop
         own = jax.tree.map(lambda x: jnp.take(x, slots.memory, axis=0, mode="clip"), memories)
         shapes = jax.eval_shape(
             run, *jax.tree.map(lambda x: x[0], (slots.client, slots.row, present, own))

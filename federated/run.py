@@ -217,7 +217,7 @@ def add_round(
     failures[info.cohort.client[info.cohort.status == Status.NON_FINITE]] += 1
     totals = account.totals + np.array([spent[name] for name in TOTALS])
     line = {
-        "train/loss": float(info.loss_total.sum() / max(info.loss_count.sum(), 1.0)),
+        "train/loss": float(info.loss_total.sum()) / max(float(info.loss_count.sum()), 1.0),
         "clients/reported": float(info.counted.sum()),
         "clients/non_finite": float(info.non_finite.sum()),
         "clients/steps": float(info.spent.steps.sum()),

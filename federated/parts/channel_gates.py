@@ -49,7 +49,7 @@ class Gates(NamedTuple):
     silent: Scores
     measure: Callable[[Variables, ClientData], Scores]
     widths: Callable[[Scores, Array], Array]
-    macs: Callable[[Array], Array]
+    macs: Callable[[Any], Array]
 
     def masks(self, scores: Scores, counts: Array) -> tuple[Array, ...]:
         """A group's bool[size]: the units that score highest."""

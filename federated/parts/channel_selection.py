@@ -168,6 +168,7 @@ def agent(
         worth = lax.map(judge, candidates)
         worth = jnp.where(jnp.isfinite(worth), worth, -jnp.float32(1e9))
         # A client that holds nothing back has nothing to learn its policy by.
+        assert data.validation_count is not None
         some = data.validation_count > 0
         own = jax.tree.map(
             lambda new, old: jnp.where(some, new, old),
