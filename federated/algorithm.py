@@ -174,7 +174,7 @@ class Info(NamedTuple):
     loss_count: Array
     extra: Mapping[str, Array] | None = None
 
-    def measured(self, **spent: Array) -> Info:
+    def measured(self, **spent: Any) -> Info:
         """The report with `flops` or `bytes_up` as the client itself measured them."""
         return self._replace(spent=self.spent._replace(**spent))
 

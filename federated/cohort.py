@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class Slots(NamedTuple):
 
 
 class Whereabouts(NamedTuple):
-    """Tables i32[C] over all clients.
+    """Tables i32[C] over all clients, on the host or on devices.
 
     Attributes:
       bucket: its bucket.
@@ -97,10 +97,10 @@ class Whereabouts(NamedTuple):
       home: its device; None where all devices hold everybody's data.
     """
 
-    bucket: Array
-    row: Array
-    memory: Array
-    home: Array | None
+    bucket: Any
+    row: Any
+    memory: Any
+    home: Any
 
 
 class Report(NamedTuple):
@@ -198,7 +198,16 @@ def joined(
         )))  # fmt: skip
         for name, value in (info.extra or {}).items():
             extra[name] = extra.get(name, jnp.zeros((), jnp.float32)) + value.sum()
-    selected, counted, non_finite, steps, flops, sent, *sums = map(jnp.stack, zip(*columns))
+    table = [jnp.stack(column) for column in zip(*columns)]
     return RoundInfo(
-        selected, counted, non_finite, Spent(steps, flops, sent), *sums, extra, cohort, figures
+        selected=table[0],
+        counted=table[1],
+        non_finite=table[2],
+        spent=Spent(steps=table[3], flops=table[4], bytes_up=table[5]),
+        examples=table[6],
+        loss_total=table[7],
+        loss_count=table[8],
+        extra=extra,
+        cohort=cohort,
+        server=figures,
     )

@@ -62,7 +62,11 @@ def prepare(
     Raises:
       ValueError: what the algorithm, `make_setting` or `place` raises.
     """
-    placing = {"machines": machines, "deadline_s": deadline_s, "max_steps": max_steps}
+    placing: dict[str, Any] = {
+        "machines": machines,
+        "deadline_s": deadline_s,
+        "max_steps": max_steps,
+    }
     setting = make_setting(
         model, data, local, num_rounds=num_rounds, widths=widths, axes=axes, seed=seed, **placing
     )

@@ -100,6 +100,7 @@ def _sides(plan: AxisPlan, op: Op):
         left = axes[op.inputs[0]] if isinstance(op.inputs[0], int) else ()
         return [left[d] for d in contract] if left else [], list(axes[op.outputs[0]])
     lhs, _, out = op.params["dimension_numbers"]
+    assert isinstance(op.inputs[0], int)
     return [axes[op.inputs[0]][lhs[1]]], [axes[op.outputs[0]][out[1]]]
 
 
