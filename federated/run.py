@@ -147,9 +147,8 @@ def train(
     test, buckets, clients = final_metrics(
         algorithm, state, data, placement.bucket, measure, test_examples
     )
-    totals = dict(zip(TOTALS, account.totals.tolist(), strict=True))
-    if placement.machines is None:
-        totals = {name: value for name, value in totals.items() if name in TOTALS[:5]}
+    names = TOTALS[:5] if placement.machines is None else TOTALS
+    totals = dict(zip(names, account.totals.tolist()))
     return TrainedRun(
         state=state, placement=placement, totals=totals, history=history, test=test,
         buckets=buckets, clients=clients, failures=account.failures,

@@ -17,8 +17,9 @@ INSTALLED_UNDER = LAYERS[1:]  # top-level folders whose import name is jaxfm.<fo
 # What the modules of a sub-package may import of their own folder: its root modules, by name, and
 # sub-packages. None: all of the root. A root module may import the sub-packages of its folder.
 INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
-    "parallel.decoders": (None, ()),
-    "parallel.pipe": (None, ("parallel.simulation",)),
+    "parallel.decoders": (None, ("parallel.drafters",)),
+    "parallel.drafters": (None, ()),
+    "parallel.pipe": (None, ("parallel.drafters",)),
     "parallel.simulation": (None, ("parallel.pipe",)),
     "search.trace": ((), ()),
     "search.strategies": ((), ("search.trace",)),
