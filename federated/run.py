@@ -120,10 +120,7 @@ def train(
         variables = algorithm.variables if variables is None else variables
         placement = algorithm.placement if placement is None else placement
         algorithm = algorithm.algorithm
-    if variables is None:
-        if algorithm.model is None:
-            raise ValueError("This algorithm has no global model: give train(variables=...).")
-        variables = algorithm.model.init(jax.random.key(seed))
+    variables = _start(algorithm, seed) if variables is None else variables
     if placement is None:
         placement = place(
             algorithm, data.train, variables, public=data.public,
@@ -327,6 +324,12 @@ def _warn(number: int, info: RoundInfo, names: tuple[str, ...]) -> None:
             f"out: {who}.",
             file=sys.stderr,
         )
+
+
+def _start(algorithm: Algorithm, seed: int) -> Variables:
+    if algorithm.model is None:
+        raise ValueError("This algorithm has no global model: give train(variables=...).")
+    return algorithm.model.init(jax.random.key(seed))
 
 
 def _check(num_rounds: int, eval_every: int) -> None:
