@@ -83,9 +83,13 @@ def channel_gates(
     if len(network.functions) < 2:
         raise ValueError("The network has no training function; make it with `model_network`.")
     return Gates(
-        network, _silence(network), activity(network, task, batch_size),
-        schedule(network, target, rounds, channel_multiple), costs(network).macs,
-    )  # fmt: skip
+        network=network,
+        silent=_silence(network),
+        # Both are called outside of rounds as well, for one client after another.
+        measure=jax.jit(activity(network, task, batch_size)),
+        widths=jax.jit(schedule(network, target, rounds, channel_multiple)),
+        macs=costs(network).macs,
+    )
 
 
 def gated_model(network: Network, model: Model) -> Model:
