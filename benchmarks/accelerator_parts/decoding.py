@@ -21,8 +21,9 @@ from accelerator_parts.launches import kernels, launched, profiled
 from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
+from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate
-from jaxfm.parallel.simulation.cache_copies import tick_program
+from jaxfm.parallel.simulation.xla_copy_probe import tick_program
 
 PROMPT, SHORT = 16, 8  # tokens of the prompt, and of the generation that is subtracted
 DRAFTS = {"lengths": (3, 6), "dampings": (0.05, 0.2)}
@@ -103,7 +104,9 @@ def plain_figures(model, variables, prompt: list[int], setting: Setting, bandwid
 
 def speculative_figures(pair, dense: Timed, plain_s: float, length: int) -> Figures:
     """One draft length, against plain decoding of the same weights."""
-    timed = Timed(speculative(*pair, length=length), dense.prompt, dense.new, dense.repeats)
+    model, variables, *draft = pair
+    decoder = speculative(model, variables, model_drafter(*draft), length=length)
+    timed = Timed(decoder, dense.prompt, dense.new, dense.repeats)
     own_s, _ = timed.measure()
     drafted, accepted = (int(np.sum(x)) for x in (timed.result.stats.drafted,
                                                   timed.result.stats.accepted))  # fmt: skip
