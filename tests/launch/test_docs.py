@@ -6,6 +6,8 @@ import re
 import jax
 import pytest
 
+from jaxfm.federated import registry
+
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CONCEPTS = sorted((DOCS / "concepts").glob("*.md"))
@@ -29,6 +31,8 @@ def blocks(page: pathlib.Path) -> list[str]:
 @pytest.mark.parametrize("page", CONCEPTS, ids=name)
 def test_code_runs(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where pages may write
+    registry.entries()  # imports the library's own; what a page registers is forgotten
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     namespace = {"__name__": page.stem}  # one for the page: its blocks build on each other
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for code in blocks(page):
@@ -46,3 +50,9 @@ def test_links_exist(page):
 def test_pages_are_found():
     assert len(CONCEPTS) > 4
     assert any(blocks(page) for page in CONCEPTS)
+
+
+def test_the_glossary_is_in_order():
+    words = re.findall(r"^- \*\*(.+?)\*\*", (DOCS / "concepts" / "glossary.md").read_text(), re.M)
+    assert words == sorted(set(words), key=str.lower)
+    assert len(words) > 50
