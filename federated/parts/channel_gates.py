@@ -17,19 +17,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.model import Array, Model, PyTree, Variables
+from jaxfm.search.activations import unit_activity
 from jaxfm.search.ranking import Scores, masks, ranks
 from jaxfm.search.strategies.project import budgets, projection
 from jaxfm.search.trace.cost import costs
-from jaxfm.search.trace.graph import Op
-from jaxfm.search.trace.groups import Group, Network
-from jaxfm.search.trace.interpret import coverage, full, masked, record
-from jaxfm.search.trace.labels import Axis
-from jaxfm.search.trace.masking import summed_axes
+from jaxfm.search.trace.groups import Network
+from jaxfm.search.trace.interpret import coverage, masked
+from jaxfm.search.trace.unit_weights import zero_scores
 from jaxfm.tasks import Task
 
 
@@ -84,7 +82,7 @@ def channel_gates(
         raise ValueError("The network has no training function; make it with `model_network`.")
     return Gates(
         network=network,
-        silent=_silence(network),
+        silent=zero_scores(network),
         # Both are called outside of rounds as well, for one client after another.
         measure=jax.jit(activity(network, task, batch_size)),
         widths=jax.jit(schedule(network, target, rounds, channel_multiple)),
@@ -131,55 +129,19 @@ def activity(network: Network, task: Task, batch_size: int) -> Callable:
     """
 
     def measure(variables: Variables, data: ClientData) -> Scores:
+        def alone(row: PyTree) -> Scores:
+            return unit_activity(network, variables, jax.tree.map(lambda x: x[None], row))
+
         def add(i: Array, total: Scores) -> Scores:
             place = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             rows = jnp.take(data.index, place, mode="clip")
             batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
             inputs = task.prepare(batch, None)[0]
-            found = jax.vmap(lambda row: _activity(network, variables, row))(inputs)
+            found = jax.vmap(alone)(inputs)
             real = (place < data.count).astype(jnp.float32)
             return jax.tree.map(lambda t, s: t + jnp.tensordot(real, s, 1), total, found)
 
-        total = lax.fori_loop(0, -(-data.count // batch_size), add, _silence(network))
+        total = lax.fori_loop(0, -(-data.count // batch_size), add, zero_scores(network))
         return jax.tree.map(lambda t: t / jnp.maximum(data.count, 1).astype(jnp.float32), total)
 
     return measure
-
-
-def _activity(network: Network, variables: Variables, row: PyTree) -> Scores:
-    """|Activation| of each unit in one example, as a share of the mean of each layer it enters."""
-    inputs = jax.tree.map(lambda x: x[None], row)
-    plan = network.plan(0, inputs)
-
-    def tap(op: Op, operands: list[Array]) -> dict[int, Array]:
-        side, dims = summed_axes(op, plan)
-        if op.name == "reduce_sum" or not dims or not isinstance(op.inputs[side], int):
-            return {}
-        axes = plan.axes[op.inputs[side]]  # type: ignore[index]
-        value = jnp.abs(operands[side].astype(jnp.float32))
-        others = lambda d: [i for i in range(len(axes)) if i != d]
-        return {d: value.mean(others(d)) for d in dims if axes[d].shape[1]}
-
-    scores = list(_silence(network))
-    for op, rates in record(network, variables, tap, inputs):
-        for d, rate in rates.items():
-            axis = plan.axes[op.inputs[summed_axes(op, plan)[0]]][d]  # type: ignore[index]
-            for g, group in enumerate(network.groups):
-                index, column = np.nonzero(_of(group, axis))
-                if not len(index):
-                    continue
-                # Inside a loop a rate has an axis of layers in front.
-                sums = jnp.zeros((*rate.shape[:-1], group.size))
-                sums = sums.at[..., axis[index, column] - group.first].add(rate[..., index])
-                sums = sums.sum(0) if sums.ndim > scores[g].ndim else sums
-                scores[g] += sums / jnp.maximum(sums.mean(-1, keepdims=True), 1e-12)
-    return tuple(scores)
-
-
-def _silence(network: Network) -> Scores:
-    return tuple(jnp.zeros(m.shape, jnp.float32) for m in full(network))
-
-
-def _of(group: Group, axis: Axis) -> np.ndarray:
-    """bool, like the axis: where units of the group stand."""
-    return (axis >= group.first) & (axis < group.first + group.size)
