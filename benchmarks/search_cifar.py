@@ -5,15 +5,15 @@
 
 With weights trained elsewhere their training images are not known, so the test images are dealt
 out: one half serves the rewards, the other half the report, the same for every strategy; training
-images re-estimate batch norm and repair. Every strategy proposes as many candidates, all of them
-within the budget by construction; the best one by reward is sliced, its statistics are measured
-anew, it is repaired by least squares, and, with `--finetune`, trained for some epochs (one recipe
-for all, the dense network too: SGD with momentum, cosine to zero); all are looked at once on the
-report images. Baselines that try one candidate (uniform, magnitude by each importance) are in the
-same table. Without data (`--quick`) a narrow network on scikit-learn's digits is trained first.
+images re-estimate batch norm and repair. Every strategy proposes equally many candidates, all of
+them within the budget by construction. The best one by reward is sliced, its statistics are
+re-estimated, it is repaired by least squares and, with `--finetune`, trained for some epochs (with
+one recipe for all, also for the dense network: SGD with momentum, cosine to zero). All are
+evaluated once on the report images. Baselines that try one candidate (uniform, magnitude by each
+importance) are in the same table. Without data (`--quick`) a narrow network on scikit-learn's digits is trained first.
 
-The last line is one JSON object: "accuracy", "repaired", "finetuned", by strategy, mean over
-seeds, with half-widths of 95 % confidence intervals over seeds ("ci95") and of one accuracy by its
+The last line is one JSON object: "accuracy", "repaired", "finetuned" by strategy, means over seeds,
+with half-widths of 95 % confidence intervals over seeds ("ci95") and of one accuracy by its
 number of report images ("binomial95").
 """
 
@@ -38,12 +38,7 @@ from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.hub import torch_vision
 from jaxfm.model import Model, Variables
 from jaxfm.models import resnet_config
-from jaxfm.search.ranking import gradient
 from jaxfm.search.recalibration import recalibrate
-from jaxfm.search.strategies.agmc import agmc, agmc_published, warm_up_of
-from jaxfm.search.strategies.gnn_rl import gnn_rl
-from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
-from jaxfm.search.strategies.policy_graph import policy_graph
 from jaxfm.tasks import Task, classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.testing import tiny_resnet
@@ -55,24 +50,26 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is searched."""
+    """Options of the benchmark."""
 
     quick: bool = option(False, "a narrow network on digits, few evaluations, one seed")
     data_dir: str = option("", "npz with train_images, train_labels, test_images, test_labels")
     weights: str = option("", "PyTorch's state dict of a CIFAR ResNet")
     macs: float = option(0.5, "share of the multiply-adds that remains")
     evaluations: int = option(128, "candidates of every strategy")
-    num_seeds: int = option(3, "of each search")
+    num_seeds: int = option(3, "seeds of each search")
     reward: int = option(256, "images that candidates are scored on")
-    calibration: int = option(128, "training images that statistics are measured on")
+    calibration: int = option(128, "training images that statistics are estimated on")
     report: int = option(3000, "images of the report")
-    repair: int = option(512, "training images of least squares")
+    repair: int = option(512, "training images for least squares")
     finetune: int = option(0, "epochs of training after the repair")
-    rate: float = option(0.01, "learning rate of these epochs, falling to zero")
-    repaired: bool = option(False, "candidates are scored after least squares")
+    rate: float = option(0.01, "learning rate of the fine-tuning, which falls to zero")
+    repaired: bool = option(False, "score candidates after least squares")
     order: str = option("l2", "importance that ranks units for the searches")
-    strategies: tuple[str, ...] = option(SEARCHED, "that search")
-    importances: tuple[str, ...] = option(IMPORTANCES, "of the single candidates")
+    strategies: tuple[str, ...] = option(SEARCHED, "strategies that search")
+    importances: tuple[str, ...] = option(
+        IMPORTANCES, "importances of the baselines with one candidate"
+    )
 
     def __post_init__(self):
         check(self)
@@ -173,7 +170,7 @@ class Bench:
             total, count = task.loss(model.apply(v, x)[0], targets, weight)
             return total / count
 
-        slope = gradient(loss, variables)
+        slope = search.gradient(loss, variables)
         return search.importance(self.net, variables, kind, gradient=slope)
 
     def problem(self, kind: str):
@@ -184,20 +181,10 @@ class Bench:
         )  # fmt: skip
 
     def strategy(self, name: str, problem):
-        graph = policy_graph(self.net, self.work.variables)
-        own, dense = search.costs(self.net), self.net.sizes.astype(np.int64)
-        groups, warm_up = len(self.net.groups), warm_up_of(self.config.evaluations)
-        return {
-            "random": lambda: search.random_search(groups),
-            "nsga2": lambda: search.nsga2(problem.sizes),
-            "cma_es": lambda: search.cma_es(groups),
-            "agmc": lambda: agmc(graph, warm_up=warm_up),
-            "agmc_published": lambda: agmc_published(graph, warm_up=warm_up),
-            "gnn_rl": lambda: gnn_rl(graph),
-            "gnn_rl_published": lambda: gnn_rl_published(
-                graph, lambda c: own.macs(c) / float(own.macs(dense)), self.config.macs
-            ),
-        }[name]()
+        return search.make_strategy(
+            name, self.net, self.work.variables, problem, self.orders[self.config.order],
+            evaluations=self.config.evaluations, macs_share=self.config.macs,
+        )  # fmt: skip
 
     def judged(self, kind: str, counts: np.ndarray, tuned: bool = True) -> dict[str, float]:
         """The candidate on the report images, before and after repair; masked, so that all share

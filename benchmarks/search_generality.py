@@ -1,11 +1,11 @@
-"""Which networks search understands: groups found, and masked against sliced on random cuts.
+"""Which networks the search understands: groups found, and masked against sliced random cuts.
 
     python benchmarks/search_generality.py [--quick]
 
 No network gets code of its own. For each one the channel groups are read from its jaxpr, a random
 cut is drawn, and the masked run is compared with the physically sliced one, in float32, relative to
-the largest output; the cost of the cut is compared with that of the slice traced anew. `--quick`
-takes narrow networks of the same families. The last line is one JSON object.
+the largest output; the cost of the cut is compared with that of the slice when it is traced again.
+`--quick` takes narrow networks of the same families. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from jaxfm.testing import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is looked at."""
+    """Options of the benchmark."""
 
     quick: bool = option(False, "narrow networks of the same families")
-    seed: int = option(0, "of weights and cuts")
-    only: tuple[str, ...] = option((), "names of networks; all if empty")
+    seed: int = option(0, "seed of weights and cuts")
+    only: tuple[str, ...] = option((), "names of networks; empty: all")
 
     def __post_init__(self):
         check(self)

@@ -2,10 +2,9 @@
 
     python benchmarks/search_latency.py [--quick]
 
-Dense and sliced (uniform widths, exact multiply-adds) on the same images in one run, the calls of
-both taken in turns; memory is what the compiler allots to each executable: parameters, temporaries
-and outputs. Then a latency table is fitted to slices of the network and says how far off it is on
-slices that it did not see. The last line is one JSON object.
+The dense network and a slice (uniform widths, exact multiply-adds) run on the same images in turns.
+Memory is what the compiler allocates for each executable: parameters, temporaries and outputs. Then
+a latency table is fitted to slices of the network; its error is that on slices that it did not see. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from jaxfm.testing import random_variables
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Options of the benchmark."""
 
     quick: bool = option(False, "VGG-11 on 32x32 images, few repeats")
     macs: float = option(0.2, "share of the multiply-adds that remains")
-    repeats: int = option(9, "calls of each network; medians count")
-    samples: int = option(0, "slices to fit the latency table to; 0: none")
+    repeats: int = option(9, "calls of each network; the median counts")
+    samples: int = option(0, "slices that the latency table is fitted to; 0: no table")
 
     def __post_init__(self):
         check(self)

@@ -1,11 +1,12 @@
-"""Candidates a second: one masked program for all, against a slice traced anew for each.
+"""Candidates per second: one masked program for all, against a new slice for each.
 
     python benchmarks/search_speed.py [--quick]
 
 Both sides score the same candidates of ResNet-20 (half of its multiply-adds; `--quick`: a narrow
-network) on the same images without re-estimation, compilation included: the masked program once,
-the slices each, as pruning libraries do. The masked side scores all `candidates`; the serial side
-as many as `serial`, and its time is scaled up, since each costs alike. The last line is one JSON
+network) on the same images without re-estimation. Compilation is included: the masked program is
+compiled once, each slice by itself, as pruning libraries do. The masked side scores all
+`candidates`; the serial side scores `serial` of them, and its time is scaled up, since all cost the
+same. The last line is one JSON
 object; "vs_serial" is serial seconds over masked seconds for all candidates.
 """
 

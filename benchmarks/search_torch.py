@@ -4,11 +4,11 @@
     python benchmarks/search_torch.py --data_dir=cifar10.npz --weights=resnet20.npz [--quick]
 
 Both sides rank by the L2 norms of coupled channels and cut all groups alike, then globally, down to
-half of the multiply-adds, measured on the network that is left; batch norm is measured anew on the
-same training images on both sides, and accuracy is that of the same test images. "groups" are
-what each library finds, "seconds" from the loaded network to the pruned one, the search for the
-share of channels included. The other library stops at shortcuts that pad with zeros; it gets them
-as fixed 1x1 convolutions that copy channels, the same function, whose multiply-adds do not count.
+half of the multiply-adds, measured on the network that is left. Batch norm is re-estimated on the
+same training images on both sides, and accuracy is that on the same test images. "groups" are what
+each library finds; "seconds" run from the loaded network to the pruned one and include the search
+for the share of channels. The other library stops at shortcuts that pad with zeros, so it gets them
+as fixed 1x1 convolutions that copy channels: the same function, whose multiply-adds do not count.
 Their constant norm is a member of its groups. The last line is one JSON object.
 """
 

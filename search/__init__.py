@@ -11,14 +11,24 @@ from jaxfm.search.activations import unit_activity
 from jaxfm.search.elastic.evolve import evolve, fit_predictor
 from jaxfm.search.elastic.member_cost import member_macs
 from jaxfm.search.elastic.supernet import Supernet, supernet
-from jaxfm.search.elastic.training import sandwich
+from jaxfm.search.elastic.training import sandwich, sandwich_steps
 from jaxfm.search.evaluation import halving, split_rows, task_problem
+from jaxfm.search.fine_tuning import fine_tuner
 from jaxfm.search.latency import Latency, fit_latency
 from jaxfm.search.least_squares import repair
+from jaxfm.search.member_selection import (
+    MemberChoice,
+    MemberJudge,
+    MemberSearch,
+    choose_members,
+    judge_members,
+)
 from jaxfm.search.pruning import Pruned, prune, pruned
 from jaxfm.search.ranking import gradient, importance, keep, masks, ranks
 from jaxfm.search.recalibration import recalibrate
+from jaxfm.search.refinement import Refinement, measure_speed, refine, summarise
 from jaxfm.search.saving import load_pruned, save_pruned
+from jaxfm.search.session import Rows, Selection, select_units
 from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
 from jaxfm.search.strategies.gnn_rl import (
@@ -30,6 +40,7 @@ from jaxfm.search.strategies.gnn_rl import (
 from jaxfm.search.strategies.gnn_rl_published import gnn_rl_published
 from jaxfm.search.strategies.loop import Result, Search, run, search
 from jaxfm.search.strategies.magnitude import magnitude
+from jaxfm.search.strategies.named import STRATEGY_NAMES, make_strategy
 from jaxfm.search.strategies.nsga2 import nsga2
 from jaxfm.search.strategies.policy_graph import PolicyGraph, policy_graph
 from jaxfm.search.strategies.project import Budget, budgets, projection
@@ -89,7 +100,18 @@ __all__ = [  # noqa: RUF022  # grouped
     "Result",
     "run",
     "halving",
+    # a whole search: model and rows in, a refined model out
+    "Rows",
+    "Selection",
+    "select_units",
+    "Refinement",
+    "refine",
+    "fine_tuner",
+    "measure_speed",
+    "summarise",
     # strategies
+    "STRATEGY_NAMES",
+    "make_strategy",
     "uniform",
     "random_search",
     "magnitude",
@@ -108,6 +130,12 @@ __all__ = [  # noqa: RUF022  # grouped
     "Supernet",
     "supernet",
     "sandwich",
+    "sandwich_steps",
+    "MemberJudge",
+    "judge_members",
+    "MemberChoice",
+    "MemberSearch",
+    "choose_members",
     "member_macs",
     "fit_predictor",
     "evolve",

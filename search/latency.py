@@ -9,6 +9,9 @@ reports its mean relative error on slices that it did not see.
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -124,6 +127,32 @@ def latency_of(network: Network, coefficients: np.ndarray, error: float, dense_s
         return table(counts) @ (coefficients if known else jnp.asarray(narrow))
 
     return Latency(predict, coefficients, error, dense_s)
+
+
+def saved_latency(
+    path: str | os.PathLike | None, network: Network, params: PyTree, *inputs: PyTree
+) -> Latency:
+    """Returns the table in a JSON file, or fits one and writes it there.
+
+    A run that goes on so keeps its table, and with it its candidates.
+
+    Args:
+      path: the file; None fits a table and writes nothing.
+      network, params, *inputs: as in `fit_latency`.
+    """
+    if path is not None and os.path.exists(path):
+        kept = json.loads(pathlib.Path(path).read_text())
+        coefficients = np.array(kept["coefficients"])
+        return latency_of(network, coefficients, kept["error"], kept["dense_s"])
+    table = fit_latency(network, params, *inputs)
+    if path is not None:
+        kept = {
+            "coefficients": table.coefficients.tolist(),
+            "error": table.error,
+            "dense_s": table.dense_s,
+        }
+        pathlib.Path(path).write_text(json.dumps(kept) + "\n")
+    return table
 
 
 def measure(

@@ -105,5 +105,6 @@ def check_counts(groups: tuple[ElasticGroup, ...], counts: Any) -> np.ndarray:
     for group, count in zip(groups, counts.tolist(), strict=True):
         if not 1 <= count <= group.size or (group.kernels and count not in group.kernels):
             allowed = group.kernels or f"1 to {group.size}"
-            raise ValueError(f"{count} of {group} cannot be kept; give {allowed}.")
+            layer = "" if group.layer is None else f" in layer {group.layer}"
+            raise ValueError(f"{count} of {group.axis!r}{layer} cannot be kept; give {allowed}.")
     return counts

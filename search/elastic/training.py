@@ -5,7 +5,8 @@ Source: Yu and Huang 2019 (universally slimmable networks), sections 3.2 and 3.3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,3 +85,41 @@ def sandwich(
         return variables._replace(params=params, stats=stats), opt_state, losses
 
     return step
+
+
+def sandwich_steps(
+    net: Supernet,
+    model: Model,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    steps: int,
+    *,
+    num_random: int = 2,
+) -> Callable[[Any, Mapping[str, Array]], tuple[Any, Array]]:
+    """Returns `(state, examples) -> (state, losses)`, one compiled scan of `sandwich`.
+
+    Batches are drawn with replacement from keys folded by step, so that a resumed run sees the
+    same. The state is donated.
+
+    Args:
+      net, model, task, optimizer, num_random: as in `sandwich`.
+      batch_size: rows per step.
+      steps: number of steps.
+    Returns:
+      A function of a NamedTuple `state` with fields `variables`, `opt_state`, `step` i32[] and
+      `key`; losses are f32[steps, 2 + num_random].
+    """
+    step = sandwich(net, model, task, optimizer, num_random=num_random)
+
+    def one(state: Any, examples: Mapping[str, Array]) -> tuple[Any, Array]:
+        rows_key, key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        size = next(iter(examples.values())).shape[0]
+        rows = jax.random.randint(rows_key, (batch_size,), 0, size)
+        batch = {name: leaf[rows] for name, leaf in examples.items()}
+        variables, opt_state, losses = step(state.variables, state.opt_state, batch, key)
+        after = state._replace(variables=variables, opt_state=opt_state, step=state.step + 1)
+        return after, losses
+
+    run = lambda state, examples: lax.scan(lambda s, _: one(s, examples), state, length=steps)
+    return jax.jit(run, donate_argnums=0)

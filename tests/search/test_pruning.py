@@ -34,6 +34,7 @@ from jaxfm.search import (
     split_rows,
     task_problem,
     to_subnet,
+    unit_activity,
 )
 from jaxfm.search.ranking import gradient
 from jaxfm.search.strategies.loop import run
@@ -351,8 +352,8 @@ def test_rows_serve_one_purpose_each():
     ("settings", "message"),
     [
         ({"macs_ratio": 0.5, "budget": {"macs": 0.3}}, "both limit"),
-        ({"macs_ratio": 0.5, "ignore": ["up:7"]}, "'up:7' matches no parameter, nor an axis"),
-        ({"macs_ratio": 0.5, "ignore": ["up:1#2"]}, "'up:1#2' matches no parameter, nor an axis"),
+        ({"macs_ratio": 0.5, "ignore": ["up:7"]}, "'up:7' matches no parameter and no axis"),
+        ({"macs_ratio": 0.5, "ignore": ["up:1#2"]}, "'up:1#2' matches no parameter and no axis"),
         ({"macs_ratio": 0.5, "ignore": "up"}, r"give a sequence of patterns, \['up'\]"),
         ({"macs_ratio": 0.5, "importance": "taylor"}, "gradient="),
         (
@@ -362,7 +363,7 @@ def test_rows_serve_one_purpose_each():
         ({"macs_ratio": 0.5, "importance": {"up:1": np.ones(16)}}, "are a dict"),
         (
             {"macs_ratio": 0.5, "strategy": lambda p: random_search(2), "score": lambda run, p: X},
-            r"`score` gives shape \(6, 5\): give one number",
+            r"`score` returned shape \(6, 5\); it must return one number",
         ),
         (
             {"macs_ratio": 0.5, "strategy": random_search(2), "score": lambda run, p: 0.0},
@@ -447,3 +448,28 @@ def test_a_slice_is_the_same_function_at_the_smaller_width(mean_square):
     np.testing.assert_allclose(
         small.apply(small.params, X), normed(small.params, X), rtol=1e-5, atol=1e-6
     )
+
+
+def test_importance_may_be_a_function_of_the_weights_of_units():
+    by_hand = lambda w: jnp.sqrt(jnp.square(w).sum(tuple(range(1, w.ndim))))
+    for own, expected in zip(importance(NET, WIDE, by_hand), importance(NET, WIDE, "l2")):
+        np.testing.assert_allclose(own, expected, rtol=1e-5)
+    stacked = {"up": jnp.stack([WIDE["up"], 2 * WIDE["up"]]), "down": jnp.ones((2, 16, 5))}
+    layer = lambda x, w: (x + jax.nn.relu(x @ w["up"]) @ w["down"], None)
+    net = network(lambda p, x: jax.lax.scan(layer, x, p)[0], stacked, X)
+    for own, expected in zip(importance(net, stacked, by_hand), importance(net, stacked, "l2")):
+        np.testing.assert_allclose(own, expected, rtol=1e-5)
+    small = prune(mlp, WIDE, X, macs_ratio=0.5, importance=by_hand)
+    chex.assert_trees_all_equal(small.kept, prune(mlp, WIDE, X, macs_ratio=0.5).kept)
+
+
+def test_the_activity_of_units_is_their_mean_absolute_value_relative_to_their_layer():
+    hidden = jax.nn.relu(X @ WIDE["up"])
+    expected = {"up:1": jnp.abs(hidden).mean(0)}
+    expected["mid:1"] = jnp.abs(jax.nn.tanh(hidden @ WIDE["mid"])).mean(0)
+    activity = jax.jit(lambda p, x: unit_activity(NET, p, x))(WIDE, X)
+    for group, found in zip(NET.groups, activity, strict=True):
+        values = expected[group.name]
+        np.testing.assert_allclose(found, values / values.mean(), rtol=1e-5)
+    by_row = jax.vmap(lambda row: unit_activity(NET, WIDE, row[None]))(X)
+    assert [rows.shape for rows in by_row] == [(6, group.size) for group in NET.groups]
