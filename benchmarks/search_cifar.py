@@ -10,7 +10,8 @@ them within the budget by construction. The best one by reward is sliced, its st
 re-estimated, it is repaired by least squares and, with `--finetune`, trained for some epochs (with
 one recipe for all, also for the dense network: SGD with momentum, cosine to zero). All are
 evaluated once on the report images. Baselines that try one candidate (uniform, magnitude by each
-importance) are in the same table. Without data (`--quick`) a narrow network on scikit-learn's digits is trained first.
+importance) are in the same table. Without data (`--quick`) a narrow network on scikit-learn's
+digits is trained first.
 
 The last line is one JSON object: "accuracy", "repaired", "finetuned" by strategy, means over seeds,
 with half-widths of 95 % confidence intervals over seeds ("ci95") and of one accuracy by its

@@ -4,7 +4,8 @@
 
 The dense network and a slice (uniform widths, exact multiply-adds) run on the same images in turns.
 Memory is what the compiler allocates for each executable: parameters, temporaries and outputs. Then
-a latency table is fitted to slices of the network; its error is that on slices that it did not see. The last line is one JSON object.
+a latency table is fitted to slices of the network; its error is that on slices that it did not see.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
