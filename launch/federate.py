@@ -43,7 +43,7 @@ from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import family_of, load_data, make_model, make_optimizer, use_cores
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
-from jaxfm.options import arguments
+from jaxfm.options import chosen_options
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import open_run, save_results
 from jaxfm.subnet import axis_sizes
@@ -62,7 +62,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         data,
         Local(make_optimizer(config.local), config.batch_size, config.epochs),
         num_rounds=config.rounds,
-        options=arguments(getattr(config, config.algorithm, None), config.algorithm),
+        options=chosen_options(config, "algorithm"),
         wrap=functools.partial(
             named_compression,
             upload=config.upload,
