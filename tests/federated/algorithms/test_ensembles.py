@@ -18,7 +18,12 @@ from jaxfm.federated.accounting.metrics import global_metrics
 from jaxfm.federated.accounting.resources import profiles
 from jaxfm.federated.algorithm import ClientData, Exact, Mean
 from jaxfm.federated.algorithms.fed_df import FedDfState, fed_df
-from jaxfm.federated.algorithms.fed_kemf import fed_kemf, fed_kemf_published, mutual_objective
+from jaxfm.federated.algorithms.fed_kemf import (
+    both_networks,
+    fed_kemf,
+    fed_kemf_published,
+    mutual_objective,
+)
 from jaxfm.federated.algorithms.fed_md import fed_md
 from jaxfm.federated.local import Local
 from jaxfm.federated.parts import ensemble
@@ -175,8 +180,8 @@ def test_predictions_in_pieces_are_those_of_the_whole(monkeypatch):
 def test_mutual_learning_does_not_teach_the_teacher():
     """The gradient of each network is that of its own loss and of the KL in which it learns."""
     networks = {"own": OWN[0], "knowledge": KNOWLEDGE}
-    params = {name: m.init(jax.random.key(3)).params for name, m in networks.items()}
-    variables = Variables(params, {"own": {}, "knowledge": {}}, {"own": {}, "knowledge": {}})
+    variables = both_networks(*(m.init(jax.random.key(3)) for m in networks.values()))
+    params = variables.params
     batch = {"x": PUBLIC["x"], "label": np.array([0, 1, 2, 0, 1, 2, 0])}
     real = jnp.asarray([1.0] * 5 + [0.0] * 2)
     loss = mutual_objective(KNOWLEDGE, OWN[0], TASK, 0.7)
