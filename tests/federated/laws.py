@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 # Options under which a law says more than under the defaults. Every other algorithm of the registry
 # is a case with its defaults.
-SMALL = {"distill_steps": 3, "distill_batch_size": 4, "distill_learning_rate": 0.05, "vote": "mean"}
+MEAN = {"vote": "mean"}
 # The last tier is the knowledge network: in the first bucket clients' own networks start from its
 # weights, so that the first step of mutual learning is each one's own.
 TWO_DESIGNS = (TIERS[0], TIERS[1], TIERS[0])
@@ -61,9 +61,9 @@ SPECIAL = {
     "fed_prox": Case("fed_prox", {"mu": 0.1}),
     "fed_dyn": Case("fed_dyn", {"alpha": 0.1}),
     "raffm": Case("raffm", {"reorder_every": 1, "distill": 0.5}),
-    "fed_df": Case("fed_df", SMALL),
-    "fed_kemf": Case("fed_kemf", SMALL, TWO_DESIGNS),
-    "fed_kemf_published": Case("fed_kemf_published", {"distill_steps": 3}, TWO_DESIGNS),
+    "fed_df": Case("fed_df", MEAN),
+    "fed_kemf": Case("fed_kemf", MEAN, TWO_DESIGNS),
+    "fed_kemf_published": Case("fed_kemf_published", {}, TWO_DESIGNS),
     "spatl": Case("spatl", {"keep": 0.6}),
     "adp_federated": Case("adp", {"federated_gates": True}),
     "hetero_fl_1": Case("hetero_fl", {}, (Subnet({}),)),
@@ -112,8 +112,11 @@ def make(
     if name in ("rafl", "rafl_published"):  # whose members must fit the model of the laws
         return padded_member(model, task, local)
     case = CASES[name]
+    entry = ENTRIES[case.name]
+    if "distill" in entry.supply:  # by gradient descent: Adam makes steps of no gradient at all
+        entry = entry._replace(supply={**entry.supply, "distill": lambda setting: DISTILL})
     offered = setting(model, task, local, case.tiers if tiers is None else tiers)
-    return make_entry(ENTRIES[case.name], offered, case.options if options is None else options)
+    return make_entry(entry, offered, case.options if options is None else options)
 
 
 def examples(num: int, seed: int = 0) -> dict[str, np.ndarray]:
