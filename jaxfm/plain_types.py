@@ -176,7 +176,8 @@ def suggest(
     near = [full for full in known if full.rpartition(".")[2] in best]
     near = [full for full in near if full.rpartition(".")[0] == head] or near
     words = lambda full: re.split(r"[\W_]+", f"{full} {helps.get(full, '')}".lower())
-    near = near or [full for full in known if last.lower() in words(full)]
+    if not near or best == [last]:  # the very word, which others may go by as well
+        near += [full for full in known if full not in near and last.lower() in words(full)]
     if near:
         return "Did you mean " + " or ".join(prefix + full for full in near) + "?"
     return "Known: " + ", ".join(prefix + full for full in known) + "."

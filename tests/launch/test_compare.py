@@ -159,7 +159,7 @@ def test_an_agent_starts_from_the_policy_of_a_search(tmp_path):
     own = {name: np.asarray(x)[2] for name, x in own.items()}  # the third client's
     chex.assert_trees_all_equal(own | {"log_std": 0}, policy | {"log_std": 0})
     (tmp_path / "policy.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="a search by gnn_rl writes one"):
+    with pytest.raises(FileNotFoundError, match="--strategy=gnn_rl writes one"):
         federate.ready(config)
 
 
