@@ -134,10 +134,16 @@ def federation(counts=(6, 1, 4, 3, 5, 2)) -> Federation:
     return data._replace(index=np.pad(data.index, ((0, 0), (0, 6 - data.index.shape[1]))))
 
 
+@functools.cache
+def num_buckets(name: str) -> int:
+    """Of a case."""
+    return len(make(name).buckets)
+
+
 def population(name: str, data: Federation, **profile) -> Population:
     num_clients = len(data.count)
-    num_buckets = len(make(name).buckets)
-    return Population(data, profiles(num_clients, **profile), np.arange(num_clients) % num_buckets)
+    bucket = np.arange(num_clients) % num_buckets(name)
+    return Population(data, profiles(num_clients, **profile), bucket)
 
 
 def start(dtype=jnp.float32):
