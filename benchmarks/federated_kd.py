@@ -2,25 +2,26 @@
 
     python benchmarks/federated_kd.py [--quick] [--data_dir=FOLDER]
 
-Images of digits by Dirichlet(0.1) on labels over clients, some of them public and unlabelled, the
-same for all algorithms; scikit-learn's digits, or MNIST from its idx files. Every algorithm runs
-with each of the same learning rates, and the server's where it distils, and keeps what is best on
-validation images; figures
-are of test images, means over the last three rounds and over seeds of partition and weights. Half
-of the clients take part in a round. Compared are:
+Images of digits (scikit-learn's, or MNIST from its idx files) are dealt to clients by
+Dirichlet(0.1) on labels; some are public and unlabelled. All algorithms get the same images. Every
+algorithm runs with each of the same learning rates of the clients, and of the server where it
+distills, and the rates that are best on validation images are kept; figures are of test images,
+means over the last three rounds and over seeds of partition and weights. Half of the clients take
+part in a round. The algorithms are:
 
-- fedavg, feddf: the large network travels; fedavg_small, feddf_small: the knowledge network alone;
-- fedkemf: the knowledge network travels, clients own one of two large ones; fedkemf_4bit: the same
-  in 4 bits both ways; fedkemf_average: it without public data; fedkemf_noise: with smooth random
-  images for public ones, which nobody has to hold;
-- fedmd: the same large networks, logits travel; its accuracy is that of a knowledge network which
-  learns the final consensus;
-- rafl: members of a supernet in three tiers of budgets, the smallest travels; rafl_average.
+- fedavg, feddf: the large network travels; fedavg_small, feddf_small: only the knowledge network;
+- fedkemf: the knowledge network travels, and clients own one of two large ones; fedkemf_4bit: the
+  same in 4 bits both ways; fedkemf_average: without public data; fedkemf_noise: with smooth random
+  images in place of public ones, which nobody has to hold;
+- fedmd: the same large networks, whose logits travel; its accuracy is that of a knowledge network
+  which learns the final consensus;
+- rafl: members of a supernet in three tiers of budgets, of which the smallest travels;
+  rafl_average: without public data.
 
-"clients" are the means of the clients' own networks on all test images. The last line is one JSON
-object: "fedkemf_bytes_saving" is FedAvg's bytes over FedKEMF's, "fedkemf_4bit_bytes_saving" over
-those of its 4-bit form, "rafl_distillation_gain" the accuracy of rafl minus rafl_average, in
-points.
+"clients" is the mean accuracy of the clients' own networks on all test images. The last line is one
+JSON object: "fedkemf_bytes_saving" is FedAvg's bytes over FedKEMF's, "fedkemf_4bit_bytes_saving"
+over those of its 4-bit form, and "rafl_distillation_gain" the accuracy of rafl minus that of
+rafl_average, in points.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ from jaxfm.tasks.evaluation import evaluate
 
 TASK = classification(10)
 VOTE = coverage_vote(10)
-# Whose server learns at a rate of its own.
+# The algorithms whose server learns at a rate of its own.
 DISTILLED = ("feddf", "feddf_small", "fedkemf", "fedkemf_4bit", "fedkemf_noise", "rafl")
 LAST = 3  # rounds whose mean counts
 
@@ -85,7 +86,7 @@ class Config:
     data_dir: str = option("", "folder with MNIST's idx files; scikit-learn's digits if empty")
     num_rounds: int = option(20, "rounds of each algorithm")
     num_seeds: int = option(2, "partitions and initial weights")
-    only: tuple[str, ...] = option((), "algorithms to run; all if empty")
+    only: tuple[str, ...] = option((), "algorithms to run; if empty, all of them")
     beta: float = option(0.1, "of the Dirichlet distribution of labels")
 
     def __post_init__(self):
@@ -129,11 +130,11 @@ def load(config: Config) -> Work:
 
 
 def contenders(
-    work: Work, rate: float, distil_rate: float, quick: bool
+    work: Work, rate: float, distill_rate: float, quick: bool
 ) -> dict[str, Callable[[], Contender]]:
-    """By name, made when its turn comes."""
+    """The algorithms by name; each is made when its turn comes."""
     local = Local(optax.sgd(rate, momentum=0.9), 20, 3)
-    distil = Distill(optax.adam(distil_rate), 100, 64)
+    distill = Distill(optax.adam(distill_rate), 100, 64)
     width = lambda *hidden: mlp((work.inputs, *hidden, 10))
     small, large, other = width(32), width(256), width(128, 64)
     one, two = np.zeros(work.num_clients, int), np.arange(work.num_clients) % 2
@@ -144,7 +145,7 @@ def contenders(
     )
 
     def kemf(public, bits: int | None = None) -> Contender:
-        algorithm = fed_kemf(small, TASK, local, [large, other], distil, vote=VOTE)
+        algorithm = fed_kemf(small, TASK, local, [large, other], distill, vote=VOTE)
         if bits is not None:
             algorithm = with_compression(algorithm, quantised(bits, block=256), down=bits)
         return Contender(algorithm, small, two, public, True)
@@ -154,10 +155,9 @@ def contenders(
         full = float(net.parameters(net.largest * 1.0))
         limits = full * np.linspace(0.2, 1.0, work.num_clients)
         budget = [Budget("parameters", net.parameters, limits)]
-        members = plan_members(net, large, budget)
-        algorithm = rafl(large, TASK, local, members, distil, vote=VOTE)
+        algorithm = rafl(large, TASK, local, plan_members(net, large, budget), distill, vote=VOTE)
         start = large._replace(init=lambda key: small.init(key))
-        return Contender(algorithm, start, members.assignment, public, True)
+        return Contender(algorithm, start, algorithm.assignment, public, True)
 
     shape = (len(public["image"]), 10)
     by_logits = lambda: fed_md([large, other], TASK, local, local._replace(epochs=1), logits=shape)
@@ -165,10 +165,10 @@ def contenders(
         "fedavg": lambda: Contender(fed_avg(large, TASK, local), large, one, None),
         "fedavg_small": lambda: Contender(fed_avg(small, TASK, local), small, one, None),
         "feddf": lambda: Contender(
-            fed_df(large, TASK, local, distil, vote=VOTE), large, one, public
+            fed_df(large, TASK, local, distill, vote=VOTE), large, one, public
         ),
         "feddf_small": lambda: Contender(
-            fed_df(small, TASK, local, distil, vote=VOTE), small, one, public
+            fed_df(small, TASK, local, distill, vote=VOTE), small, one, public
         ),
         "fedmd": lambda: Contender(by_logits(), small, two, public, True),
         "fedkemf": lambda: kemf(public),
@@ -183,7 +183,7 @@ def contenders(
 
 
 def clients_of(work: Work, config: Config) -> list[Federation]:
-    """A partition a seed, of one shape, so that all seeds share a program."""
+    """One partition for each seed, all of one shape, so that seeds share a compiled program."""
     label = work.private["label"]
     parts = [
         dirichlet(label, work.num_clients, beta=config.beta, seed=seed, min_examples=10)
@@ -200,19 +200,19 @@ def accuracy(model: Model, variables: Variables, examples) -> float:
 
 
 def global_variables(contender: Contender, server, work: Work, seed: int) -> Variables:
-    """The global model's; where only logits travel, those of a network that learned them."""
+    """The variables of the global model, or of a network that learned the logits that travel."""
     if contender.algorithm.model is not None:
         return server.variables
-    distil, key = Distill(optax.adam(2e-3), 1000, 64), jax.random.key(seed)
+    distill, key = Distill(optax.adam(2e-3), 1000, 64), jax.random.key(seed)
     return learn(
-        contender.start, server.variables, TASK, work.public, server.consensus, distil, key
+        contender.start, server.variables, TASK, work.public, server.consensus, distill, key
     )[0]
 
 
 def measure(
     contender: Contender, work: Work, config: Config, federations: list[Federation]
 ) -> dict[str, Any]:
-    """Mean accuracies over seeds, and the bytes of a round."""
+    """Returns mean accuracies over seeds, and the bytes of a round."""
     machines = profiles(work.num_clients)
     people = [Population(f, machines, contender.bucket) for f in federations]
     engine = compile_rounds(
@@ -255,11 +255,11 @@ def measured(config: Config) -> dict[str, Any]:
         else [(rate, own) for rate in (0.02, 0.1) for own in (5e-4, 2e-3)]
     )
     tried = set()
-    for rate, distil_rate in rates:
-        for name, make in contenders(work, rate, distil_rate, config.quick).items():
+    for rate, distill_rate in rates:
+        for name, make in contenders(work, rate, distill_rate, config.quick).items():
             if config.only and name not in config.only:
                 continue
-            own = (name, rate, distil_rate if name in DISTILLED else None)
+            own = (name, rate, distill_rate if name in DISTILLED else None)
             if own in tried:
                 continue
             tried.add(own)

@@ -1,14 +1,16 @@
-"""Bytes and speed of the federated family by shapes, without any training.
+"""Bytes and speed of the federated algorithms, without any training.
 
     python benchmarks/federated_sizes.py
 
 The last line is one JSON object:
 
-- raffm_step_speedup: a training step of the two-layer CNN over one of its half-width tier;
-- adp_latency_speedup: its latency over that of a slice of half of the multiply-adds, batch 32;
-- spatl_vgg11_latency_speedup: the same of VGG-11 and its 60.3 %;
-- published_megabytes: a client's round, both ways, of the papers' networks by algorithm, and
-  what FedKEMF's knowledge network spares.
+- raffm_step_speedup: the time of a training step of the two-layer CNN over that of its half-width
+  tier;
+- adp_latency_speedup: the latency of this CNN over that of a slice of half of its multiply-adds, at
+  batch size 32;
+- spatl_vgg11_latency_speedup: the same for VGG-11 and 60.3 % of its multiply-adds;
+- published_megabytes: what one client sends and receives in a round, for the papers' networks and
+  each algorithm, from shapes; and how much FedKEMF's knowledge network saves.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from jaxfm.data.federation import federate
 from jaxfm.federated import (
     Local,
     Population,
-    adp,
+    channel_gates,
     client_costs,
     fed_avg,
     fed_nova,
@@ -41,10 +43,11 @@ from jaxfm.federated import (
     scaffold,
     spatl,
     top_k,
+    wire_bytes,
     with_compression,
 )
 from jaxfm.federated.accounting.ledger import client_shapes
-from jaxfm.federated.algorithm import wire_bytes
+from jaxfm.federated.algorithms.adp import AdpState, calibrated, extracted
 from jaxfm.model import Variables
 from jaxfm.models.families.cnn import CnnConfig, cnn
 from jaxfm.models.families.resnet import resnet, resnet_config
@@ -62,14 +65,14 @@ VGG_KEEP = 0.603  # share of multiply-adds that SPATL is said to leave of VGG-11
 class Config:
     """What is measured."""
 
-    quick: bool = option(False, "the same: it takes a minute")
+    quick: bool = option(False, "changes nothing: the whole takes a minute")
 
     def __post_init__(self):
         check(self)
 
 
 def seconds(function: Callable, *args, repeats: int = 7) -> float:
-    """The best of several calls of a compiled function, without its compilation."""
+    """The least seconds of several calls of a compiled function, without its compilation."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(*args))
     times = []
@@ -81,7 +84,7 @@ def seconds(function: Callable, *args, repeats: int = 7) -> float:
 
 
 def speeds() -> dict[str, float]:
-    """A training step of tiers, and the latency of a slice, on a network of practical width."""
+    """The speed-ups of a tier's training step and of a slice, for a CNN of practical width."""
     model = cnn(CnnConfig())
     variables = model.init(jax.random.key(0))
     sizes = axis_sizes(variables, model.axes)
@@ -99,10 +102,10 @@ def speeds() -> dict[str, float]:
         variables, model.axes, width(sizes, dict.fromkeys(("conv1", "conv2", "dense"), HALF))
     )
     network = model_network(model, variables, images)
-    made = adp(network, model, TASK, Local(optax.sgd(0.1), 20), target=HALF, rounds=1)
-    server = made.algorithm.init(variables)._replace(round=jnp.int32(1))
-    scores = made.calibrated(server, {"image": images, "label": labels})
-    small = made.extracted(server, scores)
+    gates = channel_gates(network, TASK, batch_size=20, target=HALF, rounds=1)
+    server = AdpState(variables, scores=(), round=jnp.int32(1))
+    scores = calibrated(gates, server, {"image": images, "label": labels})
+    small = extracted(gates, server, scores)
     dense = lambda v, x: model.apply(v, x)[0]
     return {
         "raffm_step_speedup": round(seconds(step, variables) / seconds(step, smallest), 2),
@@ -113,7 +116,7 @@ def speeds() -> dict[str, float]:
 
 
 def vgg_speed() -> float:
-    """Latency of VGG-11 over that of the channels that SPATL would choose of it, batch 32."""
+    """The latency of VGG-11 over that of the channels that SPATL selects, at batch size 32."""
     model = vgg(vgg_config(11, cifar=True))
     variables = model.init(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
@@ -126,9 +129,9 @@ def vgg_speed() -> float:
 
 
 def published_bytes() -> dict[str, Any]:
-    """Megabytes a client and round of the papers' networks, both ways, from shapes alone.
+    """The megabytes of one client's round, both ways, for the papers' networks, from shapes.
 
-    SPATL's are those of freshly drawn weights; FedKEMF's knowledge network is ResNet-20.
+    SPATL's channels are those of freshly drawn weights; FedKEMF's knowledge network is ResNet-20.
     """
     out: dict[str, Any] = {}
     local = Local(optax.sgd(0.01, momentum=0.9), 64)
@@ -171,7 +174,7 @@ def published_bytes() -> dict[str, Any]:
 
 
 def _salient_bytes(algorithm: Any, select: Any, people: Population, variables: Variables) -> int:
-    """Of one upload of a form of SPATL with the channels that the selector takes of `variables`."""
+    """The bytes of one upload of SPATL with the channels that it selects in `variables`."""
     (bucket,), server = algorithm.buckets, jax.eval_shape(algorithm.init, variables)
     shapes, _, _ = jax.eval_shape(bucket.client, *client_shapes(bucket, people, server))
 

@@ -4,7 +4,7 @@
 
 The same clients, batches and starting weights on three sides, in turn, in one process on one core:
 
-- ours: `jaxfm.federated.rounds` with `fed_avg`, one call a round;
+- ours: `jaxfm.federated.compile_rounds` with `fed_avg`, one call for each round;
 - loop: a Python loop over clients and batches with a jitted step, weights donated, pooling by
   reshape, examples on the device or on the host, whichever is faster; and the simple loop that one
   writes first, which donates nothing and averages by `jax.tree.map`;
@@ -44,7 +44,7 @@ from jaxfm.federated.algorithm import Algorithm, Bucket
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import Local, local_fit
 from jaxfm.federated.population import Population
-from jaxfm.federated.rounds import compile_rounds
+from jaxfm.federated.rounds import Rounds, compile_rounds
 from jaxfm.model import Model, Variables
 from jaxfm.models.families.cnn import cnn, mlp
 from jaxfm.parallel.mesh import make_mesh
@@ -121,12 +121,18 @@ def make_work(name: str, data: dict[str, np.ndarray], quick: bool) -> Work:
     return Work(name, mlp(), federate(data, parts), 50)
 
 
-def engine_of(work: Work, algorithm: Algorithm, devices: int = 1, width: int | None = None):
+def engine_of(
+    work: Work, algorithm: Algorithm, devices: int = 1, clients_at_once: int | None = None
+) -> Rounds:
     num_clients = len(work.federation.count)
     people = Population(work.federation, profiles(num_clients), np.zeros(num_clients, np.int32))
     mesh = make_mesh(clients=devices, devices=jax.devices()[:devices])
     return compile_rounds(
-        algorithm, people, cohort_size=work.cohort_size, mesh=mesh, clients_at_once=width
+        algorithm,
+        people,
+        cohort_size=work.cohort_size,
+        mesh=mesh,
+        clients_at_once=clients_at_once,
     )
 
 

@@ -1,11 +1,12 @@
-"""Clients one after another or side by side: a round by width, and on two devices.
+"""Clients one after another or side by side: the time of a round, on one device and on two.
 
     python benchmarks/widths.py [--quick]
 
-`width` is how many clients the engine trains at a time under vmap on one device; the devices are
-host devices, one core each. The rule of `jaxfm.federated.rounds.default_width` is based on these
-figures: medians over rounds, taken in turn. The last line is one JSON object, [processor, wall]
-seconds a round; a ratio above 1 says that one client at a time is faster.
+A width is how many clients the engine trains at once under vmap on one device
+(`compile_rounds(clients_at_once=)`); the devices are host devices, one core each.
+`jaxfm.federated.rounds.default_clients_at_once` is based on these figures: medians over rounds,
+taken in turn. The last line is one JSON object, [processor, wall] seconds of a round; a ratio above
+1 means that one client at a time is faster.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.models.families.cnn import mlp
 from jaxfm.tasks import classification
 
+# (devices, clients at once on each)
 PLANS = {"1": (1, 1), "10": (1, 10), "all": (1, 50), "1, two devices": (2, 1)}
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import federated_table
 import jax
 import numpy as np
+from federated_parts import work as works
+from federated_parts.runs import LAST
+from federated_parts.work import TASK, Work
 
 from accelerator_parts.frame import Case, Figures, Setting, digits, fastest
 from jaxfm.checkpoint import Checkpointer
@@ -30,8 +32,6 @@ from jaxfm.federated import (
 from jaxfm.model import Model
 from jaxfm.tasks.evaluation import evaluate
 
-TASK = federated_table.TASK
-LAST = federated_table.LAST  # rounds whose mean counts
 COLUMNS = ("validation", "test", "own_validation", "own_test")
 SAVE_S = 20.0  # between two checkpoints of a contender
 
@@ -42,18 +42,21 @@ class Contender(NamedTuple):
     Attributes:
       bucket: i32[C].
       public: data of the server's own, or None.
-      personal: its accuracy is that of clients' own networks; there is no global model to look at.
     """
 
     algorithm: Algorithm
     start: Model
     bucket: np.ndarray
     public: Mapping[str, np.ndarray] | None = None
-    personal: bool = False
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether its accuracy is that of clients' own networks, for want of a global model."""
+        return self.algorithm.model is None or self.algorithm.is_personal is not None
 
 
 class Rows(NamedTuple):
-    """Who trains on what, and what accuracies are of; see `federated_table.Work`."""
+    """Who trains on what, and what accuracies are of; see `federated_parts.work.Work`."""
 
     train: Federation
     choice: Federation
@@ -66,19 +69,11 @@ class Rows(NamedTuple):
         return len(self.train.count)
 
 
-def load(work: str, setting: Setting) -> tuple[federated_table.Work, Rows]:
+def load(work: str, setting: Setting) -> tuple[Work, Rows]:
     """The networks and rows of a work of `federated_table`, one partition."""
-    config = table_config(work, setting)
-    loaded = federated_table.load(config)
+    loaded = works.load(work, str(setting.images or ""))
     own = (part[0] for part in (loaded.train, loaded.choice, loaded.own))
     return loaded, Rows(*own, loaded.validation, loaded.test)
-
-
-def table_config(work: str, setting: Setting, **changes: Any) -> federated_table.Config:
-    return federated_table.Config(
-        work=work, data_dir=str(setting.images or ""), num_seeds=1, rates=(setting.rate,),
-        num_rounds=max(federated_table.LAST, setting.num_rounds), **changes,
-    )  # fmt: skip
 
 
 class Entry:
@@ -138,7 +133,7 @@ class Entry:
             evaluate(who.start.apply, state.server.variables, TASK, rows, 250)["accuracy"]
         )
         rows = self.rows
-        both = (np.nan, np.nan) if who.personal else map(whole, (rows.validation, rows.test))
+        both = (np.nan, np.nan) if who.is_personal else map(whole, (rows.validation, rows.test))
         return np.array([*both, each(rows.choice), each(rows.own)], np.float32)
 
     def save(self) -> None:
@@ -264,7 +259,7 @@ def _table(entries: Mapping[str, Entry]) -> Figures:
     names = list(entries)
     base, found = entries[names[0]], {name: entry.figures() for name, entry in entries.items()}
     for name in names[1:]:
-        column = "own_validation" if entries[name].who.personal else "validation"
+        column = "own_validation" if entries[name].who.is_personal else "validation"
         if not base.done or not entries[name].done:
             continue
         both = min(base.done, entries[name].done)

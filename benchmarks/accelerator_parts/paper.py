@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 
-import federated_table
 import numpy as np
 import optax
+from federated_parts.rows import listed_rows
+from federated_parts.work import setting_of
 
 from accelerator_parts import contest
 from accelerator_parts.frame import Case, Figures, Part, Setting
 from jaxfm.federated import Local
 
+ROWS = listed_rows(keep=0.5)
 ALGORITHMS = ("fed_avg", "spatl_personal", "scaffold")
 
 
@@ -26,15 +28,11 @@ def cases(setting: Setting) -> dict[str, Case]:
 
     def make(name: str) -> contest.Contender:
         data = loaded()[0]
-        config = contest.table_config(work, setting, only=ALGORITHMS[1:])
-        factory = federated_table.algorithms(data, config)[name]
         epochs = 1 if setting.dry else data.size.epochs
         local = Local(optax.sgd(setting.rate, momentum=0.9), data.size.batch, epochs)
         everybody = np.zeros(data.size.clients, np.int32)
-        return contest.Contender(
-            factory(data.model, contest.TASK, local), data.model, everybody,
-            personal=name in federated_table.PERSONAL,
-        )  # fmt: skip
+        algorithm = ROWS[name].make(setting_of(data, local, setting.num_rounds))
+        return contest.Contender(algorithm, data.model, everybody)
 
     names = ALGORITHMS[:2] if setting.dry else ALGORITHMS
     table = {name: functools.partial(make, name) for name in names}

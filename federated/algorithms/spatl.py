@@ -183,7 +183,8 @@ def spatl(
         variables = join_variables(moved(encoder, mean(totals.movement)), first)
         return SpatlState(variables, common_variate(state.variate, totals.gain, num_clients)), {}
 
-    return Algorithm(init, (bucket,), server, model, is_personal)
+    trait = None if is_personal is nothing else is_personal
+    return Algorithm(init, (bucket,), server, model, trait)
 
 
 def _bucket(

@@ -1,0 +1,1 @@
+"""The parts of `federated_table.py`: its works, its rows, and what slices of models are worth."""
