@@ -19,7 +19,7 @@ import numpy as np
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.dealing import subsample
 from jaxfm.hub import has_format
-from jaxfm.model import Array, Model, PyTree, Variables
+from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.search.evaluation import Examples, halving, task_problem
 from jaxfm.search.fine_tuning import task_loss
 from jaxfm.search.latency import saved_latency
@@ -28,7 +28,7 @@ from jaxfm.search.strategies.gnn_rl import save_policy, transfer_policy
 from jaxfm.search.strategies.loop import Result, run
 from jaxfm.search.strategies.named import make_strategy, round_evaluations
 from jaxfm.search.strategies.project import Budget, budgets
-from jaxfm.search.strategies.strategy import Problem
+from jaxfm.search.strategies.strategy import Problem, Strategy
 from jaxfm.search.trace.groups import Kept, Network, Scores
 from jaxfm.search.trace.models import model_network
 from jaxfm.tasks import Task
@@ -100,26 +100,19 @@ def select_units(
       policy: for "gnn_rl", parameters to start from (`load_policy`); None starts at random.
       importance: which units of a group stay, one of `jaxfm.search.ranking.KINDS`.
       channel_multiple: groups keep multiples of it, or all units.
-      evaluations: number of candidates that the strategy may try.
+      evaluations: candidates that the strategy may try.
       finalists: how many of the best candidates are judged again, on 4 and 16 times the rows; 0
         takes the best one as it is.
-      score_repaired: score candidates after least squares, which is slower but predicts the final
-        accuracy better.
-      batch_size: examples per batch.
-      seed: seed of the search.
-      folder: where checkpoints, the latency table and the policy of "gnn_rl" are kept; a search
-        that was stopped goes on from there. None keeps nothing.
+      score_repaired: score after least squares: slower, but it predicts the final accuracy better.
+      batch_size, seed: examples per batch; of the search.
+      folder: for checkpoints, from which a stopped search goes on, the latency table and the
+        policy of "gnn_rl"; None keeps nothing.
       log: takes lines that say what happens.
     Raises:
       ValueError: no budget, one that cannot be met, or an unknown name.
     """
-    prepare = lambda count: task.prepare(first_rows(rows.calibration, count), None)[0]
-    inputs = prepare(batch_size)
-    # A config of a model's family states one size for all heads.
-    whole = ("qk_dim", "v_dim") if has_format(model) else ()
-    network = model_network(model, variables, inputs, whole=whole)
-    if network.unknown:
-        log(f"Primitives without a rule freeze what they touch: {network.unknown}.")
+    inputs = task.prepare(first_rows(rows.calibration, batch_size), None)[0]
+    network = _network(model, variables, inputs, log)
     limits = _limits(network, variables, inputs, shares, folder, log)
     scores = _importance(
         network, model, variables, task, rows, importance, inputs, batch_size, seed
@@ -138,14 +131,29 @@ def select_units(
     evaluations = round_evaluations(strategy, chosen, evaluations)
     log(f"{len(network.groups)} groups; {strategy} tries {evaluations} candidates.")
     start = time.perf_counter()
-    with _checkpoints(folder) as checkpoints:
-        key = jax.random.key(seed + 2)
-        result = run(problem, chosen, evaluations, key, checkpoints=checkpoints, every=4)
+    result = _run(problem, chosen, evaluations, jax.random.key(seed + 2), folder)
     if strategy == "gnn_rl" and folder is not None:
-        policy = transfer_policy(result.state.strategy)
-        save_policy(pathlib.Path(folder) / "policy.safetensors", policy)
+        path = pathlib.Path(folder) / "policy.safetensors"
+        save_policy(path, transfer_policy(result.state.strategy))
     kept = keep(order, _best(result, rows, judged_on, finalists))
     return Selection(network, kept, result, time.perf_counter() - start)
+
+
+def _network(
+    model: Model, variables: Variables, inputs: PyTree, log: Callable[[str], None]
+) -> Network:
+    # A config of a model's family states one size for all heads.
+    whole = ("qk_dim", "v_dim") if has_format(model) else ()
+    network = model_network(model, variables, inputs, whole=whole)
+    if network.unknown:
+        log(f"Primitives without a rule freeze what they touch: {network.unknown}.")
+    return network
+
+
+def _run(problem: Problem, strategy: Strategy, evaluations: int, key: Key, folder) -> Result:
+    """The search, from its last checkpoint in the folder if there is one."""
+    with _checkpoints(folder) as checkpoints:
+        return run(problem, strategy, evaluations, key, checkpoints=checkpoints, every=4)
 
 
 def first_rows(examples: Examples, count: int) -> dict[str, Any]:
