@@ -7,12 +7,16 @@ BIN = $(VENV)/bin
 # Files of tests side by side; compiling, which is most of their time, takes one core each.
 WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile
+# Files of tests that compile little.
+FAST = $(addprefix tests/,core/test_imports.py core/test_config.py core/test_options.py \
+	core/test_log.py core/test_report.py core/test_tokenizer.py core/test_data_partition.py \
+	core/test_data_text.py parallel/test_stop.py parallel/simulation/test_simulator.py)
 SETUP = command -v $(PYTHON) > /dev/null || { \
 	echo "jaxfm: there is no $(PYTHON) here: install Python 3.11 or newer, or name yours, as in \`make PYTHON=python3.12 ...\`." >&2; exit 1; }; \
 	$(PYTHON) tools/bootstrap.py --venv $(VENV)
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test test-all smoke lint format types bench clean
+.PHONY: help venv demo test test-all test-fast smoke lint format types bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,6 +34,10 @@ test:  ## all but the slow tests (ARGS="-k name" picks, WORKERS=1 takes less mem
 test-all:  ## all tests
 	@$(SETUP) --parity
 	$(PYTEST) -m "" $(ARGS)
+
+test-fast: venv  ## the inner loop: one small test of each part, and the files that compile little
+	$(BIN)/pytest -n $(WORKERS) -m smoke $(ARGS)
+	$(PYTEST) $(FAST) $(ARGS)
 
 smoke: venv  ## one small test of each part
 	$(BIN)/pytest -m smoke $(ARGS)
