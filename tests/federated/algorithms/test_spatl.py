@@ -90,6 +90,11 @@ def test_all_channels_without_transfer_are_scaffold():
     assert info.spent.bytes_up.sum() == CLIENTS * (costs[0].bytes_up + 20 / 8)
 
 
+def test_the_algorithm_tells_what_stays_with_clients():
+    assert make(everything(NET)).is_personal is HEAD
+    assert make(everything(NET), is_personal=nothing).is_personal is None
+
+
 @pytest.fixture(scope="module")
 def half():
     select = saliency(NET, {"macs": 0.5})
