@@ -9,6 +9,7 @@ a slice that is compiled already, without.
 from __future__ import annotations
 
 import functools
+import pathlib
 import time
 
 import jax
@@ -35,71 +36,92 @@ def make_race(setting: Setting) -> Race:
     return race(model, variables, x, jnp.asarray(labels), number)
 
 
+def choose_width(race: Race, widths: tuple[int, ...], setting: Setting, note) -> Figures:
+    """Candidates side by side, chosen by seconds a candidate."""
+    seconds: dict[int, float] = {}
+    for width in widths:
+        counts = race.counts[: max(width, 16)]
+        run = masked_scores(race, width)
+        try:
+            seconds[width] = median_seconds(lambda: run(counts), 3) / len(counts)  # noqa: B023
+        except jax.errors.JaxRuntimeError as error:  # too wide for the memory
+            print(f"{width} candidates side by side fail: {str(error)[:200]}", flush=True)
+            continue
+        figures = {"ms_a_candidate": {str(w): digits(1e3 * s) for w, s in seconds.items()}}
+        note(figures)
+        setting.clock.check(0.0)
+    return {"chosen": fastest(seconds)} | figures
+
+
+def score_all(
+    race: Race, width: int, chunk: int, state: pathlib.Path, setting: Setting, note
+) -> Figures:
+    """All candidates by the masked program; the seconds of the first chunk hold the compilation.
+
+    Args:
+      chunk: candidates of a call.
+      state: the file that scores are kept in.
+    """
+    scores, seconds = np.zeros(0, np.float32), 0.0
+    if state.exists():
+        with np.load(state) as stored:
+            scores, seconds = stored["scores"], float(stored["seconds"])
+    run = masked_scores(race, width)
+    figures = lambda: {
+        "scored": len(scores),
+        "seconds": digits(seconds),
+        "candidates_per_s": digits(len(scores) / seconds),
+    }
+    while len(scores) < len(race.counts):
+        began = time.perf_counter()
+        rows = race.counts[len(scores) : len(scores) + chunk]
+        padded = jnp.pad(rows, ((0, chunk - len(rows)), (0, 0)), mode="edge")
+        new = np.asarray(run(padded))[: len(rows)]
+        taken = time.perf_counter() - began
+        scores, seconds = np.concatenate([scores, new]), seconds + taken
+        np.savez(state, scores=scores, seconds=seconds)
+        note(figures())
+        setting.clock.check(0.0 if len(scores) == len(race.counts) else taken)
+    return figures()
+
+
+def score_slices(race: Race, number: int, expected: np.ndarray, setting: Setting) -> Figures:
+    """The first candidates, cut out; their scores must be those of the masks."""
+    first, again, gaps = [], [], []
+    for row, masked_score in zip(np.asarray(race.counts)[:number], expected, strict=False):
+        began = time.perf_counter()
+        run = sliced_score(race, row)
+        found = float(run())
+        first.append(time.perf_counter() - began)
+        again.append(median_seconds(run, 5))
+        gaps.append(abs(found - float(masked_score)))
+        setting.clock.check(0.0)
+    if max(gaps) > LARGEST_GAP:
+        raise AssertionError(f"Slices score otherwise than masks, by up to {max(gaps)}.")
+    return {
+        "candidates": len(first),
+        "seconds_each": digits(float(np.mean(first))),
+        "seconds_each_compiled_before": digits(float(np.mean(again))),
+        "largest_difference_of_scores": digits(max(gaps)),
+    }
+
+
 def cases(setting: Setting) -> dict[str, Case]:
     made = functools.cache(lambda: make_race(setting))
     widths = (1, 8) if setting.dry else (1, 16, 64, 256)
-    chunk, alone = (32, 2) if setting.dry else (1024, 6)
+    chunk, some = (32, 2) if setting.dry else (1024, 6)
     state = setting.folder / "part6_scores.npz"
 
     def side_by_side(done, note) -> Figures:
-        """Candidates at a time, chosen by seconds a candidate."""
-        seconds: dict[int, float] = {}
-        for width in widths:
-            counts = made().counts[: max(width, 16)]
-            run = masked_scores(made(), width)
-            seconds[width] = median_seconds(lambda: run(counts), 3) / len(counts)  # noqa: B023
-            note({"ms_a_candidate": {str(w): digits(1e3 * s) for w, s in seconds.items()}})
-            setting.clock.check(0.0)
-        return {
-            "chosen": fastest(seconds),
-            "ms_a_candidate": {str(w): digits(1e3 * s) for w, s in seconds.items()},
-        }
+        return choose_width(made(), widths, setting, note)
 
     def masked(done, note) -> Figures:
-        """All candidates, in chunks; the seconds of the first hold the compilation."""
-        counts, scores, seconds = made().counts, np.zeros(0, np.float32), 0.0
-        if state.exists():
-            with np.load(state) as stored:
-                scores, seconds = stored["scores"], float(stored["seconds"])
-        run = masked_scores(made(), done["side_by_side"]["chosen"])
-        figures = lambda: {
-            "scored": len(scores),
-            "seconds": digits(seconds),
-            "candidates_per_s": digits(len(scores) / seconds),
-        }
-        while len(scores) < len(counts):
-            began = time.perf_counter()
-            rows = counts[len(scores) : len(scores) + chunk]
-            padded = jnp.pad(rows, ((0, chunk - len(rows)), (0, 0)), mode="edge")
-            new = np.asarray(run(padded))[: len(rows)]
-            taken = time.perf_counter() - began
-            scores, seconds = np.concatenate([scores, new]), seconds + taken
-            np.savez(state, scores=scores, seconds=seconds)
-            note(figures())
-            setting.clock.check(0.0 if len(scores) == len(counts) else taken)
-        return figures()
+        return score_all(made(), done["side_by_side"]["chosen"], chunk, state, setting, note)
 
     def one_by_one(done, note) -> Figures:
-        """Some of the same candidates, cut out; their scores must be those of the masks."""
         with np.load(state) as stored:
             expected = stored["scores"]
-        first, again, gaps = [], [], []
-        for row, masked_score in zip(np.asarray(made().counts)[:alone], expected, strict=False):
-            began = time.perf_counter()
-            run = sliced_score(made(), row)
-            found = float(run())
-            first.append(time.perf_counter() - began)
-            again.append(median_seconds(run, 5))
-            gaps.append(abs(found - float(masked_score)))
-            setting.clock.check(0.0)
-        if max(gaps) > LARGEST_GAP:
-            raise AssertionError(f"Slices score otherwise than masks, by up to {max(gaps)}.")
-        return {
-            "candidates": len(first),
-            "seconds_each": digits(float(np.mean(first))),
-            "seconds_each_compiled_before": digits(float(np.mean(again))),
-            "largest_difference_of_scores": digits(max(gaps)),
-        }
+        return score_slices(made(), some, expected, setting)
 
     return {
         "side_by_side": Case(side_by_side, 60),
