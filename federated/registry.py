@@ -276,5 +276,7 @@ def last_layer(model: Model) -> IsPersonal:
         kind = name.rstrip("0123456789")
         return kind, int(name[len(kind) :] or 0)
 
-    names = sorted(jax.eval_shape(model.init, jax.random.key(0)).params, key=place)
-    return head if {"head", "classifier"} & set(names) else under(names[-1])
+    params = jax.eval_shape(model.init, jax.random.key(0)).params
+    is_map = lambda part: any(leaf.ndim > 1 for leaf in jax.tree.leaves(part))  # no norm
+    names = sorted([name for name in params if is_map(params[name])] or params, key=place)
+    return head if {"head", "classifier"} & params.keys() else under(names[-1])

@@ -123,7 +123,7 @@ def compile_rounds(
     """
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
     at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
-    _check_options(num_rounds, drop_rate, at_once)
+    _check_options(mesh, num_rounds, drop_rate, at_once)
     check = functools.partial(
         check_population,
         num_buckets=len(algorithm.buckets),
@@ -377,7 +377,9 @@ def _slots(
     return math.ceil(per_device / at_once) * at_once * devices, at_once
 
 
-def _check_options(num_rounds: int, drop_rate: float, at_once: int | None) -> None:
+def _check_options(mesh: Mesh, num_rounds: int, drop_rate: float, at_once: int | None) -> None:
+    if "clients" not in mesh.shape:
+        raise ValueError(f"The mesh needs an axis 'clients'; it has {dict(mesh.shape)}.")
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be at least 1, got {num_rounds}.")
     if not 0 <= drop_rate < 1:
