@@ -83,11 +83,13 @@ def averaging_bucket(
     """
     loss = objective(model, task)
 
-    def fit(download: Variables, *rest):
-        hook = grad_hook_at(download) if grad_hook_at else None
-        return local_fit(loss, local, hook)(download, *rest)
+    fit = local_fit(loss, local)  # which refuses settings out of range, with a hook or without
 
-    return Bucket(model, send_variables, averaging_client(fit))
+    def bent(download: Variables, *rest):
+        assert grad_hook_at is not None
+        return local_fit(loss, local, grad_hook_at(download))(download, *rest)
+
+    return Bucket(model, send_variables, averaging_client(bent if grad_hook_at else fit))
 
 
 def send_variables(server, public) -> Variables:
