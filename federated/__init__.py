@@ -60,6 +60,7 @@ from jaxfm.federated.averaging import (
 from jaxfm.federated.client import client_data, client_key, python_round, run_client
 from jaxfm.federated.cohort import Cohort, RoundInfo, Status, draw
 from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.outcome import NothingLearned
 
 # Partitions of the parameter tree.
 from jaxfm.federated.partition import (
@@ -109,6 +110,7 @@ __all__ = [
     "Local",
     "Mean",
     "Movement",
+    "NothingLearned",
     "Placement",
     "Plan",
     "Population",

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -26,11 +25,20 @@ from jax.sharding import Mesh
 
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.dealing import Data, subsample
-from jaxfm.federated.accounting.ledger import client_work, first_downloads, round_costs
 from jaxfm.federated.accounting.metrics import client_metrics, global_metrics, three_metrics
-from jaxfm.federated.accounting.resources import simulated
 from jaxfm.federated.algorithm import Algorithm
-from jaxfm.federated.cohort import RoundInfo, Status
+from jaxfm.federated.outcome import (
+    Account,
+    add_round,
+    check_progress,
+    check_reports,
+    left_out,
+    no_account,
+    numbers,
+    say_line,
+    totals_by_name,
+    warn,
+)
 from jaxfm.federated.placement import Placement, place
 from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared
@@ -38,22 +46,7 @@ from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Variables
 
-TOTALS = ("bytes_down", "bytes_up", "flops", "selected", "reported", "seconds", "joules")
 _EVAL_BATCH = 32
-
-
-class Account(NamedTuple):
-    """What a run adds up over its rounds; saved with its state.
-
-    Attributes:
-      totals: f64, of all clients, in the order of `TOTALS`; time and energy are 0 without machines.
-      served: bool[C], who has been drawn, and so holds the frozen parameters.
-      failures: i64[C], updates of each client that were not finite.
-    """
-
-    totals: np.ndarray
-    served: np.ndarray
-    failures: np.ndarray
 
 
 class TrainedRun(NamedTuple):
@@ -62,8 +55,9 @@ class TrainedRun(NamedTuple):
     Attributes:
       state: of the engine.
       placement: who trained what.
-      totals: of all clients: "bytes_down", "bytes_up", "flops", "selected" and "reported" clients;
-        with machines "seconds" and "joules", too.
+      totals: of all clients: "bytes_down", "bytes_up", "flops"; how many were "selected", and of
+        these "reported", were "absent" or sent an update that was "non_finite"; with machines
+        "seconds" and "joules", too.
       history: a dict of figures for each round of this call, with its number as "round".
       test: the three metrics on the test sets, by name.
       buckets: by bucket, the metrics of its model on the global test set; where its clients have
@@ -114,6 +108,8 @@ def train(
       run_dir: folder for metrics and checkpoints; None: nothing is written.
     Raises:
       ValueError: settings out of range, or no variables where the algorithm has no global model.
+      NothingLearned: no update of a whole stretch between two evaluations was finite, the global
+        model is not finite, or nobody reported in the whole run.
     """
     _check(num_rounds, eval_every)
     if isinstance(algorithm, Prepared):
@@ -144,8 +140,9 @@ def train(
     test, buckets, clients = final_metrics(
         algorithm, state, data, placement.bucket, measure, test_examples
     )
-    names = TOTALS[:5] if placement.machines is None else TOTALS
-    totals = dict(zip(names, account.totals.tolist()))
+    totals = totals_by_name(account, placement)
+    if sentence := left_out(totals, account.failures, data.names):
+        print(sentence)
     return TrainedRun(
         state=state, placement=placement, totals=totals, history=history, test=test,
         buckets=buckets, clients=clients, failures=account.failures,
@@ -174,53 +171,26 @@ def _play(
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:
             log.write(0, watch(state=state))
+        evaluated = account
         for number in progress(range(done + 1, num_rounds + 1), "rounds"):
             state, info = engine.run(state)
             info = jax.device_get(info)
             account, line = add_round(account, placement, info)
-            _warn(number, info, data.names)
+            warn(number, info, data.names)
             is_due = number % eval_every == 0 or number == num_rounds
             line |= watch(state=state) if is_due else {}
             history.append({"round": float(number)} | line)
             if log is not None:
                 log.write(number, line)
-            if checkpoints is not None and is_due:
+            if not is_due:
+                continue
+            say_line(number, num_rounds, line)
+            check_progress(number, evaluated, account, state.server.variables, data.names)
+            evaluated = account
+            if checkpoints is not None:
                 checkpoints.save(number, (state, account))
+    check_reports(account)
     return state, account, history
-
-
-def no_account(num_clients: int) -> Account:
-    """The account before the first round."""
-    return Account(
-        totals=np.zeros(len(TOTALS)),
-        served=np.zeros(num_clients, bool),
-        failures=np.zeros(num_clients, np.int64),
-    )
-
-
-def add_round(
-    account: Account, placement: Placement, info: RoundInfo
-) -> tuple[Account, dict[str, float]]:
-    """Adds one round to the account; returns it and the round's line of the log."""
-    costs, bucket = placement.costs, placement.bucket
-    first, served = first_downloads(info, bucket, account.served, len(costs))
-    spent = round_costs(costs, info, first)
-    spent |= {"selected": float(info.selected.sum()), "reported": float(info.counted.sum())}
-    spent |= {"seconds": 0.0, "joules": 0.0}
-    if placement.machines is not None:
-        spent |= simulated(placement.machines, client_work(costs, bucket, info))
-    failures = account.failures.copy()
-    failures[info.cohort.client[info.cohort.status == Status.NON_FINITE]] += 1
-    totals = account.totals + np.array([spent[name] for name in TOTALS])
-    line = {
-        "train/loss": float(info.loss_total.sum()) / max(float(info.loss_count.sum()), 1.0),
-        "clients/reported": float(info.counted.sum()),
-        "clients/non_finite": float(info.non_finite.sum()),
-        "clients/steps": float(info.spent.steps.sum()),
-    }
-    names = TOTALS if placement.machines is not None else TOTALS[:5]
-    line |= {f"total/{name}": value for name, value in zip(names, totals.tolist())}
-    return Account(totals, served, failures), line
 
 
 def validation(
@@ -280,17 +250,15 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
     placement, totals = result.placement, result.totals
     machines = mix or ("",)
     return {
-        "test": result.test,
+        "test": numbers(result.test),
         "tiers": [
-            {"clients": int((placement.bucket == b).sum())}
-            | cost._asdict()
-            | {metric: _number(value) for metric, value in metrics.items()}
+            {"clients": int((placement.bucket == b).sum())} | cost._asdict() | numbers(metrics)
             for b, (cost, metrics) in enumerate(zip(placement.costs, result.buckets, strict=True))
         ],
         "totals": totals,
         "full_model": {
             "bytes_down": totals["selected"] * full_bytes,
-            "bytes_up": totals["reported"] * full_bytes,
+            "bytes_up": (totals["reported"] + totals["non_finite"]) * full_bytes,
         },
         "clients": [
             {
@@ -299,7 +267,7 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
                 "bucket": int(placement.bucket[i]),
                 "machine": machines[i % len(machines)],
                 "non_finite": int(result.failures[i]),
-                "test": {metric: _number(x[i]) for metric, x in result.clients.items()},
+                "test": numbers({metric: x[i] for metric, x in result.clients.items()}),
             }
             for i, name in enumerate(data.names)
         ],
@@ -312,18 +280,6 @@ def _on_server(
     return global_metrics(
         algorithm, state, data.task, examples, batch_size=_EVAL_BATCH, bucket=bucket
     )
-
-
-def _warn(number: int, info: RoundInfo, names: tuple[str, ...]) -> None:
-    """Names the clients whose update was left out, on standard error."""
-    failed = np.asarray(info.cohort.client)[np.asarray(info.cohort.status) == Status.NON_FINITE]
-    if len(failed):
-        who = ", ".join(names[i] for i in failed[:8]) + (", ..." if len(failed) > 8 else "")
-        print(
-            f"Round {number}: the updates of {len(failed)} clients were not finite and were left "
-            f"out: {who}.",
-            file=sys.stderr,
-        )
 
 
 def _start(algorithm: Algorithm, seed: int) -> Variables:
@@ -341,8 +297,3 @@ def _check(num_rounds: int, eval_every: int) -> None:
 def _mean(values: np.ndarray) -> float:
     some = values[~np.isnan(values)]
     return float(some.mean()) if some.size else float("nan")
-
-
-def _number(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return None if np.isnan(value) else float(value)

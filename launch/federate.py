@@ -33,6 +33,7 @@ from jaxfm.cost import num_bytes
 from jaxfm.data.dealing import Data
 from jaxfm.federated import Local, Prepared, TrainedRun, fleet, prepare
 from jaxfm.federated.local import UNLIMITED_STEPS
+from jaxfm.federated.outcome import NothingLearned
 from jaxfm.federated.placement import describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
@@ -107,9 +108,18 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
 
 
 def run(config: Any) -> pathlib.Path:
-    """One algorithm with one seed; returns the path of its report."""
+    """One algorithm with one seed; returns the path of its report.
+
+    Raises:
+      NothingLearned: as `jaxfm.federated.train`; the report says so, too.
+    """
     run_dir = open_run(config, config.run_dir)
-    result = train(config, *ready(config))
+    try:
+        result = train(config, *ready(config))
+    except NothingLearned as error:
+        save_results(run_dir, "stopped", {"algorithm": config.algorithm, "why": str(error)})
+        print(f"report: {write_report(run_dir)}")
+        raise
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
     return write_report(run_dir)
@@ -120,7 +130,10 @@ def main(config: Any) -> None:
     use_cores(config.cohort_size)
     for name in config.compare:
         ready(one_of(config, name, config.seed))  # raises before the first of them has run
-    print(f"report: {compare(config, run) if config.compare else run(config)}")
+    try:
+        print(f"report: {compare(config, run) if config.compare else run(config)}")
+    except NothingLearned as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from jaxfm.report.sections import (
 )
 
 
+@section("stopped", order=5, title="A federated run that stopped")
+def stopped(part: Mapping) -> list[Html]:
+    """Shows why a run stopped before its last round."""
+    return [heading(f"{part['algorithm']} learned nothing", part["why"])]
+
+
 @section("federate", order=10, title="A federated run")
 def clients(part: Mapping) -> list[Html]:
     """Shows the three metrics, the tiers, the bytes on the wire and the sizes of clients."""
