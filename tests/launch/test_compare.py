@@ -176,7 +176,8 @@ def test_what_travels_narrow_is_fewer_bytes(tmp_path):
 def test_the_full_model_is_the_same_for_every_algorithm(algorithm):
     data, model, (made, _, placement) = on_two_machines(algorithm)
     trained = TrainedRun(
-        state=None, placement=placement, totals={"selected": 3.0, "reported": 2.0, "non_finite": 0.0}, history=[],
+        state=None, placement=placement, history=[],
+        totals={"selected": 3.0, "reported": 2.0, "non_finite": 0.0},
         test={}, buckets=[{"accuracy": float("nan")}] * len(made.buckets), clients={},
         failures=np.zeros(6, int),
     )  # fmt: skip
