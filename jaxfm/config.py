@@ -57,9 +57,16 @@ from jaxfm.plain_types import convert, is_config, parse, show, suggest, to_json,
 T = TypeVar("T")
 
 
-def option(default: T, help: str) -> T:
-    """A config field with its default and the line that --help shows (say the unit)."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: T, help: str, *, repeat: bool = False) -> T:
+    """A config field with its default and the line that --help shows (say the unit).
+
+    Args:
+      default: of the field.
+      help: the line.
+      repeat: for a tuple[str, ...] of any strings: each --name=text on the command line adds one
+        string, exactly as it was written. Without it one text holds all strings, with commas.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "repeat": repeat})
 
 
 def section(default: T, choice: str | tuple[str, ...], value: str | tuple[str, ...]) -> T:
@@ -109,7 +116,7 @@ def override(config: T, *assignments: str) -> T:
             hint = f"{type(config).__name__} has no {name!r}. {suggest(name, known, helps=helps)}"
             raise ValueError(renamed(type(config), name) or hint)
         leaf = known[name]
-        put(values, leaf.name, parse(leaf.annotation, text, leaf.name))
+        put(values, leaf.name, [text] if leaf.repeat else parse(leaf.annotation, text, leaf.name))
     return from_dict(type(config), values)
 
 
@@ -145,8 +152,11 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
       TypeError: a field is of a type that has no textual form.
     """
     for name, leaf in by_name(cls).items():
+        flag: flags.Flag
         if leaf.annotation is bool:
-            flag: flags.Flag = flags.BooleanFlag(name, None, leaf.help)
+            flag = flags.BooleanFlag(name, None, leaf.help)
+        elif leaf.repeat:
+            flag = flags.MultiFlag(flags.ArgumentParser(), None, name, None, leaf.help)
         else:
             flag = flags.Flag(_Parser(leaf), None, name, None, leaf.help)
         flags.DEFINE_flag(flag, flag_values, module_name=sys.argv[0])
@@ -230,7 +240,8 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
             current = head
         required = leaf.default is dataclasses.MISSING
         default = "required" if required else show(leaf.default)
-        lines.append(f"  --{leaf.name}={default}  ({type_name(leaf.annotation)})")
+        kind = "str, once for each" if leaf.repeat else type_name(leaf.annotation)
+        lines.append(f"  --{leaf.name}={default}  ({kind})")
         lines += textwrap.wrap(leaf.help, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if hidden:
         others = f"--help=all shows the options of {', '.join(hidden)}, too."

@@ -33,6 +33,7 @@ class Leaf(NamedTuple):
       help: the line for --help.
       owner: the class that has the field.
       choice: what its section needs; None: it is always read.
+      repeat: it is a tuple, and each flag of it is one item, as it was written.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Leaf(NamedTuple):
     help: str
     owner: type
     choice: Choice | None
+    repeat: bool = False
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field, Any]]:
@@ -77,8 +79,8 @@ def leaves(
         type_name(annotation)  # raises for a type without a text
         if field.metadata.get("required"):
             annotation, default = unpack_optional(annotation)[0], dataclasses.MISSING
-        help = field.metadata.get("help", "")
-        yield Leaf(prefix + field.name, annotation, default, help, cls, choice)
+        help, repeat = field.metadata.get("help", ""), field.metadata.get("repeat", False)
+        yield Leaf(prefix + field.name, annotation, default, help, cls, choice, repeat)
     for arguments in nested:
         yield from leaves(*arguments)
 

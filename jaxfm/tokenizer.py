@@ -9,10 +9,12 @@ byte-level tokenizers decode(encode(text)) == text.
 """
 
 import json
+import operator
 import re
+import reprlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,17 +68,16 @@ class ByteTokenizer:
         return characters | {token: 256 + n for n, token in enumerate(SPECIAL_TOKENS)}
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(utf8(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
+          TypeError: an id that is no whole number.
           ValueError: an id that is not in 0..259.
         """
-        ids = [int(token) for token in ids]
-        if wrong := [token for token in ids if not 0 <= token < self.vocab_size]:
-            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}; got {wrong[0]}.")
+        ids = token_ids(ids, "Token ids", self.vocab_size)
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
     def token_bytes(self) -> list[bytes]:
@@ -103,24 +104,66 @@ class HuggingFaceTokenizer:
         self.eos_id: int | None = inner.eos_token_id
         self.pad_id: int | None = inner.pad_token_id
         self.mask_id: int | None = inner.mask_token_id
-        self.special_ids = frozenset(inner.all_special_ids)
+        spec = json.loads(inner.backend_tokenizer.to_str())
+        special = [token["id"] for token in spec["added_tokens"] if token["special"]]
+        self.special_ids = frozenset([*inner.all_special_ids, *special])
 
     def encode(self, text: str) -> list[int]:
+        utf8(text)
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        ids = [int(token) for token in ids]
+        ids = token_ids(ids, "Token ids", self.vocab_size)
         return self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_bytes(self) -> list[bytes]:
-        spec = json.loads(self.inner.backend_tokenizer.to_str())
-        added = {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
-        to_bytes = _token_reader(spec.get("decoder"))
+        plain = {token: i for token, i in self.vocab.items() if i not in self.special_ids}
+        to_bytes = _token_reader(self.inner.backend_tokenizer, plain)
         table = [b""] * self.vocab_size
-        for token, number in self.vocab.items():
-            if number not in self.special_ids:
-                table[number] = added[number] if number in added else to_bytes(token)
+        for token, number in plain.items():
+            table[number] = to_bytes(token)
         return table
+
+
+def utf8(text: str) -> bytes:
+    """Returns the bytes of a text.
+
+    Raises:
+      TypeError: it is no string.
+      ValueError: it holds half a surrogate pair, which stands for no character.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A text must be a string, got {reprlib.repr(text)}.")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text has half a surrogate pair, {text[error.start]!r}, at place {error.start}; "
+            "it stands for no character."
+        ) from None
+
+
+def token_ids(values: Iterable[int], what: str, vocab_size: int) -> list[int]:
+    """Returns ids as a list of int.
+
+    Args:
+      values: a sequence or an array of one axis.
+      what: they are, for the message.
+      vocab_size: ids are below this.
+    Raises:
+      TypeError: no such sequence, or ids that are no whole numbers.
+      ValueError: an id outside the vocabulary.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        ids = [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(
+            f"{what} must be a sequence of whole numbers, got {reprlib.repr(values)}."
+        ) from None
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"{what} must be in 0..{vocab_size - 1}; got {wrong[0]}.")
+    return ids
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
@@ -277,22 +320,30 @@ def _byte_characters() -> list[str]:
     return [characters[byte] for byte in range(256)]
 
 
-def _token_reader(decoder: dict | None) -> Callable[[str], bytes]:
-    """Returns how a tokenizer's decoder turns the written form of a token into bytes."""
-    parts = (decoder or {}).get("decoders", [decoder or {}])
-    kinds = {part.get("type") for part in parts}
+def _token_reader(backend: Any, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
+    """Returns how a tokenizer's decoder turns the written form of one of its tokens into bytes."""
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     if "ByteLevel" in kinds:
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-        return lambda token: bytes(byte_of[character] for character in token)
-    if "WordPiece" in kinds:
-        return lambda token: token[2:].encode() if token.startswith("##") else f" {token}".encode()
+        spelled = lambda token: all(character in byte_of for character in token)
+        return lambda token: (
+            bytes(byte_of[character] for character in token) if spelled(token) else token.encode()
+        )
+    if "ByteFallback" in kinds:
 
-    def sentencepiece(token: str) -> bytes:
-        if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
-            return bytes.fromhex(byte[1])
-        return token.replace("\u2581", " ").encode()
+        def sentencepiece(token: str) -> bytes:
+            if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
+                return bytes.fromhex(byte[1])
+            return token.replace("\u2581", " ").encode()
 
-    return sentencepiece
+        return sentencepiece
+    # Of all others, what a token adds after some other token.
+    first = min(tokens.values(), default=0)
+    before = backend.decode([first])
+    after = backend.decode_batch([[first, number] for number in tokens.values()])
+    added = {token: text.removeprefix(before) for token, text in zip(tokens, after, strict=True)}
+    return lambda token: added[token].encode()
 
 
 def _first_line(error: Exception) -> str:

@@ -69,7 +69,7 @@ class GenerateConfig:
     min_p: float | None = option(
         None, "draw among tokens of at least this share of the largest probability"
     )
-    stop: tuple[str, ...] = option((), "strings that end the text")
+    stop: tuple[str, ...] = option((), "a string that ends the text", repeat=True)
     report: str = option("", "file for a picture of what each stage of a pipe did in each tick")
     ticks: int = option(16, "passes between two pieces of output")
     seed: int = option(0, "seed of the random draws")

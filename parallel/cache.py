@@ -318,7 +318,7 @@ def prefill(
       tokens: i32[B, P], right-padded.
       length: i32[B].
       cells: S of the cache, at least P.
-      chunk: tokens a pass, to bound the memory of the scores; a divisor of P. None: all at once.
+      chunk: tokens a pass, to bound the memory of the scores; None: all at once.
     """
     batch, width = tokens.shape
     cache = init_cache(lm, variables, batch, cells)
@@ -327,9 +327,13 @@ def prefill(
     if chunk is None or chunk >= width:
         return read(lm, variables, cache, line(tokens, start, live, cells), empty=True)[1]
 
+    chunks = -(-width // chunk)
+    to_whole = lambda x: jnp.pad(x, ((0, 0), (0, chunks * chunk - width)))
+    tokens, live = to_whole(tokens), to_whole(live)
+
     def body(i, cache: Cache) -> Cache:
         part = lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
         block = line(part(tokens), start + i * chunk, part(live), cells)
         return read(lm, variables, cache, block)[1]
 
-    return lax.fori_loop(0, width // chunk, body, cache)
+    return lax.fori_loop(0, chunks, body, cache)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +30,13 @@ from jaxfm.parallel.requests import (
     bucket,
     check_room,
     check_tokenizers,
+    listed_stops,
     make_rules,
     make_sampling,
     make_text,
     per_request,
     prompt_ids,
+    whole_number,
 )
 from jaxfm.parallel.stop import HIT, Detokenizer
 from jaxfm.parallel.verification import Rules, Stats, Text
@@ -89,7 +91,7 @@ def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generation
 
 def stream(
     decoder: Decoder,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any],
     *,
     max_new_tokens: int | Sequence[int] = 64,
     temperature: float | Sequence[float] = 0.0,
@@ -97,8 +99,8 @@ def stream(
     top_p: float | Sequence[float] | None = None,
     min_p: float | Sequence[float] | None = None,
     key: Key | None = None,
-    stop_tokens: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
+    stop_tokens: int | Sequence[int] | None = (),
+    stop_strings: str | Sequence[str] | None = (),
     tokenizer: Tokenizer | None = None,
     draft_tokenizer: Tokenizer | None = None,
     logprobs: bool = False,
@@ -114,13 +116,14 @@ def stream(
 
     Args:
       decoder: of `plain`, `lookup`, `speculative`, `pipeinfer`, ...
-      prompts: token ids, or strings where a tokenizer is given; lengths may differ.
+      prompts: token ids, or strings where a tokenizer is given; lengths may differ. Or the output
+        of a tokenizer of `transformers` for a batch, whose padding is left out.
       max_new_tokens: most tokens generated; one number for all requests, or one for each.
       temperature: one for all or each; 0 is greedy. See `jaxfm.parallel.sampling`.
       top_k, top_p, min_p: one for all or each; None is off.
       key: typed key, needed when a temperature is above 0.
-      stop_tokens: a text ends with the first of these.
-      stop_strings: a text ends before the first of these; needs a tokenizer.
+      stop_tokens: a text ends with the first of these; one or several.
+      stop_strings: a text ends before the first of these; one or several. They need a tokenizer.
       tokenizer: of the model.
       draft_tokenizer: of the drafting model; its vocabulary is compared with `tokenizer`'s.
       logprobs: whether to return the tokens' log-probabilities.
@@ -128,15 +131,18 @@ def stream(
       cells: tokens that the cache holds of each text; None: just enough, in steps of 128.
       prefill_chunk: tokens of the prompts read in one pass, to bound memory; None: all.
     Raises:
+      TypeError: prompts, tokens or settings of another type; a key that is not typed.
       ValueError: an empty prompt, a token outside the vocabulary, a text longer than the cache or
         the model's positions, different vocabularies, a setting out of range.
     """
     ids = prompt_ids(prompts, tokenizer, decoder.vocab_size)
+    stop_tokens, stop_strings = listed_stops(stop_tokens, stop_strings, decoder.vocab_size)
     check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
-    if ticks < 1:
-        raise ValueError(f"ticks={ticks}: give 1 or more passes a piece.")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk}: give 1 or more tokens, or None for all.")
+    ticks = whole_number("ticks", ticks)
+    if prefill_chunk is not None:
+        prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
+    if cells is not None:
+        cells = whole_number("cells", cells)
     batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)

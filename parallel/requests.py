@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,29 @@ from jaxfm.model import Key
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
 from jaxfm.parallel.verification import Rules, Stats, Text
-from jaxfm.tokenizer import Tokenizer, same_vocabulary
+from jaxfm.tokenizer import Tokenizer, same_vocabulary, token_ids, utf8
+
+_MOST = 2**30  # of whole numbers, so that their sums are int32
 
 
 def prompt_ids(prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
     """The token ids of each prompt.
 
+    Args:
+      prompts: strings or sequences of ids; or what a tokenizer of `transformers` returns for a
+        batch: a mapping of "input_ids" and, for padded rows, "attention_mask".
+      tokenizer: needed for strings.
+      vocab_size: ids are below this.
     Raises:
-      TypeError: a single string instead of a sequence of prompts.
+      TypeError: one prompt instead of a sequence of them, or ids that are no whole numbers.
       ValueError: no prompts, an empty one, a string without a tokenizer, or an unknown token.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a sequence of prompts; wrap the one: [{prompts[:20]!r}].")
+    if isinstance(prompts, Mapping):
+        prompts = _unpadded(prompts)
+    if not hasattr(prompts, "__len__"):
+        raise TypeError(f"prompts must be a sequence of prompts, got {prompts!r}.")
     if not len(prompts):
         raise ValueError("There are no prompts; give at least one.")
     ids: list[list[int]] = []
@@ -32,19 +43,48 @@ def prompt_ids(prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[li
             if tokenizer is None:
                 raise ValueError(f"Prompt {i} is a string; give a tokenizer, or token ids.")
             prompt = tokenizer.encode(prompt)
-        tokens = [int(token) for token in prompt]
+        tokens = token_ids(prompt, f"The tokens of prompt {i}", vocab_size)
         if not tokens:
             raise ValueError(
                 f"Prompt {i} is empty; give at least one token (for text from nothing, the "
                 "beginning-of-text token)."
             )
-        wrong = [token for token in tokens if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(
-                f"Prompt {i} has token {wrong[0]}; the model knows 0..{vocab_size - 1}."
-            )
         ids.append(tokens)
     return ids
+
+
+def _unpadded(batch: Mapping) -> list:
+    """The rows of a tokenizer's output, without the places that its mask says are padding."""
+    if "input_ids" not in batch:
+        raise TypeError(
+            f"prompts is a mapping of {sorted(map(str, batch))}; give a sequence of prompts, or a "
+            "tokenizer's output, which has 'input_ids'."
+        )
+    rows = list(batch["input_ids"])
+    if rows and np.ndim(rows[0]) == 0:
+        raise TypeError("'input_ids' is one prompt; give a sequence of prompts.")
+    masks = batch.get("attention_mask")
+    if masks is None:
+        return rows
+    shapes = [list(map(len, part)) for part in (rows, masks)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"'input_ids' and 'attention_mask' have rows of {shapes} places.")
+    return [np.asarray(row)[np.asarray(mask).astype(bool)] for row, mask in zip(rows, masks)]
+
+
+def listed_stops(stop_tokens, stop_strings, vocab_size: int) -> tuple[list[int], list[str]]:
+    """Stop tokens and stop strings as lists; each may be given as one, several or None.
+
+    Raises:
+      TypeError: a stop token that is no whole number, or a stop string that is none.
+      ValueError: a stop token outside the vocabulary.
+    """
+    one = stop_tokens is not None and np.ndim(stop_tokens) == 0
+    tokens = [] if stop_tokens is None else [stop_tokens] if one else stop_tokens
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    for string in strings:
+        utf8(string)
+    return token_ids(tokens, "Stop tokens", vocab_size), strings
 
 
 def check_tokenizers(
@@ -102,17 +142,29 @@ def per_request(name: str, value, batch: int, dtype, *, at_least, at_most=None) 
     """[B] of `dtype`: one value for all requests repeated, or one for each.
 
     Raises:
+      TypeError: a value is no number, or no whole one where `dtype` is of whole numbers.
       ValueError: another number of values, or one outside of the bounds; the message has `name`.
     """
     values = np.asarray(value)
+    whole = np.issubdtype(dtype, np.integer)
+    if values.dtype.kind not in ("iu" if whole else "iuf"):
+        raise TypeError(f"{name} must be {'whole ' if whole else ''}numbers, got {value!r}.")
     if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
         raise ValueError(f"{name} has shape {values.shape}; give one value, or {batch}.")
+    most = at_most if at_most is not None else _MOST if whole else np.inf
     # Written so that nan is wrong, too.
-    good = (values >= at_least) & (values <= (np.inf if at_most is None else at_most))
+    good = (values >= at_least) & (values <= most)
     if not good.all():
-        limit = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-        raise ValueError(f"{name} must be {limit}, got {np.atleast_1d(values[~good])[0]}.")
+        wrong = np.atleast_1d(values[~good])[0]
+        open_ended = at_most is None and not wrong > most
+        limit = f"at least {at_least}" if open_ended else f"from {at_least} to {most}"
+        raise ValueError(f"{name} must be {limit}, got {wrong}.")
     return np.broadcast_to(values, (batch,)).astype(dtype)
+
+
+def whole_number(name: str, value, *, at_least: int = 1) -> int:
+    """The value as an int; raises TypeError or ValueError, with `name`, where it is none."""
+    return int(per_request(name, value, 1, np.int32, at_least=at_least)[0])
 
 
 def make_sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> Sampling:
@@ -135,25 +187,29 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None)
     request = jnp.arange(batch, dtype=jnp.int32)
     if not heat.any():
         return Sampling(jax.random.key(0), request)
-    if key is None:
-        raise ValueError("A temperature above 0 draws random numbers; give a key.")
+    _check_key(key)
     return Sampling(
         key=key, request=request, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least
     )
+
+
+def _check_key(key) -> None:
+    """Raises where this is not one typed key."""
+    if key is None:
+        raise ValueError("A temperature above 0 draws random numbers; give a key.")
+    kind = getattr(key, "dtype", None)
+    if kind is None or not jnp.issubdtype(kind, jax.dtypes.prng_key):
+        given = "a key of the older kind, uint32 numbers" if kind == np.uint32 else repr(key)
+        raise TypeError(f"key must be a typed key, as jax.random.key(0) gives one; got {given}.")
+    if key.shape:
+        raise ValueError(f"key has shape {key.shape}; give one key for all requests.")
 
 
 def make_rules(
     sampling: Sampling, stop_tokens: Sequence[int], stop_strings: Sequence[str],
     token_bytes: list[bytes], vocab_size: int,
 ) -> Rules:  # fmt: skip
-    """How tokens are chosen and where texts end.
-
-    Raises:
-      ValueError: a stop token outside the vocabulary.
-    """
-    for token in stop_tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"Stop token {token} is outside 0..{vocab_size - 1}.")
+    """How tokens are chosen and where texts end."""
     table = jnp.asarray(automaton(stop_strings, token_bytes[:vocab_size])) if stop_strings else None
     return Rules(sampling, jnp.asarray(np.array(stop_tokens, np.int32)), table)
 

@@ -214,8 +214,7 @@ def _start(
     trees = jax.vmap(lambda _: init_tree(shape.nodes))(jnp.arange(batch))
     trees, cells = jax.vmap(replant)(trees, cells, newest, length - 1, trees.alive)
 
-    draft_chunk = chunk if chunk is not None and wide % chunk == 0 else None
-    begin = lambda: drafter.start(arrays.draft, tokens, length, num_cells, draft_chunk)
+    begin = lambda: drafter.start(arrays.draft, tokens, length, num_cells, chunk)
     blank = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
     draft = lax.switch((lax.axis_index(STAGE) == 0).astype(jnp.int32), [blank, begin])
 

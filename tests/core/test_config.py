@@ -38,6 +38,7 @@ class Config:
     resume: bool = option(True, "go on where the folder ends")
     sampler: Literal["uniform", "weighted"] = option("uniform", "how a cohort is drawn")
     bits: Literal[8, 16] = option(16, "bits a number")
+    stop: tuple[str, ...] = option((), "a string that ends a text", repeat=True)
     model: Model = Model()
     draft: Model = Model(width=16)
 
@@ -82,13 +83,19 @@ def test_flags_and_override_say_what_json_says(config):
         for name, value in values.items():
             if isinstance(value, dict):
                 yield from assignments(value, f"{prefix}{name}.")
-            else:
+            elif name != "stop":  # repeated; below
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 yield f"{prefix}{name}={text}"
 
     texts = list(assignments(to_dict(config)))
     assert override(Config(), *texts) == config
     assert parse(*(f"--{text}" for text in texts)) == config
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3))
+def test_repeated_flags_are_strings_as_they_were_written(strings):
+    assert parse(*(f"--stop={string}" for string in strings)).stop == tuple(strings)
+    assert override(Config(), f"stop={strings[0]}").stop == (strings[0],)
 
 
 def test_flags_left_out_keep_defaults_and_a_parents_defaults():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm.data.standard_library import stdlib_documents
+from jaxfm.parallel.stop import Detokenizer
 from jaxfm.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -184,3 +185,64 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path):
         HuggingFaceTokenizer(object())
     with pytest.raises(TypeError, match="have a form that Hugging Face reads; got object"):
         save_tokenizer(object(), tmp_path)
+
+
+def other_kinds(tmp_path: Path) -> dict[str, HuggingFaceTokenizer]:
+    """Small tokenizers of the other forms that Hugging Face files have."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+    wrap = lambda backend, **roles: HuggingFaceTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    )
+    words = Backend(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##ning", "fast", ".", "n't"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    unigram = Backend(models.Unigram([("<unk>", 0.0), ("\u2581a", -1.0), ("b", -2.0)], unk_id=0))
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    suffix = Backend(models.BPE({"a</w>": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
+    suffix.decoder = decoders.BPEDecoder(suffix="</w>")
+    holes = Backend(models.BPE({"a": 0, "漢": 2, "z": 7}, []))
+    holes.decoder = decoders.ByteLevel()
+    grown = train_bpe(["aab " * 9], 264)
+    grown.inner.add_tokens([AddedToken("<tool é>"), AddedToken("<reserved>", special=True)])
+    return {
+        "words": wrap(words),
+        "pieces": HuggingFaceTokenizer(BertTokenizerFast(str(tmp_path / "vocab.txt"))),
+        "unigram": wrap(unigram, unk_token="<unk>"),
+        "suffix": wrap(suffix),
+        "holes": wrap(holes),
+        "grown": HuggingFaceTokenizer(grown.inner),
+    }
+
+
+def test_decoding_bytes_and_generated_text_agree_for_every_id(bpe, tmp_path: Path):
+    """After any text, an id adds the bytes that its table says; special ids add none."""
+    sentencepiece = sentencepiece_style(tmp_path)
+    everything = {"bytes": ByteTokenizer(), "bpe": bpe, "sentencepiece": sentencepiece}
+    for name, tokenizer in (everything | other_kinds(tmp_path)).items():
+        table, start = tokenizer.token_bytes(), tokenizer.encode("a")
+        before = tokenizer.decode(start)
+        assert before == "a" and len(table) == tokenizer.vocab_size
+        for token, piece in enumerate(table):
+            decoded = tokenizer.decode([*start, token])
+            assert decoded == "a" + piece.decode(errors="replace"), (name, token)
+            generated = Detokenizer(table).add([*start, token], last=True)
+            assert generated.lstrip() == decoded, (name, token)
+            assert not piece or token not in tokenizer.special_ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_what_is_no_text_and_no_token_is_named(kind, bpe):
+    tokenizer = ByteTokenizer() if kind == "bytes" else bpe
+    with pytest.raises(TypeError, match="A text must be a string, got None"):
+        tokenizer.encode(None)
+    with pytest.raises(ValueError, match=r"half a surrogate pair, .*, at place 1"):
+        tokenizer.encode("a\ud800")
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=rf"must be in 0\.\.\d+; got {wrong}\."):
+            tokenizer.decode([65, wrong])
+    with pytest.raises(TypeError, match=r"sequence of whole numbers, got \[65.5\]"):
+        tokenizer.decode([65.5])

@@ -11,6 +11,7 @@ from jaxfm.parallel.drafters.lookup import lookup_drafter
 from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
+from jaxfm.parallel.requests import listed_stops
 from jaxfm.tokenizer import ByteTokenizer
 
 CONFIG = gpt2_config(
@@ -39,7 +40,7 @@ class OtherBytes(ByteTokenizer):
         ([[1], []], {}, "Prompt 1 is empty"),
         ([""], {"tokenizer": BYTES}, "Prompt 0 is empty"),
         (["text"], {}, "Prompt 0 is a string; give a tokenizer"),
-        ([[1, 260]], {}, r"Prompt 0 has token 260; the model knows 0\.\.259"),
+        ([[1, 260]], {}, r"The tokens of prompt 0 must be in 0\.\.259; got 260"),
         ([[1], [1] * 30], {"max_new_tokens": 3}, "Prompt 1 has 30 .* 3 new ones 33; the model has "
          "positions for 32"),
         ([[1] * 9], {"max_new_tokens": 8, "cells": 16}, "new ones 17; the cache holds 16"),
@@ -52,11 +53,15 @@ class OtherBytes(ByteTokenizer):
         ([[1]], {"top_k": -1}, "top_k must be at least 0, got -1"),
         ([[1], [2]], {"max_new_tokens": [4, 0]}, "max_new_tokens must be at least 1, got 0"),
         ([[1], [2]], {"max_new_tokens": [4] * 3}, "one value, or 2"),
+        ([[1]], {"max_new_tokens": 2**40}, "max_new_tokens must be from 1 to .*, got 1"),
+        ([[1]], {"temperature": 1.0, "key": jax.random.split(jax.random.key(0))},
+         r"key has shape \(2,\); give one key"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, "rows of .*2.*1.* places"),
         ([[1]], {"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
         ([[1]], {"stop_strings": [""], "tokenizer": BYTES}, "must not be empty"),
-        ([[1]], {"stop_tokens": [300]}, r"Stop token 300 is outside 0\.\.259"),
-        ([[1]], {"ticks": 0}, "ticks=0"),
-        ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0"),
+        ([[1]], {"stop_tokens": [300]}, r"Stop tokens must be in 0\.\.259; got 300"),
+        ([[1]], {"ticks": 0}, "ticks must be at least 1, got 0"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         ([[1]], {"draft_tokenizer": BYTES}, "give both"),
         ([[1]], {"tokenizer": BYTES, "draft_tokenizer": OtherBytes()},
          "token 'a' has id 97 in the target's .* and 98 in the draft's"),
@@ -65,6 +70,43 @@ class OtherBytes(ByteTokenizer):
 def test_bad_input_raises_at_the_door(prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         stream(DECODER, prompts, **({"max_new_tokens": 4} | settings))
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        (None, {}, "prompts must be a sequence of prompts, got None"),
+        ([1, 2], {}, "tokens of prompt 0 must be a sequence of whole numbers, got 1"),
+        ([[1, 1.5]], {}, "tokens of prompt 0 must be a sequence of whole numbers, got .1, 1.5"),
+        ({"text": ["a"]}, {}, "a mapping of .'text'.; give a sequence of prompts"),
+        ({"input_ids": [1, 2]}, {}, "'input_ids' is one prompt"),
+        ([[1]], {"top_k": 2.7}, "top_k must be whole numbers, got 2.7"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens must be whole numbers, got 2.5"),
+        ([[1]], {"temperature": "hot"}, "temperature must be numbers, got 'hot'"),
+        ([[1]], {"cells": 64.5}, "cells must be whole numbers, got 64.5"),
+        ([[1]], {"stop_tokens": [None]}, "Stop tokens must be a sequence of whole numbers"),
+        ([[1]], {"stop_tokens": 1.5}, r"Stop tokens must be .* got \[1.5\]"),
+        ([[1]], {"stop_strings": [5], "tokenizer": BYTES}, "A text must be a string, got 5"),
+        ([[1]], {"temperature": 1.0, "key": 0}, "key must be a typed key, .* got 0"),
+        ([[1]], {"temperature": 1.0, "key": jax.random.PRNGKey(0)}, "key of the older kind"),
+    ],
+)
+def test_what_is_of_another_type_raises_at_the_door(prompts, settings, message):
+    with pytest.raises(TypeError, match=message):
+        stream(DECODER, prompts, **({"max_new_tokens": 4} | settings))
+
+
+def test_a_tokenizers_output_is_read_without_its_padding():
+    padded = {"input_ids": np.array([[0, 0, 97], [98, 99, 100]]),
+              "attention_mask": np.array([[0, 0, 1], [1, 1, 1]])}  # fmt: skip
+    ours, theirs = (generate(DECODER, p, max_new_tokens=4) for p in ([[97], [98, 99, 100]], padded))
+    assert [t.tolist() for t in ours.tokens] == [t.tolist() for t in theirs.tokens]
+
+
+def test_one_stop_needs_no_list():
+    assert listed_stops(5, "the end", 260) == ([5], ["the end"])
+    assert listed_stops(np.array([5, 6]), ["a", "b"], 260) == ([5, 6], ["a", "b"])
+    assert listed_stops(None, None, 260) == listed_stops((), (), 260) == ([], [])
 
 
 def test_one_bare_string_is_no_batch():
@@ -107,11 +149,15 @@ def test_pieces_join_to_the_whole():
 
 
 def test_prefill_in_chunks_changes_nothing():
-    prompt = [list(range(1, 20)), [3]]
-    one, chunked = (
-        generate(DECODER, prompt, max_new_tokens=6, prefill_chunk=chunk) for chunk in (None, 8)
+    prompt = [list(range(1, 27)), [3]]
+    one, *chunked = (
+        generate(DECODER, prompt, max_new_tokens=6, prefill_chunk=chunk, logprobs=True)
+        for chunk in (None, 8, 7)  # 7 does not divide the 32 places of the prompts
     )
-    assert [t.tolist() for t in one.tokens] == [t.tolist() for t in chunked.tokens]
+    for other in chunked:
+        assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
+        for ours, theirs in zip(one.logprobs, other.logprobs):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_prompts_as_text_or_ids_and_full_length():
