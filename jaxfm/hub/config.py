@@ -210,7 +210,7 @@ def _rotary_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _require_same(config: Config, read: Config, architecture: str) -> None:
     """Raises where what would be read back from the file differs from what is saved."""
-    free = {"dtype", "remat", "attention_scale", "rope_scaling"}
+    free = {"dtype", "remat", "attention_scale", "rope_scaling", "metadata"}
     if not isinstance(config, DecoderConfig) and config.head == "none":
         free.add("head")  # a bare model without its pooler
     fields = [field.name for field in dataclasses.fields(config) if field.name not in free]
@@ -272,7 +272,9 @@ def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
         raise ValueError(f"Rope of type {kind!r} is not supported; linear, llama3 and yarn are.")
     if kind == "linear":
         return RopeScaling(kind="linear", factor=float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    name = "original_max_position_embeddings"
+    # The top level comes first: transformers puts a default in the inner place.
+    original = fields.get(name) or rope.get(name) or fields["max_position_embeddings"]
     shared: dict[str, Any] = {
         "kind": kind,
         "factor": float(rope["factor"]),

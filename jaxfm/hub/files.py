@@ -40,7 +40,7 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
         raise FileNotFoundError(f"There is no folder {name}.")
     import huggingface_hub
 
-    files = ["config.json", "model*.safetensors", _INDEX]
+    files = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # a dozen kinds, from the network up to the licence
@@ -52,12 +52,12 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
 
 def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """Returns every tensor of a folder's safetensors files."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif (folder / _INDEX).exists():
-        files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        files = _indexed(folder / _INDEX)
     else:
         raise FileNotFoundError(
             f"{folder} has neither model.safetensors nor {_INDEX}; weights in another form have to "
@@ -67,13 +67,28 @@ def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     for file in files:
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder} lacks {file}, which its index names.")
-        handle = safe_open(folder / file, framework="np")
+        try:
+            handle = safe_open(folder / file, framework="np")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / file} cannot be read as safetensors; it may be cut short ({error})."
+            ) from None
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             part = handle.get_slice(name)
             kind = part.get_dtype()
             read = functools.partial(handle.get_tensor, name)
             stored[name] = StoredTensor(tuple(part.get_shape()), DTYPES.get(kind, kind), read)
     return stored
+
+
+def _indexed(path: pathlib.Path) -> list[str]:
+    """The files that an index of tensors names."""
+    try:
+        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no index of safetensors files ({type(error).__name__}: {error})."
+        ) from None
 
 
 def open_llama2c(path: pathlib.Path) -> tuple[list[int], dict[str, StoredTensor]]:
@@ -177,6 +192,7 @@ def publish(new: pathlib.Path, path: pathlib.Path) -> None:
     names = {file.name for file in new.iterdir()}
     for file in new.iterdir():
         file.replace(path / file.name)
-    for old in [*path.glob("model*.safetensors"), path / _INDEX]:
+    generation = path / "generation_config.json"  # of the model that was there before
+    for old in [*path.glob("model*.safetensors"), path / _INDEX, generation]:
         if old.name not in names:
             old.unlink(missing_ok=True)

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import os
 import pathlib
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +35,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
+from jaxfm.hub import metadata as hub_metadata
 from jaxfm.hub import names as hub_names
 from jaxfm.hub.files import DTYPES, StoredTensor
 from jaxfm.hub.names import Placement
@@ -42,6 +43,7 @@ from jaxfm.model import Model, Variables, is_stacked, layers_of, with_layers
 from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig, build
 from jaxfm.models.families.decoder import resized
 from jaxfm.subnet import axis_sizes
+from jaxfm.tokenizer import save_tokenizer
 
 TensorMap = dict[str, tuple[Placement, ...]]
 
@@ -59,10 +61,13 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; None means the one that most numbers are stored in.
       shardings: where leaves go: one sharding for all, or a function from the Model to a tree of
         shardings like the Variables. None means the default device.
+    Returns:
+      The model and its variables. What the folder says beside the function (special tokens, names
+      of labels, generation_config.json) is in `model.config.metadata`, and `save` writes it again.
     Raises:
       FileNotFoundError: no such folder, no such files in it, or a name that cannot be fetched.
-      ValueError: an architecture or feature that is not supported; a missing, unknown or misshapen
-        tensor, by name.
+      ValueError: a file that cannot be read, an architecture or feature that is not supported; a
+        missing, unknown, misshapen or unequally tied tensor. The message has the name.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}.")
@@ -132,7 +137,9 @@ def save(
         new = pathlib.Path(work, path.name)
         new.mkdir()
         hub_files.write_safetensors(new, shapes, tensor, max_shard_bytes)
-        _write_config(new, fields, tokenizer)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, new)
+        hub_metadata.write(new, fields, config.metadata, tokenizer)
         hub_files.publish(new, path)
 
 
@@ -154,16 +161,21 @@ def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:
 
 def _read_config(folder: pathlib.Path) -> hub_config.Config:
     """Returns our config; fields that config.json omits have the defaults of transformers."""
-    raw = json.loads((folder / "config.json").read_text())
+    raw = hub_metadata.read_json(folder / "config.json")
     kind = raw.get("model_type", "unknown")
     first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
     architecture = (raw.get("architectures") or [first.get(kind, kind)])[0]
     hub_config.require_known(architecture)
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by the version of transformers
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder / 'config.json'} is no config of a {kind}: {reason}") from error
     fields = {**raw, **config.to_dict(), "num_labels": config.num_labels}
-    return hub_config.from_hf(fields, architecture)
+    own = hub_config.from_hf(fields, architecture)
+    return dataclasses.replace(own, metadata=hub_metadata.read(folder, raw))
 
 
 def _fill(
@@ -172,12 +184,11 @@ def _fill(
     """Returns the model of `config` in the dtype of a file, and its Variables filled from it."""
     amounts: collections.Counter[str] = collections.Counter()
     for name, tensor in stored.items():
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(
-                f"The tensor {name} is stored as {tensor.dtype}; quantised weights are not "
-                f"supported, only {', '.join(DTYPES.values())}."
-            )
-        amounts[tensor.dtype] += math.prod(tensor.shape)
+        if not hub_names.is_buffer(_short(name)):
+            _require_float(name, tensor)
+            amounts[tensor.dtype] += math.prod(tensor.shape)
+    if not amounts:
+        raise ValueError("The file has no tensor; it is no model's.")
     model = build(dataclasses.replace(config, dtype=dtype or amounts.most_common(1)[0][0]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     leaves = flatten_dict(shapes.params, sep=".")
@@ -240,14 +251,48 @@ def _matched(
                 f"{shape}, for {ours}."
             )
         matched[name] = tensor
-    tied = (r"^lm_head\.weight$",) if getattr(config, "tied", True) else ()
+    unused = []
     for short, (name, tensor) in found.items():
-        if not any(re.search(pattern, short) for pattern in (*hub_names.HARMLESS, *tied)):
+        if hub_names.is_buffer(short):
+            continue
+        origins = hub_names.COPIES.get(short, ())
+        home = next((own for own in matched if _short(own) in origins), None)
+        if home is not None:
+            _require_copy(name, tensor, home, matched[home])
+        elif hub_names.is_unused(short):
+            unused.append(name)
+        else:
             raise ValueError(
                 f"The file has a tensor {name} of shape {tensor.shape}, for which this "
                 f"{type(config).__name__} has no place."
             )
+    if unused:
+        warnings.warn(
+            f"These tensors of the file are passed over, for this {type(config).__name__} has no "
+            f"use for them: {', '.join(unused)}.",
+            stacklevel=4,
+        )
     return matched
+
+
+def _require_float(name: str, tensor: StoredTensor) -> None:
+    """Raises where a tensor is of a dtype that no model here has."""
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(
+            f"The tensor {name} is stored as {tensor.dtype}; quantised weights are not "
+            f"supported, only {', '.join(DTYPES.values())}."
+        )
+
+
+def _require_copy(name: str, tensor: StoredTensor, home: str, original: StoredTensor) -> None:
+    """Raises where a tensor is no copy of the one that the config ties it to."""
+    if tensor.shape == original.shape and np.array_equal(tensor.read(), original.read()):
+        return
+    raise ValueError(
+        f"The config ties {name} to {home}, but the file holds other numbers for the two. For a "
+        "decoder set tie_word_embeddings to false in config.json to use both; otherwise remove the "
+        "one that is not meant."
+    )
 
 
 def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
@@ -284,16 +329,3 @@ def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
                 f"widths has {leaf.shape}."
             )
     return config, variables.params
-
-
-def _write_config(folder: pathlib.Path, fields: dict[str, Any], tokenizer: Any) -> None:
-    from transformers import AutoConfig
-
-    if tokenizer is not None:
-        from jaxfm.tokenizer import save_tokenizer
-
-        save_tokenizer(tokenizer, folder)
-    if fields["model_type"] != "vit":
-        for name in ("bos", "eos"):
-            fields[f"{name}_token_id"] = getattr(tokenizer, f"{name}_id", None)
-    AutoConfig.for_model(**fields).save_pretrained(folder)

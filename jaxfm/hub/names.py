@@ -8,6 +8,7 @@ file between commas: "dgrk->grk,d" is our q kernel [D, G, R, K] stored as a matr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -163,13 +164,30 @@ VIT = (
     *linear("head.classifier", "classifier", "dc", "c"),
 )
 
-# Tensors that files hold besides the parameters: buffers, copies of tied weights, and heads that
-# the architecture does not use.
-HARMLESS = (
-    r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"position_ids$", r"token_type_ids$",
-    r"^cls\.predictions\.decoder\.(weight|bias)$", r"^lm_head\.decoder\.(weight|bias)$",
-    r"^cls\.seq_relationship\.", r"^pooler\.dense\.", r"^embeddings\.mask_token$",
-)  # fmt: skip
+# Tensors that files hold besides the parameters. Buffers follow from the config, whatever their
+# dtype; copies of tied weights must equal the original; heads of other tasks have no use here.
+_BUFFERS = re.compile(
+    r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$|\.attn\.(masked_)?bias$"
+    r"|position_ids$|token_type_ids$"
+)
+COPIES = {
+    "lm_head.weight": ("embed_tokens.weight", "wte.weight"),
+    "lm_head.decoder.weight": ("embeddings.word_embeddings.weight",),
+    "lm_head.decoder.bias": ("lm_head.bias",),
+    "cls.predictions.decoder.weight": ("embeddings.word_embeddings.weight",),
+    "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+}
+_UNUSED = re.compile(r"^cls\.seq_relationship\.|^pooler\.dense\.|^embeddings\.mask_token$")
+
+
+def is_buffer(short: str) -> bool:
+    """Returns whether a tensor, by its name without prefix, follows from the config."""
+    return bool(_BUFFERS.search(short))
+
+
+def is_unused(short: str) -> bool:
+    """Returns whether a tensor, by its name without prefix, belongs to a head of another task."""
+    return bool(_UNUSED.search(short))
 
 
 class Placement(NamedTuple):

@@ -1,5 +1,6 @@
 """Files of pretrained models: what is written is read back, and what does not fit is named."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import hub
+from jaxfm.hub.metadata import stop_tokens
 from jaxfm.layers import RopeScaling
 from jaxfm.model import layers_of, unstack, with_layers
+from jaxfm.models import build
 from jaxfm.subnet import Subnet, extract, mask
 from jaxfm.testing import (
     random_variables,
@@ -173,20 +176,23 @@ def test_a_tensor_without_a_place_is_named(saved):
 
 
 def test_buffers_copies_and_old_names_are_accepted(tmp_path):
-    zeros = np.zeros(3, np.float32)
+    """Buffers of any dtype and shape; copies of what the config ties, if they are copies."""
+    buffer = np.arange(3)
     cases = [
-        (tiny_decoder(), ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]),
-        (tiny_gpt2(), ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
-        (
-            tiny_encoder(),
-            ["bert.embeddings.position_ids", "cls.predictions.decoder.weight",
-             "cls.seq_relationship.bias", "bert.pooler.dense.weight"],
-        ),
+        (tiny_decoder(), ["model.layers.0.self_attn.rotary_emb.inv_freq"],
+         {"lm_head.weight": "model.embed_tokens.weight"}),
+        (tiny_gpt2(), ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
+         {"lm_head.weight": "transformer.wte.weight"}),
+        (tiny_encoder(), ["bert.embeddings.position_ids"],
+         {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+          "cls.predictions.decoder.bias": "cls.predictions.bias"}),
     ]  # fmt: skip
-    for i, (model, extras) in enumerate(cases):
+    for i, (model, buffers, copies) in enumerate(cases):
         variables, folder = random_variables(model), tmp_path / str(i)
         hub.save(model, variables, folder)
-        edit_tensors(folder, **dict.fromkeys(extras, zeros))
+        tensors = load_file(folder / "model.safetensors")
+        same = {name: tensors[original] for name, original in copies.items()}
+        edit_tensors(folder, **dict.fromkeys(buffers, buffer), **same)
         tensors = load_file(folder / "model.safetensors")
         old = {  # names of the first years: no prefix of the model, gamma and beta
             name.removeprefix("transformer.")
@@ -196,11 +202,95 @@ def test_buffers_copies_and_old_names_are_accepted(tmp_path):
         }
         save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
         chex.assert_trees_all_equal(hub.load(folder)[1], variables)
+        name = next(iter(same))
+        edit_tensors(folder, **{name: same[name] + 1})
+        with pytest.raises(ValueError, match=f"ties {name} to .*, but the file holds other numb"):
+            hub.load(folder)
     untied = tiny_decoder(tied=False)
     hub.save(untied, random_variables(untied), tmp_path / "untied")
     edit_tensors(tmp_path / "untied", drop=["lm_head.weight"])
     with pytest.raises(ValueError, match=r"lacks the tensor lm_head\.weight"):
         hub.load(tmp_path / "untied")
+
+
+def test_heads_without_a_use_are_named(tmp_path):
+    model = tiny_encoder()
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "model")
+    heads = ["cls.seq_relationship.bias", "bert.pooler.dense.weight"]
+    edit_tensors(tmp_path / "model", **dict.fromkeys(heads, np.zeros(3, np.float32)))
+    with pytest.warns(UserWarning, match=r"passed over.*pooler\.dense\.weight, cls\.seq_rel"):
+        chex.assert_trees_all_equal(hub.load(tmp_path / "model")[1], variables)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", '{"a": ', "config.json is not JSON: Expecting value"),
+        ("config.json", "[1]", "config.json holds a list; a JSON object is wanted"),
+        ("config.json", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", '
+         '"hidden_size": "wide"}', "config.json is no config of a llama: "),
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
+        ("model.safetensors", None, "model.safetensors cannot be read as safetensors; it may be"),
+        ("model.safetensors", "text", "model.safetensors cannot be read as safetensors"),
+        ("model.safetensors.index.json", "{", "index.json is no index of safetensors files"),
+        ("model.safetensors.index.json", "{}", "index.json is no index .* .KeyError"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(saved, name, content, message):
+    path = saved / name
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text(content)
+    if "index" in name:
+        (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        hub.load(saved)
+
+
+def test_metadata_goes_through_a_save(saved, tmp_path):
+    """Also after a cut; a file of transformers reads it all."""
+    from transformers import AutoConfig, GenerationConfig
+
+    generation = {"eos_token_id": [3, 7], "temperature": 0.6, "do_sample": True, "_from": "x"}
+    edit_config(saved, eos_token_id=[3, 5], bos_token_id=1, pad_token_id=9, own_note="kept")
+    (saved / "generation_config.json").write_text(json.dumps(generation))
+    model, variables = hub.load(saved)
+    assert stop_tokens(model.config) == [3, 5, 7]
+    cut = extract(variables, model.axes, Subnet({"mlp": np.arange(8)}))
+    hub.save(model, cut, tmp_path / "cut")
+    fields = AutoConfig.from_pretrained(tmp_path / "cut").to_dict()
+    assert fields["intermediate_size"] == 8 and fields["own_note"] == "kept"
+    assert [fields[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, [3, 5], 9]
+    assert GenerationConfig.from_pretrained(tmp_path / "cut").eos_token_id == [3, 7]
+    assert json.loads((tmp_path / "cut" / "generation_config.json").read_text()) == generation
+    assert hub.load(tmp_path / "cut")[0].config.metadata["generation"] == generation
+    # Another model in the same folder does not inherit it; a tokenizer names its own tokens.
+    small = tiny_decoder(vocab_size=300)
+    hub.save(small, random_variables(small), tmp_path / "cut", ByteTokenizer())
+    assert stop_tokens(hub.load(tmp_path / "cut")[0].config) == [ByteTokenizer.eos_id]
+
+
+def test_names_of_labels_go_through_a_save_unless_their_number_changes(tmp_path):
+    model = tiny_encoder(head="classify", num_classes=3)
+    hub.save(model, random_variables(model), tmp_path / "a")
+    names = {"0": "bad", "1": "so", "2": "good"}
+    edit_config(tmp_path / "a", id2label=names, label2id={v: int(k) for k, v in names.items()})
+    loaded, variables = hub.load(tmp_path / "a")
+    hub.save(loaded, variables, tmp_path / "b")
+    read = lambda name: json.loads((tmp_path / name / "config.json").read_text()).get("id2label")
+    assert read("b") == names
+    other = tiny_encoder(head="classify", num_classes=2)
+    config = dataclasses.replace(other.config, metadata=loaded.config.metadata)
+    hub.save(build(config), random_variables(other), tmp_path / "c")
+    assert read("c") in (None, {"0": "LABEL_0", "1": "LABEL_1"})
+
+
+def test_the_original_length_of_yarn_may_stand_at_the_top(saved):
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    edit_config(saved, rope_parameters=rope, original_max_position_embeddings=16)
+    assert hub.load(saved)[0].config.rope_scaling.original_max_len == 16
 
 
 @pytest.mark.parametrize(

@@ -185,12 +185,23 @@ def test_each_config_builds_its_own_family():
         build({})
 
 
+def test_an_encoder_takes_the_names_that_tokenizers_give():
+    model = tiny_encoder()
+    variables = random_variables(model)
+    mask, types = (TOKENS > 9).astype(np.int64), TOKENS % 2
+    ours = {"tokens": TOKENS, "mask": mask, "types": types}
+    theirs = {"input_ids": TOKENS.astype(np.int64), "attention_mask": mask, "token_type_ids": types}
+    chex.assert_trees_all_equal(*(model.apply(variables, x)[0] for x in (ours, theirs)))
+
+
 @pytest.mark.parametrize(
     "inputs, message",
     [
         (TOKENS, "takes a dict of 'tokens'.*; got ndarray"),
         ({"mask": TOKENS}, r"got \['mask'\]"),
-        ({"tokens": TOKENS, "attention_mask": TOKENS}, r"got \['attention_mask', 'tokens'\]"),
+        ({"tokens": TOKENS, "segments": TOKENS}, r"got \['segments', 'tokens'\]"),
+        ({"tokens": TOKENS, "input_ids": TOKENS}, r"got \['input_ids', 'tokens'\]"),
+        ({"tokens": TOKENS.tolist()}, r"arrays of one shape \[B, T\]; got {'tokens': 'list'}"),
         ({"tokens": TOKENS, "mask": TOKENS[:, :2]}, r"one shape \[B, T\]; got"),
         ({"tokens": TOKENS[0]}, r"one shape \[B, T\]; got {'tokens': \(6,\)}"),
         ({"tokens": np.zeros((1, 65), np.int32)}, "have 65 tokens, but the model has 64"),

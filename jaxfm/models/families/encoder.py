@@ -3,7 +3,8 @@
 Post-norm transformers with learned positions. Inputs are a dict of
     tokens: i32[B, T];
     mask:   bool or i32[B, T], true where there is a token and false at padding; all by default;
-    types:  i32[B, T] segments; zeros by default.
+    types:  i32[B, T] segments; zeros by default;
+or of the names that a Hugging Face tokenizer gives them: input_ids, attention_mask, token_type_ids.
 Sources: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Wang et al. 2020 (MiniLM).
 """
 
@@ -30,7 +31,7 @@ from jaxfm.layers import (
 )
 from jaxfm.model import Array, Model, Variables, assemble, fold_layers, layers_of, part_of, split
 
-_INPUTS = ("tokens", "mask", "types")
+_INPUTS = {"input_ids": "tokens", "attention_mask": "mask", "token_type_ids": "types"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class EncoderConfig:
         parent's.
       dtype: of parameters and computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
+      metadata: what the model's folder says beside its function (`jaxfm.hub.metadata`).
     """
 
     family: Literal["bert", "roberta"] = "bert"
@@ -76,6 +78,7 @@ class EncoderConfig:
     attention_scale: float | None = None
     dtype: str = "float32"
     remat: bool = False
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -207,15 +210,16 @@ def encoder(config: EncoderConfig) -> Model:
 
 def _read(inputs: Mapping[str, Array]) -> tuple[Array, Array, Array]:
     """Returns tokens, mask bool[B, T] and types of a dict of inputs."""
-    if not isinstance(inputs, Mapping) or "tokens" not in inputs or set(inputs) - set(_INPUTS):
-        given = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+    given = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+    named = {_INPUTS.get(name, name): inputs[name] for name in given if isinstance(given, list)}
+    if "tokens" not in named or set(named) - set(_INPUTS.values()) or len(named) < len(given):
         raise ValueError(
-            f"An encoder takes a dict of 'tokens' i32[B, T] and, optionally 'mask' and 'types'; "
-            f"got {given}."
+            "An encoder takes a dict of 'tokens' i32[B, T] and, optionally, 'mask' and 'types' (or "
+            f"'input_ids', 'attention_mask' and 'token_type_ids'); got {given}."
         )
-    tokens = inputs["tokens"]
-    shapes = {name: x.shape for name, x in inputs.items()}
-    if len(set(shapes.values())) > 1 or tokens.ndim != 2:
-        raise ValueError(f"Inputs of an encoder have one shape [B, T]; got {shapes}.")
-    mask = inputs.get("mask", jnp.ones(tokens.shape, bool)).astype(bool)
-    return tokens, mask, inputs.get("types", jnp.zeros_like(tokens))
+    shapes = {name: getattr(x, "shape", type(x).__name__) for name, x in named.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["tokens"]) != 2:
+        raise ValueError(f"Inputs of an encoder are arrays of one shape [B, T]; got {shapes}.")
+    tokens = jnp.asarray(named["tokens"])
+    mask = jnp.asarray(named.get("mask", jnp.ones(tokens.shape, bool))).astype(bool)
+    return tokens, mask, jnp.asarray(named.get("types", jnp.zeros_like(tokens)))

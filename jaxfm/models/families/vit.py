@@ -6,6 +6,7 @@ Pre-norm, learned positions. Inputs are f32[B, H, W, C]. Source: Dosovitskiy et 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -38,6 +39,7 @@ class VitConfig:
         parent's.
       dtype: of parameters and computation; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping it in memory.
+      metadata: what the model's folder says beside its function (`jaxfm.hub.metadata`).
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -56,6 +58,7 @@ class VitConfig:
     attention_scale: float | None = None
     dtype: str = "float32"
     remat: bool = False
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         for name in ("image_size", "patch_size"):
