@@ -60,8 +60,9 @@ def prepare(
       wrap: around the algorithm, such as `with_compression`.
       machines, deadline_s, max_steps: as in `place`.
     Raises:
-      ValueError: what the algorithm, `make_setting` or `place` raises.
+      ValueError: what the task refuses of the data, or the algorithm, `make_setting` or `place`.
     """
+    data.check()
     placing: dict[str, Any] = {
         "machines": machines,
         "deadline_s": deadline_s,
@@ -131,7 +132,7 @@ def make_setting(
         tier_of=tier_of,
         public=data.public,
         some=subsample(data.validation, 2),
-        num_classes=None if labels is None else int(np.max(labels)) + 1,
+        num_classes=len(data.classes) or (None if labels is None else int(np.max(labels)) + 1),
     )
     return setting
 

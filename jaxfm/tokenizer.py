@@ -171,6 +171,20 @@ def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int32)
 
 
+def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the special tokens before and after a text that is to be classified.
+
+    Those that a Hugging Face tokenizer adds by itself, as [CLS] and [SEP]; bos and eos of others.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        whole = tokenizer.inner.encode("a", add_special_tokens=True)
+        text = tokenizer.inner.encode("a", add_special_tokens=False)
+        start = next(n for n in range(len(whole)) if whole[n : n + len(text)] == text)
+        return whole[:start], whole[start + len(text) :]
+    around = ([tokenizer.bos_id], [tokenizer.eos_id])
+    return tuple([token for token in part if token is not None] for part in around)  # type: ignore
+
+
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
     """Returns whether every id means the same token in both, not only whether sizes agree."""
     return a is b or a.vocab == b.vocab

@@ -41,7 +41,14 @@ from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import family_of, load_data, make_model, make_optimizer, use_cores
+from jaxfm.launch.setup import (
+    family_of,
+    load_data,
+    make_model,
+    make_optimizer,
+    save_classes,
+    use_cores,
+)
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
@@ -103,6 +110,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     )
     full = jax.eval_shape(model.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
+    save_classes(pathlib.Path(config.run_dir), data)
     save_results(pathlib.Path(config.run_dir), "federate", {"rounds": config.rounds} | part)
     return result
 

@@ -37,6 +37,7 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     make_optimizer,
+    save_classes,
     use_cores,
 )
 from jaxfm.log import RunLog, progress
@@ -159,6 +160,7 @@ def main(config: PretrainConfig) -> None:
     run_dir = open_run(config, config.run_dir)
     data = load_data(config.data, config.seed)
     model = make_model(config.model, data)
+    save_classes(run_dir, data)
     state = train(config, data, model)
     metrics = evaluate(model.apply, state.variables, data.task, data.test, 32)
     save_results(run_dir, "pretrain", {"test": metrics})

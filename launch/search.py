@@ -20,35 +20,35 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxfm import config as configs
 from jaxfm import hub, search, tasks
+from jaxfm.data.augment import image_transform
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.hub import torch_vision
 from jaxfm.launch.report import write_report
 from jaxfm.launch.search_config import SearchConfig
 from jaxfm.launch.setup import (
-    NUM_CLASSES,
     Data,
     load_data,
     make_model,
     make_optimizer,
+    save_classes,
     use_cores,
 )
-from jaxfm.model import Array, Model, Variables
+from jaxfm.model import Model, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
 from jaxfm.run_folder import open_run, save_results
 from jaxfm.search import Refinement, Rows, Selection
 from jaxfm.tasks import Task, evaluate
 
-# The published networks by name: (number, image size, classes) to a config.
-_NAMED: dict[str, Callable[[int, int, int], Any]] = {
-    "resnet": lambda n, size, classes: resnet_config(n, num_classes=classes),
-    "vgg": lambda n, size, classes: vgg_config(n, cifar=size < 64, num_classes=classes),
-    "mobilenet": lambda n, size, classes: mobilenet_config(n, num_classes=classes),
-    "shufflenet": lambda n, size, classes: shufflenet_config(n, num_classes=classes),
+# The published networks by name: (number, image shape, fields) to a config.
+_NAMED: dict[str, Callable[..., Any]] = {
+    "resnet": lambda n, shape, **fields: resnet_config(n, **fields),
+    "vgg": lambda n, shape, **fields: vgg_config(n, cifar=shape[0] < 64, **fields),
+    "mobilenet": lambda n, shape, **fields: mobilenet_config(n, **fields),
+    "shufflenet": lambda n, shape, **fields: shufflenet_config(n, **fields),
 }
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -122,8 +122,9 @@ def _named(name: str, data: Data) -> Any:
             f"{sorted(_NAMED)} with a number, as in resnet20."
         )
     if "image" not in data.validation:
-        raise ValueError(f"model={name} takes images; --data.source={data.names[0]} has none.")
-    return _NAMED[family](int(number), data.validation["image"].shape[1], NUM_CLASSES)
+        raise ValueError(f"model={name} takes images; these data have none.")
+    shape = data.validation["image"].shape[1:]
+    return _NAMED[family](int(number), shape, num_classes=len(data.classes), num_channels=shape[2])
 
 
 def _task(config: SearchConfig, data: Data) -> Task:
@@ -132,12 +133,14 @@ def _task(config: SearchConfig, data: Data) -> Task:
     if "image" not in data.validation:
         raise ValueError(f"normalise={config.normalise} scales images, but the data are text.")
 
-    def scale(images: Array, key: Any) -> Array:
-        wide = lambda values: jnp.broadcast_to(jnp.array(values, jnp.float32), images.shape)
-        mean, std = _IMAGENET
-        return (images.astype(jnp.float32) / 255 - wide(mean)) / wide(std)
-
-    return tasks.classification(NUM_CLASSES, transform=scale)
+    mean, std = _IMAGENET
+    if data.validation["image"].shape[3] != len(mean):
+        raise ValueError(
+            f"normalise={config.normalise} is for images of {len(mean)} channels; these have "
+            f"{data.validation['image'].shape[3]}."
+        )
+    scale = image_transform(mean=mean, std=std)
+    return tasks.classification(len(data.classes), transform=scale)
 
 
 def find(config: SearchConfig, setting: Setting) -> Selection:
@@ -197,6 +200,7 @@ def main(config: SearchConfig) -> None:
     use_cores(config.batch_size)
     run_dir = open_run(config, config.run_dir)
     setting = prepare(config)
+    save_classes(run_dir, setting.data)
     results = finish(config, setting, find(config, setting))
     save_results(run_dir, "search", results)
     for name, (before, after) in results["costs"].items():

@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
-from typing import Literal
+import pathlib
+import re
+from typing import Any, Literal, get_args
 
 import jax
 import optax
 
 from jaxfm import tasks
 from jaxfm.config import check, option
-from jaxfm.data.arrays import digits
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data, Dealing, deal_out, with_validation
 from jaxfm.data.idx import mnist
-from jaxfm.data.source import Source
+from jaxfm.data.loading import BUILT_IN, DataSet, kind_of, load
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
-from jaxfm.models import DecoderConfig, decoder
-from jaxfm.models.by_name import image_classifier
-from jaxfm.tokenizer import ByteTokenizer, Tokenizer, bytes_per_token, load_tokenizer
+from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
+from jaxfm.models.by_name import ImageFamily, image_classifier
+from jaxfm.plain_types import suggest
+from jaxfm.run_folder import save_results
+from jaxfm.tokenizer import ByteTokenizer, load_tokenizer
 
-NUM_CLASSES = 10  # of all the sets of images
+_IN_FOLDER = ("text", "mnist", "cifar10")  # read from --data.folder
+_HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")  # a name, owner/name, or with :config
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is learned from, and which client holds which rows."""
 
-    source: Literal["stdlib", "text", "digits", "mnist", "cifar10"] = option(
+    source: str = option(
         "stdlib",
-        "stdlib: the running Python's own source code, and digits: scikit-learn's, need no files; "
-        "text, mnist and cifar10 are read from --data.folder",
+        "a file (CSV, TSV, JSON, JSONL, Parquet, npz, txt), a folder (of these, of images by "
+        "class, of texts) or a name on the Hugging Face hub; stdlib: the running Python's own "
+        "source code; digits: scikit-learn's; text, mnist or cifar10 with --data.folder",
     )
-    folder: str = option(
-        "", "path of the data's folder, in its standard format; of cifar10 also of an .npz file"
-    )
+    folder: str = option("", "source=text, mnist, cifar10: path of the data")
+    label: str = option("", "column of the class; folder: texts lie in one folder for each class")
+    text: tuple[str, ...] = option((), "column of the text, or several that are joined")
+    image: str = option("", "column of the image, or of its path")
+    features: tuple[str, ...] = option((), "columns of numbers; the default is all of them")
+    client: str = option("", "column of the owners, or a JSON or CSV file that names them")
+    weight: str = option("", "column of the weights of rows")
+    columns: tuple[str, ...] = option((), "names of the columns of a CSV file without a header")
+    encoding: str = option("utf-8-sig", "of text files")
+    image_size: tuple[int, ...] = option((), "height and width that image files are scaled to")
     writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
     tokenizer: str = option("bytes", "text only: bytes, or a folder with a Hugging Face tokenizer")
-    length: int = option(128, "text only: tokens of a row")
+    length: int = option(128, "text only: tokens of a row, at most where it is classified")
     partition: Dealing = option(
         "auto",
-        "how examples are dealt to clients; natural means by package (stdlib), sub-folder (text) "
-        "or writer (mnist); auto means natural where rows have owners, dirichlet elsewhere",
+        "how examples are dealt to clients; natural means by package (stdlib), sub-folder (text), "
+        "writer (mnist) or --data.client; auto means natural where rows have owners, dirichlet "
+        "where they have labels, iid elsewhere",
     )
     beta: float = option(
         0.5, "concentration (often called alpha) of dirichlet (by label) and quantity (by size)"
@@ -67,8 +81,14 @@ class DataConfig:
 
     def __post_init__(self):
         check(self)
-        if self.source in ("text", "mnist", "cifar10") and not self.folder:
+        if self.source in _IN_FOLDER and not self.folder:
             raise ValueError(f"data.source={self.source} is read from files: give --data.folder.")
+        if self.source not in _IN_FOLDER and self.folder:
+            raise ValueError(
+                f"data.folder={self.folder!r} is read for data.source={', '.join(_IN_FOLDER)} "
+                "only; other data are given by their path: --data.source=PATH."
+            )
+        _check_source(self)
         if self.source == "mnist" and self.partition == "natural" and not self.writers:
             raise ValueError(
                 "data.partition=natural: the owners of mnist's images are QMNIST's writers; give "
@@ -95,22 +115,37 @@ class DataConfig:
                 )
 
 
+def _check_source(config: DataConfig) -> None:
+    """Refuses options of files for sources that have their own form, and names of nothing."""
+    own = (*_IN_FOLDER, *BUILT_IN)
+    options = (
+        *("label", "text", "image", "features", "client", "weight", "columns", "image_size"),
+    )
+    if config.source in own:
+        for name in options:
+            if value := getattr(config, name):
+                raise ValueError(
+                    f"data.{name}={value!r}: data.source={config.source} has its own form; this "
+                    "is for files of yours."
+                )
+    elif len(config.image_size) not in (0, 2) or min(config.image_size, default=1) < 1:
+        raise ValueError(f"data.image_size={config.image_size}: give height and width, as 32,32.")
+    elif not pathlib.Path(config.source).exists() and not _HUB_NAME.fullmatch(config.source):
+        raise ValueError(f"data.source={config.source!r}: there is no such file or folder.")
+    elif not pathlib.Path(config.source).exists() and difflib.get_close_matches(config.source, own):
+        raise ValueError(
+            f"data.source={config.source!r} is not a choice, file or folder. "
+            f"{suggest(config.source, own)}"
+        )
+
+
 def load_data(config: DataConfig, seed: int) -> Data:
     """Reads the data and deals them out; the same seed gives the same clients."""
-    tokenizer = None
-    if config.source in ("stdlib", "text"):
-        tokenizer = (
-            ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
-        )
-        splits = _text(config, tokenizer)
-        task = tasks.causal_lm(bytes_per_token(tokenizer), tokenizer.pad_id)
-    else:
-        splits = _images(config, seed)
-        task = tasks.classification(NUM_CLASSES)
+    data_set = _read(config, seed)
     try:
         return deal_out(
-            splits,
-            task,
+            data_set.splits,
+            tasks.task_for(data_set),
             num_clients=config.num_clients,
             how=config.partition,
             beta=config.beta,
@@ -119,27 +154,52 @@ def load_data(config: DataConfig, seed: int) -> Data:
             local_validation=config.local_validation,
             public=config.public,
             noise=config.synthetic,
-            tokenizer=tokenizer,
+            tokenizer=data_set.tokenizer,
             seed=seed,
         )
     except ValueError as error:
         raise ValueError(f"data.source={config.source}: {error}") from error
 
 
-def _text(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Source]:
+def _read(config: DataConfig, seed: int) -> DataSet:
+    if config.source in ("mnist", "cifar10"):
+        images = (
+            mnist(config.folder, writers=config.writers or None)
+            if config.source == "mnist"
+            else cifar10(config.folder)
+        )
+        return DataSet(with_validation(images, seed=seed))
+    tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
     largest = config.num_clients if config.partition in ("auto", "natural") else None
     if config.source == "stdlib":
-        return stdlib(tokenizer, length=config.length, num_clients=largest)
-    documents = read_folder(config.folder)
-    return corpus(documents, tokenizer, length=config.length, num_clients=largest)
+        splits = stdlib(tokenizer, length=config.length, num_clients=largest)
+        return DataSet(splits, tokenizer)
+    if config.source == "text":
+        documents = read_folder(config.folder)
+        splits = corpus(documents, tokenizer, length=config.length, num_clients=largest)
+        return DataSet(splits, tokenizer)
+    height_width = config.image_size
+    return load(
+        config.source,
+        label=config.label or None,
+        text=config.text,
+        image=config.image or None,
+        features=config.features,
+        client=config.client or None,
+        weight=config.weight or None,
+        columns=config.columns,
+        encoding=config.encoding,
+        image_size=(height_width[0], height_width[1]) if height_width else None,
+        tokenizer=tokenizer,
+        length=config.length,
+        seed=seed,
+    )
 
 
-def _images(config: DataConfig, seed: int) -> dict[str, Source]:
-    if config.source == "digits":
-        return digits(seed=seed)
-    if config.source == "mnist":
-        return with_validation(mnist(config.folder, writers=config.writers or None), seed=seed)
-    return with_validation(cifar10(config.folder), seed=seed)
+def save_classes(run_dir: pathlib.Path, data: Data) -> None:
+    """Writes the names of the classes into the run's results, in the order of the logits."""
+    if data.classes:
+        save_results(run_dir, "data", {"classes": data.classes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +207,17 @@ class ModelConfig:
     """Which network; options that a family lacks are ignored."""
 
     family: Literal[
-        "auto", "decoder", "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32",
-        "resnet34", "resnet44", "resnet56", "resnet110", "vgg11", "vgg16",
+        "auto", "decoder", "encoder", "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20",
+        "resnet32", "resnet34", "resnet44", "resnet56", "resnet110", "vgg11", "vgg16",
     ] = option(
         "auto",
-        "auto means decoder for text, cnn for images; resnet* and vgg* are those for 32x32 images",
+        "auto means decoder for text, encoder for labelled text, cnn for images and mlp for other "
+        "columns; resnet* and vgg* are those for 32x32 images",
     )  # fmt: skip
-    embed_dim: int = option(128, "decoder, vit: width of the residual stream")
-    num_layers: int = option(4, "decoder, vit: layers")
-    num_heads: int = option(4, "decoder, vit: attention heads")
-    mlp_dim: int = option(384, "decoder, vit: hidden width of each MLP")
+    embed_dim: int = option(128, "decoder, encoder, vit: width of the residual stream")
+    num_layers: int = option(4, "decoder, encoder, vit: layers")
+    num_heads: int = option(4, "decoder, encoder, vit: attention heads")
+    mlp_dim: int = option(384, "decoder, encoder, vit: hidden width of each MLP")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of parameters and computation")
     remat: bool = option(False, "recompute layers in the backward pass: less memory, more time")
 
@@ -164,35 +225,56 @@ class ModelConfig:
         check(self)
 
 
+_FAMILIES: dict[str, tuple[str, ...]] = {  # that fit data of a kind; the first is "auto"
+    "language": ("decoder",),
+    "text": ("encoder",),
+    "features": ("mlp",),
+    "images": ("cnn", *(family for family in get_args(ImageFamily) if family != "cnn")),
+}
+_KIND_NAMES = {
+    "language": "text",
+    "text": "labelled text",
+    "features": "columns of numbers",
+    "images": "images",
+}
+
+
 def family_of(config: ModelConfig, data: Data) -> str:
     """Returns the family that "auto" stands for; raises ValueError if it does not fit the data."""
-    text = "tokens" in data.validation
-    family = ("decoder" if text else "cnn") if config.family == "auto" else config.family
-    if (family == "decoder") != text:
-        kind = "text" if text else "images"
-        raise ValueError(f"model.family={family} does not fit {kind}; leave it at auto.")
+    kind = kind_of(data.validation)
+    fitting = _FAMILIES[kind]
+    family = fitting[0] if config.family == "auto" else config.family
+    if family not in fitting:
+        raise ValueError(
+            f"model.family={family} does not fit {_KIND_NAMES[kind]}; leave it at auto."
+        )
     return family
 
 
 def make_model(config: ModelConfig, data: Data) -> Model:
-    """Returns a model that fits the data; raises ValueError if the family cannot."""
+    """Returns a model whose inputs and outputs fit the data; raises ValueError if none can."""
     family = family_of(config, data)
-    if family == "decoder":
+    sizes = {
+        name: getattr(config, name) for name in ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+    }
+    if family in ("decoder", "encoder"):
         assert data.tokenizer is not None
-        rows = data.validation["tokens"]
-        return decoder(
-            DecoderConfig(
-                vocab_size=data.tokenizer.vocab_size, embed_dim=config.embed_dim,
-                num_layers=config.num_layers, num_heads=config.num_heads,
-                mlp_dim=config.mlp_dim, max_len=max(2048, rows.shape[1]),
-                dtype=config.dtype, remat=config.remat,
+        length = data.validation["tokens"].shape[1]
+        text: dict[str, Any] = {
+            "vocab_size": data.tokenizer.vocab_size, "dtype": config.dtype, "remat": config.remat,
+        }  # fmt: skip
+        if family == "decoder":
+            return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))
+        return encoder(
+            EncoderConfig(
+                head="classify", num_classes=len(data.classes), max_len=max(512, length),
+                pad_id=data.tokenizer.pad_id or 0, **sizes, **text,
             )
         )  # fmt: skip
+    leaf = "image" if "image" in data.validation else "features"
     return image_classifier(
-        family, data.validation["image"].shape[1:], NUM_CLASSES, dtype=config.dtype,
-        embed_dim=config.embed_dim, num_layers=config.num_layers, num_heads=config.num_heads,
-        mlp_dim=config.mlp_dim,
-    )  # fmt: skip
+        family, data.validation[leaf].shape[1:], len(data.classes), dtype=config.dtype, **sizes
+    )
 
 
 @dataclasses.dataclass(frozen=True)

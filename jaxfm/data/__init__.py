@@ -1,5 +1,6 @@
 """Data: sources of examples, partitions over clients, federations of them.
 
+`load` reads files, folders and the Hugging Face hub, whatever the kind; the others read one kind.
 Sources: stdlib and digits need no files; corpus and read_folder (text), mnist, cifar10, cifar100
 and npz read files; huggingface and huggingface_documents load by name; smooth_noise draws images.
 Who holds what: the functions of `partition`, federate, merge and select_clients, or deal and
@@ -13,6 +14,8 @@ from jaxfm.data.dealing import Data, deal, deal_out, subsample, take_rows, with_
 from jaxfm.data.federation import Federation, federate, merge, select_clients
 from jaxfm.data.hub_datasets import huggingface, huggingface_documents
 from jaxfm.data.idx import mnist
+from jaxfm.data.images import as_images
+from jaxfm.data.loading import DataSet, load
 from jaxfm.data.noise import smooth_noise
 from jaxfm.data.source import Source
 from jaxfm.data.standard_library import stdlib
@@ -20,8 +23,10 @@ from jaxfm.data.text import corpus, read_folder
 
 __all__ = [
     "Data",
+    "DataSet",
     "Federation",
     "Source",
+    "as_images",
     "cifar10",
     "cifar100",
     "corpus",
@@ -31,6 +36,7 @@ __all__ = [
     "federate",
     "huggingface",
     "huggingface_documents",
+    "load",
     "merge",
     "mnist",
     "npz",

@@ -17,7 +17,7 @@ import numpy as np
 from jaxfm.data import partition
 from jaxfm.data.federation import Federation, federate, leading_size
 from jaxfm.data.noise import smooth_noise
-from jaxfm.data.source import Source
+from jaxfm.data.source import Source, class_names
 
 if TYPE_CHECKING:
     from jaxfm.tasks import Task
@@ -39,6 +39,7 @@ class Data(NamedTuple):
       task: what is learned.
       tokenizer: of text; None for images.
       public: rows that belong to no client, without labels, or noise; None unless asked for.
+      classes: the names of the labels, in order; none where text is to be continued.
     """
 
     train: Federation
@@ -50,6 +51,29 @@ class Data(NamedTuple):
     task: Task
     tokenizer: Tokenizer | None
     public: Examples | None
+    classes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises a ValueError where the task cannot take the examples, or a split has none."""
+        check_splits(
+            {
+                "training": self.train.examples,
+                "validation": self.validation,
+                "test": self.test,
+            },
+            self.task,
+        )
+
+
+def check_splits(splits: Mapping[str, Examples], task: Task) -> None:
+    """Raises a ValueError where a split has no rows, or the task cannot take them."""
+    for name, examples in splits.items():
+        if not leading_size(examples):
+            raise ValueError(f"The {name} split is empty; give more data.")
+        try:
+            task.check(examples)
+        except ValueError as error:
+            raise ValueError(f"The {name} split: {error}") from None
 
 
 def deal_out(
@@ -81,8 +105,9 @@ def deal_out(
       tokenizer: of text.
       seed: of every draw.
     Raises:
-      ValueError: as of `deal`.
+      ValueError: as of `deal`; what the task refuses; a split without rows.
     """
+    check_splits({name: source.examples for name, source in splits.items()}, task)
     train, shared = take_public(splits["train"], public, seed=seed)
     if noise:
         shared = noise_like(train.examples["image"], noise, seed=seed)
@@ -104,6 +129,7 @@ def deal_out(
         task=task,
         tokenizer=tokenizer,
         public=shared,
+        classes=class_names(splits),
     )
 
 
@@ -121,8 +147,8 @@ def deal(
     Args:
       source: the rows to deal out.
       num_clients: how many clients there are; of a natural partition the largest.
-      how: a function of `jaxfm.data.partition`; "auto" is natural where rows have owners and
-        dirichlet where they have none.
+      how: a function of `jaxfm.data.partition`; "auto" is natural where rows have owners,
+        dirichlet where they have labels, and iid where they have neither.
       beta: concentration of dirichlet and quantity.
       shards_per_client: of shards.
       seed: of every draw.
@@ -134,7 +160,8 @@ def deal(
         raise ValueError(f"how={how!r} is unknown; choose one of {', '.join(get_args(Dealing))}.")
     size = leading_size(source.examples)
     if how == "auto":
-        how = "dirichlet" if source.client is None else "natural"
+        unowned = "dirichlet" if "label" in source.examples else "iid"
+        how = unowned if source.client is None else "natural"
     if how == "natural":
         return _largest_owners(source, num_clients)
     numbered = tuple(f"client {i}" for i in range(num_clients))

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxfm.data.source import Source, checked, with_clients
+from jaxfm.data.splits import split_in
+from jaxfm.data.tables import Table, from_datasets, join
 from jaxfm.data.text import Document
 
 
@@ -61,24 +63,42 @@ def huggingface_documents(
     return [Document(*row) for row in zip(names, owners, data[text], strict=True)]
 
 
+def open_hub(name: str) -> Table:
+    """Returns all splits of a data set on the hub as one table.
+
+    Args:
+      name: "name", or "name:config" where it has several configurations.
+    Raises:
+      ImportError, ValueError: as `huggingface`.
+    """
+    name, _, config = name.partition(":")
+    data = _fetch(name, None, config or None, {})
+    parts = [from_datasets(part, f"{name} ({n})", split_in(n)[0]) for n, part in data.items()]
+    return join(parts)
+
+
 def _load(name: str, split: str, config: str | None, columns: list[str], options: dict) -> Any:
+    data = _fetch(name, split, config, options)
+    if missing := [column for column in columns if column not in data.column_names]:
+        raise ValueError(f"{name} has no column {missing}; it has {data.column_names}.")
+    return data
+
+
+def _fetch(name: str, split: str | None, config: str | None, options: dict) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            "Data sets of the Hugging Face hub need the `datasets` library: "
-            "pip install 'jaxfm[data]'."
+            f"There is no file or folder {name!r}; data sets of the Hugging Face hub need the "
+            "`datasets` library: pip install 'jaxfm[data]'."
         ) from error
     try:
-        data = datasets.load_dataset(name, config, split=split, **options)
+        return datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:
         raise ValueError(
             f"Cannot load data set {name!r} (split {split!r}, config {config!r}): it is neither "
             f"here nor in the local cache, or the hub cannot be reached: {str(error).rstrip('.')}."
         ) from error
-    if missing := [column for column in columns if column not in data.column_names]:
-        raise ValueError(f"{name} has no column {missing}; it has {data.column_names}.")
-    return data
 
 
 def _stack(name: str, column: str, values: Any) -> np.ndarray:

@@ -14,8 +14,9 @@ class Source(NamedTuple):
     """One split of a data set, in host memory. Loaders with several return a dict of them.
 
     Attributes:
-      examples: leaves [N, ...]: "image" u8 or f32 [N, H, W, C], "label" i32[N],
-        "tokens" i32[N, T + 1].
+      examples: leaves [N, ...]: "image" u8 or f32 [N, H, W, C], "features" f32[N, D],
+        "label" i32[N], "weight" f32[N], "tokens" i32[N, T + 1], or, where they are labelled,
+        i32[N, T] with "mask" bool[N, T].
       client: i32[N], the owner of each row: a number below len(clients), or -1 for none; None if
         the data has no natural owners. `federation_of` groups by it.
       clients: the owners' names.
@@ -48,6 +49,23 @@ def checked(source: Source, origin: str | Path) -> Source:
             f"found {label.min()}..{label.max()}."
         )
     return source
+
+
+def class_names(splits: Mapping[str, Source]) -> tuple[str, ...]:
+    """Returns the names of the classes; where no split has names, the numbers up to the largest.
+
+    Raises:
+      ValueError: a label is negative.
+    """
+    if known := next((source.classes for source in splits.values() if source.classes), ()):
+        return known
+    labels = [source.examples["label"] for source in splits.values() if "label" in source.examples]
+    labels = [label for label in labels if np.size(label)]
+    if not labels:
+        return ()
+    if (least := min(int(label.min()) for label in labels)) < 0:
+        raise ValueError(f"Labels must be 0 or more; found {least}.")
+    return tuple(map(str, range(1 + max(int(label.max()) for label in labels))))
 
 
 def with_clients(source: Source, keys: np.ndarray) -> Source:

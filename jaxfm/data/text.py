@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxfm.data.source import Source, checked
-from jaxfm.tokenizer import Tokenizer
+from jaxfm.tokenizer import Tokenizer, frame
 
 SPLITS = ("train", "validation", "test")
 
@@ -27,6 +27,7 @@ class Document(NamedTuple):
     name: str  # the path below the root, with forward slashes; it decides the split
     client: str  # its owner
     text: str
+    split: str = ""  # given by who has the files; otherwise the name decides
 
 
 def split_of(name: str, held_out: float = 0.1) -> str:
@@ -107,7 +108,7 @@ def corpus(
     if length < 1:
         raise ValueError(f"length must be at least 1 token; got {length}.")
     documents = list(documents)
-    sides = [split_of(document.name, held_out) for document in documents]
+    sides = _sides(documents, held_out)
     sizes = Counter[str]()
     for document, side in zip(documents, sides, strict=True):
         if side == "train" and document.text:
@@ -133,6 +134,52 @@ def corpus(
         client = np.repeat(np.array(owners, np.int32), [len(part) for part in rows])
         splits[split] = checked(Source({"tokens": tokens}, client, tuple(ranked)), split)
     return splits
+
+
+def _sides(documents: Sequence[Document], held_out: float) -> list[str]:
+    """Returns each document's split: the given one, or that of its name.
+
+    If only some splits are given, the others are drawn from training documents by name.
+    """
+    given = {document.split for document in documents} - {""}
+    sides = []
+    for document in documents:
+        drawn = split_of(document.name, held_out)
+        free = document.split in ("", "train") and drawn not in given
+        sides.append(drawn if free else document.split or "train")
+    return sides
+
+
+def token_rows(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one row of tokens for each text: tokens i32[N, T] and mask bool[N, T].
+
+    Each text stands between the special tokens that its tokenizer puts around a text, and is cut
+    where it is longer than `length` with them. T is what the longest text needs. The mask is true
+    where there is a token; the rest is padding.
+
+    >>> from jaxfm.tokenizer import ByteTokenizer
+    >>> tokens, mask = token_rows(["ab", "a"], ByteTokenizer(), 8)
+    >>> tokens.tolist(), mask.sum(1).tolist()
+    ([[256, 97, 98, 257], [256, 97, 257, 258]], [4, 3])
+    """
+    before, after = frame(tokenizer)
+    room = length - len(before) - len(after)
+    if room < 1:
+        raise ValueError(
+            f"length={length} leaves no room for text beside {len(before) + len(after)} special "
+            "tokens; give more."
+        )
+    rows = [[*before, *tokenizer.encode(text)[:room], *after] for text in texts]
+    width = max(map(len, rows), default=0)
+    spare = tokenizer.pad_id if tokenizer.pad_id is not None else (tokenizer.eos_id or 0)
+    tokens = np.full((len(rows), width), spare, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        mask[number, : len(row)] = True
+    return tokens, mask
 
 
 def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> np.ndarray:

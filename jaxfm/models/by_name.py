@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -19,31 +20,33 @@ ImageFamily = Literal[
 
 def image_classifier(
     family: str,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     num_classes: int,
     *,
     dtype: str = "float32",
     **sizes: Any,
 ) -> Model:
-    """Returns a classifier of small images; resnet* and vgg* are those for 32x32 images.
+    """Returns a classifier of small images or rows of numbers, of any size that its family takes.
+
+    resnet* and vgg* are those for 32x32 images.
 
     Args:
       family: one of `ImageFamily`.
-      image_shape: height, width and channels.
+      image_shape: height, width and channels; for an mlp any shape, which it flattens.
       num_classes: number of logits.
       dtype: of parameters and computation; an mlp is always float32.
       **sizes: fields of `VitConfig`; ignored by the other families.
     Raises:
       ValueError: an unknown family, or images that the family cannot take.
     """
+    if family == "mlp":
+        return mlp((math.prod(image_shape), 200, num_classes))
     height, width, channels = image_shape
     common: dict[str, Any] = {"num_channels": channels, "num_classes": num_classes, "dtype": dtype}
     if family == "cnn":
         return cnn(CnnConfig(image_size=(height, width), **common))
-    if family == "mlp":
-        return mlp((height * width * channels, 200, num_classes))
     if family == "vit":
-        patch = max(2, height // 8)
+        patch = _patch_size(height, width)
         return vit(
             VitConfig(
                 image_size=(height, width), patch_size=(patch, patch), **common, **sizes
@@ -65,13 +68,19 @@ def image_classifier(
     return vgg(vgg_config(depth, cifar=True, image_size=height, **common))
 
 
+def _patch_size(height: int, width: int) -> int:
+    """Returns the largest size of square patches that tile an image, up to an eighth of it."""
+    largest = max(2, height // 8)
+    return max(n for n in range(1, largest + 1) if height % n == 0 and width % n == 0)
+
+
 def width_axes(family: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Returns the axes that a narrower model of this family is cut along.
 
     Args:
-      family: as of `image_classifier`, or "decoder".
+      family: as of `image_classifier`, or "decoder" or "encoder".
       sizes: of all axes of the model (`jaxfm.axis_sizes`).
     """
-    if family in ("decoder", "vit"):
+    if family in ("decoder", "encoder", "vit"):
         return ("embed", "mlp", "kv_heads")
     return tuple(sorted(sizes.keys() - {"input", "channel", "class"}))

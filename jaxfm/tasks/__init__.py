@@ -1,5 +1,6 @@
 """Tasks: what a model is trained for and how it is scored."""
 
+from jaxfm.tasks.choose import task_for
 from jaxfm.tasks.classify import classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.tasks.language import causal_lm, masked_lm
@@ -13,4 +14,5 @@ __all__ = [
     "masked_lm",
     "metric_totals",
     "prepare_weighted",
+    "task_for",
 ]

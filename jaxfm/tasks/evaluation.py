@@ -39,7 +39,8 @@ def evaluate(
     Returns:
       total / count of each metric; NaN where nothing has weight.
     Raises:
-      ValueError: no examples, leaves that disagree on N, a count above N, batch_size below 1.
+      ValueError: no examples, leaves that disagree on N, a count above N, batch_size below 1, what
+        the task refuses.
     """
     size = leading_size(examples)
     if size == 0:
@@ -49,6 +50,7 @@ def evaluate(
     if count is not None and not 0 <= count <= size:
         raise ValueError(f"count must be in 0..{size}; got {count}.")
     count = size if count is None else count
+    task.check(examples)
     totals = _compiled(apply, task, batch_size, variables, dict(examples), np.int32(count), key)
     sums = jax.tree.map(lambda leaf: np.sum(np.asarray(leaf), dtype=np.float64), totals)
     return {

@@ -1,18 +1,33 @@
 """What a task is: how a batch becomes inputs and targets, and how outputs are scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
 Ratio = tuple[Array, Array]  # (total f32[], count f32[])
 
 
+def check_weights(examples: Mapping[str, Any]) -> None:
+    """Refuses weights that are not f[N], 0 or more and finite; looks at arrays of the host only."""
+    weight = examples.get("weight")
+    if not isinstance(weight, np.ndarray):
+        return
+    if weight.ndim != 1:
+        raise ValueError(f"The leaf 'weight' must be [N], one for each row; got {weight.shape}.")
+    if not (fine := np.isfinite(weight) & (weight >= 0)).all():
+        row = int(np.argmin(fine))
+        raise ValueError(
+            f"The weight of row {row} is {weight[row]}; weights must be finite and 0 or more."
+        )
+
+
 class Task(NamedTuple):
-    """Three pure functions. Scores are sums with their counts, never means.
+    """Three pure functions and a check. Scores are sums with their counts, never means.
 
     So a mean over microbatches, clients or devices is the ratio of two sums of sums, and rows of
     weight 0 (padding, rows that fill up a batch) count nowhere. A task of your own:
@@ -32,11 +47,14 @@ class Task(NamedTuple):
         `weight` is f32 of the shape of `targets`, 0 to ignore.
       loss: (outputs, targets, weight) -> (total f32[], count f32[]); minimise total / count.
       metrics: (outputs, targets, weight) -> dict of (total, count), each the mean total / count.
+      check: (examples) -> None; raises a ValueError for examples that the task cannot take, before
+        anything is compiled. What is on a device already is not looked at.
     """
 
     prepare: Callable[..., tuple[Any, Array, Array]]
     loss: Callable[[Any, Array, Array], Ratio]
     metrics: Callable[[Any, Array, Array], dict[str, Ratio]]
+    check: Callable[[Mapping[str, Any]], None] = check_weights
 
 
 def prepare_weighted(
