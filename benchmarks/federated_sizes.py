@@ -152,8 +152,16 @@ def published_bytes() -> dict[str, Any]:
                 fed_avg(model, TASK, local), quantised(4, block=256), down=4
             ),
             "fed_nova": fed_nova(model, TASK, local),
-            "scaffold": scaffold(model, TASK, local, num_clients=10),
-            "spatl": spatl(model, TASK, local, select, num_clients=10, is_personal=head),
+            "scaffold": scaffold(model, TASK, local, total_examples=80),
+            "spatl": spatl(
+                model,
+                TASK,
+                local,
+                select,
+                num_clients=10,
+                total_examples=80,
+                is_personal=head,
+            ),
         }
         made["spatl_topk8"] = with_compression(made["spatl"], top_k(0.05, bits=8))
         made["spatl_narrow"] = with_compression(made["spatl"], quantised(8, block=256), down=8)

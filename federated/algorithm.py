@@ -163,7 +163,7 @@ class Info(NamedTuple):
 
     Attributes:
       spent: its work.
-      examples: f32[], rows it trained on.
+      examples: f32[], rows it trained on, by which it counts; with weights, the sum of these.
       loss_total, loss_count: f32[]; total / count is its mean training loss.
       extra: f32[] by name, an algorithm's own figures; they are summed over clients.
     """
@@ -193,12 +193,17 @@ def mean(sums: Mean) -> PyTree:
 
 
 def scaled(weight: Array, tree: PyTree) -> PyTree:
-    """weight * tree, in the dtypes of the tree; only the product is rounded to them."""
+    """weight * tree: in the dtypes of the tree, of which only float16 and integers are widened.
+
+    Only the product is rounded. Numbers of float16 end at 65504, which a client of many examples
+    exceeds, so its products are float32 (and twice the bytes); products of integers are, too.
+    """
 
     def times(x):
-        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        narrow = x.dtype.itemsize < 4 or not jnp.issubdtype(x.dtype, jnp.floating)
         wide = jnp.float32 if narrow else x.dtype
-        return (weight.astype(wide) * x.astype(wide)).astype(x.dtype)
+        product = weight.astype(wide) * x.astype(wide)
+        return product.astype(x.dtype) if x.dtype == jnp.bfloat16 else product
 
     return jax.tree.map(times, tree)
 

@@ -43,7 +43,13 @@ def difference(trained: Variables, start: Variables) -> Movement:
 
 def moved(variables: Variables, step: tuple, rate: Array | float = 1.0) -> Variables:
     """`variables` plus rate * step, with `step` (params, stats) in any float dtype."""
-    add = lambda x, d: (x.astype(d.dtype) + jnp.asarray(rate, d.dtype) * d).astype(x.dtype)
+
+    def add(x, d):
+        new = x.astype(d.dtype) + jnp.asarray(rate, d.dtype) * d
+        # A count, say: to the nearest, since a mean of threes may be 2.9999998.
+        whole = jnp.issubdtype(x.dtype, jnp.integer)
+        return (jnp.round(new) if whole else new).astype(x.dtype)
+
     params, stats = step
     return variables._replace(
         params=jax.tree.map(add, variables.params, params),

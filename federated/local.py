@@ -6,6 +6,7 @@ own); the gradient hook changes its gradient (proximal terms, control variates, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from jaxfm.optimizer import apply_gradients
 from jaxfm.tasks import Task, prepare_weighted
 
 UNLIMITED_STEPS = 2**30  # a `max_steps` that no client reaches
+_SMALL = 256  # rows that are sorted in no time
 
 
 class Local(NamedTuple):
@@ -66,8 +68,10 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
     """Returns `fit(variables, data, max_steps, key) -> (variables, info: Info)`.
 
     Only `variables.params` are trained; frozen parameters are in no gradient and no optimizer
-    state. Numbers of steps and examples are arrays, so they never recompile. Under `vmap` all
-    clients run as many steps as the longest, and those that are done keep their values.
+    state. Parameters of 16 bits are trained as copies of 32 bits, since steps much smaller than a
+    number would be rounded away; gradients and hooks see 16 bits, and the end is rounded once.
+    Numbers of steps and examples are arrays, so they never recompile. Under `vmap` all clients run
+    as many steps as the longest, and those that are done keep their values.
 
     Raises:
       ValueError: batch_size or epochs below 1.
@@ -79,6 +83,8 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
 
     def fit(variables: Variables, data: ClientData, max_steps: Array, key: Key):
         steps_per_epoch = (data.count + size - 1) // size
+        dtypes = jax.tree.map(lambda x: x.dtype, variables.params)
+        narrow = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
 
         def step(i, carry: _Carry, order, key) -> _Carry:
             place = i * size + jnp.arange(size)
@@ -87,10 +93,13 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
             rows = data.index[order[place % data.count]]
             batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
             params = carry.variables.params
+            seen = narrow(params)
             (_, (stats, total, count)), grads = gradient(
-                params, carry.variables, batch, real, jax.random.fold_in(key, i)
-            )
-            grads = grads if grad_hook is None else grad_hook(grads, params)
+                seen, carry.variables._replace(params=seen), batch, real,
+                jax.random.fold_in(key, i),
+            )  # fmt: skip
+            grads = grads if grad_hook is None else grad_hook(grads, seen)
+            grads = jax.tree.map(wide, grads)
             params, opt_state = apply_gradients(local.optimizer, grads, carry.opt_state, params)
             variables = carry.variables._replace(params=params, stats=stats)
             return _Carry(variables, opt_state, carry.total + total, carry.count + count)
@@ -102,22 +111,63 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
             return lax.fori_loop(0, steps, lambda i, c: step(i, c, order, step_key), carry)
 
         zero = jnp.zeros((), jnp.float32)
-        carry = _Carry(variables, local.optimizer.init(variables.params), zero, zero)
+        masters = jax.tree.map(wide, variables.params)
+        start = variables._replace(params=masters)
+        carry = _Carry(start, local.optimizer.init(masters), zero, zero)
         if local.epochs == 1:
             carry = epoch(0, carry)
         else:  # as many as there is time for
             epochs = jnp.clip(-(-max_steps // jnp.maximum(steps_per_epoch, 1)), 0, local.epochs)
             carry = lax.fori_loop(0, epochs, epoch, carry)
         steps = jnp.minimum(max_steps, local.epochs * steps_per_epoch).astype(jnp.float32)
-        examples = data.count.astype(jnp.float32)
-        return carry.variables, Info(Spent(steps), examples, carry.total, carry.count)
+        trained = carry.variables._replace(params=narrow(carry.variables.params))
+        return trained, Info(Spent(steps), examples_of(data), carry.total, carry.count)
 
     return fit
 
 
+def examples_of(data: ClientData) -> Array:
+    """f32[]: how much a client counts: its rows, or the sum of their "weight" where they have one.
+
+    A row of weight 2 then counts as two rows, in training as in evaluation.
+    """
+    if "weight" not in data.examples:
+        return data.count.astype(jnp.float32)
+    weight, lanes = data.examples["weight"], min(128, data.index.shape[0])
+
+    def add(i: Array, total: Array) -> Array:
+        place = i * lanes + jnp.arange(lanes)
+        own = weight[jnp.take(data.index, place, mode="clip")].astype(jnp.float32)
+        return total + jnp.where(place < data.count, own, 0).sum()
+
+    return lax.fori_loop(0, -(-data.count // lanes), add, jnp.zeros((), jnp.float32))
+
+
+def wide(x: Array) -> Array:
+    """Floats of 16 bits as floats of 32; the rest as they are."""
+    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+
+
 def _shuffled(key: Key, data: ClientData) -> Array:
-    """i32: positions in `data.index`, the real ones first and in random order."""
+    """i32: positions in `data.index`, the real ones first and in random order.
+
+    What is sorted is as long as the client needs, in a few sizes, and not as its table, which is as
+    long as the largest client's. The order is the same: a draw does not depend on how many follow.
+    (Under `vmap` all sizes are sorted, together a seventh more than the longest.)
+    """
     rows = data.index.shape[0]
-    draws = jax.random.bits(key, (rows,))
-    last = jnp.where(jnp.arange(rows) < data.count, draws, ~jnp.zeros_like(draws))
-    return jnp.argsort(last, stable=True).astype(jnp.int32)
+    sizes = [*itertools.takewhile(lambda n: n < rows, (_SMALL * 8**k for k in itertools.count()))]
+    sizes.append(rows)
+
+    def of(size: int) -> Callable[[], Array]:
+        def order() -> Array:
+            draws = jax.random.bits(key, (size,))
+            last = jnp.where(jnp.arange(size) < data.count, draws, ~jnp.zeros_like(draws))
+            return jnp.pad(jnp.argsort(last, stable=True).astype(jnp.int32), (0, rows - size))
+
+        return order
+
+    if len(sizes) == 1:
+        return of(rows)()
+    number = (data.count > jnp.array(sizes[:-1])).sum(dtype=jnp.int32)
+    return lax.switch(number, [of(size) for size in sizes])

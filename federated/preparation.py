@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxfm.data.dealing import Data, subsample
+from jaxfm.data.federation import client_weights
 from jaxfm.federated.accounting.resources import Device
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.local import UNLIMITED_STEPS, Local
@@ -125,6 +126,7 @@ def make_setting(
         task=data.task,
         local=local,
         num_clients=len(data.train.count),
+        total_examples=float(client_weights(data.train).sum()),
         num_rounds=num_rounds,
         is_last=last_layer(model),
         tiers=make_tiers(sizes, axes, widths),

@@ -50,6 +50,7 @@ class Setting(NamedTuple):
       task: what is learned.
       local: how clients train.
       num_clients: all that there are.
+      total_examples: training rows of all of them; with weights, the sum of these.
       num_rounds: of the run.
       is_last: of the path of a leaf, whether it belongs to the last layer.
       tiers: slices of the model, the widest first.
@@ -65,6 +66,7 @@ class Setting(NamedTuple):
     task: Task
     local: Local
     num_clients: int
+    total_examples: float
     num_rounds: int
     is_last: IsPersonal
     tiers: tuple[Subnet, ...]

@@ -26,7 +26,7 @@ from jaxfm.federated.algorithm import (
 )
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.averaging import difference, send_variables
-from jaxfm.federated.local import Local, local_fit, objective
+from jaxfm.federated.local import Local, examples_of, local_fit, objective
 from jaxfm.federated.registry import register
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
@@ -69,7 +69,7 @@ def fed_dp(model: Model, task: Task, local: Local, *, threshold: float = 1e-3) -
         trained, info = lax.fori_loop(
             0, epochs, epoch, (download, Info(Spent(zero), zero, zero, zero))
         )
-        info = info._replace(examples=data.count.astype(jnp.float32))  # of one epoch, not of all
+        info = info._replace(examples=examples_of(data))  # of one epoch, not of all
         return weighted(info.examples, difference(trained, download)), memory, info
 
     bucket = Bucket(model, send_variables, client)

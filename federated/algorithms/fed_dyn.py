@@ -27,7 +27,7 @@ from jaxfm.federated.algorithm import (
 )
 from jaxfm.federated.averaging import difference, moved, send_variables
 from jaxfm.federated.local import Local, local_fit, objective
-from jaxfm.federated.parts.control_variates import check_num_clients
+from jaxfm.federated.parts.control_variates import check_total
 from jaxfm.federated.registry import register
 from jaxfm.model import Key, Model, PyTree, Variables
 from jaxfm.tasks import Task
@@ -71,7 +71,7 @@ def fed_dyn(
     Raises:
       ValueError: alpha is not positive; num_clients below 1.
     """
-    check_num_clients(num_clients)
+    check_total("num_clients", num_clients)
     if not 0 < alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be a weight above 0.")
     loss = objective(model, task)

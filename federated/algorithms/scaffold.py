@@ -1,12 +1,14 @@
 """SCAFFOLD: clients correct each step for the drift that control variates have learned.
 
     y <- y - r (g - c_i + c);   x <- x + sum_i n_i (y_i - x) / sum_i n_i
-    c_i <- c_i - c + (x - y_i) (1 - m) / (K r);   c <- c + sum_i (change of c_i) / N
+    c_i <- c_i - c + (x - y_i) / (r a(K));   c <- c + sum_i n_i (change of c_i) / n
 
-over those who report, with N all clients (`jaxfm.federated.parts.control_variates`). Movements are
-weighted as in federated averaging, so that without variates it is federated averaging; variates
-are the paper's plain mean. A client downloads x and c, twice the bytes of federated averaging, and
-uploads only the change of c_i, from which the server recovers y_i.
+over those who report, with n the examples of all clients. Movements are weighted as in federated
+averaging, so that without variates it is federated averaging; variates too, or the run would end
+elsewhere (`jaxfm.federated.parts.control_variates` derives it). In the paper all clients count
+alike, whatever their sizes: `scaffold_published`. A client downloads x and c, twice the
+bytes of federated averaging, and uploads only the change of c_i, from which the server recovers
+y_i.
 Source: Karimireddy et al. 2020, algorithm 1, option II.
 """
 
@@ -31,7 +33,7 @@ from jaxfm.federated.algorithm import (
 from jaxfm.federated.averaging import moved
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.parts.control_variates import (
-    check_num_clients,
+    check_total,
     common_variate,
     corrected,
     movement,
@@ -57,7 +59,7 @@ class ScaffoldUpload(NamedTuple):
 
     Attributes:
       gain: the change of c_i, like the parameters.
-      length: f32[], K r / (1 - m); with it the gain says where the client ended.
+      length: f32[], r a(K); with it the gain says where the client ended.
       stats: the movement of the statistics, weighted by n_i.
     """
 
@@ -67,14 +69,17 @@ class ScaffoldUpload(NamedTuple):
 
 
 class ScaffoldSums(NamedTuple):
-    """The weighted movement, and the changes of c_i, which count alike."""
+    """The weighted movement, and the weighted changes of c_i."""
 
     movement: Mean
     gain: PyTree
 
 
-@register(breaks={"identical_clients": "The variate c is divided by all clients, absent ones too."})
-def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Algorithm:
+BREAKS = {"identical_clients": "The variate c is divided by all clients, absent ones too."}
+
+
+@register(breaks=BREAKS)
+def scaffold(model: Model, task: Task, local: Local, *, total_examples: float) -> Algorithm:
     """Federated averaging of clients that correct their drift; full gradient information by c.
 
     Partition: parameters and statistics are shared; c_i is a client's memory. Statistics are
@@ -84,11 +89,31 @@ def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Alg
       model, task: as in `fed_avg`.
       local: with an optimizer that is gradient descent, with or without momentum. Where it clips,
         a variate is the mean of clipped gradients.
+      total_examples: n, of all clients there are, also those who never take part; with weights,
+        the sum of these.
+    Raises:
+      ValueError: another optimizer; total_examples not above 0.
+    """
+    check_total("total_examples", total_examples)
+    return _scaffold(model, task, local, total_examples, alike=False)
+
+
+@register(like="scaffold", breaks=BREAKS | {"statistics": "All clients count alike."})
+def scaffold_published(model: Model, task: Task, local: Local, *, num_clients: int) -> Algorithm:
+    """SCAFFOLD as published: clients count alike, whatever their sizes, and so do variates.
+
+    Args:
+      model, task, local: as in `scaffold`.
       num_clients: N, all clients there are, also those who never take part.
     Raises:
       ValueError: another optimizer; num_clients below 1.
     """
-    check_num_clients(num_clients)
+    check_total("num_clients", num_clients)
+    return _scaffold(model, task, local, num_clients, alike=True)
+
+
+def _scaffold(model: Model, task: Task, local: Local, total: float, alike: bool) -> Algorithm:
+    """SCAFFOLD whose clients count by their examples, or alike; `total` is what all of them do."""
     sgd = sgd_of(local.optimizer, "scaffold")
     loss = objective(model, task)
 
@@ -108,16 +133,18 @@ def scaffold(model: Model, task: Task, local: Local, *, num_clients: int) -> Alg
         steps = info.spent.steps
         new = next_variate(own, common, start.params, trained.params, steps, sgd)
         gain, stats = jax.tree.map(jnp.subtract, (new, trained.stats), (own, start.stats))
-        stats = weighted(info.examples, Exact(stats))
+        # An empty client weighs nothing, and clients that count alike weigh one.
+        weight = jnp.sign(info.examples) if alike else info.examples
+        stats = weighted(weight, Exact(stats))
         return ScaffoldUpload(gain, run_length(steps, sgd), stats), new, info
 
     def receive(server: ScaffoldState, public, upload: ScaffoldUpload) -> ScaffoldSums:
-        stats, examples = upload.stats.num, upload.stats.den.value
-        move = scaled(examples, movement(upload.gain, server.variate, upload.length))
-        return ScaffoldSums(Mean((move, stats), examples), upload.gain)
+        stats, weight = upload.stats.num, upload.stats.den.value
+        move = scaled(weight, movement(upload.gain, server.variate, upload.length))
+        return ScaffoldSums(Mean((move, stats), weight), scaled(weight, upload.gain))
 
     def server(state: ScaffoldState, totals: ScaffoldSums, public, key: Key):
-        variate = common_variate(state.variate, totals.gain, num_clients)
+        variate = common_variate(state.variate, totals.gain, total)
         return ScaffoldState(moved(state.variables, mean(totals.movement)), variate), {}
 
     return Algorithm(init, (Bucket(model, send, client, init_client, receive),), server, model)

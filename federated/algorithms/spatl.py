@@ -6,15 +6,16 @@
     up       m_i d_i and which channels these are; m_i (y_i - x) follows from it
              (`jaxfm.federated.parts.control_variates`)
     server   x[k] <- x[k] + sum_i n_i m_i[k] (y_i - x)[k] / sum_i n_i m_i[k]
-             c[k] <- c[k] + sum_i m_i[k] d_i[k] / N
+             c[k] <- c[k] + sum_i n_i m_i[k] d_i[k] / n
 
-over those who report, with N all clients; a coordinate that nobody sends does not move. Statistics
-of norms are averaged whole: what flows into a channel changes though nobody sends its weights. The
-predictor p_i never leaves its client: `train_predictor` trains one for clients that join late.
-Masks are whole channels, so `client_model` is a really smaller network.
+over those who report, with n the examples of all clients; a coordinate that nobody sends
+does not move. Statistics of norms are averaged whole: what flows into a channel changes though
+nobody sends its weights. The predictor p_i never leaves its client: `train_predictor` trains one
+for clients that join late. Masks are whole channels, so `client_model` is a really smaller network.
 
-A client's variate moves only where the server hears of it, so that c stays the mean of all c_i. In
-the published form c_i moves everywhere and c in parts, and it does not (`published=True`).
+A client's variate moves only where the server hears of it, so that c stays the mean of all c_i,
+weighted as in SCAFFOLD. In the published form c_i moves everywhere and c in parts, and it does not;
+and clients count alike (`published=True`).
 Source: Yu et al. 2022 (SPATL, arXiv 2111.14345), section 4 and equations 3 to 13.
 """
 
@@ -50,7 +51,7 @@ from jaxfm.federated.partition import (
 )
 from jaxfm.federated.parts.channel_selection import Select, select_for
 from jaxfm.federated.parts.control_variates import (
-    check_num_clients,
+    check_total,
     common_variate,
     corrected,
     movement,
@@ -108,7 +109,7 @@ class SpatlUpload(NamedTuple):
 
 
 class SpatlSums(NamedTuple):
-    """The encoder's covered movement over covered examples, and what the c_i gained."""
+    """The encoder's covered movement over covered examples, and what the c_i gained, weighted."""
 
     movement: Mean
     gain: PyTree
@@ -147,6 +148,7 @@ def spatl(
     select: Select,
     *,
     num_clients: int,
+    total_examples: float,
     is_personal: IsPersonal = head,
     select_times: int | None = None,
     published: bool = False,
@@ -160,7 +162,7 @@ def spatl(
       model, task: as in `fed_avg`.
       local: with an optimizer that is gradient descent, with or without momentum.
       select: which channels are salient, of `jaxfm.federated.parts.channel_selection`.
-      num_clients: N, all clients there are.
+      num_clients, total_examples: N and n, of all clients there are.
       is_personal: of the path of a leaf.
       select_times: how often a client chooses; then its channels stay, as they must where its
         model has been sliced. None: in every round.
@@ -168,7 +170,8 @@ def spatl(
     Raises:
       ValueError: another optimizer; nothing is shared; numbers below 1.
     """
-    check_num_clients(num_clients)
+    check_total("num_clients", num_clients)
+    check_total("total_examples", total_examples)
     if select_times is not None and select_times < 1:
         raise ValueError(f"select_times={select_times}: a client chooses at least once.")
     if is_personal is not nothing:
@@ -181,7 +184,8 @@ def spatl(
     def server(state: SpatlState, totals: SpatlSums, public, key: Key):
         encoder, first = split_variables(state.variables, is_personal)
         variables = join_variables(moved(encoder, mean(totals.movement)), first)
-        return SpatlState(variables, common_variate(state.variate, totals.gain, num_clients)), {}
+        total = num_clients if published else total_examples
+        return SpatlState(variables, common_variate(state.variate, totals.gain, total)), {}
 
     trait = None if is_personal is nothing else is_personal
     return Algorithm(init, (bucket,), server, model, trait)
@@ -240,7 +244,8 @@ def _bucket(
             jax.tree.map(lambda _: upload.weight, upload.stats),
         )
         move = where_covered(covered.params, movement(upload.gain, server.variate, upload.length))
-        return SpatlSums(Mean((scaled(upload.weight, move), upload.stats), weights), upload.gain)
+        gain = scaled(upload.weight, upload.gain)
+        return SpatlSums(Mean((scaled(upload.weight, move), upload.stats), weights), gain)
 
     def travels(upload: SpatlUpload) -> SpatlUpload:
         covered = split_variables(coverage(network, upload.masks), is_personal)[0]

@@ -3,27 +3,46 @@
 Clients keep c_i and the server c, both zero at first. A local step follows  g - c_i + c  in the
 place of the gradient g, and after K steps from x to y
 
-    c_i+ = c_i - c + (x - y) (1 - m) / (K r)
+    c_i+ = c_i - c + (x - y) / L,    L = r a(K)
 
-with rate r and momentum m: the gradient is corrected before the optimizer, so K steps move up to
-K r / (1 - m) times as far. The server adds  sum_i (c_i+ - c_i) / N  over those who report, with N
-all clients there are: c stays the mean of all c_i. Parameters only; statistics have no drift.
+with rate r and a(K) = K, or with momentum m what K steps of it add up to
+(`jaxfm.federated.parts.sgd`): the gradient is corrected before the optimizer, so c_i+ is a mean of
+the client's gradients along its way, with weights that sum to one. The server adds
+sum_i w_i (c_i+ - c_i)  over those who report, so that c stays  sum_i w_i c_i  over all clients.
+Parameters only; statistics have no drift.
 
-One tree goes up, not two: with d_i = c_i+ - c_i and the length K r / (1 - m), a number, the server
-has the movement as well,  y - x = -(d_i + c) K r / (1 - m).  What is left out of a compressed d_i
-then means "as all others", not "did not move". (Where `compressed` rounds c on its way down, the
-server takes its own: off by that rounding.)
+Which w_i: federated averaging minimises  F = sum_i w_i f_i,  w_i = n_i / n,  with f_i the mean loss
+of client i, n_i its examples and n those of all clients. Let the run stand still at x with
+c_i = grad f_i(x). A client's every step is then g - c_i + c = c, it ends at x - L c, and whatever
+weights the movements have, x stays where and only where
+
+    c = sum_i w_i grad f_i(x) = 0.
+
+With w_i = n_i / n these are the minima of F; with the paper's plain w_i = 1/N those of the mean of
+the f_i, wherever client sizes differ. So variates are weighted by examples over *all* examples.
+The movements' weights p_i do not move the fixed point; they say how the way there is averaged. As
+in federated averaging, p_i = n_i / sum of the n_j that report: none is above one, so one client's
+round moves x no further than its own step, and the run is stable where that is. The unbiased
+p_i = N w_i / |S| reaches N for the one large client among small ones, and diverges for sizes 1:100
+at a tenth of the step that the ratio allows.
+
+One tree goes up, not two: with d_i = c_i+ - c_i and the length L, a number, the server has the
+movement as well,  y - x = -(d_i + c) L.  What is left out of a compressed d_i then means "as all
+others", not "did not move". (Where `compressed` rounds c on its way down, the server takes its own:
+off by that rounding.)
 Sources: Karimireddy et al. 2020 (SCAFFOLD), algorithm 1, option II; Huang et al. 2023 (Stochastic
 controlled averaging with communication compression) for the single upload.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jaxfm.federated.local import GradHook
-from jaxfm.federated.parts.sgd import Sgd
+from jaxfm.federated.parts.sgd import Sgd, accumulated
 from jaxfm.model import Array, PyTree
 
 
@@ -52,8 +71,8 @@ def next_variate(
 
 
 def run_length(steps: Array, sgd: Sgd) -> Array:
-    """K r / (1 - m) f32[], how far K steps along one gradient go at most; 0 for none."""
-    return steps * sgd.learning_rate / (1 - sgd.momentum)
+    """L = r a(K) f32[], how far K steps go along one gradient of length one; 0 for none."""
+    return sgd.learning_rate * accumulated(steps, sgd.momentum)
 
 
 def movement(gain: PyTree, common: PyTree, length: Array) -> PyTree:
@@ -63,14 +82,19 @@ def movement(gain: PyTree, common: PyTree, length: Array) -> PyTree:
     )
 
 
-def common_variate(common: PyTree, gains: PyTree, num_clients: int) -> PyTree:
-    """c plus the sum of gains c_i+ - c_i over those who reported, divided by all clients."""
-    return jax.tree.map(
-        lambda c, d: (c.astype(d.dtype) + d / num_clients).astype(c.dtype), common, gains
-    )
+def common_variate(common: PyTree, gains: PyTree, total: float) -> PyTree:
+    """c plus the weighted sum of gains over those who reported, divided by all weights there are.
+
+    Args:
+      common: c.
+      gains: the sum of n_i (c_i+ - c_i); of c_i+ - c_i where clients count alike.
+      total: the sum of n_i over all clients; their number where they count alike.
+    """
+    add = lambda c, d: (c.astype(d.dtype) + d / float(total)).astype(c.dtype)
+    return jax.tree.map(add, common, gains)
 
 
-def check_num_clients(num_clients: int) -> None:
-    """Raises ValueError where the number of all clients cannot be one."""
-    if num_clients < 1:
-        raise ValueError(f"num_clients must be all clients there are, got {num_clients}.")
+def check_total(name: str, total: float) -> None:
+    """Raises ValueError where a sum over all clients is not above zero."""
+    if not 0 < total < math.inf:
+        raise ValueError(f"{name}={total} must be above 0: that of all clients there are.")

@@ -81,6 +81,15 @@ def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) 
     return Federation(federation.examples, index, count)
 
 
+def client_weights(federation: Federation) -> np.ndarray:
+    """Returns f64[C]: what each client's rows weigh together, one each if they have no "weight"."""
+    index, count = np.asarray(federation.index), np.asarray(federation.count)
+    if "weight" not in federation.examples:
+        return count.astype(np.float64)
+    weight = np.asarray(federation.examples["weight"], np.float64)
+    return np.array([weight[row[:n]].sum() for row, n in zip(index, count, strict=True)])
+
+
 def merge(federation: Federation) -> dict[str, np.ndarray]:
     """Returns all rows that clients own, client after client: the centralised data set."""
     index, count = np.asarray(federation.index), np.asarray(federation.count)

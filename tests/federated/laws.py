@@ -85,8 +85,9 @@ def setting(
     model = fixed(model)
     return Setting(
         model=model, variables=jax.jit(model.init)(jax.random.key(0)), task=task, local=local,
-        num_clients=6, num_rounds=4, is_last=last_layer(model), tiers=tiers, axes=("hidden1",),
-        tier_of=lambda: np.arange(6) % len(tiers), public=PUBLIC, some=examples(1), num_classes=3,
+        num_clients=6, total_examples=21.0, num_rounds=4, is_last=last_layer(model), tiers=tiers,
+        axes=("hidden1",), tier_of=lambda: np.arange(6) % len(tiers), public=PUBLIC,
+        some=examples(1), num_classes=3,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """SCAFFOLD, FedNova and FedDyn against their equations in NumPy; what a partition keeps at home."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from jaxfm.federated.algorithms.fed_per import fed_per
 from jaxfm.federated.algorithms.fed_rolex import fed_rolex
 from jaxfm.federated.algorithms.hetero_fl import hetero_fl
 from jaxfm.federated.algorithms.lg_fed_avg import lg_fed_avg
-from jaxfm.federated.algorithms.scaffold import scaffold
+from jaxfm.federated.algorithms.scaffold import scaffold, scaffold_published
 from jaxfm.federated.local import Local
 from jaxfm.federated.partition import either, statistics, under
 from jaxfm.federated.parts.sgd import accumulated, sgd_of
@@ -88,6 +90,15 @@ def descend(x, bend, momentum: float = 0.0, steps=STEPS):
     return y
 
 
+def sum_of_speeds(momentum: float) -> float:
+    """How far STEPS steps of rate one go along a gradient of one."""
+    speed = way = 0.0
+    for _ in range(STEPS):
+        speed = momentum * speed + 1
+        way += speed
+    return way
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_scaffold_follows_its_equations(momentum):
     x, c, own = np.zeros(2, np.float32), np.zeros(2), np.zeros((CLIENTS, 2))
@@ -95,10 +106,10 @@ def test_scaffold_follows_its_equations(momentum):
     for _ in range(6):
         shift = c - own
         ends = descend(x, lambda y, shift=shift: shift, momentum)
-        new = own - c + (x - ends) * (1 - momentum) / (STEPS * LR)
+        new = own - c + (x - ends) / (LR * sum_of_speeds(momentum))
         x, c, own = ends.mean(0), c + (new - own).mean(0), new
         expected.append(x)
-    found, _ = play(lambda *a: scaffold(*a, num_clients=CLIENTS), 6, momentum=momentum)
+    found, _ = play(lambda *a: scaffold(*a, total_examples=CLIENTS), 6, momentum=momentum)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -106,7 +117,7 @@ def test_scaffold_and_fed_dyn_end_where_the_sum_of_losses_is_least_and_fed_avg_d
     gap = {}
     for name, make in {
         "fed_avg": fed_avg,
-        "scaffold": lambda *a: scaffold(*a, num_clients=CLIENTS),
+        "scaffold": lambda *a: scaffold(*a, total_examples=CLIENTS),
         "fed_dyn": lambda *a: fed_dyn(*a, num_clients=CLIENTS, alpha=1.0),
     }.items():
         path, _ = play(make, 60)
@@ -116,15 +127,85 @@ def test_scaffold_and_fed_dyn_end_where_the_sum_of_losses_is_least_and_fed_avg_d
 
 
 def test_the_servers_variate_is_the_mean_of_the_clients():
-    _, state = play(lambda *a: scaffold(*a, num_clients=CLIENTS), 5, cohort=2)
+    _, state = play(lambda *a: scaffold(*a, total_examples=CLIENTS), 5, cohort=2)
     (memory,) = state.memories
     mean = np.asarray(memory["x"]).mean(0)
     assert np.abs(mean).max() > 1e-3
     np.testing.assert_allclose(state.server.variate["x"], mean, rtol=1e-5, atol=1e-6)
 
 
+# Sizes of twelve clients, drawn anew in every case, from one row to a hundred.
+MANY, ROWS = 12, 100
+
+
+def uneven(seed: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sizes, pulls, aims [MANY, 2]) of clients that pull x towards a point of their own."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.uniform(0, np.log(ROWS), MANY)).round().astype(int)
+    if kind == "one large":
+        sizes = np.where(np.arange(MANY) == rng.integers(MANY), ROWS, 1)
+    return sizes, rng.uniform(0.3, 1, MANY), rng.normal(size=(MANY, 2))
+
+
+def scaffold_in_numpy(sizes, pull, aim, cohorts, steps: int, rate: float, alike: bool = False):
+    """The paths x [R, E, 2] of E runs with cohorts [R, E, S], by the equations of the file."""
+    runs = np.arange(len(sizes))[:, None]
+    weight = np.ones(sizes.shape) if alike else sizes
+    x, path = np.zeros((len(runs), 1, 2)), []
+    c, own = x, np.zeros(aim.shape)
+    for cohort in cohorts:
+        here = (runs, cohort)
+        y = np.repeat(x, cohort.shape[1], axis=1)
+        for _ in range(steps):
+            y = y - rate * (pull[here][..., None] * (y - aim[here]) - own[here] + c)
+        new = own[here] - c + (x - y) / (steps * rate)
+        part = weight[here][..., None]
+        x = x + (part * (y - x)).sum(1, keepdims=True) / part.sum(1, keepdims=True)
+        gain = (part * (new - own[here])).sum(1, keepdims=True)
+        c, own[here] = c + gain / weight.sum(1)[:, None, None], new
+        path.append(x[:, 0])
+    return np.array(path)
+
+
+@pytest.mark.parametrize("size", [1, 3, MANY])
+def test_scaffold_ends_where_fed_avgs_loss_is_least_for_any_sizes(size):
+    """A law in NumPy; the next test holds the library to the same equations."""
+    cases = [uneven(seed, kind) for seed in range(30) for kind in ("any", "one large")]
+    sizes, pull, aim = map(np.stack, zip(*cases))
+    rng = np.random.default_rng(0)
+    cohorts = rng.permuted(np.tile(np.arange(MANY), (1500, len(cases), 1)), axis=-1)[..., :size]
+    for alike in (False, True):
+        path = scaffold_in_numpy(sizes, pull, aim, cohorts, steps=3, rate=0.06, alike=alike)
+        strength = pull if alike else sizes * pull  # the published form ends elsewhere
+        least = (strength[..., None] * aim).sum(1) / strength.sum(1)[:, None]
+        np.testing.assert_allclose(path[-1], least, atol=1e-6)
+        assert np.abs(path).max() < 20  # nor has it grown on its way
+
+
+@pytest.mark.parametrize("name", ["scaffold", "scaffold_published"])
+def test_scaffold_of_unequal_clients_follows_numpy(name):
+    model, task = springs()
+    sizes, pull, aim = uneven(5, "one large")
+    owner = np.repeat(np.arange(MANY), sizes)
+    examples = {"aim": aim[owner].astype(np.float32), "pull": pull[owner].astype(np.float32)}
+    data = federate(examples, [np.flatnonzero(owner == i) for i in range(MANY)])
+    local, alike = Local(optax.sgd(0.05), ROWS, 3), name != "scaffold"
+    make = (
+        functools.partial(scaffold_published, num_clients=MANY)
+        if alike
+        else functools.partial(scaffold, total_examples=sizes.sum())
+    )
+    everybody = Population(data, profiles(MANY), np.zeros(MANY, int))
+    engine = compile_rounds(make(model, task, local), everybody, cohort_size=4, num_rounds=30)
+    state, info = engine.run(engine.init(model.init(None), jax.random.key(2)))
+    cohorts = np.asarray(info.cohort.client)[:, None]
+    path = scaffold_in_numpy(sizes[None], pull[None], aim[None], cohorts, 3, 0.05, alike)
+    found = state.server.variables.params["x"]
+    np.testing.assert_allclose(found, path[-1, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_before_there_are_variates_scaffold_is_federated_averaging():
-    once, _ = play(lambda *a: scaffold(*a, num_clients=CLIENTS), 1)
+    once, _ = play(lambda *a: scaffold(*a, total_examples=CLIENTS), 1)
     plain, _ = play(fed_avg, 1)
     np.testing.assert_allclose(once, plain, rtol=1e-6)
 
@@ -133,7 +214,7 @@ def test_with_its_variates_held_at_zero_scaffold_stays_federated_averaging():
     model, task = springs()
     ends = {}
     local = Local(optax.sgd(LR), 1, STEPS)
-    plain, held = fed_avg(model, task, local), scaffold(model, task, local, num_clients=CLIENTS)
+    plain, held = fed_avg(model, task, local), scaffold(model, task, local, total_examples=CLIENTS)
     for name, algorithm in (("plain", plain), ("held", held)):
         engine = compile_rounds(algorithm, people(), cohort_size=CLIENTS)
         state = engine.init(model.init(None), jax.random.key(1))
@@ -281,8 +362,9 @@ def test_a_rolling_window_of_full_width_is_hetero_fl():
 
 def test_settings_out_of_range_are_refused():
     for call, message in (
-        (lambda: scaffold(NET, TASK, PLAIN, num_clients=0), "num_clients"),
-        (lambda: scaffold(NET, TASK, Local(optax.adam(0.1), 4), num_clients=2), "optax.sgd"),
+        (lambda: scaffold(NET, TASK, PLAIN, total_examples=0), "total_examples=0 must be above 0"),
+        (lambda: scaffold_published(NET, TASK, PLAIN, num_clients=0), "num_clients"),
+        (lambda: scaffold(NET, TASK, Local(optax.adam(0.1), 4), total_examples=2), "optax.sgd"),
         (lambda: fed_dyn(NET, TASK, PLAIN, num_clients=2, alpha=0.0), "alpha"),
         (lambda: fed_per(NET, TASK, PLAIN, is_personal=under("nowhere")), "dense1"),
         (lambda: fed_rolex(NET, TASK, PLAIN, []), "at least one tier"),
