@@ -7,7 +7,6 @@ import difflib
 import math
 import os
 import pathlib
-import re
 from typing import Any, Literal, get_args
 
 import jax
@@ -29,7 +28,6 @@ from jaxfm.run_folder import save_results
 from jaxfm.tokenizer import ByteTokenizer, load_tokenizer
 
 _IN_FOLDER = ("text", "mnist", "cifar10")  # read from --data.folder
-_HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")  # a name, owner/name, or with :config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +128,6 @@ def _check_source(config: DataConfig) -> None:
                 )
     elif len(config.image_size) not in (0, 2) or min(config.image_size, default=1) < 1:
         raise ValueError(f"data.image_size={config.image_size}: give height and width, as 32,32.")
-    elif not pathlib.Path(config.source).exists() and not _HUB_NAME.fullmatch(config.source):
-        raise ValueError(f"data.source={config.source!r}: there is no such file or folder.")
     elif not pathlib.Path(config.source).exists() and difflib.get_close_matches(config.source, own):
         raise ValueError(
             f"data.source={config.source!r} is not a choice, file or folder. "

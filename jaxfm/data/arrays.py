@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxfm.data.images import as_images
 from jaxfm.data.source import Source, checked, with_clients
 
 
@@ -16,8 +17,9 @@ def npz(path: str | Path, leaves: Mapping[str, str] | None = None) -> Source:
     Args:
       path: the file. Object arrays (pickles) are refused.
       leaves: leaf name -> key in the file, such as {"image": "train_images"}; by default every key
-        under its own name. A leaf "client" becomes the rows' owners. Labels, and integers of more
-        than 32 bits, become i32; f64 becomes f32.
+        under its own name. A leaf "client" becomes the rows' owners. The leaf "image" gets the
+        layout and the scale of `jaxfm.data.images`. Labels, and integers of more than 32 bits,
+        become i32; f64 becomes f32.
     Raises:
       FileNotFoundError: no such file.
       ValueError: damaged; a key is missing; leading sizes differ; a number does not fit in i32.
@@ -60,6 +62,8 @@ def digits(*, seed: int = 0) -> dict[str, Source]:
 
 
 def _narrow(name: str, array: np.ndarray) -> np.ndarray:
+    if name == "image" and array.ndim > 2:
+        return as_images(array, name)
     if name == "label" and array.dtype.itemsize < 4:
         return array.astype(np.int32)
     if array.dtype == np.float64:

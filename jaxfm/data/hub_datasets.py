@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfm.data.images import as_images
 from jaxfm.data.source import Source, checked, with_clients
 from jaxfm.data.splits import split_in
 from jaxfm.data.tables import Table, from_datasets, join
@@ -25,8 +26,9 @@ def huggingface(
     Args:
       name: on the hub, or a local folder, or a format such as "json" with `data_files=...`.
       split: as `datasets.load_dataset` reads it ("train", "test[:1000]").
-      columns: leaf -> column, such as {"image": "img", "label": "label"}. Images become
-        u8[N, H, W, C], whole numbers i32, other numbers f32; all rows must have one shape.
+      columns: leaf -> column, such as {"image": "img", "label": "label"}. The leaf "image"
+        gets the layout and the scale of `jaxfm.data.images`; whole numbers become i32, other
+        numbers f32; all rows must have one shape.
       config: the data set's configuration, where it has several.
       client: the column that says whose a row is.
       options: passed on to `datasets.load_dataset`.
@@ -36,6 +38,8 @@ def huggingface(
     """
     data = _load(name, split, config, [*columns.values(), *([client] if client else [])], options)
     examples = {leaf: _stack(name, column, data[column]) for leaf, column in columns.items()}
+    if "image" in examples:
+        examples["image"] = as_images(examples["image"], name)
     label = columns.get("label")
     classes = tuple(getattr(data.features.get(label), "names", None) or ()) if label else ()
     source = Source(examples, classes=classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,6 +27,7 @@ from jaxfm.tokenizer import ByteTokenizer, Tokenizer
 
 Kind = Literal["images", "features", "text", "language", "other"]
 BUILT_IN = ("stdlib", "digits")
+_HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 SHARE = 0.1  # of rows that validate, and that test, where the data have no such splits
 
 
@@ -127,6 +129,8 @@ def load(
     if path.exists():
         options = {"columns": columns, "encoding": encoding}
         table = read_path(path, label_folders=label == "folder", **options)
+    elif not _HUB_NAME.fullmatch(str(path_or_name)):
+        raise FileNotFoundError(f"{path_or_name}: there is no such file or folder.")
     else:
         table = open_hub(str(path_or_name))
     if isinstance(client, str) and client in table.columns:

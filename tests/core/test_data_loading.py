@@ -461,6 +461,8 @@ def test_names_need_a_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="no file or folder 'nothing'; data sets of the Hugging"):
         load("nothing")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.csv: there is no such file or folder"):
+        load("nothing.csv")
 
 
 def test_the_task_follows_the_data(tmp_path):

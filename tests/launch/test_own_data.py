@@ -1,0 +1,130 @@
+"""Data of one's own from the command line: a file or folder of each kind federates."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+
+from jaxfm.config import define_flags, from_flags
+from jaxfm.launch import federate
+from jaxfm.launch.federate_config import FederateConfig
+from jaxfm.launch.setup import DataConfig, ModelConfig, load_data, make_model
+
+NAMES = ("ant", "bee", "cat")
+ROWS = 96
+LABELS = [NAMES[n % 3] for n in range(ROWS)]
+POINTS = np.eye(3)[np.arange(ROWS) % 3] + np.random.default_rng(0).normal(size=(ROWS, 3)) / 9
+TEXTS = [10 * name[0] for name in LABELS]
+
+
+def write_csv(folder):
+    with (folder / "points.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["a", "b", "c", "class"])
+        writer.writerows([*point, name] for point, name in zip(POINTS.tolist(), LABELS))
+    return folder / "points.csv"
+
+
+def write_jsonl(folder):
+    rows = [{"point": point, "label": name} for point, name in zip(POINTS.tolist(), LABELS)]
+    (folder / "points.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "points.jsonl"
+
+
+def write_npz(folder):
+    np.savez(folder / "points.npz", x=POINTS, y=np.array(LABELS))
+    return folder / "points.npz"
+
+
+def write_parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = {"a": POINTS[:, 0], "b": POINTS[:, 1], "c": POINTS[:, 2], "label": LABELS}
+    parquet.write_table(pyarrow.table(table), folder / "points.parquet")
+    return folder / "points.parquet"
+
+
+def write_images(folder):
+    for number, name in enumerate(LABELS):
+        (folder / name).mkdir(exist_ok=True)
+        image = np.zeros((3, 4, 5), np.uint8)  # channels first
+        image[number % 3] = 255
+        np.save(folder / name / f"{number}.npy", image)
+    return folder
+
+
+def write_texts(folder):
+    for number, (name, text) in enumerate(zip(LABELS, TEXTS)):
+        (folder / "train" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "train" / name / f"{number}.txt").write_text(text)
+    return folder
+
+
+def command(path, *words):
+    """The config of a command line."""
+    values = flags.FlagValues()
+    define_flags(FederateConfig, values)
+    short = ["--rounds=3", "--eval_every=3", "--cohort_size=3", "--data.num_clients=3"]
+    small = ["--data.partition=iid", "--batch_size=8", "--max_steps=0", "--epochs=3"]
+    values(["federate", f"--data.source={path}", *short, *small, *words])
+    return from_flags(FederateConfig, values)
+
+
+SMALL = (
+    *("--model.embed_dim=16", "--model.num_layers=1", "--model.num_heads=2"),
+    *("--model.mlp_dim=16", "--local.learning_rate=0.02"),
+)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (write_csv, ()),
+        (write_jsonl, ()),
+        (write_npz, ()),
+        (write_parquet, ()),
+        (write_images, ("--model=mlp",)),
+        (write_texts, SMALL),
+    ],
+)
+def test_a_file_of_each_kind_federates(write, words, tmp_path, capsys):
+    run = tmp_path / "run"
+    (tmp_path / "data").mkdir()
+    federate.main(
+        command(write(tmp_path / "data"), f"--run_dir={run}", "--local.learning_rate=0.02", *words)
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["data"]["classes"] == list(NAMES)
+    assert results["federate"]["test"]["global/accuracy"] > 0.9
+    assert "test global/accuracy" in capsys.readouterr().out
+
+
+def test_clients_of_a_column_hold_their_own_rows(tmp_path):
+    rows = [
+        {"text": text, "label": name, "client": f"user {number % 4}"}
+        for number, (text, name) in enumerate(zip(TEXTS, LABELS))
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(DataConfig(source=str(path), num_clients=4), seed=0)
+    assert sorted(data.names) == [f"user {number}" for number in range(4)]
+    model = make_model(ModelConfig(embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8), data)
+    assert model.config.num_classes == 3 and model.config.head == "classify"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"source": "digit"}, "'digit' is not a choice, file or folder. Did you mean digits?"),
+        ({"source": "digits", "folder": "x"}, "data.folder='x' is read for data.source=text, m"),
+        ({"source": "digits", "label": "y"}, "data.label='y': data.source=digits has its own"),
+        ({"source": "owner/name", "image_size": (3,)}, "give height and width, as 32,32."),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(config, message):
+    with pytest.raises(ValueError) as caught:
+        DataConfig(**config)
+    assert message in str(caught.value)
