@@ -285,6 +285,8 @@ class Algorithm(NamedTuple):
         None: there is no global model.
       is_personal: which leaves of the model stay with the clients; None: none does.
       needs_public: whether rounds cannot run without public data.
+      is_nested: whether buckets hold slices of the global model, each within the one before it:
+        nobody trains what lies outside the largest one that has clients.
       assignment: i32[C], the bucket of each client, where the algorithm itself has planned it;
         None: any client may be in any bucket.
     """
@@ -295,4 +297,5 @@ class Algorithm(NamedTuple):
     model: Model | None = None
     is_personal: IsPersonal | None = None
     needs_public: bool = False
+    is_nested: bool = False
     assignment: np.ndarray | None = None

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from jaxfm.federated.outcome import (
     add_round,
     check_progress,
     check_reports,
+    counted,
     left_out,
     no_account,
     numbers,
@@ -64,6 +65,8 @@ class TrainedRun(NamedTuple):
         models of their own, the means of these on their own test sets.
       clients: f64[C] by metric, of each client's model on its own test set.
       failures: i64[C], updates of each client that were not finite and were left out.
+      scored: the bucket whose model stands for the global one in `test`, the largest that anybody
+        trains; None: the global model itself.
     """
 
     state: RunState
@@ -74,6 +77,7 @@ class TrainedRun(NamedTuple):
     buckets: list[dict[str, float]]
     clients: dict[str, np.ndarray]
     failures: np.ndarray
+    scored: int | None = None
 
 
 def train(
@@ -132,7 +136,7 @@ def train(
     account = no_account(len(data.train.count))
     watch = functools.partial(
         validation, algorithm, data=data, examples=subsample(data.validation, eval_examples),
-        measure=measure,
+        measure=measure, bucket_of=placement.bucket,
     )  # fmt: skip
     state, account, history = _play(
         engine, state, account, placement, data, num_rounds, eval_every, watch, run_dir
@@ -141,11 +145,13 @@ def train(
         algorithm, state, data, placement.bucket, measure, test_examples
     )
     totals = totals_by_name(account, placement)
-    if sentence := left_out(totals, account.failures, data.names):
+    sentences = left_out(totals, account.failures, data.names), _diverged(clients, data.names)
+    for sentence in filter(None, sentences):
         print(sentence)
     return TrainedRun(
         state=state, placement=placement, totals=totals, history=history, test=test,
         buckets=buckets, clients=clients, failures=account.failures,
+        scored=trained_bucket(algorithm, placement.bucket),
     )  # fmt: skip
 
 
@@ -193,25 +199,43 @@ def _play(
     return state, account, history
 
 
+def trained_bucket(algorithm: Algorithm, bucket_of: np.ndarray) -> int | None:
+    """The bucket whose model stands for the global one; None: the global model itself.
+
+    Where buckets hold nested slices (`Algorithm.is_nested`), what lies outside the largest one that
+    has clients is never trained, and the full model would be scored as it was drawn.
+    """
+    return int(np.min(bucket_of)) if algorithm.is_nested else None
+
+
 def validation(
-    algorithm: Algorithm, state: RunState, data: Data, examples: Mapping, measure: Callable
+    algorithm: Algorithm,
+    state: RunState,
+    data: Data,
+    examples: Mapping,
+    measure: Callable,
+    bucket_of: np.ndarray,
 ) -> dict[str, float]:
     """Metrics of the shared models on validation rows, and of clients' own on theirs.
 
     Args:
       examples: validation rows of the server.
+      bucket_of: i32[C], who trains what.
       measure: of `client_metrics`.
     """
     line: dict[str, float] = {}
     buckets: list[int | None] = [
         b for b, bucket in enumerate(algorithm.buckets) if bucket.personal is None
     ]
+    first = trained_bucket(algorithm, bucket_of) or 0
     for b in buckets or ([None] if algorithm.model else []):
-        prefix = f"validation/bucket{b}" if b else "validation"
+        if b is not None and b < first:
+            continue  # nobody trains it
+        prefix = f"validation/bucket{b}" if b and b != first else "validation"
         metrics = _on_server(algorithm, state, data, examples, b)
         line |= {f"{prefix}/{name}": value for name, value in metrics.items()}
     if data.local_validation is not None:
-        own = three_metrics(measure(state, data.local_validation), {})
+        own = three_metrics(measure(state, data.local_validation), {}, data.task.higher_is_better)
         line |= {name: value for name, value in own.items() if name.startswith("personal/")}
     return line
 
@@ -234,8 +258,9 @@ def final_metrics(
         return {name: _mean(values[bucket_of == b]) for name, values in own.items()}
 
     buckets = [of_bucket(b) for b in range(len(algorithm.buckets))]
-    overall = _on_server(algorithm, state, data, test, None) if algorithm.model else {}
-    return three_metrics(own, overall), buckets, own
+    first = trained_bucket(algorithm, bucket_of)
+    overall = _on_server(algorithm, state, data, test, first) if algorithm.model else {}
+    return three_metrics(own, overall, data.task.higher_is_better), buckets, own
 
 
 def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...] = ()) -> dict:
@@ -255,7 +280,11 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
             {"clients": int((placement.bucket == b).sum())} | cost._asdict() | numbers(metrics)
             for b, (cost, metrics) in enumerate(zip(placement.costs, result.buckets, strict=True))
         ],
+        "higher_is_better": {name: data.task.higher_is_better(name) for name in result.clients},
         "totals": totals,
+        "scored": result.scored,
+        "left_out": left_out(totals, result.failures, data.names),
+        "diverged": _diverged(result.clients, data.names),
         "full_model": {
             "bytes_down": totals["selected"] * full_bytes,
             "bytes_up": (totals["reported"] + totals["non_finite"]) * full_bytes,
@@ -280,6 +309,15 @@ def _on_server(
     return global_metrics(
         algorithm, state, data.task, examples, batch_size=_EVAL_BATCH, bucket=bucket
     )
+
+
+def _diverged(clients: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
+    """A sentence on clients whose own models have no finite metric; empty where there are none."""
+    lost = [np.isinf(values) for values in clients.values()]
+    who = np.flatnonzero(np.any(lost, axis=0)) if lost else []
+    if not len(who):
+        return ""
+    return f"The models of {counted(who, names)} diverged: their test metrics are not finite."
 
 
 def _start(algorithm: Algorithm, seed: int) -> Variables:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxfm.federated.algorithm import Bucket, Exact, Mean, scaled
 from jaxfm.federated.averaging import Fit, Movement, averaging_client
@@ -40,6 +42,18 @@ def slice_bucket(model: Model, fit: Fit, window: Callable[[Any], Subnet]) -> Buc
         model, lambda server, public: shared(server), averaging_client(fit), lift=lift,
         shared=shared,
     )  # fmt: skip
+
+
+def are_nested(tiers: Sequence[Subnet]) -> bool:
+    """Whether each tier lies within the one before it; an axis that it does not name is whole."""
+
+    def within(inner: Subnet, outer: Subnet) -> bool:
+        return all(
+            name in inner.keep and np.isin(inner.keep[name], kept).all()
+            for name, kept in outer.keep.items()
+        )
+
+    return all(within(inner, outer) for outer, inner in itertools.pairwise(tiers))
 
 
 def check_tiers(model: Model, tiers: Sequence[Subnet], who: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxfm.report import Card, Html, heading, line_plot, row, table
+from jaxfm.report.sections import LOWER_IS_BETTER
 
 COLUMNS = {
     "global": "global model",
@@ -40,7 +41,8 @@ def best_cards(part: Mapping[str, Any], lower_is_better: bool) -> list[Card]:
         if means:
             lowest = lower_is_better or key in ("megabytes", "hours")
             first = (min if lowest else max)(means, key=lambda name: means[name])
-            cards.append(Card(f"best by {COLUMNS[key]}", first, f"{means[first]:.4g}"))
+            note = f"{means[first]:.4g}; {'lower' if lowest else 'higher'} is better"
+            cards.append(Card(f"best by {COLUMNS[key]}", first, note))
     return cards
 
 
@@ -52,6 +54,7 @@ def comparison(part: Mapping[str, Any]) -> list[Html]:
     """
     algorithms = part["algorithms"]
     metric = next(iter(algorithms.values()))["metric"].replace("_", " ")
+    way = "lower" if metric.replace(" ", "_") in LOWER_IS_BETTER else "higher"
     rows = [
         [name, *(plus_minus(one["figures"].get(key, [])) for key in COLUMNS)]
         for name, one in algorithms.items()
@@ -62,8 +65,9 @@ def comparison(part: Mapping[str, Any]) -> list[Html]:
         heading(
             "Side by side",
             f"{several}{metric.capitalize()} of the global model on the global test set, of "
-            "clients' own models on their own test rows, and of the tenth served worst. Time and "
-            "energy are simulated from bytes and operations.",
+            "clients' own models on their own test rows, and of the tenth served worst; "
+            f"{way} is better. Where nobody holds the full model, the largest that clients train "
+            "stands for the global one. Time and energy are simulated from bytes and operations.",
         ),
         table(["algorithm", *COLUMNS.values()], rows),
         heading("Clients' own models", "On rows that each client holds back from training."),

@@ -111,8 +111,22 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     full = jax.eval_shape(model.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
-    save_results(pathlib.Path(config.run_dir), "federate", {"rounds": config.rounds} | part)
+    part["full_model"]["parameters"] = count_parameters(full.params)
+    save_results(pathlib.Path(config.run_dir), "federate", facts(config, prepared) | part)
     return result
+
+
+def facts(config: Any, prepared: Prepared) -> dict[str, Any]:
+    """What a page says of a run before its figures."""
+    algorithm = prepared.algorithm
+    return {
+        "rounds": config.rounds,
+        "cohort_size": config.cohort_size,
+        "algorithm": config.algorithm,
+        "data": config.data.source,
+        "partition": config.data.partition,
+        "is_personal": algorithm.is_personal is not None or algorithm.model is None,
+    }
 
 
 def run(config: Any) -> pathlib.Path:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shlex
+from collections.abc import Mapping
 
 import jaxfm.launch.pages  # noqa: F401  registers the sections
 from jaxfm import config as configs
 from jaxfm.config import check, option
 from jaxfm.launch.pages.training import training, training_figures
 from jaxfm.log import read_metrics
-from jaxfm.report import Report, cards, heading, json_panel, write
+from jaxfm.report import Report, cards, heading, json_panel, text_panel, write
 from jaxfm.report.sections import page_title, result_cards, result_sections
 from jaxfm.run_folder import load_results
 
@@ -51,10 +53,26 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
     if metrics:
         parts += training(metrics, results)
     parts += result_sections(results)
-    parts += [heading("How to get this again"), json_panel("config.json", config)]
+    parts += [heading("How to get this again"), text_panel([(_command(run_dir, results), "")])]
+    parts += [json_panel("config.json", config)]
     title = page_title(results, "A training run")
     write(Report(title, f"run {run_dir.name}", tuple(parts)), run_dir / "report.html")
     return run_dir / "report.html"
+
+
+# By part of results.json, the script that writes it; the first that is there has made the run.
+_SCRIPTS = {
+    "draft": "demo", "decode": "demo", "compare": "federate", "federate": "federate",
+    "stopped": "federate", "search": "search", "supernet": "supernet",
+}  # fmt: skip
+
+
+def _command(run_dir: pathlib.Path, results: Mapping) -> str:
+    """The command that makes the same run in another folder."""
+    script = next((name for part, name in _SCRIPTS.items() if part in results), "pretrain")
+    config = shlex.quote(str(run_dir / "config.json"))
+    again = shlex.quote(f"{run_dir}-again")
+    return f"python -m jaxfm.launch.{script} --config={config} --run_dir={again}"
 
 
 def main(config: ReportConfig) -> None:

@@ -19,9 +19,8 @@ from jaxfm.federated.algorithm import Algorithm, Bucket, client_variables
 from jaxfm.federated.rounds import RunState
 from jaxfm.model import Key, PyTree
 from jaxfm.tasks import Task
+from jaxfm.tasks.direction import higher_is_better
 from jaxfm.tasks.evaluation import evaluate
-
-HIGHER_IS_BETTER = ("accuracy",)
 
 
 def client_metrics(
@@ -34,7 +33,9 @@ def client_metrics(
 ) -> Callable[[RunState, Federation], dict[str, np.ndarray]]:
     """Returns `f(state, test) -> {metric: f64[C]}`: each client's own model on its own test rows.
 
-    NaN for a client without test rows. One compiled scan over the clients of each bucket.
+    NaN for a client without test rows; for one whose metric is not finite though it has rows, the
+    worst there is: infinity, or minus infinity where higher is better. One compiled scan over the
+    clients of each bucket.
 
     Raises:
       ValueError: batch_size below 1, a bucket without a model; from f: another number of clients.
@@ -60,9 +61,10 @@ def client_metrics(
             for name, (total, weight) in sums.items():
                 total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
                 column = result.setdefault(name, np.full(num_clients, np.nan))
-                column[ids] = np.divide(
-                    total, weight, out=np.full(len(ids), np.nan), where=weight > 0
-                )
+                values = np.divide(total, weight, out=np.full(len(ids), np.nan), where=weight > 0)
+                best = task.higher_is_better(name)
+                worst = -np.inf if best else np.inf
+                column[ids] = np.where((weight > 0) & ~np.isfinite(values), worst, values)
         return result
 
     return measure
@@ -103,24 +105,46 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int, key: Key | None) 
     return run
 
 
-def worst_decile(name: str, values: np.ndarray) -> float:
-    """The mean over the tenth (at least one) of clients with the worst values; NaNs left out."""
+def worst_decile(
+    name: str, values: np.ndarray, better: Callable[[str], bool | None] = higher_is_better
+) -> float:
+    """The mean over the tenth (at least one) of clients with the worst values; NaNs left out.
+
+    Args:
+      name: of the metric.
+      values: f64[C].
+      better: `Task.higher_is_better`.
+    Raises:
+      ValueError: nobody says which way the metric is better.
+    """
+    best = better(name)
+    if best is None:
+        raise ValueError(
+            f"Nobody says whether a higher {name!r} is better; give "
+            f"Task(higher_is_better={{{name!r}: True}}.get), or False."
+        )
     values = np.sort(values[~np.isnan(values)])
     if not values.size:
         return float("nan")
     some = math.ceil(values.size / 10)
-    return float(values[:some].mean() if name in HIGHER_IS_BETTER else values[-some:].mean())
+    return float(values[:some].mean() if best else values[-some:].mean())
 
 
 def three_metrics(
-    per_client: Mapping[str, np.ndarray], overall: Mapping[str, float]
+    per_client: Mapping[str, np.ndarray],
+    overall: Mapping[str, float],
+    better: Callable[[str], bool | None] = higher_is_better,
 ) -> dict[str, float]:
-    """ "global/...", "personal/..." (mean over clients) and "worst_decile/..." of each metric."""
+    """ "global/...", "personal/..." (mean over clients) and "worst_decile/..." of each metric.
+
+    Metrics of which `better` (`Task.higher_is_better`) does not say the way have no worst decile.
+    """
     result = {f"global/{name}": value for name, value in overall.items()}
     for name, values in per_client.items():
         some = values[~np.isnan(values)]
         result[f"personal/{name}"] = float(some.mean()) if some.size else float("nan")
-        result[f"worst_decile/{name}"] = worst_decile(name, values)
+        if better(name) is not None:
+            result[f"worst_decile/{name}"] = worst_decile(name, values, better)
     return result
 
 

@@ -20,7 +20,7 @@ from jaxfm.federated.algorithm import Algorithm, Bucket
 from jaxfm.federated.algorithms.fed_opt import server_optimizer
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.registry import register
-from jaxfm.federated.slices import check_tiers, slice_bucket
+from jaxfm.federated.slices import are_nested, check_tiers, slice_bucket
 from jaxfm.model import Model, Variables, is_axes
 from jaxfm.subnet import Subnet, extract
 from jaxfm.tasks import Task
@@ -58,7 +58,7 @@ def hetero_fl(
         runs = scaled_slice(model, subnet) if scaler else model
         return slice_bucket(runs, local_fit(objective(runs, task), local), lambda server: subnet)
 
-    return Algorithm(init, tuple(map(tier, tiers)), server, model)
+    return Algorithm(init, tuple(map(tier, tiers)), server, model, is_nested=are_nested(tiers))
 
 
 def scaled_slice(model: Model, subnet: Subnet) -> Model:

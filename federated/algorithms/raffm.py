@@ -30,7 +30,7 @@ from jaxfm.federated.averaging import Movement, moved
 from jaxfm.federated.local import Local, Objective, local_fit, objective
 from jaxfm.federated.parts.unit_salience import free_axes, mean_norm, salience
 from jaxfm.federated.registry import register
-from jaxfm.federated.slices import check_tiers, slice_bucket
+from jaxfm.federated.slices import are_nested, check_tiers, slice_bucket
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
 from jaxfm.search.elastic.supernet import reorder
 from jaxfm.subnet import Subnet, axis_sizes, extract
@@ -125,7 +125,8 @@ def raffm(
         lift = lambda server, sums: Slices(bucket.lift(server, sums), sums.den.value)
         return bucket._replace(lift=lift)
 
-    return Algorithm(init, tuple(map(tier, losses, tiers)), server, model)
+    buckets = tuple(map(tier, losses, tiers))
+    return Algorithm(init, buckets, server, model, is_nested=are_nested(tiers))
 
 
 @register(

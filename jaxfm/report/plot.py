@@ -16,6 +16,7 @@ NUM_COLORS = 6  # colours repeat after these, with dashes
 
 _WIDTH, _HEIGHT = 560, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 50
+_CHARACTER = 8.0  # width of a character, at most, in the unit of the picture
 
 
 def show(value: object) -> str:
@@ -69,7 +70,8 @@ def line_plot(
         )
     x_axis = _Axis([x for x, _ in points], log_x, _LEFT, _WIDTH - _RIGHT)
     y_axis = _Axis([y for _, y in points], log_y, _HEIGHT - _BOTTOM, _TOP)
-    parts = _axes(x_axis, y_axis, x_label, y_label)
+    on_log = lambda label, log: f"{label} (log scale)" if log else label
+    parts = _axes(x_axis, y_axis, on_log(x_label, log_x), on_log(y_label, log_y))
     for i, (name, curve) in enumerate(curves.items()):
         parts.append(_curve(name, curve, x_axis, y_axis, _color(i)))
     return _figure(title, _legend(curves), _svg(parts, f"{y_label} by {x_label}"))
@@ -203,25 +205,34 @@ def _axes(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{show(tick)}</text>')
     for tick in x_axis.ticks:
         x = x_axis(tick)
+        text = show(tick)
+        # Half of it lies right of its tick, and nothing may lie right of the picture.
+        at = min(x, _WIDTH - _CHARACTER * len(text) / 2)
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
         )
-        parts.append(
-            f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{show(tick)}</text>'
-        )
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 20}" text-anchor="middle">{text}</text>')
     parts.append(
         f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>'
     )
     parts.append(
-        f'<text class="label" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
+        f'<text class="label" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle"'
+        f"{_squeezed(x_label, _WIDTH - _LEFT - _RIGHT)}>"
         f"{html.escape(x_label)}</text>"
     )
     center = (_TOP + bottom) / 2
     parts.append(
-        f'<text class="label" transform="translate(14 {center}) rotate(-90)" text-anchor="middle">'
+        f'<text class="label" transform="translate(14 {center}) rotate(-90)" text-anchor="middle"'
+        f"{_squeezed(y_label, bottom - _TOP)}>"
         f"{html.escape(y_label)}</text>"
     )
     return parts
+
+
+def _squeezed(label: str, room: float) -> str:
+    """The attributes that fit a label into its room, where it would be cut off."""
+    fits = _CHARACTER * len(label) <= room
+    return "" if fits else f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"'
 
 
 def _curve(name: str, curve: Sequence, x_axis: _Axis, y_axis: _Axis, color: str) -> str:

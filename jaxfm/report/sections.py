@@ -85,7 +85,9 @@ def page_title(results: Mapping[str, Part], default: str = "A run") -> str:
 
 def main_metric(names: Sequence[str]) -> str:
     """Returns the metric that a page leads with."""
-    return next(m for m in ("bits_per_byte", "accuracy", "loss") if any(m in n for n in names))
+    known = ("bits_per_byte", "accuracy", "loss")
+    own = names[0].rpartition("/")[2] if names else "loss"
+    return next((m for m in known if any(m in n for n in names)), own)
 
 
 def metric_label(metric: str) -> str:

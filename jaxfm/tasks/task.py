@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxfm.tasks.direction import higher_is_better
+
 Array = jax.Array
 Ratio = tuple[Array, Array]  # (total f32[], count f32[])
 
@@ -49,12 +51,15 @@ class Task(NamedTuple):
       metrics: (outputs, targets, weight) -> dict of (total, count), each the mean total / count.
       check: (examples) -> None; raises a ValueError for examples that the task cannot take, before
         anything is compiled. What is on a device already is not looked at.
+      higher_is_better: (name of a metric) -> bool, or None where it has no better way; of a task
+        with metrics of its own `{"recall@5": True}.get`, say.
     """
 
     prepare: Callable[..., tuple[Any, Array, Array]]
     loss: Callable[[Any, Array, Array], Ratio]
     metrics: Callable[[Any, Array, Array], dict[str, Ratio]]
     check: Callable[[Mapping[str, Any]], None] = check_weights
+    higher_is_better: Callable[[str], bool | None] = higher_is_better
 
 
 def prepare_weighted(

@@ -27,20 +27,23 @@ def clients(part: Mapping) -> list[Html]:
     test, tiers, totals = part["test"], part["tiers"], part["totals"]
     metric = main_metric(list(test))
     best = min if metric in LOWER_IS_BETTER else max
+    scored = part.get("scored")
+    whose = "the global model" if scored is None else "the largest model that clients train"
     three = table(
         ["whose model, on which test set", metric_label(metric)],
         [
-            ["the global model, on the global test set", test.get(f"global/{metric}")],
+            [f"{whose}, on the global test set", test.get(f"global/{metric}")],
             ["each client's own, on its own (mean)", test[f"personal/{metric}"]],
             ["the worst tenth of clients", test[f"worst_decile/{metric}"]],
         ],
     )
-    largest = max(tier["parameters"] for tier in tiers)
+    largest = part["full_model"].get("parameters") or max(tier["parameters"] for tier in tiers)
     rows = [
         [
             f"{100 * tier['parameters'] / largest:.0f}%",
             tier["clients"], tier["parameters"], tier["memory_bytes"] / 1e6,
-            tier["bytes_up"] / 1e6, tier["flops_per_step"] / 1e9, tier[metric],
+            tier["bytes_up"] / 1e6, tier["flops_per_step"] / 1e9,
+            tier[metric] if tier["clients"] else None,
         ]
         for tier in tiers
     ]  # fmt: skip
@@ -55,7 +58,7 @@ def clients(part: Mapping) -> list[Html]:
     wire = bar_plot(traffic, unit="MB", title="bytes on the wire, all rounds")
     sizes = {client["name"]: client["examples"] for client in part["clients"][:24]}
     return [
-        heading("Clients", "Unequal machines, unequal data; data never leave their owner."),
+        heading("Clients", _sentences(part)),
         table(columns, rows, best={columns[-1]: best}),
         row(
             Html(f"<div>{three}{wire}</div>"),
@@ -64,26 +67,50 @@ def clients(part: Mapping) -> list[Html]:
     ]
 
 
+def _sentences(part: Mapping) -> str:
+    """What was run, and what became of those who did not count."""
+    said = ["Unequal machines, unequal data; data never leave their owner."]
+    if "algorithm" in part:
+        said.append(
+            f"{part['algorithm']} on {part['data']}, dealt out by the partition "
+            f"{part['partition']}: {part['rounds']} rounds of {part['cohort_size']} clients."
+        )
+    if part.get("scored") is not None and part["full_model"].get("parameters"):
+        own, full = part["tiers"][part["scored"]]["parameters"], part["full_model"]["parameters"]
+        if own < full:
+            said.append(
+                f"Nobody trains the full model: the largest that clients train, {own:,} of "
+                f"{full:,} parameters, stands for the global one."
+            )
+    said += [part.get("left_out", ""), part.get("diverged", "")]
+    return " ".join(filter(None, said))
+
+
 @figures("federate")
 def client_figures(part: Mapping) -> list[Card]:
     """Returns the main metric, the clients served worst, bytes and, where simulated, time."""
     metric = main_metric(list(part["test"]))
+    way = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
     own, overall = (part["test"].get(f"{w}/{metric}") for w in ("personal", "global"))
-    if overall is None:
-        first = Card(metric_label(metric), own, "clients' own models on their own test data")
+    if part.get("is_personal") or overall is None:
+        first = Card(metric_label(metric), own, f"clients' own models on their own rows; {way}")
     else:
-        first = Card(metric_label(metric), overall, "global test set")
-    worst = part["test"][f"worst_decile/{metric}"]
+        first = Card(metric_label(metric), overall, f"global test set; {way}")
+    worst = part["test"].get(f"worst_decile/{metric}")
     up, full = part["totals"]["bytes_up"], part["full_model"]["bytes_up"]
-    note = f"{up / max(full, 1):.0%} of what full models would be"
+    note = f"{up / full:.0%} of what full models would be" if full else "nobody uploaded"
     cards = [
         first,
-        Card("worst decile", worst, "of clients, on their own test data"),
-        Card("MB uploaded", up / 1e6, note),
+        Card("worst decile", worst, f"of clients, on their own test data; {way}"),
+        Card("MB uploaded", up / 1e6, f"{note}; lower is better"),
     ]
-    if "seconds" in part["totals"]:
-        note = f"{part['totals']['joules']:,.0f} J of all clients, simulated"
-        cards.append(Card("hours", part["totals"]["seconds"] / 3600, note))
+    totals = part["totals"]
+    if totals.get("absent") or totals.get("non_finite"):
+        lost = f"of {totals['selected']:.0f} drawn; {totals['non_finite']:.0f} not finite"
+        cards.append(Card("updates lost", totals["absent"] + totals["non_finite"], lost))
+    if "seconds" in totals:
+        note = f"{totals['joules']:,.0f} J of all clients, simulated; lower is better"
+        cards.append(Card("hours", totals["seconds"] / 3600, note))
     return cards
 
 

@@ -19,8 +19,8 @@ def training(metrics: list[dict], results: Mapping) -> list[Html]:
         return [*parts, line_plot(curves_loss, x_label=steps, y_label="nats")]
     metric = main_metric(sorted(names))
     y_label = f"validation {metric_label(metric)}"
-    tiers = results.get("federate", {}).get("tiers", [])
-    label = lambda name: _tier_name(name, metric, tiers)
+    part = results.get("federate", {})
+    label = lambda name: _tier_name(name, metric, part.get("tiers", []), part.get("scored") or 0)
     chosen = sorted(name for name in names if name.endswith(metric))
     by_step = {label(n): _curve(metrics, "step", n) for n in chosen}
     plots = [line_plot(by_step, x_label=steps, y_label=y_label)]
@@ -45,13 +45,13 @@ def training_figures(metrics: list[dict]) -> list[Card]:
     return [Card(metric_label(metric), last.get(f"validation/{metric}"), "validation split")]
 
 
-def _tier_name(name: str, metric: str, tiers: list[dict]) -> str:
+def _tier_name(name: str, metric: str, tiers: list[dict], first: int) -> str:
     if name.startswith("personal/"):
         return "clients' own, on their own rows"
     middle = name.removeprefix("validation").removesuffix(metric).strip("/")
     if len(tiers) < 2:
         return "model"
-    number = int(middle.removeprefix("bucket") or 0)
+    number = int(middle.removeprefix("bucket") or first)
     return f"{tiers[number]['parameters'] / 1e3:,.0f}k parameters"
 
 

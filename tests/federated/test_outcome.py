@@ -1,5 +1,6 @@
 """What a run says of updates that were lost, and when it stops: nothing learned is an error."""
 
+import json
 import math
 
 import jax
@@ -13,7 +14,10 @@ from jaxfm.data.dealing import deal_out
 from jaxfm.federated import Local, NothingLearned, prepare, train
 from jaxfm.federated.outcome import counted, left_out, numbers
 from jaxfm.federated.run import summary
+from jaxfm.federated.slices import are_nested
+from jaxfm.launch.pages.federated import client_figures, clients
 from jaxfm.models import mlp
+from jaxfm.subnet import Subnet, extract
 
 MODEL, TASK = mlp((64, 4, 10)), tasks.classification(10)
 DATA = deal_out(digits(), TASK, num_clients=4, how="iid")
@@ -66,6 +70,48 @@ def test_lost_updates_are_counted_and_their_clients_named(capfd):
     assert "Round 1 of 2: 3 clients reported, train/loss " in err  # no terminal: a line a round
     full = summary(result, data, full_bytes=100)["full_model"]
     assert full == {"bytes_down": 800, "bytes_up": 800}  # what is left out was sent, too
+
+
+def test_where_nobody_trains_the_full_model_the_largest_that_is_trained_is_scored():
+    ready = prepare(
+        "hetero_fl", MODEL, DATA, Local(optax.sgd(0.1), 16), num_rounds=1, widths=(1.0, 0.5, 0.25)
+    )
+    weak = ready.placement._replace(bucket=np.array([1, 1, 2, 2], np.int32))
+    result = train(
+        ready, DATA, placement=weak, num_rounds=1, cohort_size=4, eval_examples=16, eval_every=1
+    )
+    assert result.scored == 1
+    variables, axes = result.state.server.variables, MODEL.axes
+    half = extract(variables, axes, Subnet({"hidden1": np.arange(2)}))
+    own = tasks.evaluate(MODEL.apply, half, TASK, DATA.test, 32)
+    assert result.test["global/loss"] == pytest.approx(own["loss"], rel=1e-6)
+    assert "validation/loss" in result.history[-1]
+    assert [n for n in result.history[-1] if "bucket" in n and n.endswith("loss")] == [
+        "validation/bucket2/loss"
+    ]
+    part = json.loads(json.dumps(summary(result, DATA, full_bytes=100), allow_nan=False))
+    part["full_model"]["parameters"] = 310
+    page = "".join(clients(part))
+    assert "Nobody trains the full model" in page and "the largest model that clients train" in page
+    assert ">52%<" in page and "160 of 310 parameters" in page
+
+
+def test_slices_are_nested_or_not():
+    first, half, last = (Subnet({"a": np.array(x)}) for x in ([0, 1, 2], [0, 1], [2]))
+    assert are_nested([Subnet({}), first, half]) and are_nested([half])
+    assert not are_nested([half, last]) and not are_nested([half, Subnet({})])
+
+
+def test_cards_say_which_way_is_better_and_lead_with_what_the_algorithm_is_for():
+    part = {
+        "test": {"global/accuracy": 0.1, "personal/accuracy": 0.9, "worst_decile/accuracy": 0.5},
+        "totals": {"bytes_up": 0.0, "absent": 3.0, "non_finite": 1.0, "selected": 8.0},
+        "full_model": {"bytes_up": 0.0}, "is_personal": True,
+    }  # fmt: skip
+    first, worst, sent, lost = client_figures(part)
+    assert first.value == 0.9 and "higher is better" in first.note and "0.5" in str(worst.value)
+    assert sent.note == "nobody uploaded; lower is better" and lost.value == 4
+    assert client_figures(part | {"is_personal": False})[0].value == 0.1
 
 
 def test_words():

@@ -21,6 +21,7 @@ from jaxfm.federated.rounds import compile_rounds
 from jaxfm.models.families.cnn import mlp
 from jaxfm.subnet import Subnet
 from jaxfm.tasks import classification
+from jaxfm.tasks.direction import higher_is_better
 
 MODEL, TASK = mlp((6, 8, 3)), classification(3, inputs="x")
 ALGORITHM = hetero_fl(
@@ -90,6 +91,31 @@ def test_the_worst_decile():
     assert worst_decile("loss", values) == pytest.approx(0.95)
     assert worst_decile("loss", np.array([3.0])) == 3.0
     assert np.isnan(worst_decile("loss", np.array([np.nan])))
+
+
+@pytest.mark.parametrize("name", ["recall", "f1", "tokens_per_joule"])
+def test_the_worst_of_what_is_better_higher_are_the_lowest(name):
+    values = np.arange(20) / 20
+    declared = {"tokens_per_joule": True}
+    better = lambda name: declared.get(name, higher_is_better(name))
+    assert worst_decile(name, values, better) == pytest.approx(0.025)
+    assert worst_decile(name, values, {name: False}.get) == pytest.approx(0.925)
+
+
+def test_a_metric_without_a_better_way_has_no_worst_clients():
+    assert three_metrics({"length": np.ones(2)}, {}) == {"personal/length": 1.0}
+    with pytest.raises(ValueError, match="Nobody says whether a higher 'length' is better"):
+        worst_decile("length", np.ones(2))
+
+
+def test_a_client_that_diverged_is_the_worst_and_one_without_rows_is_nobody():
+    now, x = state(), EXAMPLES["x"].copy()
+    x[9:11] = np.nan  # the rows of client 1
+    test = TEST._replace(examples=EXAMPLES | {"x": x})
+    result = client_metrics(ALGORITHM, BUCKET, TASK, batch_size=4)(now, test)
+    assert np.isinf(result["loss"][1]) and np.isnan(result["loss"][2])
+    metrics = three_metrics(result, {})
+    assert metrics["worst_decile/loss"] == metrics["personal/loss"] == np.inf
 
 
 def test_three_metrics():
