@@ -95,6 +95,19 @@ def wanted_steps(train: Federation, local: Local, max_steps: int = UNLIMITED_STE
     return np.minimum(steps, max_steps).astype(np.int32)
 
 
+def capped_epochs(placement: Placement, train: Federation, local: Local) -> str:
+    """A sentence on clients whose local epochs end early for lack of steps; empty without any."""
+    wanted, allowed = wanted_steps(train, local), np.asarray(placement.profiles.max_steps)
+    early = wanted > allowed
+    if not early.any():
+        return ""
+    return (
+        f"{early.sum()} of {len(wanted)} clients take fewer local steps a round ({allowed.min()} "
+        f"and more) than their epochs={local.epochs} would make (up to {wanted.max()}): max_steps "
+        "or the deadline ends them early."
+    )
+
+
 def describe_clients(placement: Placement, data: Data) -> str:
     """A table of clients and buckets, for people."""
     labels = data.train.examples.get("label")

@@ -34,7 +34,7 @@ from jaxfm.data.dealing import Data
 from jaxfm.federated import Local, Prepared, TrainedRun, fleet, prepare
 from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.federated.outcome import NothingLearned
-from jaxfm.federated.placement import describe_clients
+from jaxfm.federated.placement import capped_epochs, describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
 from jaxfm.federated.wrappers.compression import named_compression
@@ -68,7 +68,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         config.algorithm,
         model,
         data,
-        Local(make_optimizer(config.local), config.batch_size, config.epochs),
+        local_training(config),
         num_rounds=config.rounds,
         options=chosen_options(config, "algorithm"),
         wrap=functools.partial(
@@ -87,6 +87,11 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
     return data, model, prepared
 
 
+def local_training(config: Any) -> Local:
+    """How clients train."""
+    return Local(make_optimizer(config.local), config.batch_size, config.epochs)
+
+
 def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedRun:
     """All rounds; the run's figures are saved for its report."""
     print(describe_clients(prepared.placement, data))
@@ -94,6 +99,9 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         f"{count_parameters(prepared.variables.params):,} parameters on {len(jax.devices())} "
         "devices"
     )
+    local = local_training(config)
+    if sentence := capped_epochs(prepared.placement, data.train, local):
+        print(sentence)
     result = federated.train(
         prepared,
         data,

@@ -14,7 +14,11 @@ from jaxfm.options import config_of, with_options
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
     "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
+    "seed": 0,
 }  # fmt: skip
+
+
+_DEFAULT_TOP_K = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,9 @@ class _FederateConfig:
     cohort_size: int = option(8, "clients drawn a round")
     batch_size: int = option(8, "examples of a local step")
     epochs: int = option(1, "local epochs a round")
-    max_steps: int = option(8, "most local steps a round; 0: as many as the epochs take")
+    max_steps: int = option(
+        8, "most local steps a round, which end its epochs early; 0: as many as the epochs take"
+    )
     drop_rate: float = option(0.0, "probability that a drawn client fails to report")
     tiers: tuple[float, ...] = option(
         (1.0, 0.5, 0.25),
@@ -47,7 +53,7 @@ class _FederateConfig:
     upload: Literal["full", "8bit", "4bit", "top_k"] = option(
         "full", "how uploads travel: floats, randomly rounded, or only the largest, in 8 bits"
     )
-    top_k: float = option(0.1, "upload=top_k: share of the entries of each array")
+    top_k: float = option(_DEFAULT_TOP_K, "upload=top_k: share of the entries of each array")
     download: Literal["full", "8bit", "4bit"] = option("full", "how downloads travel")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
@@ -89,6 +95,10 @@ class _FederateConfig:
                 f"cohort_size={self.cohort_size}: there are only "
                 f"data.num_clients={self.data.num_clients}."
             )
+        if self.upload != "top_k" and self.top_k != _DEFAULT_TOP_K:
+            raise ValueError(f"top_k={self.top_k} changes nothing: give --upload=top_k, too.")
+        if self.seeds > 1 and not self.compare:
+            raise ValueError(f"seeds={self.seeds} changes nothing without --compare; give --seed.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
             raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
         if self.profile:

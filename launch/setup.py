@@ -95,6 +95,18 @@ class DataConfig:
         for name in ("num_clients", "shards_per_client", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: give at least 1.")
+        if self.writers and self.source != "mnist":
+            raise ValueError(f"data.writers={self.writers!r} is read for data.source=mnist only.")
+        if self.shards_per_client != 2 and self.partition != "shards":
+            raise ValueError(
+                f"data.shards_per_client={self.shards_per_client} changes nothing: give "
+                "--data.partition=shards, too."
+            )
+        if self.beta != 0.5 and self.partition in ("natural", "iid", "shards"):
+            raise ValueError(
+                f"data.beta={self.beta} changes nothing with data.partition={self.partition}; give "
+                "dirichlet or quantity."
+            )
         if not 0 < self.beta < math.inf:
             raise ValueError(f"data.beta={self.beta}: give a concentration above 0.")
         if not 0 < self.local_test < 1:
@@ -291,6 +303,11 @@ class OptimizerConfig:
         ):
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)}: give {wanted}.")
+        if self.momentum and self.name == "adam":
+            raise ValueError(
+                f"momentum={self.momentum} changes nothing with adam, which has its own; give "
+                "--local=sgd, or leave it out."
+            )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -164,11 +164,11 @@ def deal(
         how = unowned if source.client is None else "natural"
     if how == "natural":
         return _largest_owners(source, num_clients)
-    numbered = tuple(f"client {i}" for i in range(num_clients))
+    numbered = lambda: tuple(f"client {i}" for i in range(num_clients))
     if how == "iid":
-        return partition.iid(size, num_clients, seed=seed), numbered
+        return partition.iid(size, num_clients, seed=seed), numbered()
     if how == "quantity":
-        return partition.quantity(size, num_clients, beta=beta, seed=seed), numbered
+        return partition.quantity(size, num_clients, beta=beta, seed=seed), numbered()
     if "label" not in source.examples:
         raise ValueError(
             f"The partition {how} deals rows out by label, and these rows have none; choose "
@@ -176,9 +176,9 @@ def deal(
         )
     labels = source.examples["label"]
     if how == "dirichlet":
-        return partition.dirichlet(labels, num_clients, beta=beta, seed=seed), numbered
+        return partition.dirichlet(labels, num_clients, beta=beta, seed=seed), numbered()
     parts = partition.shards(labels, num_clients, shards_per_client=shards_per_client, seed=seed)
-    return parts, numbered
+    return parts, numbered()
 
 
 def take_public(source: Source, share: float, *, seed: int) -> tuple[Source, Examples | None]:

@@ -122,9 +122,18 @@ def holdout(partition: Partition, fraction: float, *, seed: int) -> tuple[Partit
 
     A client with two rows or more holds out at least one and keeps at least one; a client with
     fewer holds out none.
+
+    Raises:
+      ValueError: a fraction outside of (0, 1), or one that would leave no client a row.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1; got {fraction}.")
+    largest = max(map(len, partition), default=0)
+    if largest > 2 and round(fraction * largest) >= largest:
+        raise ValueError(
+            f"Holding out {fraction} of each client's rows leaves nothing to train on, though the "
+            f"largest client has {largest}; give a smaller share."
+        )
     rng = np.random.default_rng(seed)
     rest, held = [], []
     for rows in partition:

@@ -13,6 +13,7 @@ from jaxfm.data.arrays import digits
 from jaxfm.data.dealing import deal_out
 from jaxfm.federated import Local, NothingLearned, prepare, train
 from jaxfm.federated.outcome import counted, left_out, numbers
+from jaxfm.federated.placement import capped_epochs
 from jaxfm.federated.run import summary
 from jaxfm.federated.slices import are_nested
 from jaxfm.launch.pages.federated import client_figures, clients
@@ -112,6 +113,18 @@ def test_cards_say_which_way_is_better_and_lead_with_what_the_algorithm_is_for()
     assert first.value == 0.9 and "higher is better" in first.note and "0.5" in str(worst.value)
     assert sent.note == "nobody uploaded; lower is better" and lost.value == 4
     assert client_figures(part | {"is_personal": False})[0].value == 0.1
+
+
+def test_epochs_that_end_early_are_mentioned():
+    local = Local(optax.sgd(0.1), 16, 3)
+    placed = lambda steps: (
+        prepare("fed_avg", MODEL, DATA, local, num_rounds=1, max_steps=steps).placement
+    )
+    assert capped_epochs(placed(1000), DATA.train, local) == ""
+    wanted = 3 * -(-int(DATA.train.count.max()) // 16)
+    sentence = capped_epochs(placed(8), DATA.train, local)
+    assert sentence.startswith("4 of 4 clients take fewer local steps a round (8 and more)")
+    assert f"epochs=3 would make (up to {wanted})" in sentence
 
 
 def test_words():

@@ -4,12 +4,23 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
-from laws import setting
+from laws import (
+    LR,
+    advance,
+    assert_same,
+    examples,
+    federation,
+    loss_gradient,
+    population,
+    setting,
+    start,
+)
 
 import jaxfm.federated
-from jaxfm.federated import Algorithm, registry
+from jaxfm.federated import Algorithm, compile_rounds, registry
 from jaxfm.federated.registry import entries, find, load_named_files, make, register
 
 NEW = '''
@@ -32,6 +43,40 @@ def fed_new(model: Model, task: Task, local: Local, *, share: float = 0.5) -> Al
         return state._replace(variables=moved(state.variables, mean(totals), share)), {}
 
     return base._replace(server=server)
+'''
+
+
+FAIR = '''
+"""q-FedAvg: clients of larger loss count for more. Source: Li et al. 2020, algorithm 2."""
+import jax
+import jax.numpy as jnp
+from jaxfm.federated import Algorithm, Exact, Local, Mean, difference, fed_avg, local_fit
+from jaxfm.federated import objective, register, scaled
+from jaxfm.model import Model
+from jaxfm.tasks import Task
+
+
+@register(breaks={"one_step": "A step is divided by a bound of the objective's curvature."})
+def q_fed_avg(model: Model, task: Task, local: Local, *, q: float = 1.0, rate: float = 0.1
+              ) -> Algorithm:
+    """Federated averaging that is fairer.
+
+    Args:
+      q: how much more a large loss counts; 0: not at all.
+      rate: learning rate of local training.
+    """
+    base, fit = fed_avg(model, task, local), local_fit(objective(model, task), local)
+
+    def client(download, memory, data, profile, key):
+        trained, info = fit(download, data, profile.max_steps, key)
+        move = difference(trained, download)
+        loss = info.loss_total / jnp.maximum(info.loss_count, 1)
+        length = sum(jnp.vdot(x, x) for x in jax.tree.leaves(move.params)) / rate**2
+        bound = q * loss ** (q - 1) * length + loss**q / rate
+        upload = Mean(scaled(loss**q / rate, move), Exact(jnp.sign(info.examples) * bound))
+        return upload, memory, info
+
+    return base._replace(buckets=(base.buckets[0]._replace(client=client),))
 '''
 
 
@@ -59,6 +104,29 @@ def test_a_file_brings_an_algorithm_with_its_options(new_file):
     assert isinstance(make(entry, setting(), {"share": 0.1}), Algorithm)
     argv = load_named_files(["federate", f"--compare=fed_avg,{new_file}", "--seed=1"])
     assert argv == ["federate", "--compare=fed_avg,fed_new", "--seed=1"]
+
+
+def test_an_algorithm_says_which_law_its_paper_breaks(tmp_path, monkeypatch):
+    """The recipe of CONTRIBUTING, on one whose step is no gradient step by design."""
+    monkeypatch.setattr(registry, "_ENTRIES", dict(entries()))
+    (tmp_path / "q_fed_avg.py").write_text(FAIR)
+    entry = find(str(tmp_path / "q_fed_avg.py"))
+    assert set(entry.breaks) == {"one_step"} <= set(registry.LAWS)
+    data = federation()
+    alike = data._replace(index=np.tile(np.arange(6, dtype=np.int32), (6, 1)))
+    counts = np.array([4, 0, 0, 0, 0, 0]), np.full(6, 4)
+    people = [population("fed_avg", alike._replace(count=n), max_steps=1) for n in counts]
+    run = compile_rounds(make(entry, setting()), people[0], cohort_size=6)
+    (one, _), (many, _) = (advance(run, each, 1) for each in people)
+    assert_same(one, many)
+    before = jax.tree.map(np.asarray, start().params)
+    gradient = loss_gradient(before, {name: leaf[:4] for name, leaf in examples(24).items()})
+    step = lambda name: (
+        (one.server.variables.params[name]["kernel"] - before[name]["kernel"])
+        / -gradient[name]["kernel"]
+    )
+    rates = np.concatenate([step(name)[gradient[name]["kernel"] != 0] for name in before])
+    assert rates.std() < 1e-3 * rates.mean() < 0.9 * LR * 1e-3  # along the gradient, but shorter
 
 
 def test_it_is_trained_from_the_command_line(tmp_path):

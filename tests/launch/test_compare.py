@@ -177,7 +177,7 @@ def test_the_full_model_is_the_same_for_every_algorithm(algorithm):
     data, model, (made, _, placement) = on_two_machines(algorithm)
     trained = TrainedRun(
         state=None, placement=placement, history=[],
-        totals={"selected": 3.0, "reported": 2.0, "non_finite": 0.0},
+        totals={"selected": 3.0, "reported": 2.0, "non_finite": 0.0, "absent": 1.0},
         test={}, buckets=[{"accuracy": float("nan")}] * len(made.buckets), clients={},
         failures=np.zeros(6, int),
     )  # fmt: skip
@@ -288,6 +288,9 @@ def test_public_and_held_rows_belong_to_nobody_else():
         ({"seeds": 0}, "seeds=0: give at least 1"),
         ({"upload": "2bit"}, "2bit"),
         ({"top_k": 0.0}, "top_k=0.0: give a share"),
+        ({"top_k": 0.2}, "top_k=0.2 changes nothing: give --upload=top_k"),
+        ({"seeds": 2}, "seeds=2 changes nothing without --compare"),
+        ({"seed": -1}, "seed=-1: give at least 0"),
     ],
 )
 def test_comparisons_refuse_what_cannot_be(tmp_path, changes, message):
@@ -325,6 +328,32 @@ def test_predictions_may_be_rounded(tmp_path):
     config = small_run(tmp_path, algorithm="fed_md")
     costs = lambda **how: federate.ready(dataclasses.replace(config, **how))[2].placement.costs
     assert costs(upload="8bit")[0].bytes_up < costs()[0].bytes_up / 3
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (OptimizerConfig, {"momentum": 0.9}, r"momentum=0\.9 changes nothing with adam"),
+        (DataConfig, {"shards_per_client": 3}, "shards_per_client=3 changes nothing: give"),
+        (DataConfig, {"beta": 0.1, "partition": "iid"}, r"data\.beta=0\.1 changes nothing with"),
+        (DataConfig, {"writers": "folder"}, "is read for data.source=mnist only"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_test": 0.9999}, r"Holding out 0\.9999 of each client's rows leaves nothing"),
+        ({"num_clients": 100_000_000}, "100000000 clients"),
+    ],
+)
+def test_data_that_cannot_be_dealt_out_so_are_refused_before_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(dataclasses.replace(DIGITS, public=0.0, **options), 0)
 
 
 def test_shares_of_the_data_are_shares():
