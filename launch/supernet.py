@@ -32,7 +32,14 @@ from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.launch.pretrain import TrainState, train_steps
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import Data, family_of, load_data, make_model, make_optimizer
+from jaxfm.launch.setup import (
+    Data,
+    family_of,
+    load_data,
+    make_model,
+    make_optimizer,
+    save_classes,
+)
 from jaxfm.launch.supernet_config import SupernetConfig
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.by_name import width_axes
@@ -194,6 +201,7 @@ def main(config: SupernetConfig) -> None:
     data = load_data(config.data, config.seed)
     model = make_model(config.network, data)
     results = choose(config, data, model, train(config, data, model))
+    save_classes(run_dir, data)
     save_results(run_dir, "supernet", results)
     metric = main_metric(list(results["dense"]))
     for name in ("dense", "largest", "smallest"):

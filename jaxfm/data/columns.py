@@ -61,7 +61,7 @@ def find_roles(table: Table, given: Roles) -> Roles:
     taken = {label, client, roles.weight}
     left = {name: column for name, column in table.columns.items() if name not in taken}
     images = [name for name, column in left.items() if _holds_images(column)]
-    texts = [name for name, column in left.items() if _holds_text(column) and name not in images]
+    texts = [n for n, column in left.items() if n not in images and _holds_text(column, n)]
     if image := _one(images, _IMAGES):
         return roles._replace(image=image)
     others = images + texts
@@ -116,11 +116,13 @@ def _holds_images(column: Column) -> bool:
     )
 
 
-def _holds_text(column: Column) -> bool:
+def _holds_text(column: Column, name: str) -> bool:
     if isinstance(column, np.ndarray):
         return column.dtype.kind in "US"
     present = [cell for cell in column if isinstance(cell, list | dict) or not _is_missing(cell)]
     text = [cell for cell in present if isinstance(cell, str) and not _is_number(cell)]
+    if name.lower() in _TEXTS and any(isinstance(cell, str) for cell in column):
+        return True
     return 2 * len(text) > len(present)  # a few may be "n/a" among numbers
 
 
@@ -211,9 +213,12 @@ def features(table: Table, names: Sequence[str]) -> np.ndarray:
 def numbers(table: Table, name: str) -> np.ndarray:
     """Returns a column as f32 [N, ...]; raises as `features`."""
     cells = table.columns[name]
+    if isinstance(cells, np.ndarray) and cells.dtype.kind not in "biufU":
+        raise ValueError(f"{table.origin}: column {name!r} holds {cells.dtype}, not numbers.")
     try:
-        values = np.array(cells, np.float64)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):
+            values = np.array(cells, np.float64).astype(np.float32)
+    except (TypeError, ValueError, OverflowError):
         row = _first_bad(cells)
         raise table.fault(name, row, f"{cells[row]!r:.40} is not a number.") from None
     finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
@@ -221,7 +226,7 @@ def numbers(table: Table, name: str) -> np.ndarray:
         row = int(np.argmin(finite))
         what = "a number is missing" if cells[row] is None else f"{cells[row]!s:.40} is not finite"
         raise table.fault(name, row, f"{what}.")
-    return values.astype(np.float32)
+    return values
 
 
 def _first_bad(cells: Sequence) -> int:
@@ -230,7 +235,7 @@ def _first_bad(cells: Sequence) -> int:
         try:
             if np.array(cell, np.float64).shape != np.array(cells[0], np.float64).shape:
                 return row
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return row
     return 0
 
@@ -289,7 +294,10 @@ def _decoded(table: Table, name: str, row: int) -> Any:
     """Returns an image of a row: opened by Pillow, or an array."""
     cell = table.columns[name][row]
     if isinstance(cell, dict):  # as `datasets` stores images
-        source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path")
+        content, path = cell.get("bytes"), cell.get("path")
+        if not isinstance(content, bytes) and not isinstance(path, str):
+            raise table.fault(name, row, f"{cell!r:.40} is not an image.")
+        source = io.BytesIO(content) if content else path
         return open_image(source, f"{table.origin}, row {row + 1}, column {name!r}")
     if hasattr(cell, "convert"):
         return cell

@@ -240,6 +240,8 @@ def _largest_owners(
         )
     parts = partition.natural(source.client, len(source.clients))
     if len(parts) < num_clients:
-        raise ValueError(f"num_clients={num_clients}: there are only {len(parts)} owners.")
+        raise ValueError(
+            f"num_clients={num_clients}: there are only {len(parts)} owners; give as many or fewer."
+        )
     largest = np.argsort([-len(rows) for rows in parts], kind="stable")[:num_clients]
     return [parts[i] for i in largest], tuple(source.clients[i] for i in largest)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxfm.data.splits import split_in
 from jaxfm.data.tables import (
     Table,
@@ -18,6 +16,7 @@ from jaxfm.data.tables import (
     is_table,
     join,
     make_table,
+    read_arrays,
     read_table,
     split_arrays,
 )
@@ -65,9 +64,16 @@ def read_path(
     )
 
 
+def _text(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding, errors="replace")
+    except LookupError:
+        raise ValueError(f"encoding={encoding!r} is unknown; give one such as latin-1.") from None
+
+
 def _blocks(path: Path, encoding: str) -> Table:
     """Returns a text file as one row for each block between empty lines."""
-    blocks = path.read_text(encoding, errors="replace").replace("\r\n", "\n").split("\n\n")
+    blocks = _text(path, encoding).replace("\r\n", "\n").split("\n\n")
     return make_table({"text": [block for block in blocks if block.strip()]}, path)
 
 
@@ -78,8 +84,7 @@ def _folder(path: Path, columns: Sequence[str], encoding: str, label_folders: bo
     arrays = [file for file in files if file.suffix == ".npy" and file.parent == path]
     tables = [file for file in files if is_table(file) and file.suffix != ".npy"]
     if arrays:
-        loaded = {file.stem: np.load(file, allow_pickle=False) for file in arrays}
-        return split_arrays(loaded, path)
+        return split_arrays({file.stem: read_arrays(file) for file in arrays}, path)
     if tables:
         read = [read_table(file, columns=columns, encoding=encoding) for file in tables]
         return join([_in_split(table, file, path) for table, file in zip(read, tables)])
@@ -93,7 +98,7 @@ def _folder(path: Path, columns: Sequence[str], encoding: str, label_folders: bo
         )
     if len(texts) == 1:
         return _blocks(texts[0], encoding)
-    contents = [file.read_text(encoding, errors="replace") for file in texts]
+    contents = [_text(file, encoding) for file in texts]
     if label_folders or _splits_of_classes(path, texts):
         return _by_class(path, texts, "text", contents)
     names = [file.relative_to(path) for file in texts]

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxfm.data.tables import read_arrays
+
 _CHANNELS = (1, 2, 3, 4)
 
 
@@ -86,7 +88,9 @@ def stack_images(
     """Returns images, opened by Pillow or arrays, as one array [N, H, W, C]; see `read_images`."""
     opened = [image for image in images if hasattr(image, "convert")]
     grey = all(image.mode in ("1", "L", "LA") or image.mode.startswith("I") for image in opened)
-    deep = grey and all(image.mode.startswith("I") for image in opened)
+    deep = any(image.mode.startswith("I") for image in opened)
+    if deep and not all(image.mode.startswith("I") for image in opened):
+        raise ValueError(f"{names[0]}: some images have 16 bits and others 8; give one kind.")
     first, arrays = None, []
     for image, name in zip(images, names):
         if hasattr(image, "convert"):
@@ -124,9 +128,4 @@ def open_image(source: Any, name: object) -> Any:
 def _open(path: Path) -> Any:
     if path.suffix.lower() != ".npy":
         return open_image(path, path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an array: {error}.") from error
+    return read_arrays(path)

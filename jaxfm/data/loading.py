@@ -115,6 +115,8 @@ def load(
       FileNotFoundError, ValueError: in one sentence that names file, row and column.
       ImportError: a format needs a library that is not installed.
     """
+    if not str(path_or_name):
+        raise ValueError("The path is empty; give a file, a folder or a name on the hub.")
     tokenizer = tokenizer or ByteTokenizer()
     path = Path(path_or_name)
     if str(path_or_name) in BUILT_IN:

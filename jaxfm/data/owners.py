@@ -37,10 +37,14 @@ def owners(
         for row, key in enumerate(keys):
             if key is None or str(key) == "":
                 raise table.fault(roles.client, row, "the client is missing.")
+            if isinstance(key, list | dict | np.ndarray):
+                raise table.fault(roles.client, row, f"{key!r:.40} is not a client's name.")
         return _numbered(keys)
     if isinstance(client, str | Path):
         return owners(table, roles, _read(table, Path(client)))
     if not isinstance(client, Mapping):
+        if not isinstance(client, Sequence | np.ndarray):
+            raise TypeError(f"client={client!r} is no column, file, mapping or sequence of owners.")
         if len(client) != table.size:
             raise ValueError(
                 f"{len(client)} clients are given for {table.size} rows; give one each."

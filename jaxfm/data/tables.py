@@ -129,6 +129,10 @@ def read_table(path: Path, *, columns: Sequence[str] = (), encoding: str = "utf-
         if kind in (".csv", ".tsv"):
             return _csv(path, columns, encoding)
         return READERS[kind](path, encoding)
+    except LookupError:
+        raise ValueError(f"encoding={encoding!r} is unknown; give one such as latin-1.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a table.") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not {error.encoding} text at byte {error.start}; give its encoding, such "
@@ -257,13 +261,7 @@ def _numpy(path: Path, encoding: str) -> Table:
 
     Arrays named after a split (x_train, test_labels) are rows of it.
     """
-    try:
-        # Without the path numpy would take an npz for an npy, and keep it open.
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            arrays = {key: found[key] for key in found.files} if hasattr(found, "files") else found
-    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy file: {_first(error)}.") from error
+    arrays = read_arrays(path)
     if isinstance(arrays, dict):
         return split_arrays(arrays, path)
     if arrays.dtype.names:
@@ -276,8 +274,27 @@ def _numpy(path: Path, encoding: str) -> Table:
     return make_table({str(number): arrays[:, number] for number in range(arrays.shape[1])}, path)
 
 
+def read_arrays(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Returns what a NumPy file holds: one array, or those of an npz by name.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file; damaged, or pickled.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        # Given the path, numpy would keep an npz open.
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return {key: found[key] for key in found.files} if hasattr(found, "files") else found
+    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a NumPy file: {_first(error)}.") from error
+
+
 def split_arrays(arrays: Mapping[str, np.ndarray], origin: str | Path) -> Table:
     """Returns arrays by name as one table; names may say the split: x_train, test_labels."""
+    if not arrays:
+        raise ValueError(f"{origin} holds no arrays.")
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         split, name = split_in(key)

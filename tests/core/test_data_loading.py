@@ -358,6 +358,10 @@ def points_with(column, value, row=4):
         (points_with("a", "x"), {}, "d.json, row 5, column 'a': 'x' is not a number."),
         (points_with("a", None), {}, "d.json, row 5, column 'a': a number is missing."),
         (points_with("a", float("nan")), {}, "d.json, row 5, column 'a': nan is not finite."),
+        (points_with("a", 10**400), {}, "00 is not a number."),
+        (points_with("a", 1e300), {}, "row 5, column 'a': 1e+300 is not finite."),
+        (points_with("a", 1), {"client": 5}, "client=5 is no column, file, mapping or sequence"),
+        (points_with("a", 1), {"encoding": "no"}, "encoding='no' is unknown; give one such as"),
         (points_with("label", None), {}, "d.json, row 5, column 'label': the label is missing."),
         (points_with("label", ""), {}, "d.json, row 5, column 'label': the label is missing."),
         (points_with("label", {}), {}, "row 5, column 'label': {} is not a label."),
@@ -383,7 +387,7 @@ def points_with(column, value, row=4):
 )  # fmt: skip
 def test_malformed_tables_are_refused_in_one_sentence(columns, options, message, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps(columns))
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as caught:
         load(tmp_path / "d.json", **options)
     assert str(caught.value).count("\n") == 0 and str(caught.value).endswith(".")
 
@@ -400,6 +404,8 @@ def test_malformed_tables_are_refused_in_one_sentence(columns, options, message,
         ("d.jsonl", '{"a": 1}\n3\n', "d.jsonl, row 2 should be an object; found int."),
         ("d.json", "3", "should hold a list of objects; found int."),
         ("d.npz", b"PK\x03\x04 cut off", "d.npz cannot be read as a NumPy file"),
+        ("d.json", "[" * 100_000, "d.json is nested too deeply to be a table."),
+        ("d.npz", b"PK\x05\x06" + bytes(18), "d.npz holds no arrays."),
         ("d.npy", b"\x93NUMPY", "d.npy cannot be read as a NumPy file"),
         ("d.xml", "<a/>", "files called *.xml cannot be read; give a CSV"),
     ],
