@@ -321,6 +321,11 @@ def attend(
         scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
         seen = mask
         if past is not None:
+            if q.shape[1] > 1:  # values that are not finite reach only those who see them
+                finite = jnp.isfinite(v).all(-1)
+                v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
+                finite = jnp.swapaxes(finite, 1, 2)[:, :, None, None]
+                scores = jnp.where(finite, scores, jnp.asarray(jnp.nan, jnp.float32))
             cached = jnp.einsum("btgrk,bsgk->bgrts", q, past.k, preferred_element_type=jnp.float32)
             scores = jnp.concatenate([cached, scores], axis=-1)
             batch = max(mask.shape[0], past.mask.shape[0])

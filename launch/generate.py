@@ -7,7 +7,10 @@
         --pipeinfer.stages=2 --pipeinfer.width=2 --draft=runs/demo/draft --prompt='import ' \\
         --report=runs/timeline.html
 
-Text appears as it is decoded. The line after it says how fast, and how many drafts were accepted.
+    python -m jaxfm.launch.generate --model=FOLDER --chat --prompt='Why is the sky blue?'
+
+The text ends where the folder's files say that the model ends it, or after --max_new_tokens. It
+appears as it is decoded. The line after it says how fast, and how many drafts were accepted.
 The same seed gives the same text, however fast the decoder is.
 """
 
@@ -29,6 +32,8 @@ from jaxfm.options import chosen_options, options_config, with_options
 from jaxfm.parallel.generation import Generation, stream
 from jaxfm.parallel.loading import DECODERS, check_draft, load_decoder
 from jaxfm.parallel.pipe.timeline import write_timeline
+from jaxfm.prompts import read_chat, read_prompt
+from jaxfm.tokenizer import HuggingFaceTokenizer
 
 _OPTIONS = {
     name: options_config(make, name=name, skip=("record",) if name == "pipeinfer" else ())
@@ -60,7 +65,11 @@ class GenerateConfig:
     )
     prompt: str = option("", "the text to continue")
     prompt_file: str = option("", "file with the text to continue, instead of --prompt")
-    max_new_tokens: int = option(128, "tokens generated")
+    chat: bool = option(False, "put the prompt into the chat template of the model's folder")
+    system: str = option("", "what the chat template is told before the prompt")
+    special: bool = option(True, "read names of special tokens in the prompt, as in <|im_end|>")
+    ignore_end: bool = option(False, "go on where the model ends the text")
+    max_new_tokens: int = option(128, "tokens generated, at most")
     temperature: float = option(0.0, "0: always the most likely token")
     top_k: int | None = option(None, "draw among the k most likely tokens")
     top_p: float | None = option(
@@ -78,6 +87,8 @@ class GenerateConfig:
         check(self)
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
+        if self.system and not self.chat:
+            raise ValueError("--system requires --chat: it is a part of the chat template.")
         check_draft(self.decoder, self.draft)
         if self.report and self.decoder != "pipeinfer":
             raise ValueError("--report requires --decoder=pipeinfer: it shows a pipe's stages.")
@@ -97,11 +108,12 @@ def main(config: GenerateConfig) -> None:
     prompt = config.prompt or pathlib.Path(config.prompt_file).read_text()
     loaded = load_decoder(config.model, config.decoder, draft=config.draft, **options)
     pieces = stream(
-        loaded.decoder, [prompt],
+        loaded.decoder, [_prompt_ids(config, prompt, loaded.tokenizer)],
         tokenizer=loaded.tokenizer, draft_tokenizer=loaded.draft_tokenizer,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         key=jax.random.key(config.seed), stop_strings=config.stop, ticks=config.ticks,
+        stop_tokens=() if config.ignore_end else loaded.stop_tokens,
     )  # fmt: skip
     start = first = time.monotonic()
     sys.stdout.write(prompt)
@@ -119,6 +131,14 @@ def main(config: GenerateConfig) -> None:
     if config.report:
         write_timeline(result.counters, config.report)
         print(f"report: {config.report}", file=sys.stderr)
+
+
+def _prompt_ids(config: GenerateConfig, prompt: str, tokenizer: HuggingFaceTokenizer) -> list[int]:
+    """The prompt's tokens, as the flags say."""
+    if not config.chat:
+        return read_prompt(tokenizer, prompt, special=config.special)
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    return read_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
 def describe(result: Generation, first_s: float, total_s: float) -> str:

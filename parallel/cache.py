@@ -54,6 +54,18 @@ class CausalModel(NamedTuple):
     window: int | None = None
 
 
+class Positions(NamedTuple):
+    """The positions of a model.
+
+    Attributes:
+      count: that it knows; None: any number.
+      learned: there are no others. Computed ones go on, but the model was not trained on them.
+    """
+
+    count: int | None
+    learned: bool
+
+
 class Cache(NamedTuple):
     """Keys and values of tokens already seen.
 
@@ -109,10 +121,10 @@ def vocab_size(model: Model, variables: Variables) -> int:
     return logits.shape[-1]
 
 
-def longest_text(model: Model) -> int | None:
-    """The number of positions that a model has learned; None where positions are computed."""
-    learned = getattr(model.config, "positions", None) == "learned"
-    return model.config.max_len if learned else None
+def positions_of(model: Model) -> Positions:
+    """How many positions a model has."""
+    count = getattr(model.config, "max_len", None)
+    return Positions(count, getattr(model.config, "positions", None) == "learned")
 
 
 def decoding_layout(variables: Variables) -> Variables:
@@ -207,11 +219,10 @@ def read(
       x [B, T, D] and the cache with the block's rows written.
     """
     x = lm.stages.embed(variables, block.tokens, block.positions)
+    if empty:  # what stands in places without a token harms nobody
+        x = jnp.where((block.bits != 0)[..., None], x, jnp.zeros_like(x))
     x, rows = through(lm, variables, x, cache, block, empty=empty)
-    # Where rows are written depends on whether x is finite, so that no write can be scheduled
-    # before the last read. Otherwise XLA guards the reads with copies of the cache (barriers do not
-    # help).
-    return x, store(cache, block, rows, jnp.isfinite(x).all(-1))
+    return x, store(cache, block, rows)
 
 
 def through(
@@ -227,6 +238,8 @@ def through(
 
     Returns:
       x [B, T, D] and the new rows of keys and values, in the form of the cache, not yet written.
+      Where any number of a token is not finite, its x and its keys are NaN: so are the logits of
+      all tokens that see it.
     """
     own = block.bits if block.own is None else block.own
     mask = visible(block.positions, block.bits, block.positions, own, lm.window)
@@ -238,23 +251,41 @@ def through(
 
     layers = layers_of(variables)
     if is_stacked(layers):
-        return lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
+        return _marked(*lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v)))
     ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(lm, variables)))
     rows = []
     for i, past in enumerate(zip(ks, vs, strict=True)):
         x, new = step(x, layer_at(layers, i), *past)
         rows.append(new)
     k, v = (_together(list(new), old) for new, old in zip(zip(*rows), cache[:2]))
-    return x, (k, v)
+    return _marked(x, (k, v))
 
 
-def store(cache: Cache, block: Block, rows: tuple[Array, Array], written: Array) -> Cache:
-    """The cache with a block's rows in its cells, where `written` bool[B, T] is true."""
+def _marked(x: Array, rows: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    """x and rows with every number of a token that is not finite somewhere made NaN; values 0.
+
+    Values would harm those who do not see them, too: 0 * NaN is NaN.
+
+    What is written depends on x for another reason: so no write can be scheduled before the last
+    read. Otherwise XLA guards the reads with copies of the cache (barriers do not help).
+    """
+    per_token = lambda row: (0, 3, 4) if row.ndim == 5 else -1
+    finite = jnp.isfinite(x).all(-1)
+    for row in rows:
+        finite &= jnp.isfinite(row).all(per_token(row))
+    along = lambda row: finite[None, ..., None, None] if row.ndim == 5 else finite[..., None]
+    nan = lambda row: jnp.asarray(jnp.nan, row.dtype)
+    k, v = rows
+    k, v = jnp.where(along(k), k, nan(k)), jnp.where(along(v), v, jnp.zeros_like(v))
+    return jnp.where(finite[..., None], x, nan(x)), (k, v)
+
+
+def store(cache: Cache, block: Block, rows: tuple[Array, Array]) -> Cache:
+    """The cache with a block's rows in its cells."""
     batch = jnp.arange(block.tokens.shape[0])[:, None]
-    cells = jnp.where(written, block.cells, num_cells(cache))
-    write = lambda old, new: old.at[batch, cells].set(new, mode="drop")
+    write = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
     write_layers = lambda old, new: (
-        old.at[:, batch, cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
+        old.at[:, batch, block.cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
     )
     return Cache(
         write_layers(cache.k, rows[0]),

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxfm.model import Array, Model, PyTree, Variables
+from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.cache import (
     CausalModel,
+    Positions,
     causal_model,
     decoding_layout,
     extend,
-    longest_text,
+    positions_of,
     prefill,
     vocab_size,
 )
@@ -69,7 +71,7 @@ class Decoder(NamedTuple):
       variables: all arrays that the functions read.
       draft_length: most tokens drafted in a tick; 0: none.
       vocab_size: tokens that the model knows.
-      max_len: longest text that the model has positions for; None: any.
+      positions: of the model.
       mesh: the devices that it runs on, where it runs on several; None: wherever its variables are.
       policy: changes the variables' settings between pieces; None: they stay.
     """
@@ -78,7 +80,7 @@ class Decoder(NamedTuple):
     variables: PyTree
     draft_length: int
     vocab_size: int
-    max_len: int | None
+    positions: Positions
     mesh: Mesh | None = None
     policy: Policy | None = None
 
@@ -108,7 +110,7 @@ def draft_and_verify(
         variables=(decoding_layout(variables), None if drafter is None else drafter.variables),
         draft_length=length,
         vocab_size=tokens,
-        max_len=longest_text(model),
+        positions=positions_of(model),
     )
 
 
@@ -129,7 +131,7 @@ def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> Decode
         live = jnp.arange(block.shape[1])[None] <= draft.size[:, None]
         live &= ~text.done[:, None]
         x, cache = extend(lm, own, cache, block, text.length - 1, live)
-        logits = lm.stages.head(own, x)
+        logits = sample.checked(lm.stages.head(own, x), rules.sampling)
         verdict = verify(logits, draft, rules.sampling, text.length)
         return (cache, drafter_state), commit(text, verdict, draft.size, rules, logits)
 

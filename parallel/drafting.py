@@ -149,5 +149,6 @@ def check_vocabulary(vocab_size: int, drafter: Drafter) -> None:
     if drafter.vocab_size not in (None, vocab_size):
         raise ValueError(
             f"The target has {vocab_size} tokens and the draft {drafter.vocab_size}; both need the "
-            "same vocabulary."
+            "same vocabulary. If they have one tokenizer, and one has more rows than tokens, make "
+            f"the drafter with target_tokens={vocab_size}."
         )

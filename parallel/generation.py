@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from jaxfm.parallel.requests import (
     bucket,
     check_room,
     check_tokenizers,
+    known_rows,
     listed_stops,
     make_rules,
     make_sampling,
@@ -63,7 +65,8 @@ class Generation(NamedTuple):
       text: without stop token and stop string; None without a tokenizer.
       logprobs: f32, the model's log-softmax at each token (before temperature and cuts); None
         unless asked for.
-      finish: "length", "stop token" or "stop string".
+      finish: "length", "stop token", "stop string", or "not finite": the model's logits for the
+        next token were not.
       stats: counts as NumPy arrays.
       counters: the decoder's own counts; None where it keeps none.
       decoder: the decoder afterwards. If it has a policy, what this has measured is in it: give it
@@ -146,8 +149,9 @@ def stream(
     batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
-    cells = check_room(lengths, limits, cells, decoder.max_len)
-    sampling = make_sampling(batch, temperature, top_k, top_p, min_p, key)
+    cells = check_room(lengths, limits, cells, decoder.positions)
+    known = known_rows(tokenizer, decoder.vocab_size)
+    sampling = make_sampling(batch, temperature, top_k, top_p, min_p, key, known)
     token_bytes: list[bytes] = []
     if tokenizer is not None:
         # A model may have more rows than its tokenizer has tokens (padding).
@@ -192,13 +196,20 @@ def _run(
         seen, finished = length, bool(done.all())
         yield TextPiece(new, pieces)
     final = jax.device_get(text)
+    if final.failed.any():
+        warnings.warn(
+            f"The logits of texts {np.flatnonzero(final.failed).tolist()} were not finite; they "
+            "end before. Look for such numbers among the weights, or use a wider dtype.",
+            stacklevel=2,
+        )
     spans = list(zip(range(len(seen)), prompt_lengths, final.length, strict=True))
     return Generation(
         tokens=[final.tokens[i, a:b] for i, a, b in spans],
         text=whole if writers is not None else None,
         logprobs=None if final.logprobs is None else [final.logprobs[i, a:b] for i, a, b in spans],
         finish=[
-            "stop string" if final.progress[i] == HIT
+            "not finite" if final.failed[i]
+            else "stop string" if final.progress[i] == HIT
             else "stop token" if int(final.tokens[i, b - 1]) in stops
             else "length"
             for i, _, b in spans

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxfm import hub
+from jaxfm.hub.metadata import stop_tokens
 from jaxfm.model import Model, Variables
+from jaxfm.parallel.cache import vocab_size
 from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
@@ -26,7 +28,7 @@ from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipe.adapt import adapt as adapt_to_measurements
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.parallel.pipe.scheduler import limits
-from jaxfm.tokenizer import Tokenizer, load_tokenizer
+from jaxfm.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 
 class LoadedDecoder(NamedTuple):
@@ -36,11 +38,13 @@ class LoadedDecoder(NamedTuple):
       decoder: continues texts.
       tokenizer: of the model.
       draft_tokenizer: of the drafting model; None where there is none of its own.
+      stop_tokens: the ids that end a text, by the model's files and its tokenizer.
     """
 
     decoder: Decoder
-    tokenizer: Tokenizer
+    tokenizer: HuggingFaceTokenizer
     draft_tokenizer: Tokenizer | None
+    stop_tokens: tuple[int, ...]
 
 
 def load_decoder(
@@ -61,7 +65,9 @@ def load_decoder(
     model, variables = hub.load(path)
     drafter, draft_tokenizer = load_drafter(draft, model, variables)
     made = DECODERS[decoder](model, variables, drafter, **options)
-    return LoadedDecoder(made, load_tokenizer(path), draft_tokenizer)
+    tokenizer = load_tokenizer(path)
+    ends = {*stop_tokens(model.config), tokenizer.eos_id} - {None}
+    return LoadedDecoder(made, tokenizer, draft_tokenizer, tuple(sorted(ends)))
 
 
 def check_draft(decoder: str, draft: str) -> None:
@@ -100,7 +106,9 @@ def load_drafter(
         if not layers.isdigit():
             raise ValueError(f"draft={name!r}: give a number of layers, as in exit:2.")
         return early_exit_drafter(model, variables, int(layers)), None
-    return model_drafter(*hub.load(name)), load_tokenizer(name)
+    # Their tokenizers are compared by `generate`; rows beyond the tokens may differ.
+    tokens = vocab_size(model, variables)
+    return model_drafter(*hub.load(name), target_tokens=tokens), load_tokenizer(name)
 
 
 def _plain(model: Model, variables: Variables, drafter: None) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Key
+from jaxfm.parallel.cache import Positions
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
 from jaxfm.parallel.verification import Rules, Stats, Text
@@ -112,7 +114,7 @@ def _vocabulary_difference(tokenizer: Tokenizer, draft: Tokenizer) -> str:
 
 
 def check_room(
-    lengths: np.ndarray, limits: np.ndarray, cells: int | None, max_len: int | None
+    lengths: np.ndarray, limits: np.ndarray, cells: int | None, positions: Positions
 ) -> int:
     """The number of cells that the cache needs for each text.
 
@@ -120,7 +122,7 @@ def check_room(
       lengths: i32[B] of the prompts.
       limits: i32[B] of the whole texts.
       cells: what the caller wants; None: just enough, in steps of 128.
-      max_len: positions that the model has; None: any number.
+      positions: of the model. The last token of a text needs none, since it is not read.
     Raises:
       ValueError: a text is longer than the model's positions or the wanted cache.
     """
@@ -129,8 +131,15 @@ def check_room(
         f"Prompt {longest} has {lengths[longest]} tokens, with {limits[longest] - lengths[longest]}"
         f" new ones {limits[longest]}"
     )
-    if max_len is not None and limits[longest] > max_len:
-        raise ValueError(f"{described}; the model has positions for {max_len}.")
+    if positions.count is not None and limits[longest] > positions.count + 1:
+        if positions.learned:
+            raise ValueError(
+                f"{described}; the model has positions for {positions.count}, and one token more."
+            )
+        warnings.warn(
+            f"{described}; the model was made for {positions.count}. It may write nonsense beyond.",
+            stacklevel=4,
+        )
     if cells is None:
         return -(-int(limits[longest]) // 128) * 128
     if limits[longest] > cells:
@@ -167,13 +176,22 @@ def whole_number(name: str, value, *, at_least: int = 1) -> int:
     return int(per_request(name, value, 1, np.int32, at_least=at_least)[0])
 
 
-def make_sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None) -> Sampling:
+def make_sampling(
+    batch: int, temperature, top_k, top_p, min_p, key: Key | None, known: np.ndarray | None = None
+) -> Sampling:
     """How each request draws its tokens; greedy without a temperature above 0.
 
+    Args:
+      batch: number of requests.
+      temperature, top_k, top_p, min_p: one for all or each.
+      key: typed key; None where all are greedy.
+      known: bool[V], which rows of the model are tokens; None: all.
     Raises:
       ValueError: a setting out of range, or a temperature without a key.
     """
     heat = per_request("temperature", temperature, batch, np.float32, at_least=0)
+    heat = np.where(heat < np.finfo(np.float32).tiny, np.float32(0), heat)
+    known = None if known is None else jnp.asarray(known)
     if not np.isfinite(heat).all():
         raise ValueError(f"temperature must be finite, got {heat.max()}.")
     optional = lambda name, value, dtype, **limits: (
@@ -186,11 +204,12 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, key: Key | None)
     least = optional("min_p", min_p, np.float32, at_least=0, at_most=1)
     request = jnp.arange(batch, dtype=jnp.int32)
     if not heat.any():
-        return Sampling(jax.random.key(0), request)
+        return Sampling(jax.random.key(0), request, known=known)
     _check_key(key)
     return Sampling(
-        key=key, request=request, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least
-    )
+        key=key, request=request, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least,
+        known=known,
+    )  # fmt: skip
 
 
 def _check_key(key) -> None:
@@ -203,6 +222,15 @@ def _check_key(key) -> None:
         raise TypeError(f"key must be a typed key, as jax.random.key(0) gives one; got {given}.")
     if key.shape:
         raise ValueError(f"key has shape {key.shape}; give one key for all requests.")
+
+
+def known_rows(tokenizer: Tokenizer | None, rows: int) -> np.ndarray | None:
+    """bool[V], which of a model's rows are tokens of its tokenizer; None: all."""
+    if tokenizer is None:
+        return None
+    known = np.zeros(rows, bool)
+    known[[token for token in tokenizer.vocab.values() if token < rows]] = True
+    return None if known.all() else known
 
 
 def make_rules(
@@ -230,6 +258,7 @@ def make_text(
         done=jnp.zeros((batch,), bool),
         progress=zeros(),
         stats=Stats(zeros(), zeros(drafts), zeros(drafts)),
+        failed=jnp.zeros((batch,), bool),
         logprobs=jnp.zeros((batch, cells)) if logprobs else None,
     )
 

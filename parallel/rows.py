@@ -67,7 +67,7 @@ def read_block(
     """
     x = lm.stages.embed(variables, block.tokens, block.positions)
     x, new = through(lm, variables, x, past_of(rows, request, cells, block), block)
-    rows = put_rows(rows, request, cells, block, new, jnp.isfinite(x).all(-1))
+    rows = put_rows(rows, request, cells, block, new)
     assert block.own is not None
     at = block.cells[0]
     cells = cells._replace(
@@ -78,15 +78,15 @@ def read_block(
 
 
 def put_rows(
-    rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[Array, Array], written: Array
+    rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[Array, Array]
 ) -> Rows:
-    """The rows with new keys and values in one text's cells, where `written` bool[1, T].
+    """The rows with new keys and values in one text's cells.
 
-    What is not written goes to the last cell, which is never given to a token. Updates of one token
+    What has no cell goes to the last one, which is never given to a token. Updates of one token
     each are done in place, whereas a scatter would make XLA keep the whole cache in another layout.
     """
     size = cells.positions.shape[0]
-    at = request * size + jnp.where(written, jnp.minimum(block.cells, size - 1), size - 1)[0]
+    at = request * size + jnp.minimum(block.cells, size - 1)[0]
 
     def write(old: Array, values: Array) -> Array:
         axis = 1 if old.ndim == 4 else 0  # of cells

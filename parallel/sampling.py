@@ -21,11 +21,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfm.model import Array, Key
 
 # Purposes of draws at one position.
 PROPOSE, ACCEPT, CHOOSE = 0, 1, 2
+# Stands for the token that cannot be chosen, since its logits are not finite.
+FAILED = np.iinfo(np.int32).max
 
 
 class Sampling(NamedTuple):
@@ -38,6 +41,7 @@ class Sampling(NamedTuple):
       top_k: i32[B]; 0: off.
       top_p: f32[B] in (0, 1]; 1: off.
       min_p: f32[B] in [0, 1]; 0: off.
+      known: bool[V], which rows of the model are tokens; None: all.
     """
 
     key: Key
@@ -46,6 +50,37 @@ class Sampling(NamedTuple):
     top_k: Array | None = None
     top_p: Array | None = None
     min_p: Array | None = None
+    known: Array | None = None
+
+
+def checked(logits: Array, sampling: Sampling) -> Array:
+    """f32[B, T, V], the model's logits: -inf for rows that are no tokens.
+
+    Where any of them is not finite all are NaN, so that `failed` need look at one.
+    """
+    finite = jnp.isfinite(logits).all(-1, keepdims=True)
+    return jnp.where(finite, known_only(logits, sampling), jnp.nan)
+
+
+def known_only(logits: Array, sampling: Sampling) -> Array:
+    """f32[B, T, V], the logits with -inf for rows that are no tokens."""
+    if sampling.known is None:
+        return logits
+    return jnp.where(sampling.known[None, None], logits, -jnp.inf)
+
+
+def failed(logits: Array) -> Array:
+    """bool[B, T], where `checked` logits f32[B, T, V] are not finite."""
+    return jnp.isnan(logits[..., 0])
+
+
+def choose(logits: Array, sampling: Sampling, positions: Array) -> Array:
+    """i32[B, T], the target's own tokens at positions i32[B, T], from `checked` logits."""
+    if sampling.temperature is None:
+        tokens = logits.argmax(-1).astype(jnp.int32)
+    else:
+        tokens = draw(log_probs(logits, sampling), keys(sampling, positions, CHOOSE))
+    return jnp.where(failed(logits), FAILED, tokens)
 
 
 def log_probs(logits: Array, sampling: Sampling) -> Array:
@@ -60,7 +95,9 @@ def log_probs(logits: Array, sampling: Sampling) -> Array:
     along = lambda setting: setting[:, None, None]
     assert sampling.temperature is not None
     temperature = along(sampling.temperature)
-    scores = logits / jnp.where(temperature > 0, temperature, 1)
+    # What is divided is the distance from the largest, which is exact near it.
+    scores = logits - logits.max(-1, keepdims=True)
+    scores = scores / jnp.where(temperature > 0, temperature, 1)
     if sampling.top_k is not None or sampling.top_p is not None:
         scores = _cut_tail(scores, sampling)
     if sampling.min_p is not None:

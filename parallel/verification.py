@@ -43,6 +43,7 @@ class Text(NamedTuple):
       done: bool[B].
       progress: i32[B] state of the automaton of stop strings.
       stats: counts.
+      failed: bool[B], the text ended because the logits of its next token were not finite.
       logprobs: f32[B, N] log-softmax of the model's logits at each generated token, or None.
     """
 
@@ -52,6 +53,7 @@ class Text(NamedTuple):
     done: Array
     progress: Array
     stats: Stats
+    failed: Array
     logprobs: Array | None = None
 
 
@@ -88,7 +90,7 @@ class Verdict(NamedTuple):
     """The outcome of a pass of the target.
 
     Attributes:
-      tokens: i32[B, g + 1]; the accepted drafts, then the target's own token.
+      tokens: i32[B, g + 1]; the accepted drafts, then the target's own token, or FAILED.
       accepted: i32[B] number of accepted drafts; the first `accepted + 1` tokens count.
     """
 
@@ -114,19 +116,22 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
     Greedy: drafts are accepted as long as they are the argmax. Sampling: draft d is accepted with
     probability min(1, p(d) / q(d)); the first that is rejected is replaced by a draw from
     max(p - q, 0), normalised; if none is rejected, the next token is drawn from p. Either way each
-    token has the distribution p.
+    token has the distribution p. Nothing is accepted where logits are not finite.
 
     Args:
-      logits: f32[B, g + 1, V] of the target, after the newest token and after each draft.
+      logits: f32[B, g + 1, V] of the target, after the newest token and after each draft, as
+        `jaxfm.parallel.sampling.checked` returns them.
       draft: g proposals.
       sampling: as the drafts were drawn.
       length: i32[B] of the texts: the position of the first draft.
     """
     drafts, width = draft.tokens, draft.tokens.shape[1]
     meant = jnp.arange(width)[None] < draft.size[:, None]
+    failed = sample.failed(logits)
+    meant &= ~failed[:, :-1]
     prefix = lambda stands: jnp.cumprod((stands & meant).astype(jnp.int32), axis=1).sum(1)
     if sampling.temperature is None:
-        best = logits.argmax(-1).astype(jnp.int32)
+        best = sample.choose(logits, sampling, length)
         accepted = prefix(drafts == best[:, :-1])
         own = jnp.take_along_axis(best, accepted[:, None], axis=1)
         return Verdict(_join(drafts, own, accepted), accepted)
@@ -154,6 +159,7 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
         logp_at = jnp.where(rejected, jnp.log(rest), logp_at)
     place = (length + accepted)[:, None]
     own = sample.draw(logp_at, sample.keys(sampling, place, sample.CHOOSE))
+    own = jnp.where(jnp.take_along_axis(failed, accepted[:, None], axis=1), sample.FAILED, own)
     return Verdict(_join(drafts, own, accepted), accepted)
 
 
@@ -203,7 +209,8 @@ def append(
 ) -> tuple[Text, Array]:
     """The texts with tokens appended, up to their limits and the first stop among the tokens.
 
-    The token that stops a text is part of it. Texts that are done do not change.
+    The token that stops a text is part of it; FAILED is none, and stops it before. Texts that are
+    done do not change.
 
     Args:
       text: the texts.
@@ -215,7 +222,7 @@ def append(
       The texts, and i32[B] how many tokens each of them took.
     """
     order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
-    stops, progress = [], [text.progress]
+    stops, progress, bad = [], [text.progress], new == sample.FAILED
     for i in range(new.shape[1]):
         token = new[:, i]
         stop = (token[:, None] == rules.stop_tokens[None]).any(1)
@@ -223,14 +230,17 @@ def append(
             progress.append(rules.automaton[progress[-1], token])
             stop |= progress[-1] == HIT
         stops.append(stop)
-    stopping = jnp.stack(stops, axis=1).astype(jnp.int32)
+    stopping = (jnp.stack(stops, axis=1) | bad).astype(jnp.int32)
     # A token counts if no earlier one of the block stopped the text.
     before = jnp.cumsum(stopping, axis=1) - stopping
     takes = (before == 0) & (order < meant[:, None]) & ~text.done[:, None]
     takes &= text.length[:, None] + order < text.limit[:, None]
+    done = text.done | (takes & (stopping > 0)).any(1)
+    failed = text.failed | (takes & bad).any(1)
+    takes &= ~bad
     count = takes.sum(1, dtype=jnp.int32)
     length = text.length + count
-    done = text.done | (takes & (stopping > 0)).any(1) | (length >= text.limit)
+    done |= length >= text.limit
 
     places = jnp.where(takes, text.length[:, None] + order, text.tokens.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
@@ -243,5 +253,7 @@ def append(
     if rules.automaton is not None:
         states = jnp.stack(progress, axis=1)
         reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
-    text = text._replace(tokens=tokens, length=length, done=done, progress=reached, logprobs=kept)
+    text = text._replace(
+        tokens=tokens, length=length, done=done, failed=failed, progress=reached, logprobs=kept
+    )
     return text, count

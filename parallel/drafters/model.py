@@ -27,17 +27,34 @@ from jaxfm.parallel.token_tree import NONE, bit
 from jaxfm.parallel.verification import Draft, Rules, Text, newest, room
 
 
-def model_drafter(model: Model, variables: Variables) -> Drafter:
+def model_drafter(
+    model: Model, variables: Variables, *, target_tokens: int | None = None
+) -> Drafter:
     """The drafter that asks a causal language model with the target's vocabulary.
 
     Args:
       model, variables: the drafting model; for a subnet of the target, the target's own Model with
         the extracted variables.
+      target_tokens: rows of the target's vocabulary, where the two models have one tokenizer but
+        different numbers of rows beyond its tokens; None: as many as the draft has.
     Raises:
       ValueError: the model is not a causal language model.
     """
-    lm = causal_model(model)
-    return Drafter(_chain(lm), _tree(lm), decoding_layout(variables), vocab_size(model, variables))
+    tokens = vocab_size(model, variables) if target_tokens is None else target_tokens
+    lm = _with_rows(causal_model(model), tokens)
+    return Drafter(_chain(lm), _tree(lm), decoding_layout(variables), tokens)
+
+
+@functools.cache
+def _with_rows(lm: CausalModel, tokens: int) -> CausalModel:
+    """The model with that many logits: tokens that it lacks get none of the probability."""
+
+    def head(variables: Variables, x: Array) -> Array:
+        logits = lm.stages.head(variables, x)[..., :tokens]
+        more = [(0, 0)] * (logits.ndim - 1) + [(0, tokens - logits.shape[-1])]
+        return jnp.pad(logits, more, constant_values=-jnp.inf)
+
+    return lm._replace(stages=lm.stages._replace(head=head))
 
 
 def early_exit_drafter(model: Model, variables: Variables, layers: int) -> Drafter:
@@ -73,7 +90,7 @@ def _chain(lm: CausalModel) -> Proposer:
 
         def choose(x: Array, place: Array) -> tuple[Array, Array | None]:
             """The draft's next token i32[B, 1] at `place` i32[B], and its distribution."""
-            logits = lm.stages.head(variables, x)
+            logits = sample.known_only(lm.stages.head(variables, x), rules.sampling)
             if rules.sampling.temperature is None:
                 return logits.argmax(-1).astype(jnp.int32), None
             logp = sample.log_probs(logits, rules.sampling)

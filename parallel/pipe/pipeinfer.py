@@ -34,7 +34,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfm.model import Array, Model, Variables, layers_of, num_layers
-from jaxfm.parallel.cache import CausalModel, causal_model, init_cache, longest_text, vocab_size
+from jaxfm.parallel.cache import CausalModel, causal_model, init_cache, positions_of, vocab_size
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
 from jaxfm.parallel.drafting import Drafter, Proposer, check_vocabulary
 from jaxfm.parallel.mesh import make_mesh
@@ -121,7 +121,7 @@ def pipeinfer(
         variables=Arrays(dealt, drafts, limits),
         draft_length=1,
         vocab_size=tokens,
-        max_len=longest_text(model),
+        positions=positions_of(model),
         mesh=mesh,
     )
 

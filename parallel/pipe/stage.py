@@ -68,8 +68,7 @@ def prefill(
         like = jax.eval_shape(run, x, rows)[1]
         by = lambda x, rows: (x, jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), like))
         x, new = lax.switch(meant.any().astype(jnp.int32), [by, run], x, rows)
-        written = meant[None] & jnp.isfinite(x).all(-1)
-        return put_rows(rows, request, own, block, new, written), pass_on(x, shape)
+        return put_rows(rows, request, own, block, new), pass_on(x, shape)
 
     one = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
     x = jax.eval_shape(lambda t: lm.stages.embed(variables, t, t), one)
@@ -79,8 +78,9 @@ def prefill(
 
 def _one(sampling: Sampling, request: Array) -> Sampling:
     """The settings of one text, as arrays of one row."""
-    key, *settings = sampling
-    return Sampling(key, *jax.tree.map(lambda x: x[request][None], settings))
+    shared = {"key": sampling.key, "known": sampling.known}
+    own = sampling._replace(key=None, known=None)
+    return jax.tree.map(lambda x: x[request][None], own)._replace(**shared)
 
 
 def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: Rules):
@@ -125,8 +125,7 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
     ways: list[Callable] = [by, one, whole] if shape.packet > 1 else [by, whole]
     way = meant.any().astype(jnp.int32) + meant[1:].any().astype(jnp.int32)
     x, new, answers, logprobs, ran = lax.switch(way, ways, state.hidden, state.rows)
-    written = meant[None] & jnp.isfinite(x).all(-1)
-    rows = put_rows(state.rows, request, cells, block, new, written)
+    rows = put_rows(state.rows, request, cells, block, new)
     executed = jnp.where(jnp.arange(shape.stages) == stage, ran, 0)
     return state._replace(rows=rows), x, answers, logprobs, executed
 
@@ -138,12 +137,8 @@ def _picker(lm: CausalModel, own: Variables, sampling: Sampling):
     """
 
     def pick(x: Array, positions: Array) -> tuple[Array, Array]:
-        logits = lm.stages.head(own, x)
-        if sampling.temperature is None:
-            tokens = logits.argmax(-1).astype(jnp.int32)
-        else:
-            logp = sample.log_probs(logits, sampling)
-            tokens = sample.draw(logp, sample.keys(sampling, positions + 1, sample.CHOOSE))
+        logits = sample.checked(lm.stages.head(own, x), sampling)
+        tokens = sample.choose(logits, sampling, positions + 1)
         logp = jax.nn.log_softmax(logits, axis=-1)
         return tokens[0], jnp.take_along_axis(logp, tokens[..., None], axis=-1)[0, :, 0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import typing
@@ -28,7 +29,8 @@ from jaxfm.launch.setup import (
     make_optimizer,
 )
 from jaxfm.log import read_metrics
-from jaxfm.parallel.loading import DECODERS, load_drafter
+from jaxfm.parallel.generation import generate as decode
+from jaxfm.parallel.loading import DECODERS, load_decoder, load_drafter
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import open_run
 from jaxfm.testing import tiny_decoder
@@ -321,6 +323,23 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
         outputs.append(out)
     assert outputs[0].startswith("def f(")
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_text_ends_where_the_folder_says(saved_model, capsys, tmp_path):
+    loaded = load_decoder(str(saved_model))
+    free = decode(loaded.decoder, [list(b"def f(")], max_new_tokens=12).tokens[0].tolist()
+    folder = shutil.copytree(saved_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[3], 9]}))
+    base = generate.GenerateConfig(model=str(folder), prompt="def f(", max_new_tokens=12)
+    generate.main(base)
+    assert f"{free.index(free[3]) + 1} tokens (stop token)" in capsys.readouterr().err
+    generate.main(dataclasses.replace(base, ignore_end=True))
+    assert "12 tokens (length)" in capsys.readouterr().err
+    assert load_decoder(str(folder)).stop_tokens == tuple(sorted({free[3], 9, 257}))
+    with pytest.raises(ValueError, match="--system requires --chat"):
+        dataclasses.replace(base, system="be brief")
+    with pytest.raises(ValueError, match="has no chat template"):
+        generate.main(dataclasses.replace(base, chat=True))
 
 
 def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, tmp_path):

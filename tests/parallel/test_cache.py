@@ -124,7 +124,7 @@ def test_no_tick_copies_the_cache(form):
     tokens = jnp.zeros((batch, cells), jnp.int32)
     ones = jnp.ones((batch,), jnp.int32)
     stats = Stats(ones * 0, jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), jnp.int32))
-    text = Text(tokens, ones, ones * 9, ones < 0, ones * 0, stats)
+    text = Text(tokens, ones, ones * 9, ones < 0, ones * 0, stats, ones < 0)
     rules = Rules(Sampling(jax.random.key(0), ones), jnp.zeros((0,), jnp.int32))
     state = jax.eval_shape(lambda: program.start(pair, tokens, ones, cells, None))
     compiled = advance.lower(program, pair, state, text, rules, 4).compile().as_text()

@@ -12,6 +12,7 @@ from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
 from jaxfm.parallel.requests import listed_stops
+from jaxfm.testing import random_variables, tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
 CONFIG = gpt2_config(
@@ -41,7 +42,7 @@ class OtherBytes(ByteTokenizer):
         ([""], {"tokenizer": BYTES}, "Prompt 0 is empty"),
         (["text"], {}, "Prompt 0 is a string; give a tokenizer"),
         ([[1, 260]], {}, r"The tokens of prompt 0 must be in 0\.\.259; got 260"),
-        ([[1], [1] * 30], {"max_new_tokens": 3}, "Prompt 1 has 30 .* 3 new ones 33; the model has "
+        ([[1], [1] * 30], {"max_new_tokens": 4}, "Prompt 1 has 30 .* 4 new ones 34; the model has "
          "positions for 32"),
         ([[1] * 9], {"max_new_tokens": 8, "cells": 16}, "new ones 17; the cache holds 16"),
         ([[1]], {"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
@@ -166,3 +167,22 @@ def test_prompts_as_text_or_ids_and_full_length():
     same = generate(DECODER, [[97, 98, 99]], max_new_tokens=29, cells=32)
     assert result.tokens[0].tolist() == same.tokens[0].tolist()
     assert len(same.tokens[0]) == 29 and same.text is None
+
+
+def test_a_text_may_have_one_token_more_than_the_model_has_positions():
+    """The last token is not read. The uncached model, with a full input, says what it is."""
+    prompt = [97, 98, 99]
+    full = generate(DECODER, [prompt], max_new_tokens=29).tokens[0]
+    inputs = np.array([[*prompt, *full]], np.int32)
+    last = int(MODEL.apply(VARIABLES, inputs)[0][0, -1].argmax())
+    for made in (DECODER, pipeinfer(MODEL, VARIABLES, None)):
+        result = generate(made, [prompt], max_new_tokens=30)
+        assert result.tokens[0].tolist() == [*full, last] and result.finish == ["length"]
+
+
+def test_beyond_the_positions_of_a_rotary_model_is_said():
+    model = tiny_decoder(max_len=8)
+    made = plain(model, random_variables(model))
+    generate(made, [[1, 2]], max_new_tokens=7)
+    with pytest.warns(UserWarning, match="new ones 10; the model was made for 8"):
+        generate(made, [[1, 2]], max_new_tokens=8)

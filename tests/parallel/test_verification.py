@@ -30,7 +30,13 @@ def text(tokens, length, limit, done=(False,), width=2):
     counts = jnp.zeros((batch, width), jnp.int32)
     done = jnp.broadcast_to(jnp.array(done), (batch,))
     return Text(
-        ints(*tokens), ints(*length), ints(*limit), done, zeros, Stats(zeros, counts, counts)
+        ints(*tokens),
+        ints(*length),
+        ints(*limit),
+        done,
+        zeros,
+        Stats(zeros, counts, counts),
+        zeros > 0,
     )
 
 
