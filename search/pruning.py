@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxfm.model import Array, Key, PyTree
 from jaxfm.search.least_squares import repair
-from jaxfm.search.ranking import importance, keep, masks, ranks
+from jaxfm.search.ranking import check_scores, importance, keep, masks, ranks
 from jaxfm.search.strategies.loop import Result, run
 from jaxfm.search.strategies.project import Budget, budgets
 from jaxfm.search.strategies.strategy import Problem, Strategy, problem
@@ -201,9 +201,12 @@ def _order(
                 f"The scores in `importance` are {what}; give a tuple of shapes {wanted}, in the "
                 "order of `network.groups`."
             )
+        check_scores(own, tuple(kind))
         return ranks(tuple(map(jnp.asarray, kind)))
     data = inputs if kind == "activation" else ()
-    return jax.jit(lambda p, x: ranks(importance(own, p, kind, inputs=x)))(params, data)
+    scores = jax.jit(lambda p, x: importance(own, p, kind, inputs=x))(params, data)
+    check_scores(own, scores, params)
+    return ranks(scores)
 
 
 def _scorer(own: Network, order: Scores, score: Score | None) -> Callable[[PyTree, Array], Array]:

@@ -56,9 +56,41 @@ def importance(
       gradient: for "taylor", the gradient of a loss by the parameters.
       inputs: for "activation", a batch of what the function takes.
     Raises:
-      ValueError: an unknown kind, a kind whose `gradient` or `inputs` are missing, or "scale" for a
-        network without norms.
+      ValueError: an unknown kind, a kind whose `gradient` or `inputs` are missing, "scale" for a
+        network without norms, or parameters that are not finite (by name).
     """
+    scores = _scores(network, params, kind, gradient, inputs)
+    check_scores(network, scores, params, gradient)
+    return scores
+
+
+def check_scores(
+    network: Network, scores: Scores, params: PyTree = None, gradient: PyTree = None
+) -> None:
+    """Raises ValueError where units cannot be ranked by scores that are not finite.
+
+    The message names the parameter that holds such numbers, if one does. Traced scores pass.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in scores):
+        return
+    wrong = [g.name for g, x in zip(network.groups, scores) if not np.isfinite(x).all()]
+    if not wrong:
+        return
+    cause = "their scores are not finite."
+    for what, tree in (("parameter", params), ("gradient of the parameter", gradient)):
+        leaves = zip(network.leaves, jax.tree.leaves(tree))
+        bad = next((leaf.path for leaf, x in leaves if not np.isfinite(x).all()), None)
+        if bad is not None:
+            cause = f"the {what} {bad!r} holds numbers that are not finite."
+            break
+    raise ValueError(f"The units of {wrong[0]!r} cannot be ranked: {cause}")
+
+
+def _scores(
+    network: Network, params: PyTree, kind: str | UnitNorm, gradient: PyTree,
+    inputs: Sequence[PyTree],
+) -> Scores:  # fmt: skip
+    """The importance of every unit, not checked."""
     if not callable(kind) and kind not in KINDS:
         raise ValueError(
             f"importance={kind!r} is unknown; choose from {KINDS}, or give a function of the "

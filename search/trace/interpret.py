@@ -6,11 +6,12 @@ masked   Shapes and weights are dense; activations are zeroed where a cut axis i
 sliced   Parameters and activations are smaller: an ordinary function to jit, differentiate,
          export and deploy.
 
-Laws: masked == sliced; with everything kept both are the function itself. Where a mean runs over a
-cut axis, be it a sum or a product of a value with itself (`einsum("nc,nc->n", h, h) / C`), it is
-divided by the number of entries that are left. Every other constant stays what it was (a pruned
-head keeps the temperature that it was trained with), also those computed from the size in another
-way, such as C - 1 or the square root of C.
+Laws: masked == sliced; with everything kept both are the function itself. Where a sum over a cut
+axis, be it a plain one or a product of a value with itself (`einsum("nc,nc->n", h, h) / C`), is
+divided by C, by C - 1 (ddof=1) or by the square root of C, the number of entries that are left
+takes the place of C. So it does where the square root of such a sum is divided by a square root of
+C or C - 1. Every other constant stays what it was: a pruned head keeps the temperature that it was
+trained with.
 """
 
 from __future__ import annotations

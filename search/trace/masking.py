@@ -1,7 +1,8 @@
-"""Masked runs: dense shapes and dense weights; what is cut is zeroed where it would be added up."""
+"""Masked runs: dense shapes and weights; what is cut is neutral where it would be added up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxfm.search.trace.graph import Atom, Op, bind
 from jaxfm.search.trace.labels import Axis
 from jaxfm.search.trace.plan import AxisPlan
 from jaxfm.search.trace.roles import Group
+
+_EXTREMES = ("reduce_max", "reduce_min")
 
 
 class Masked(NamedTuple):
@@ -37,34 +40,51 @@ class Masked(NamedTuple):
             layers = group_units(self.groups, self.masks, op.params["length"])
             return run_scan(op, inputs, self, layers)
         side, dims = summed_axes(op, self.plan)
+        if op.name in _EXTREMES:
+            dims = tuple(op.params["axes"])
         if dims and isinstance(op.inputs[side], int):
-            inputs[side] = self._zero(inputs[side], op.inputs[side], dims, units)
+            like = inputs[side].dtype
+            inputs[side] = self._fill(
+                inputs[side], op.inputs[side], dims, units, _neutral(op, like)
+            )
         if op.name == "conv_general_dilated":
             out = convolve(op, inputs, op.params)
         else:
             out = bind(op.primitive, inputs, op.params)
         return [self._divide(x, i, units) for x, i in zip(out, op.outputs, strict=True)]
 
-    def _zero(self, value: Array, number: Atom, dims: Sequence[int], units: Array) -> Array:
+    def _fill(
+        self, value: Array, number: Atom, dims: Sequence[int], units: Array, neutral: Array
+    ) -> Array:
         for d in dims:
             axis = self.plan.axes[number][d]  # type: ignore[index]
             if axis.shape[1]:
                 there = lax.expand_dims(
                     is_present(axis, units), [i for i in range(value.ndim) if i != d]
                 )
-                value = jnp.where(there, value, jnp.zeros((), value.dtype))
+                value = jnp.where(there, value, neutral)
         return value
 
     def _divide(self, value: Array, number: int, units: Array) -> Array:
         divisor = self.plan.divisors.get(number)
         if divisor is None:
             return value
-        factor = jnp.ones((), jnp.float32)
+        size = math.prod(map(len, divisor.axes))
+        kept = jnp.ones((), jnp.float32)
         for axis in divisor.axes:
-            if axis.shape[1]:
-                there = is_present(axis, units).sum().astype(jnp.float32)
-                factor = factor * len(axis) / jnp.maximum(there, 1)
-        return value * factor.astype(value.dtype)
+            there = is_present(axis, units).sum() if axis.shape[1] else jnp.asarray(len(axis))
+            kept = kept * there.astype(jnp.float32)
+        return value * divisor.factor(size, kept).astype(value.dtype)
+
+
+def _neutral(op: Op, dtype: Any) -> Array:
+    """What changes no sum, or no largest or smallest value."""
+    if op.name not in _EXTREMES:
+        return jnp.zeros((), dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.asarray(-jnp.inf if op.name == "reduce_max" else jnp.inf, dtype)
+    bounds = jnp.iinfo(dtype)
+    return jnp.asarray(bounds.min if op.name == "reduce_max" else bounds.max, dtype)
 
 
 def group_units(groups: tuple[Group, ...], masks: Sequence[Array], layers: int | None) -> Array:

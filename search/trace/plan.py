@@ -95,7 +95,7 @@ def _plan(function, params, inputs, leaves: tuple[Leaf, ...], num_units: int) ->
 
     axes = {number: tuple(map(own, found)) for number, found in notes.axes.items()}
     divisors = {
-        number: Divisor(tuple(map(own, d.axes)))
+        number: d._replace(axes=tuple(map(own, d.axes)))
         for number, d in notes.divisors.items()
         if any(own(axis).shape[1] for axis in d.axes)
     }

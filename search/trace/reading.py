@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,36 @@ from jaxfm.search.trace.graph import Atom, Constant, Op, Values
 from jaxfm.search.trace.labels import Axis, Labels, plain
 
 
-class Divisor(NamedTuple):
-    """A quotient by the size of a sum.
+class Sum(NamedTuple):
+    """A value that is a power of a sum.
 
     Attributes:
-      axes: what the sum ran over.
+      axes: what the sum runs over.
+      power: 1 for the sum itself, 1/2 for its square root.
     """
 
     axes: tuple[Axis, ...]
+    power: float
+
+
+class Divisor(NamedTuple):
+    """A quotient of a sum by `(size - less) ** power`, where size is the number of its terms.
+
+    Attributes:
+      axes: what the sum ran over.
+      power: 1 for a mean; 1/2 for a quotient by a square root.
+      less: 1 for an unbiased variance (ddof=1), otherwise 0.
+    """
+
+    axes: tuple[Axis, ...]
+    power: float = 1.0
+    less: int = 0
+
+    def factor(self, size: Any, kept: Any) -> Any:
+        """What the quotient is multiplied with where `kept` of `size` terms are left."""
+        least = self.less + 1  # nothing divides by zero
+        kept = (kept if kept > least else least) if isinstance(kept, int) else kept.clip(least)
+        return ((size - self.less) / (kept - self.less)) ** self.power
 
 
 class Reading(NamedTuple):
@@ -34,7 +56,7 @@ class Reading(NamedTuple):
     Attributes:
       labels: the union-find.
       axes: by value, the axes of the array.
-      summed: by value, the axes that it is a sum over, seen through changes of shape.
+      summed: by value, the sum that it is a power of, seen through changes of shape.
       divisors: by output value of an operation.
       unknown: primitives without a rule, and how often each occurs.
       homes: by id, the loops that read it layer by layer; -1 stands for any other place.
@@ -43,7 +65,7 @@ class Reading(NamedTuple):
 
     labels: Labels
     axes: dict[int, list[Axis]]
-    summed: dict[int, tuple[Axis, ...]]
+    summed: dict[int, Sum]
     divisors: dict[int, Divisor]
     unknown: Counter
     homes: dict[int, set[int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,8 +76,9 @@ class Sliced(NamedTuple):
         divisor = self.plan.divisors.get(number)
         if divisor is None:
             return value
-        counts = [(len(axis), count_kept(axis, self.groups, self.kept)) for axis in divisor.axes]
-        factor = np.prod([n / k for n, k in counts])
+        size = math.prod(map(len, divisor.axes))
+        kept = math.prod(count_kept(axis, self.groups, self.kept) for axis in divisor.axes)
+        factor = divisor.factor(size, kept)
         return value * jnp.asarray(factor, value.dtype)
 
 

@@ -9,13 +9,12 @@ from jaxfm.search.trace.labels import Axis, plain
 from jaxfm.search.trace.reading import Context, rule
 
 
-@rule("reduce_sum")
+@rule("reduce_sum", "reduce_max", "reduce_min")
 def _sum(c: Context, op: Op) -> list[list[Axis]]:
     return [[x for d, x in enumerate(c.axes(op.inputs[0])) if d not in op.params["axes"]]]
 
 
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor",
-       "argmax", "argmin")  # fmt: skip
+@rule("reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
 def _reduce(c: Context, op: Op) -> list[list[Axis]]:
     axes = c.axes(op.inputs[0])
     for d in op.params["axes"]:
@@ -92,9 +91,10 @@ def _conv(c: Context, op: Op) -> list[list[Axis]]:
     groups = p["feature_group_count"]
     if groups == 1:
         c.unify(channels, inputs, op)
-    elif len(inputs) == 1:  # depthwise: a channel and its own outputs are cut together
+    elif len(inputs) == 1 and c.to.labels.resolve(channels).shape[1]:
+        # Depthwise: a channel and its own outputs are cut together.
         c.unify(np.repeat(channels, len(outputs) // groups, 0), outputs, op)
-    else:  # groups share the kernel's inputs; they keep equal numbers of outputs
+    else:  # groups share the kernel's inputs, or read what is never cut: equal numbers of outputs
         for block in np.split(channels, groups):
             c.unify(inputs, block, op)
         c.to.blocks.append((outputs, groups))

@@ -473,3 +473,21 @@ def test_the_activity_of_units_is_their_mean_absolute_value_relative_to_their_la
         np.testing.assert_allclose(found, values / values.mean(), rtol=1e-5)
     by_row = jax.vmap(lambda row: unit_activity(NET, WIDE, row[None]))(X)
     assert [rows.shape for rows in by_row] == [(6, group.size) for group in NET.groups]
+
+
+@pytest.mark.parametrize("kind", ["l2", "activation"])
+def test_what_is_not_finite_cannot_be_ranked_and_is_named(kind):
+    params = WIDE | {"mid": WIDE["mid"].at[3, 4].set(jnp.nan)}
+    named = r"cannot be ranked: the parameter 'mid' holds numbers that are not finite"
+    with pytest.raises(ValueError, match=named):
+        prune(mlp, params, X, macs_ratio=0.5, importance=kind)
+    with pytest.raises(ValueError, match=named):
+        importance(NET, params, kind, inputs=(X,))
+    with pytest.raises(ValueError, match=r"the gradient of the parameter 'mid' holds numbers"):
+        importance(NET, WIDE, "taylor", gradient=params)
+    scores = [np.ones(size) for size in NET.sizes]
+    scores[1][0] = np.inf
+    with pytest.raises(
+        ValueError, match=f"The units of {NET.groups[1].name!r} cannot be ranked: their"
+    ):
+        prune(mlp, WIDE, X, macs_ratio=0.5, importance=tuple(scores))

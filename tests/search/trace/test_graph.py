@@ -334,7 +334,9 @@ def test_to_prune_what_is_frozen_names_the_axis_and_the_reason():
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x / x.max(-1, keepdims=True), "'reduce_max' reduces over all of it"),
+        (lambda x: x / x.prod(-1, keepdims=True), "'reduce_prod' reduces over all of it"),
+        (lambda x: x * x.argmax(-1)[:, None].astype(x.dtype), "'argmax' reduces over all of it"),
+        (lambda x: x / x.max(-1, keepdims=True), None),
         (lambda x: jnp.sort(x, -1), "it is sorted"),
         (lambda x: jnp.cumsum(x, -1), "'cumsum' runs along it"),
         (lambda x: lax.top_k(x, 8)[0], "top_k selects along it"),
