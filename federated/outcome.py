@@ -183,6 +183,20 @@ def left_out(totals: Mapping[str, float], failures: np.ndarray, names: Sequence[
     return sentence + "."
 
 
+def untrained_rest(own: int, full: int) -> str:
+    """A sentence where the largest model that clients train is a part of the global one.
+
+    Args:
+      own, full: parameters of the one and of the other.
+    """
+    if own >= full:
+        return ""
+    return (
+        f"Nobody trains the full model: the largest that clients train, {own:,} of {full:,} "
+        "parameters, stands for the global one."
+    )
+
+
 def numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON has them: None for what is not finite."""
     return {name: float(x) if math.isfinite(x) else None for name, x in metrics.items()}

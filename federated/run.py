@@ -38,6 +38,7 @@ from jaxfm.federated.outcome import (
     numbers,
     say_line,
     totals_by_name,
+    untrained_rest,
     warn,
 )
 from jaxfm.federated.placement import Placement, place
@@ -45,7 +46,7 @@ from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.log import RunLog, progress
-from jaxfm.model import Variables
+from jaxfm.model import Variables, count_parameters
 
 _EVAL_BATCH = 32
 
@@ -145,13 +146,20 @@ def train(
         algorithm, state, data, placement.bucket, measure, test_examples
     )
     totals = totals_by_name(account, placement)
-    sentences = left_out(totals, account.failures, data.names), _diverged(clients, data.names)
+    scored = trained_bucket(algorithm, placement.bucket)
+    full = count_parameters(variables.params)
+    own = full if scored is None else placement.costs[scored].parameters
+    sentences = (
+        untrained_rest(own, full),
+        left_out(totals, account.failures, data.names),
+        _diverged(clients, data.names),
+    )
     for sentence in filter(None, sentences):
         print(sentence)
     return TrainedRun(
         state=state, placement=placement, totals=totals, history=history, test=test,
         buckets=buckets, clients=clients, failures=account.failures,
-        scored=trained_bucket(algorithm, placement.bucket),
+        scored=scored,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxfm.federated.outcome import untrained_rest
 from jaxfm.launch.compare_page import best_cards, comparison
 from jaxfm.report import Card, Html, bar_plot, heading, row, table
 from jaxfm.report.sections import (
@@ -76,12 +77,8 @@ def _sentences(part: Mapping) -> str:
             f"{part['partition']}: {part['rounds']} rounds of {part['cohort_size']} clients."
         )
     if part.get("scored") is not None and part["full_model"].get("parameters"):
-        own, full = part["tiers"][part["scored"]]["parameters"], part["full_model"]["parameters"]
-        if own < full:
-            said.append(
-                f"Nobody trains the full model: the largest that clients train, {own:,} of "
-                f"{full:,} parameters, stands for the global one."
-            )
+        own = part["tiers"][part["scored"]]["parameters"]
+        said.append(untrained_rest(own, part["full_model"]["parameters"]))
     said += [part.get("left_out", ""), part.get("diverged", "")]
     return " ".join(filter(None, said))
 
