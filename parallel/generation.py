@@ -33,6 +33,7 @@ from jaxfm.parallel.requests import (
     check_tokenizers,
     known_rows,
     listed_stops,
+    make_bias,
     make_rules,
     make_sampling,
     make_text,
@@ -102,6 +103,9 @@ def stream(
     top_p: float | Sequence[float] | None = None,
     min_p: float | Sequence[float] | None = None,
     key: Key | None = None,
+    seeds: int | Sequence[int] | None = None,
+    num_samples: int = 1,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
     stop_tokens: int | Sequence[int] | None = (),
     stop_strings: str | Sequence[str] | None = (),
     tokenizer: Tokenizer | None = None,
@@ -125,6 +129,11 @@ def stream(
       temperature: one for all or each; 0 is greedy. See `jaxfm.parallel.sampling`.
       top_k, top_p, min_p: one for all or each; None is off.
       key: typed key, needed when a temperature is above 0.
+      seeds: what each text's draws depend on beside the key; None: its place in the batch. With a
+        seed of its own a text is the same in whatever batch it stands.
+      num_samples: texts for each prompt, one after the other; settings may then be one for each.
+      logit_bias: numbers added to the logits of some tokens, -inf for never; one mapping for all
+        texts or one for each. `logprobs` do not have them.
       stop_tokens: a text ends with the first of these; one or several.
       stop_strings: a text ends before the first of these; one or several. They need a tokenizer.
       tokenizer: of the model.
@@ -138,7 +147,9 @@ def stream(
       ValueError: an empty prompt, a token outside the vocabulary, a text longer than the cache or
         the model's positions, different vocabularies, a setting out of range.
     """
+    num_samples = whole_number("num_samples", num_samples)
     ids = prompt_ids(prompts, tokenizer, decoder.vocab_size)
+    ids = [prompt for prompt in ids for _ in range(num_samples)]
     stop_tokens, stop_strings = listed_stops(stop_tokens, stop_strings, decoder.vocab_size)
     check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
     ticks = whole_number("ticks", ticks)
@@ -151,7 +162,10 @@ def stream(
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
     cells = check_room(lengths, limits, cells, decoder.positions)
     known = known_rows(tokenizer, decoder.vocab_size)
-    sampling = make_sampling(batch, temperature, top_k, top_p, min_p, key, known)
+    bias = make_bias(logit_bias, batch, decoder.vocab_size)
+    sampling = make_sampling(
+        batch, temperature, top_k, top_p, min_p, key, known=known, bias=bias, seeds=seeds
+    )
     token_bytes: list[bytes] = []
     if tokenizer is not None:
         # A model may have more rows than its tokenizer has tokens (padding).

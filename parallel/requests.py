@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.model import Key
+from jaxfm.model import Array, Key
 from jaxfm.parallel.cache import Positions
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
@@ -177,8 +177,9 @@ def whole_number(name: str, value, *, at_least: int = 1) -> int:
 
 
 def make_sampling(
-    batch: int, temperature, top_k, top_p, min_p, key: Key | None, known: np.ndarray | None = None
-) -> Sampling:
+    batch: int, temperature, top_k, top_p, min_p, key: Key | None, *,
+    known: np.ndarray | None = None, bias: Array | None = None, seeds=None,
+) -> Sampling:  # fmt: skip
     """How each request draws its tokens; greedy without a temperature above 0.
 
     Args:
@@ -186,6 +187,8 @@ def make_sampling(
       temperature, top_k, top_p, min_p: one for all or each.
       key: typed key; None where all are greedy.
       known: bool[V], which rows of the model are tokens; None: all.
+      bias: f32[B, V] of `make_bias`, or None.
+      seeds: number of each request's random draws, one for all or each; None: its place.
     Raises:
       ValueError: a setting out of range, or a temperature without a key.
     """
@@ -203,13 +206,39 @@ def make_sampling(
         raise ValueError("top_p must be above 0 (and at most 1), got 0.")
     least = optional("min_p", min_p, np.float32, at_least=0, at_most=1)
     request = jnp.arange(batch, dtype=jnp.int32)
+    if seeds is not None:
+        request = jnp.asarray(per_request("seeds", seeds, batch, np.int32, at_least=0))
+    shared = {"request": request, "known": known, "bias": bias}
     if not heat.any():
-        return Sampling(jax.random.key(0), request, known=known)
+        return Sampling(jax.random.key(0), **shared)
     _check_key(key)
-    return Sampling(
-        key=key, request=request, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least,
-        known=known,
-    )  # fmt: skip
+    return Sampling(key=key, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least, **shared)
+
+
+def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
+    """f32[B, V], what is added to the logits of each request; None where nothing is.
+
+    Args:
+      logit_bias: a mapping from tokens to numbers for all requests, or one for each; None: none.
+      batch: number of requests.
+      vocab_size: tokens are below this.
+    Raises:
+      TypeError: something else than mappings, or tokens that are no whole numbers.
+      ValueError: another number of mappings, an unknown token, or a bias that is nan or inf.
+    """
+    if not logit_bias:
+        return None
+    each = [logit_bias] * batch if isinstance(logit_bias, Mapping) else list(logit_bias)
+    if not all(isinstance(one, Mapping) for one in each):
+        raise TypeError(f"logit_bias must be a mapping of tokens, or several; got {logit_bias!r}.")
+    if len(each) != batch:
+        raise ValueError(f"logit_bias has {len(each)} mappings; give one, or {batch}.")
+    bias = np.zeros((batch, vocab_size), np.float32)
+    for row, one in zip(bias, each, strict=True):
+        row[token_ids(list(one), "The tokens of logit_bias", vocab_size)] = list(one.values())
+    if not (bias < np.inf).all():
+        raise ValueError("A bias of logit_bias is nan or inf; give a number, or -inf for never.")
+    return jnp.asarray(bias)
 
 
 def _check_key(key) -> None:

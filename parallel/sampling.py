@@ -2,6 +2,7 @@
 
 The order and the definitions are those of Hugging Face's `transformers`, so settings carry over:
 
+    0. bias: what the caller adds to the logits of some tokens
     1. temperature: logits / temperature; 0 means greedy: all mass on the largest logit
     2. top-k: tokens below the k-th largest are removed
     3. top-p: of the rest, in descending order, a token stays while the mass before it is < top_p
@@ -42,6 +43,7 @@ class Sampling(NamedTuple):
       top_p: f32[B] in (0, 1]; 1: off.
       min_p: f32[B] in [0, 1]; 0: off.
       known: bool[V], which rows of the model are tokens; None: all.
+      bias: f32[B, V], added to the logits before all else; -inf: never this token.
     """
 
     key: Key
@@ -51,6 +53,7 @@ class Sampling(NamedTuple):
     top_p: Array | None = None
     min_p: Array | None = None
     known: Array | None = None
+    bias: Array | None = None
 
 
 def checked(logits: Array, sampling: Sampling) -> Array:
@@ -69,6 +72,11 @@ def known_only(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(sampling.known[None, None], logits, -jnp.inf)
 
 
+def biased(logits: Array, sampling: Sampling) -> Array:
+    """f32[B, T, V], the logits that tokens are chosen by."""
+    return logits if sampling.bias is None else logits + sampling.bias[:, None]
+
+
 def failed(logits: Array) -> Array:
     """bool[B, T], where `checked` logits f32[B, T, V] are not finite."""
     return jnp.isnan(logits[..., 0])
@@ -77,7 +85,7 @@ def failed(logits: Array) -> Array:
 def choose(logits: Array, sampling: Sampling, positions: Array) -> Array:
     """i32[B, T], the target's own tokens at positions i32[B, T], from `checked` logits."""
     if sampling.temperature is None:
-        tokens = logits.argmax(-1).astype(jnp.int32)
+        tokens = biased(logits, sampling).argmax(-1).astype(jnp.int32)
     else:
         tokens = draw(log_probs(logits, sampling), keys(sampling, positions, CHOOSE))
     return jnp.where(failed(logits), FAILED, tokens)
@@ -95,6 +103,7 @@ def log_probs(logits: Array, sampling: Sampling) -> Array:
     along = lambda setting: setting[:, None, None]
     assert sampling.temperature is not None
     temperature = along(sampling.temperature)
+    logits = biased(logits, sampling)
     # What is divided is the distance from the largest, which is exact near it.
     scores = logits - logits.max(-1, keepdims=True)
     scores = scores / jnp.where(temperature > 0, temperature, 1)

@@ -92,7 +92,8 @@ def _chain(lm: CausalModel) -> Proposer:
             """The draft's next token i32[B, 1] at `place` i32[B], and its distribution."""
             logits = sample.known_only(lm.stages.head(variables, x), rules.sampling)
             if rules.sampling.temperature is None:
-                return logits.argmax(-1).astype(jnp.int32), None
+                best = sample.biased(logits, rules.sampling).argmax(-1)
+                return best.astype(jnp.int32), None
             logp = sample.log_probs(logits, rules.sampling)
             keys = sample.keys(rules.sampling, place[:, None], sample.PROPOSE)
             return sample.draw(logp, keys), jnp.exp(logp)[:, 0]
@@ -166,7 +167,7 @@ def _tree(lm: CausalModel) -> Proposer:
 def _perturbed(logits: Array, sampling: Sampling, positions: Array) -> Array:
     """f32[T, V] normalised log-scores, ranked as the target's own draw ranks its tokens."""
     if sampling.temperature is None:
-        return jax.nn.log_softmax(logits, axis=-1)
+        return jax.nn.log_softmax(sample.biased(logits[None], sampling)[0], axis=-1)
     logp = sample.log_probs(logits[None], sampling)[0]
     keys = sample.keys(sampling, positions[None], sample.CHOOSE)[0]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)

@@ -61,6 +61,11 @@ class OtherBytes(ByteTokenizer):
         ([[1]], {"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
         ([[1]], {"stop_strings": [""], "tokenizer": BYTES}, "must not be empty"),
         ([[1]], {"stop_tokens": [300]}, r"Stop tokens must be in 0\.\.259; got 300"),
+        ([[1]], {"logit_bias": {300: 1.0}}, r"tokens of logit_bias must be in 0\.\.259; got 300"),
+        ([[1]], {"logit_bias": {3: float("inf")}}, "is nan or inf; give a number, or -inf"),
+        ([[1]], {"logit_bias": [{}, {3: 1}]}, "logit_bias has 2 mappings; give one, or 1"),
+        ([[1], [2]], {"seeds": [1, 2, 3]}, "seeds has shape .*; give one value, or 2"),
+        ([[1]], {"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ([[1]], {"ticks": 0}, "ticks must be at least 1, got 0"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         ([[1]], {"draft_tokenizer": BYTES}, "give both"),
@@ -186,3 +191,45 @@ def test_beyond_the_positions_of_a_rotary_model_is_said():
     generate(made, [[1, 2]], max_new_tokens=7)
     with pytest.warns(UserWarning, match="new ones 10; the model was made for 8"):
         generate(made, [[1, 2]], max_new_tokens=8)
+
+
+SHORT = tiny_decoder(vocab_size=32, num_layers=1)
+WEIGHTS = random_variables(SHORT)
+OTHER = model_drafter(SHORT, random_variables(SHORT, seed=1))
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_a_bias_is_added_to_the_logits_by_every_decoder(heat):
+    """Oracle: the uncached model, with the bias added by hand; log-probabilities are without it."""
+    settings = {"max_new_tokens": 8, "temperature": heat, "key": jax.random.key(2)}
+    bias = {7: 30.0, 9: 30.0, 11: -np.inf}
+    # Sampled, the draws of speculative decoding are its own.
+    other = pipeinfer if heat else lambda *args: speculative(*args, length=2)
+    made = plain(SHORT, WEIGHTS), other(SHORT, WEIGHTS, OTHER)
+    runs = [generate(d, [[1, 2]], logit_bias=bias, logprobs=True, **settings) for d in made]
+    (first, *others) = [result.tokens[0].tolist() for result in runs]
+    assert all(other == first for other in others) and set(first) <= {7, 9}
+    logits = np.array(SHORT.apply(WEIGHTS, np.array([[1, 2, *first]], np.int32))[0][0, 1:-1])
+    expected = jax.nn.log_softmax(logits)[np.arange(8), first]
+    for result in runs:
+        np.testing.assert_allclose(result.logprobs[0], expected, atol=1e-4)
+    if not heat:
+        logits[:, [7, 9]] += 30
+        logits[:, 11] = -np.inf
+        assert first == logits.argmax(-1).tolist()
+
+
+def test_samples_of_a_prompt_and_seeds_of_a_request():
+    """A text depends on its prompt, the key and its seed; not on its place in the batch."""
+    made = plain(SHORT, WEIGHTS)
+    run = lambda prompts, **kw: [
+        tokens.tolist()
+        for tokens in generate(
+            made, prompts, max_new_tokens=8, temperature=1.0, key=jax.random.key(2), **kw
+        ).tokens
+    ]
+    several = run([[1, 2], [5]], num_samples=3)
+    assert len(several) == 6 and len(set(map(tuple, several))) == 6
+    assert run([[1, 2], [5]], num_samples=3, seeds=list(range(6))) == several
+    again = run([[5], [1, 2]], num_samples=3, seeds=[5, 4, 3, 0, 1, 2])
+    assert again == [*several[:2:-1], *several[:3]]
