@@ -173,6 +173,8 @@ def test_labelled_text(write, tmp_path):
     for row, seen, label in zip(tokens, mask, all_rows(data, "label")):
         assert decode(row).startswith(NAMES[label])
         assert seen.sum() == 2 + len(decode(row)) and seen[: seen.sum()].all()
+    inputs, _, _ = tasks.task_for(data).prepare(data.splits["test"].examples)
+    assert set(inputs) == {"tokens", "mask"}
     assert load(write(tmp_path), length=5).splits["test"].examples["tokens"].shape[1] == 5
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -113,6 +115,23 @@ def test_clients_of_a_column_hold_their_own_rows(tmp_path):
     assert sorted(data.names) == [f"user {number}" for number in range(4)]
     model = make_model(ModelConfig(embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8), data)
     assert model.config.num_classes == 3 and model.config.head == "classify"
+
+
+def test_heads_follow_the_labels_of_mnists_files(tmp_path):
+    for prefix, size in (("train", 240), ("t10k", 120)):
+        for name, array in (
+            ("images-idx3", np.zeros((size, 6, 7), np.uint8)),
+            ("labels-idx1", (np.arange(size) % 60).astype(np.uint8)),
+        ):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (tmp_path / f"{prefix}-{name}-ubyte").write_bytes(header + array.tobytes())
+    data = load_data(DataConfig(source=str(tmp_path), partition="iid"), seed=0)
+    assert len(data.classes) == 60
+    for family in ("cnn", "mlp", "vit", "resnet8"):
+        model = make_model(ModelConfig(family=family, embed_dim=8, num_layers=1), data)
+        variables = jax.eval_shape(model.init, jax.random.key(0))
+        logits, _ = jax.eval_shape(model.apply, variables, jnp.ones((2, 6, 7, 1)))
+        assert logits.shape == (2, 60)
 
 
 @pytest.mark.parametrize(
