@@ -58,9 +58,10 @@ class Rounds(NamedTuple):
 
     Attributes:
       init: `(variables, key) -> RunState`.
-      run: `(state, population=None) -> (state, info: RoundInfo)`: `num_rounds` rounds; the given
-        state is donated. A population with other numbers (data, counts, profiles) in the same
-        shapes, buckets and homes may take the place of the first one; nothing compiles anew.
+      run: `(state, population=None, drop_rate=None) -> (state, info: RoundInfo)`: `num_rounds`
+        rounds; the given state is donated. Another drop rate, or a population with other numbers
+        (data, counts, profiles) in the same shapes, buckets and homes, may take the place of the
+        first one; nothing compiles anew.
       members: per bucket, i32[rows], the client that each row of its memories belongs to; -1 for
         rows that only fill a device.
     """
@@ -123,7 +124,8 @@ def compile_rounds(
     """
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
     at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
-    _check_options(mesh, num_rounds, drop_rate, at_once)
+    _check_options(mesh, num_rounds, at_once)
+    _check_drop_rate(drop_rate)
     check = functools.partial(
         check_population,
         num_buckets=len(algorithm.buckets),
@@ -135,7 +137,8 @@ def compile_rounds(
     everywhere = NamedSharding(mesh, P())
     place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     given = homes.settle(population, mesh)
-    fixed = place((where, public, np.float32(drop_rate)))
+    fixed = place((where, public))
+    first_rate = place(np.float32(drop_rate))
     at_home = NamedSharding(mesh, P("clients")) if engine.lives_at_home else everywhere
     state_sharding: Any = RunState(everywhere, at_home, everywhere, everywhere)  # type: ignore[arg-type]
     compiled = jax.jit(
@@ -148,16 +151,21 @@ def compile_rounds(
     def init(variables: Variables, key: Key) -> RunState:
         return first(place(variables), place(key), given, fixed)
 
-    def run(state: RunState, people: Population | None = None):
-        if people is None:
-            return compiled(state, (given, fixed))
-        check(people)
-        for name in ("bucket", "home"):
-            if not np.array_equal(getattr(people, name), getattr(population, name)):
-                raise ValueError(
-                    f"Clients cannot change their {name} between calls: call compile_rounds again."
-                )
-        return compiled(state, (homes.settle(people, mesh), fixed))
+    def run(state: RunState, people: Population | None = None, drop_rate: float | None = None):
+        rate, settled = first_rate, given
+        if drop_rate is not None:
+            _check_drop_rate(drop_rate)
+            rate = place(np.float32(drop_rate))
+        if people is not None:
+            check(people)
+            for name in ("bucket", "home"):
+                if not np.array_equal(getattr(people, name), getattr(population, name)):
+                    raise ValueError(
+                        f"Clients cannot change their {name} between calls: call compile_rounds "
+                        "again."
+                    )
+            settled = homes.settle(people, mesh)
+        return compiled(state, (settled, (*fixed, rate)))
 
     return Rounds(init, run, engine.members)
 
@@ -313,7 +321,7 @@ def _run_client(
 
 def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> RunState:
     """The state before the first round."""
-    where, public, _ = fixed
+    where, public = fixed
     server = engine.algorithm.init(variables)
     init_key = jax.random.fold_in(key, 2**32 - 1)  # no round has this number
 
@@ -377,12 +385,15 @@ def _slots(
     return math.ceil(per_device / at_once) * at_once * devices, at_once
 
 
-def _check_options(mesh: Mesh, num_rounds: int, drop_rate: float, at_once: int | None) -> None:
+def _check_options(mesh: Mesh, num_rounds: int, at_once: int | None) -> None:
     if "clients" not in mesh.shape:
         raise ValueError(f"The mesh needs an axis 'clients'; it has {dict(mesh.shape)}.")
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be at least 1, got {num_rounds}.")
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}.")
     if at_once is not None and at_once < 1:
         raise ValueError(f"clients_at_once must be at least 1, got {at_once}.")
+
+
+def _check_drop_rate(drop_rate: float) -> None:
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}.")

@@ -95,17 +95,24 @@ def threshold_counts(scores: tuple[Array, ...], sizes: np.ndarray, limits: tuple
         each = [(v > t).sum(-1).astype(jnp.float32).mean() for v in values]
         return jnp.clip(jnp.floor(jnp.stack(each)), 1, np.asarray(sizes, np.float32))
 
-    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
+    # The counts that were found to fit are what is returned: counting again at the threshold, which
+    # ends up equal to the score of a channel, may fall on its other side by a rounding.
+    def halve(_, ends: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, counts = ends
         middle = 0.5 * (low + high)
-        good = within(limits, above(middle))
-        return jnp.where(good, low, middle), jnp.where(good, middle, high)
+        some = above(middle)
+        good = within(limits, some)
+        return (
+            jnp.where(good, low, middle),
+            jnp.where(good, middle, high),
+            jnp.where(good, some, counts),
+        )
 
     top = jnp.stack([v.max() for v in values]).max()
-    _, high = lax.fori_loop(0, _HALVINGS, halve, (jnp.float32(-1.0), top))
-    # A threshold below zero keeps everything, which may fit.
-    start = jnp.where(within(limits, above(jnp.float32(-1.0))), jnp.float32(-1.0), high)
-    return above(start).astype(jnp.int32)
+    least = jnp.ones(len(values), jnp.float32)
+    *_, counts = lax.fori_loop(0, _HALVINGS, halve, (jnp.float32(-1.0), top, least))
+    everything = above(jnp.float32(-1.0))
+    return jnp.where(within(limits, everything), everything, counts).astype(jnp.int32)
 
 
 class AgentState(NamedTuple):

@@ -159,9 +159,9 @@ def engine(name: str, **options):
     return compile_rounds(make(name), population(name, federation()), **options)
 
 
-def run(name: str, people: Population, calls: int = 1, **options):
+def run(name: str, people: Population, calls: int = 1, drop_rate: float = 0.0, **options):
     """(final state, the infos of all rounds joined), everybody in the cohort if not said."""
-    return advance(engine(name, **options), people, calls)
+    return advance(engine(name, **options), people, calls, drop_rate=drop_rate)
 
 
 def run_new(algorithm, people: Population, calls: int = 1, variables=None, **options):
@@ -170,11 +170,11 @@ def run_new(algorithm, people: Population, calls: int = 1, variables=None, **opt
     return advance(compile_rounds(algorithm, people, **options), people, calls, variables)
 
 
-def advance(engine, people: Population, calls: int, variables=None):
+def advance(engine, people: Population, calls: int, variables=None, drop_rate: float = 0.0):
     state = engine.init(start() if variables is None else variables, jax.random.key(3))
     infos = []
     for _ in range(calls):
-        state, info = engine.run(state, people)
+        state, info = engine.run(state, people, drop_rate)
         infos.append(jax.tree.map(np.asarray, info))
     return state, jax.tree.map(lambda *x: np.concatenate(x), *infos)
 

@@ -11,8 +11,6 @@ from laws import (
     ENTRIES,
     LR,
     MODEL,
-    PUBLIC,
-    TASK,
     VARIANTS,
     advance,
     assert_same,
@@ -119,30 +117,33 @@ def test_one_client_and_one_step_is_a_gradient_step(name):
 
 @every_algorithm
 def test_new_cohorts_counts_and_steps_do_not_compile(name):
-    traces = []
-
-    def prepare(batch, key):
-        traces.append(name)
-        return TASK.prepare(batch, key)
-
-    people = slow_and_fast(name)
-    algorithm = make(name, task=TASK._replace(prepare=prepare))
-    engine = compile_rounds(algorithm, people, cohort_size=3, drop_rate=0.3, public=PUBLIC)
-    state, info = engine.run(engine.init(start(), jax.random.key(0)))
+    people, runner = slow_and_fast(name), engine(name, cohort_size=3)
+    state, info = runner.run(runner.init(start(), jax.random.key(0)), people)
     jax.block_until_ready(info)
     others = population(name, federation((1, 6, 2, 5, 0, 4)), max_steps=np.arange(1, 7))
-    traced, compiled, seen = len(traces), [], set()
-    watch = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
+    traced_or_compiled, seen = [], set()
+    watch = lambda event, seconds, **_: "/compile/" in event and traced_or_compiled.append(event)
     jax.monitoring.register_event_duration_secs_listener(watch)
     try:
-        for people in (None, None, None, others, others, others):
-            state, info = engine.run(state, people)
+        for people, drop_rate in ((None, 0.3), (None, 0.3), (None, 0.3), *[(others, 0.4)] * 3):
+            state, info = runner.run(state, people, drop_rate)
             info = jax.device_get(info)
             seen.add((float(info.spent.steps.sum()), float(info.examples.sum())))
     finally:
         jax.monitoring.unregister_event_duration_listener(watch)
     assert len(seen) > 2, "the rounds did not differ"
-    assert len(traces) == traced and compiled == []
+    assert traced_or_compiled == []
+
+
+def test_the_watch_of_compilations_sees_them():
+    events = []
+    watch = lambda event, seconds, **_: "/compile/" in event and events.append(event)
+    jax.monitoring.register_event_duration_secs_listener(watch)
+    try:
+        jax.jit(lambda x: x - 5)(jnp.ones(7))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(watch)
+    assert {event.rsplit("/")[-1] for event in events} > {"jaxpr_trace_duration"}
 
 
 @every_algorithm
@@ -224,10 +225,16 @@ def test_the_state_is_donated_and_the_callers_variables_are_not(name):
     chex.assert_trees_all_equal(after.server, again.server)
 
 
+# All at once on the fast side; one at a time, where a fault can be told from the others, as slow
+# tests.
 @every_algorithm
 @pytest.mark.parametrize(
     "options",
-    [{"clients_at_once": 100, "num_rounds": 2}, {"mesh": 1, "clients_at_once": 2}],
+    [
+        {"mesh": 1, "clients_at_once": 2, "num_rounds": 2},
+        pytest.param({"clients_at_once": 100, "num_rounds": 2}, marks=pytest.mark.slow),
+        pytest.param({"mesh": 1, "clients_at_once": 2}, marks=pytest.mark.slow),
+    ],
     ids=lambda options: "-".join(f"{k}{v}" for k, v in options.items()),
 )
 def test_devices_widths_and_rounds_a_call_do_not_matter(name, options):
