@@ -11,6 +11,7 @@ from laws import (
     ENTRIES,
     LR,
     MODEL,
+    PUBLIC,
     VARIANTS,
     advance,
     assert_same,
@@ -146,21 +147,32 @@ def test_the_watch_of_compilations_sees_them():
     assert {event.rsplit("/")[-1] for event in events} > {"jaxpr_trace_duration"}
 
 
+def in_halves(name: str):
+    """An algorithm whose parameters and rows are bfloat16."""
+    task = classification(3, inputs="x", transform=lambda x, key: x.astype(jnp.bfloat16))
+    return make(name, model=MODEL._replace(init=lambda key: start(jnp.bfloat16)), task=task)
+
+
 @every_algorithm
-def test_dtypes_stay(name):
-    half = jnp.bfloat16
-    task = classification(3, inputs="x", transform=lambda x, key: x.astype(half))
-    model = MODEL._replace(init=lambda key: start(half))
-    algorithm = make(name, model=model, task=task)
-    state, _ = run_new(algorithm, slow_and_fast(name), 2, start(half), cohort_size=3)
-    before = jax.eval_shape(algorithm.init, start(half))
-    chex.assert_trees_all_equal_shapes_and_dtypes(before, state.server)
-    reference, _ = two_rounds(name)
-    single = jax.eval_shape(make(name).init, start())
-    chex.assert_trees_all_equal_shapes_and_dtypes(single, reference.server)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_dtypes_stay(name, dtype):
+    algorithm = make(name) if dtype == jnp.float32 else in_halves(name)
+    before = jax.eval_shape(algorithm.init, start(dtype))
+    rounds = compile_rounds(algorithm, slow_and_fast(name), cohort_size=3, public=PUBLIC)
+    after, _ = jax.eval_shape(rounds.run, rounds.init(start(dtype), jax.random.key(3)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after.server)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("fed_avg", "spatl") else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
+)
+def test_halves_come_close_to_floats(name):
+    half = start(jnp.bfloat16)
+    state, _ = run_new(in_halves(name), slow_and_fast(name), 2, half, cohort_size=3)
     chex.assert_trees_all_close(
         jax.tree.map(lambda x: x.astype(jnp.float32), state.server.variables),
-        reference.server.variables,
+        two_rounds(name)[0].server.variables,
         atol=0.05,
     )
 
