@@ -108,6 +108,8 @@ def _mean_curves(
     }
     for lines in zip(*([line for line in metrics if name in line] for metrics in seeds)):
         mean = {key: float(np.mean([line.get(key, 0.0) for line in lines])) for key in lines[0]}
+        if not np.isfinite(mean[name]):
+            continue  # a client's own model has diverged; JSON has no infinity
         wire = sum(mean.get(f"total/bytes_{way}", 0.0) for way in ("up", "down"))
         columns["rounds"].append(mean["step"])
         columns["megabytes"].append(wire / 1e6)

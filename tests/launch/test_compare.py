@@ -356,6 +356,12 @@ def test_data_that_cannot_be_dealt_out_so_are_refused_before_work(options, messa
         load_data(dataclasses.replace(DIGITS, public=0.0, **options), 0)
 
 
+def test_curves_leave_out_what_is_not_finite():
+    seeds = [[{"step": 0, "a": np.inf}, {"step": 1, "a": 2.0}], [{"step": 0, "a": 1.0}] * 2]
+    curve = compare._mean_curves(seeds, "a")
+    assert curve["rounds"] == [0.5] and curve["values"] == [1.5]
+
+
 def test_shares_of_the_data_are_shares():
     with pytest.raises(ValueError, match=r"data\.public=1\.0: give a share"):
         DataConfig(source="digits", public=1.0)
