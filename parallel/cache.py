@@ -58,11 +58,11 @@ class Positions(NamedTuple):
     """The positions of a model.
 
     Attributes:
-      count: that it knows; None: any number.
+      number: of those that it knows; None: any.
       learned: there are no others. Computed ones go on, but the model was not trained on them.
     """
 
-    count: int | None
+    number: int | None
     learned: bool
 
 
@@ -123,8 +123,8 @@ def vocab_size(model: Model, variables: Variables) -> int:
 
 def positions_of(model: Model) -> Positions:
     """How many positions a model has."""
-    count = getattr(model.config, "max_len", None)
-    return Positions(count, getattr(model.config, "positions", None) == "learned")
+    number = getattr(model.config, "max_len", None)
+    return Positions(number, getattr(model.config, "positions", None) == "learned")
 
 
 def decoding_layout(variables: Variables) -> Variables:

@@ -66,8 +66,9 @@ def load_decoder(
     drafter, draft_tokenizer = load_drafter(draft, model, variables)
     made = DECODERS[decoder](model, variables, drafter, **options)
     tokenizer = load_tokenizer(path)
-    ends = {*stop_tokens(model.config), tokenizer.eos_id} - {None}
-    return LoadedDecoder(made, tokenizer, draft_tokenizer, tuple(sorted(ends)))
+    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ends = tuple(sorted({*stop_tokens(model.config), *own}))
+    return LoadedDecoder(made, tokenizer, draft_tokenizer, ends)
 
 
 def check_draft(decoder: str, draft: str) -> None:

@@ -131,13 +131,13 @@ def check_room(
         f"Prompt {longest} has {lengths[longest]} tokens, with {limits[longest] - lengths[longest]}"
         f" new ones {limits[longest]}"
     )
-    if positions.count is not None and limits[longest] > positions.count + 1:
+    if positions.number is not None and limits[longest] > positions.number + 1:
         if positions.learned:
             raise ValueError(
-                f"{described}; the model has positions for {positions.count}, and one token more."
+                f"{described}; the model has positions for {positions.number}, and one token more."
             )
         warnings.warn(
-            f"{described}; the model was made for {positions.count}. It may write nonsense beyond.",
+            f"{described}; the model was made for {positions.number}. It may write nonsense beyond.",
             stacklevel=4,
         )
     if cells is None:
@@ -194,7 +194,6 @@ def make_sampling(
     """
     heat = per_request("temperature", temperature, batch, np.float32, at_least=0)
     heat = np.where(heat < np.finfo(np.float32).tiny, np.float32(0), heat)
-    known = None if known is None else jnp.asarray(known)
     if not np.isfinite(heat).all():
         raise ValueError(f"temperature must be finite, got {heat.max()}.")
     optional = lambda name, value, dtype, **limits: (
@@ -208,11 +207,13 @@ def make_sampling(
     request = jnp.arange(batch, dtype=jnp.int32)
     if seeds is not None:
         request = jnp.asarray(per_request("seeds", seeds, batch, np.int32, at_least=0))
-    shared = {"request": request, "known": known, "bias": bias}
+    rows = None if known is None else jnp.asarray(known)
+    greedy = Sampling(jax.random.key(0), request, known=rows, bias=bias)
     if not heat.any():
-        return Sampling(jax.random.key(0), **shared)
-    _check_key(key)
-    return Sampling(key=key, temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least, **shared)
+        return greedy
+    return greedy._replace(
+        key=_one_key(key), temperature=jnp.asarray(heat), top_k=k, top_p=p, min_p=least
+    )
 
 
 def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
@@ -241,8 +242,8 @@ def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
     return jnp.asarray(bias)
 
 
-def _check_key(key) -> None:
-    """Raises where this is not one typed key."""
+def _one_key(key) -> Key:
+    """The key; raises TypeError or ValueError where this is not one typed key."""
     if key is None:
         raise ValueError("A temperature above 0 draws random numbers; give a key.")
     kind = getattr(key, "dtype", None)
@@ -251,6 +252,7 @@ def _check_key(key) -> None:
         raise TypeError(f"key must be a typed key, as jax.random.key(0) gives one; got {given}.")
     if key.shape:
         raise ValueError(f"key has shape {key.shape}; give one key for all requests.")
+    return key
 
 
 def known_rows(tokenizer: Tokenizer | None, rows: int) -> np.ndarray | None:

@@ -78,9 +78,10 @@ def prefill(
 
 def _one(sampling: Sampling, request: Array) -> Sampling:
     """The settings of one text, as arrays of one row."""
-    shared = {"key": sampling.key, "known": sampling.known}
-    own = sampling._replace(key=None, known=None)
-    return jax.tree.map(lambda x: x[request][None], own)._replace(**shared)
+    # The key and the known tokens are those of all texts.
+    key, _, *settings = sampling._replace(known=None)
+    own = jax.tree.map(lambda x: x[request][None], (sampling.request, *settings))
+    return Sampling(key, *own)._replace(known=sampling.known)
 
 
 def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: Rules):

@@ -25,9 +25,9 @@ def note_sums(c: Context, op: Op) -> None:
     sources = numbers(op.inputs)
     first = to.summed.get(sources[0]) if sources else None
     if op.name == "reduce_sum" and sources:
-        axes = tuple(c.axes(sources[0])[d] for d in op.params["axes"])
+        axes = c.axes(sources[0])
         earlier = first.axes if first is not None and first.power == 1 else ()
-        to.summed[op.outputs[0]] = Sum((*earlier, *axes), 1.0)
+        to.summed[op.outputs[0]] = Sum((*earlier, *(axes[d] for d in op.params["axes"])), 1.0)
     elif op.name == "dot_general" and len(sources) == 2 and sources[0] == sources[1]:
         (contracted, other), _ = op.params["dimension_numbers"]
         if contracted == other:  # a sum of squares
