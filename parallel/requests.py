@@ -137,7 +137,7 @@ def check_room(
                 f"{described}; the model has positions for {positions.number}, and one token more."
             )
         warnings.warn(
-            f"{described}; the model was made for {positions.number}. It may write nonsense beyond.",
+            f"{described}; the model was made for {positions.number}. It may fail beyond.",
             stacklevel=4,
         )
     if cells is None:
