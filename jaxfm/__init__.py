@@ -4,8 +4,8 @@ The ground that everything shares: models as pure functions over trees with name
 data, tasks, checkpoints. On it stand `jaxfm.parallel` (decoding), `jaxfm.search` (compression),
 `jaxfm.federated` (training over clients) and `jaxfm.launch` (scripts).
 
-Models: Model, Variables, Stages, Past, Frozen, from_nnx, count_parameters; families in `models`,
-pretrained ones through `hub`; freeze, freeze_variables and thaw hold parameters fixed.
+Models: Model, Variables, Stages, Past, Frozen, from_nnx, from_linen, count_parameters; families in
+`models`, pretrained ones through `hub`; freeze, freeze_variables and thaw hold parameters fixed.
 Subnets: Subnet, axis_sizes, width, extract, mask, embed, cover.
 Training: `data`, `tasks`, Task, evaluate, distill, Checkpointer.
 Text: Tokenizer, ByteTokenizer, load_tokenizer, train_bpe.
@@ -17,6 +17,7 @@ from jaxfm import data, hub, models, tasks
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.distillation import distill
 from jaxfm.frozen import freeze, freeze_variables, thaw
+from jaxfm.linen import from_linen
 from jaxfm.model import Frozen, Model, Past, Stages, Variables, count_parameters, from_nnx
 from jaxfm.subnet import Subnet, axis_sizes, cover, embed, extract, mask, width
 from jaxfm.tasks import Task, evaluate
@@ -45,6 +46,7 @@ __all__ = [
     "extract",
     "freeze",
     "freeze_variables",
+    "from_linen",
     "from_nnx",
     "hub",
     "load_tokenizer",

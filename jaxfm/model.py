@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
+
+from jaxfm.training_mode import mode_arguments, takes
 
 Array = jax.Array
 Key = jax.Array
@@ -130,12 +133,21 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
 
     Trained leaves are `nnx.Param`, statistics `nnx.BatchStat`, fixed parameters `Frozen`; random
     streams (dropout) are fed from the `key` of each call and hold no state. Logical axes are
-    Flax's `out_sharding` metadata.
+    Flax's `out_sharding` metadata (`nnx.with_partitioning`). Training is switched on and off in
+    every way that Flax has: by attributes of layers, and by an argument of the module's call named
+    train, training, is_training, deterministic or use_running_average; one named rngs is given
+    random streams.
 
     Raises:
       ValueError: the module holds another kind of variable.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
+
+    def make(key: Key | int) -> nnx.Module:
+        # Axes have logical names, which no mesh at hand needs to have.
+        with nnx.use_eager_sharding(False):
+            return make_module(nnx.Rngs(key))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(0)))
     leaves = dict(nnx.to_flat_state(abstract))
     randoms = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, nnx.RngState)}
     homes = {}
@@ -166,7 +178,7 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
         return gather({path: leaf.get_value() for path, leaf in flat if path in homes})
 
     def init(key: Key) -> Variables:
-        return values(nnx.state(make_module(nnx.Rngs(key))))
+        return values(nnx.state(make(key)))
 
     def call(variables, *args, train: bool = False, key: Key | None = None):
         if randoms and train and key is None:
@@ -184,7 +196,7 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
         module.set_attributes(
             use_running_average=not train, deterministic=not train, raise_if_not_found=False
         )
-        output = module(*args)
+        output = module(*args, **_call_arguments(module, train, key))
         if not variables.stats:
             return output, variables.stats
         return output, values(nnx.state(module)).stats
@@ -193,8 +205,22 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
     return Split(init, call, gather(names))
 
 
+def _call_arguments(module: nnx.Module, train: bool, key: Key | None) -> dict[str, Any]:
+    """Returns what a module's call is told of training, in the words of its own signature."""
+    if isinstance(module, bridge.ToNNX):  # a Linen module, which returns statistics if it is asked
+        told = mode_arguments(module.to_nnx__module.__call__, train)
+        return told | ({"mutable": ["batch_stats"]} if train else {})
+    told: dict[str, Any] = mode_arguments(module.__call__, train)
+    if takes(module.__call__, "rngs"):
+        told["rngs"] = nnx.Rngs(0 if key is None else key)
+    return told
+
+
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """Turns any NNX module into a `Model`; `inputs` is the module's one argument.
+
+    What `split` says of training, of random streams and of axes holds here. `jaxfm.from_linen` does
+    the same for a Linen module.
 
     Args:
       make_module: `(rngs) -> module`.
