@@ -181,6 +181,11 @@ def _play(
             checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
             if checkpoints.latest_step() is not None:
                 done, (state, account) = checkpoints.restore(like=(state, account))
+                if done > num_rounds:
+                    raise ValueError(
+                        f"num_rounds={num_rounds}: the run in {folder} has {done} rounds behind it;"
+                        " give at least as many, or another folder."
+                    )
                 print(f"Going on after round {done}, from {checkpoints.folder}.")
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:

@@ -43,13 +43,19 @@ class Checkpointer:
       folder: where they are; created by the first save.
       keep: how many of the newest are kept; None keeps all.
     Raises:
-      ValueError: keep < 1.
+      ValueError: keep < 1, or a path that Orbax would write to and never read from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: give the number of checkpoints to keep, or None.")
         self.folder = pathlib.Path(folder).absolute()
+        # Orbax looks for what it has written by a pattern, in which these have a meaning.
+        if bad := next((c for c in "[\\" if c in str(self.folder)), None):
+            raise ValueError(
+                f"{self.folder} has {bad!r} in its path, where checkpoints could be written but "
+                "not read: choose another folder."
+            )
         self.keep = keep
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),

@@ -182,8 +182,9 @@ def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
 def run(main: Callable[[T], object], cls: type[T]) -> None:
     """Runs `main` on the config that the command line describes, then exits.
 
-    A mistake on the command line gives one sentence and exit status 2. --help describes the fields
-    that matter for the choices made, --help=all every field.
+    A mistake on the command line, in a file or in the data gives one sentence and exit status 2;
+    a run that fails for another reason gives one and exit status 1; --traceback shows where it
+    was found. --help describes the fields that matter for the choices made, --help=all every field.
     """
 
     def parse_flags(argv: Sequence[str]) -> T:
@@ -211,10 +212,37 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            if flags.FLAGS["traceback"].value:
+                raise
+            sentence, status = explain(error)
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(status)
 
     define_flags(cls)
+    flags.DEFINE_bool("traceback", False, _TRACEBACK_HELP)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     app.run(guarded, flags_parser=parse_flags)  # type: ignore[arg-type]  # its result goes to main
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Returns what a user is told of an error, and the exit status.
+
+    What this library raised itself is said in its own words; what a library below it raised is
+    named with its type. The status is 2 where the user's input was refused, else 1.
+    """
+    status = 2 if isinstance(error, ValueError | TypeError | OSError) else 1
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{where}.", status
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    if module.partition(".")[0] in ("jaxfm", "__main__") and str(error):
+        return str(error), status
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:400]}\n--traceback shows where.", status
 
 
 def describe(cls: type, text: str = "", choices: Any = None) -> str:
@@ -227,6 +255,7 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
         that they choose are shown. None shows all.
     """
     lines = [text.strip(), "", "Flags, written --name=value:", f"  --config\n      {_CONFIG_HELP}"]
+    lines += [f"  --traceback\n      {_TRACEBACK_HELP}"]
     current, hidden = "", []
     for leaf in leaves(cls):
         head = leaf.name.rpartition(".")[0]
@@ -249,6 +278,7 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
     return "\n".join(lines)
 
 
+_TRACEBACK_HELP = "after an error, also show where in the code it was found"
 _CONFIG_HELP = "a config.json to start from, as every run folder has one; flags given here win"
 
 
@@ -291,7 +321,9 @@ def _unknown(cls: type, name: str) -> str:
     for old in (name, name.removeprefix("no")):
         if sentence := renamed(cls, old, "--"):
             return sentence
-    helps = {"config": _CONFIG_HELP} | {full: leaf.help for full, leaf in by_name(cls).items()}
+    helps = {"config": _CONFIG_HELP, "traceback": _TRACEBACK_HELP} | {
+        full: leaf.help for full, leaf in by_name(cls).items()
+    }
     return f"Unknown flag --{name}. {suggest(name, helps, '--', helps)}"
 
 

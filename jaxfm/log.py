@@ -97,7 +97,11 @@ class RunLog:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Returns the lines of a run folder's metrics as dicts of numbers, without a torn last line."""
+    """Returns the lines of a run folder's metrics as dicts of numbers, without a torn last line.
+
+    Raises:
+      ValueError: a line is damaged; it names the line.
+    """
     path = pathlib.Path(folder) / METRICS_FILE
     return [
         {name: float(x) if isinstance(x, str) else x for name, x in line.items()}
@@ -132,9 +136,18 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                values = json.loads(line)
+                values["step"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"Line {number} of {path} is damaged: {line[:40].rstrip()!r} is not an object "
+                    "with a step; remove the line, or the run."
+                ) from None
+            yield values
 
 
 def _drop_after(path: pathlib.Path, last_step: int) -> None:

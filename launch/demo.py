@@ -43,7 +43,7 @@ from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
 from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, stream
-from jaxfm.run_folder import open_run, save_results
+from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 from jaxfm.subnet import axis_sizes
 from jaxfm.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ from jaxfm.tokenizer import Tokenizer
 class DemoConfig:
     """The demonstration."""
 
-    run_dir: str = option("runs/demo", "folder of the run; an unfinished run there is continued")
+    run_dir: str = option("", RUN_DIR_HELP)
     quick: bool = option(False, "a small model and few rounds")
     rounds: int = option(50, "federated rounds (quick: 4)")
     distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
@@ -96,6 +96,7 @@ def main(config: DemoConfig) -> None:
     use_cores(8)
     start = time.monotonic()
     tell = lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
+    config = in_folder(config, "demo")
     run_dir = open_run(config, config.run_dir)
     federation = federated_config(config)
 

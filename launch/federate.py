@@ -53,7 +53,7 @@ from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.run_folder import open_run, save_results
+from jaxfm.run_folder import in_folder, open_run, save_results
 from jaxfm.subnet import axis_sizes
 
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
@@ -158,12 +158,11 @@ def run(config: Any) -> pathlib.Path:
 def main(config: Any) -> None:
     """The whole run, or all of a comparison, with a report at the end."""
     use_cores(config.cohort_size)
+    what = "compare" if config.compare else config.algorithm
+    config = in_folder(config, "federate", what, config.data.source)
     for name in config.compare:
         ready(one_of(config, name, config.seed))  # raises before the first of them has run
-    try:
-        print(f"report: {compare(config, run) if config.compare else run(config)}")
-    except NothingLearned as error:
-        sys.exit(f"error: {error}")
+    print(f"report: {compare(config, run) if config.compare else run(config)}")
 
 
 if __name__ == "__main__":

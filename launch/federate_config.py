@@ -10,6 +10,7 @@ from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.registry import entries
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.options import config_of, with_options
+from jaxfm.run_folder import RUN_DIR_HELP
 
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
@@ -25,7 +26,7 @@ _DEFAULT_TOP_K = 0.1
 class _FederateConfig:
     """A federated run."""
 
-    run_dir: str = option("runs/federate", "folder of the run; an unfinished run there goes on")
+    run_dir: str = option("", RUN_DIR_HELP)
     algorithm: str = option("fed_avg", "of the registry, or a .py file that registers one")
     compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
     seeds: int = option(1, "runs of each algorithm in a comparison, with seeds from --seed on")

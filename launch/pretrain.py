@@ -44,7 +44,7 @@ from jaxfm.log import RunLog, progress
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
 from jaxfm.optimizer import apply_gradients
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.run_folder import open_run, save_results
+from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 from jaxfm.tasks import Task, evaluate
 
 
@@ -52,9 +52,7 @@ from jaxfm.tasks import Task, evaluate
 class PretrainConfig:
     """A central training run."""
 
-    run_dir: str = option(
-        "runs/pretrain", "folder of the run; an unfinished run there is continued"
-    )
+    run_dir: str = option("", RUN_DIR_HELP)
     steps: int = option(500, "total optimizer steps")
     batch_size: int = option(16, "examples per step, over all devices")
     eval_every: int = option(50, "steps between evaluations and checkpoints")
@@ -157,6 +155,7 @@ def _divisor(batch_size: int, devices: int) -> int:
 def main(config: PretrainConfig) -> None:
     """Trains, tests, and saves the model and the report."""
     use_cores(config.batch_size)
+    config = in_folder(config, "pretrain", config.data.source)
     run_dir = open_run(config, config.run_dir)
     data = load_data(config.data, config.seed)
     model = make_model(config.model, data)

@@ -10,7 +10,6 @@ going on can be looked at, too. How each part of results.json is shown is regist
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shlex
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from jaxfm.launch.pages.training import training, training_figures
 from jaxfm.log import read_metrics
 from jaxfm.report import Report, cards, heading, json_panel, text_panel, write
 from jaxfm.report.sections import page_title, result_cards, result_sections
-from jaxfm.run_folder import load_results
+from jaxfm.run_folder import load_config, load_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +39,9 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: the folder holds no run.
+      ValueError: a file of the run is damaged.
     """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{run_dir} holds no run: there is no config.json in it.")
-    config = json.loads(path.read_text())
+    config = load_config(run_dir)
     metrics, results = read_metrics(run_dir), load_results(run_dir)
     figures = result_cards(results)
     if metrics and "federate" not in results:

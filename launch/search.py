@@ -39,7 +39,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.model import Model, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
-from jaxfm.run_folder import open_run, save_results
+from jaxfm.run_folder import in_folder, open_run, save_results
 from jaxfm.search import Refinement, Rows, Selection
 from jaxfm.tasks import Task, evaluate
 
@@ -198,6 +198,8 @@ def _save_hugging_face(config: SearchConfig, setting: Setting, refinement: Refin
 def main(config: SearchConfig) -> None:
     """Runs the search and writes its report."""
     use_cores(config.batch_size)
+    words = (config.strategy, config.model if config.model != "auto" else "", config.data.source)
+    config = in_folder(config, "search", *words)
     run_dir = open_run(config, config.run_dir)
     setting = prepare(config)
     save_classes(run_dir, setting.data)

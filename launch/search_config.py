@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxfm.config import check, option
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.run_folder import RUN_DIR_HELP
 from jaxfm.search.strategies.named import STRATEGY_NAMES
 
 
@@ -14,7 +15,7 @@ from jaxfm.search.strategies.named import STRATEGY_NAMES
 class SearchConfig:
     """What is shrunk, to what, and how."""
 
-    run_dir: str = option("runs/search", "folder of the run; an unfinished search in it goes on")
+    run_dir: str = option("", RUN_DIR_HELP)
     model: str = option(
         "auto",
         "auto: as --network.* says; a network by name, such as resnet20, resnet56, vgg11, "

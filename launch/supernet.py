@@ -45,7 +45,7 @@ from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.report.sections import main_metric
-from jaxfm.run_folder import open_run, save_results
+from jaxfm.run_folder import in_folder, open_run, save_results
 from jaxfm.search import Budget, MemberChoice, Supernet
 from jaxfm.subnet import axis_sizes
 
@@ -197,6 +197,7 @@ def _save(
 
 def main(config: SupernetConfig) -> None:
     """Trains the supernet, chooses its members and writes the report."""
+    config = in_folder(config, "supernet", config.data.source)
     run_dir = open_run(config, config.run_dir)
     data = load_data(config.data, config.seed)
     model = make_model(config.network, data)

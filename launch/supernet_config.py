@@ -7,13 +7,14 @@ from typing import Literal
 
 from jaxfm.config import check, option
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.run_folder import RUN_DIR_HELP
 
 
 @dataclasses.dataclass(frozen=True)
 class SupernetConfig:
     """What is elastic, how it is trained, and for whom."""
 
-    run_dir: str = option("runs/supernet", "folder of the run; unfinished training in it goes on")
+    run_dir: str = option("", RUN_DIR_HELP)
     axes: tuple[str, ...] = option(
         (), "elastic axes of the model, layer for depth; empty: all widths of its family"
     )

@@ -196,6 +196,8 @@ def test_what_cannot_be_done_says_why(tmp_path):
             checkpoints.save(0, {"a": {"b": jnp.zeros(())}, "a.b": jnp.zeros(())})
         with pytest.raises(ValueError, match="step=-1"):
             checkpoints.save(-1, {"x": jnp.zeros(())})
+        with pytest.raises(ValueError, match=r"has '\[' in its path, where checkpoints could be"):
+            Checkpointer(tmp_path / "a [1]")
         checkpoints.save(5, {"x": jnp.zeros(())})
     with Checkpointer(tmp_path / "none") as checkpoints:
         with pytest.raises(ValueError, match=r"step=5: .* already holds step 5"):

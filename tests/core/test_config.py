@@ -195,13 +195,35 @@ def test_fields_without_a_textual_form_and_required_ones():
     assert "--model=required  (str)" in config_lib.describe(Required)
 
 
+def explained(act):
+    with pytest.raises(Exception) as caught:
+        act()
+    return config_lib.explain(caught.value)
+
+
+def test_an_error_is_told_in_one_sentence(tmp_path):
+    """The library's own words stand as they are, those of others with their type."""
+    text, status = explained(lambda: from_dict(Config, {"bits": 7}))
+    assert text.startswith("bits=7 is not a choice.") and "traceback" not in text and status == 2
+    missing = tmp_path / "none"
+    assert explained(missing.read_text) == (f"No such file or directory: {missing}.", 2)
+    text, status = explained(lambda: json.loads("{"))
+    assert text.startswith("JSONDecodeError: Expecting") and status == 2
+    assert text.endswith("\n--traceback shows where.")
+    assert explained(lambda: {}["loss"]) == ("KeyError: 'loss'\n--traceback shows where.", 1)
+    assert explained(lambda: [][0].x)[1] == 1
+
+
 SCRIPT = '''
 """Trains a model.
 
 Ends near 3.0 bits per byte."""
 from test_config import Config
 from jaxfm.config import run
-def main(config): print(config.rounds, config.model.width)
+def main(config):
+    if config.rounds == 404:
+        open("none.txt")
+    print(config.rounds, config.model.width)
 run(main, Config)
 '''
 
@@ -212,6 +234,7 @@ MISTAKES = {
     "--rounds=0": "rounds=0: give at least 1.",
     "3": "'3' is not a flag: write --name=value.",
     "--config=none.json": "none.json",
+    "--rounds=404": "error: No such file or directory: none.txt.",
 }
 
 

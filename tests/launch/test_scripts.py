@@ -32,7 +32,6 @@ from jaxfm.log import read_metrics
 from jaxfm.parallel.generation import generate as decode
 from jaxfm.parallel.loading import DECODERS, load_decoder, load_drafter
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.run_folder import open_run
 from jaxfm.testing import tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -125,13 +124,6 @@ def test_the_report_is_made_again_from_the_folder_alone(finished):
 def test_a_report_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         report.write_report(tmp_path)
-
-
-def test_a_folder_keeps_to_its_config(tmp_path):
-    open_run(small_run(tmp_path), tmp_path)
-    open_run(small_run(tmp_path, rounds=9), tmp_path)  # longer is going on
-    with pytest.raises(ValueError, match=r"other settings \(cohort_size differ\)"):
-        open_run(small_run(tmp_path, rounds=9, cohort_size=3), tmp_path)
 
 
 @pytest.mark.parametrize(
