@@ -25,6 +25,10 @@ ARCHITECTURES = {
     "MistralForCausalLM": ("mistral", "causal"),
     "Qwen2ForCausalLM": ("qwen2", "causal"),
     "GPT2LMHeadModel": ("gpt2", "causal"),
+    "LlamaForSequenceClassification": ("llama", "classify"),
+    "MistralForSequenceClassification": ("mistral", "classify"),
+    "Qwen2ForSequenceClassification": ("qwen2", "classify"),
+    "GPT2ForSequenceClassification": ("gpt2", "classify"),
     "BertModel": ("bert", "pooler"),
     "BertForMaskedLM": ("bert", "masked_lm"),
     "BertForSequenceClassification": ("bert", "classify"),
@@ -98,6 +102,7 @@ _FIXED: dict[str, tuple] = {
     "pruned_heads": ({}, None),
 }
 _SIDES = ("image_size", "patch_size")
+_SCORE = {"num_classes": "num_labels", "pad_id": "pad_token_id"}  # of decoders that classify
 
 
 def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
@@ -111,9 +116,11 @@ def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
     for name, allowed in _FIXED.items():
         if fields.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{architecture} with {name}={fields[name]!r} is not supported.")
-    own: dict[str, Any] = {ours: fields[theirs] for ours, theirs in FIELDS[family].items()}
-    if family in ("bert", "roberta", "vit"):
-        own["head"] = head
+    own: dict[str, Any] = {
+        ours: fields.get(theirs) if theirs == "pad_token_id" else fields[theirs]
+        for ours, theirs in _field_names(family, head).items()
+    }
+    own["head"] = head
     if family not in ("gpt2", "vit"):
         own["family"] = family
     own["activation"] = _activation(fields)
@@ -157,10 +164,11 @@ def to_hf(config: Config) -> dict[str, Any]:
       ValueError: the format cannot express this config.
     """
     family = "vit" if isinstance(config, VitConfig) else config.family
-    head = "causal" if isinstance(config, DecoderConfig) else config.head
+    head = config.head
     as_bare = "pooler" if head == "none" else head
     architecture = next(name for name, kind in ARCHITECTURES.items() if kind == (family, as_bare))
-    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS[family].items()}
+    names = _field_names(family, head)
+    fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     activation = next(name for name, own in _ACTIVATIONS.items() if own == config.activation)
     fields["activation_function" if family == "gpt2" else "hidden_act"] = activation
     if isinstance(config, VitConfig):
@@ -173,6 +181,12 @@ def to_hf(config: Config) -> dict[str, Any]:
     _require_widths(config, family)
     _require_same(config, from_hf(fields, architecture), architecture)
     return fields | {"model_type": family, "architectures": [architecture], "dtype": config.dtype}
+
+
+def _field_names(family: str, head: str) -> dict[str, str]:
+    """Returns the fields that only differ in name, ours and theirs."""
+    scores = head == "classify" and family in ("llama", "mistral", "qwen2", "gpt2")
+    return FIELDS[family] | (_SCORE if scores else {})
 
 
 def _require_widths(config: Config, family: str) -> None:

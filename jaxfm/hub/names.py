@@ -76,6 +76,7 @@ LLAMA = (
     *linear("layers.mlp.down", "model.layers.{}.mlp.down_proj", "fd", "d"),
     *norm("head.norm", "model.norm"),
     *linear("head.out", "lm_head", "dv", "v"),
+    *linear("head.score", "score", "dc", "c"),
 )
 
 GPT2 = (
@@ -91,6 +92,7 @@ GPT2 = (
     *conv1d("layers.mlp.down", "transformer.h.{}.mlp.c_proj", "fd", "d"),
     *norm("head.norm", "transformer.ln_f"),
     *linear("head.out", "lm_head", "dv", "v"),
+    *linear("head.score", "score", "dc", "c"),
 )
 
 

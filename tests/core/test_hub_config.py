@@ -74,7 +74,8 @@ def test_what_a_format_cannot_say_is_refused(changes, message, tmp_path):
 def test_every_field_of_a_decoder_config_is_said_by_some_format():
     """A field that no format carries would be lost without a word."""
     carried = {"head_dim", "activation", "rope_theta", "rope_scaling", "sliding_window", "qkv_bias",
-               "out_bias", "gated", "norm", "positions", "family", "dtype", "metadata"}  # fmt: skip
+               "out_bias", "gated", "norm", "positions", "family", "dtype", "metadata",
+               "head"}  # fmt: skip
     for fields in hub_config.FIELDS.values():
         carried |= set(fields)
     ours = set(DecoderConfig.__dataclass_fields__)

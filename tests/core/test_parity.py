@@ -142,6 +142,28 @@ def test_decoders_agree_both_ways(case, tmp_path):
     assert_both_ways(tmp_path, theirs, CAUSAL[model_type], TOKENS, {"input_ids": TOKENS})
 
 
+CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification", "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification", "gpt2": "GPT2ForSequenceClassification",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "side"), [*((kind, "right") for kind in CLASSIFIERS), ("llama", "left")]
+)
+def test_decoders_that_classify_agree_both_ways_on_padded_texts(model_type, side, tmp_path):
+    changes = {} if model_type == "gpt2" else {"num_key_value_heads": 2, "sliding_window": 4}
+    changes = {"pad_token_id": 1, "num_labels": 3} | changes
+    theirs = torch_model(model_type, CLASSIFIERS[model_type], changes)
+    real = np.arange(12)[None] < np.array([[12], [7]])
+    real = real if side == "right" else real[:, ::-1]
+    tokens = np.where(real, TOKENS, 1).astype(np.int32)
+    assert_both_ways(
+        tmp_path, theirs, CLASSIFIERS[model_type], {"tokens": tokens, "mask": real},
+        {"input_ids": tokens, "attention_mask": real.astype(np.int32)},
+    )  # fmt: skip
+
+
 ENCODERS = {
     "bert": ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"],
     "roberta": ["RobertaForMaskedLM", "RobertaForSequenceClassification", "RobertaModel"],
@@ -276,7 +298,7 @@ def test_bfloat16_files_agree_with_the_same_weights_in_float32(tmp_path):
 def test_cases_cover_every_architecture():
     from jaxfm.hub.config import ARCHITECTURES
 
-    tested = {*CAUSAL.values(), *itertools.chain(*ENCODERS.values())}
+    tested = {*CAUSAL.values(), *CLASSIFIERS.values(), *itertools.chain(*ENCODERS.values())}
     assert set(ARCHITECTURES) - tested == {"ViTModel", "ViTForImageClassification"}
 
 

@@ -1,7 +1,8 @@
-"""Causal language models: the Llama family (Llama, Mistral, Qwen2, SmolLM) and GPT-2.
+"""Causal decoders: the Llama family (Llama, Mistral, Qwen2, SmolLM) and GPT-2.
 
-One pre-norm decoder with a few typed switches. Equal layers are stacked and run by one scan; the
-parts are also given singly (`Model.stages`), so that decoders can cache and pipelines can cut.
+Language models, or classifiers of texts by the last token. One pre-norm decoder with a few typed
+switches. Equal layers are stacked and run by one scan; the parts of a language model are also given
+singly (`Model.stages`), so that decoders can cache and pipelines can cut.
 Sources: Touvron et al. 2023 (Llama), Jiang et al. 2023 (Mistral), Yang et al. 2024 (Qwen2),
 Radford et al. 2019 (GPT-2).
 """
@@ -41,6 +42,7 @@ from jaxfm.model import (
     part_of,
     split,
 )
+from jaxfm.models.families.token_inputs import read_inputs
 
 Config = TypeVar("Config", bound=Any)
 
@@ -66,6 +68,11 @@ class DecoderConfig:
       sliding_window: number of latest positions that a token sees; None means all.
       qkv_bias, out_bias, mlp_bias: which linear maps have a bias.
       tied: the head is the transposed embedding.
+      head: what is on top, and so the input and the output:
+        "causal": tokens i32[B, T] to logits f32[B, T, V];
+        "classify": a dict of tokens and a mask, as encoders take it, to logits f32[B, num_classes]
+          of the last token that the mask shows and that is not `pad_id`.
+      num_classes, pad_id: of "classify".
       attention_scale: factor on the scores; None means head_dim ** -0.5. A subnet keeps its
         parent's.
       dtype: of the parameters and the computation; norms, softmax and logits are float32.
@@ -94,6 +101,9 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = True
+    head: Literal["causal", "classify"] = "causal"
+    num_classes: int = 2
+    pad_id: int | None = None
     attention_scale: float | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -107,10 +117,11 @@ class DecoderConfig:
         check_fields(
             self,
             positive=("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",
-                      "head_dim", "mlp_dim", "max_len"),
+                      "head_dim", "mlp_dim", "max_len", "num_classes"),
             choices={"activation": tuple(ACTIVATIONS), "norm": ("rms", "layer"),
                      "positions": ("rotary", "learned"),
-                     "family": ("llama", "mistral", "qwen2", "gpt2")},
+                     "family": ("llama", "mistral", "qwen2", "gpt2"),
+                     "head": ("causal", "classify")},
         )  # fmt: skip
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -182,20 +193,27 @@ class Head(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
         self.norm = Norm(embed, kind=config.norm, eps=config.norm_eps, dtype=dtype)
-        if not config.tied:
+        self.classifies = config.head == "classify"
+        if self.classifies:
+            self.score = Linear((embed,), (("class", config.num_classes),), dtype=dtype, rngs=rngs)
+        elif not config.tied:
             vocab = ("vocab", config.vocab_size)
             self.out = Linear((embed,), (vocab,), dtype=dtype, rngs=rngs)
-        self.tied = config.tied
 
     def __call__(self, x: Array, table: Array | None = None) -> Array:
         x = self.norm(x)
+        if self.classifies:
+            return self.score(x).astype(jnp.float32)
         if table is None:
             return self.out(x).astype(jnp.float32)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
 def decoder(config: DecoderConfig) -> Model:
-    """Returns a causal LM: `apply(variables, tokens i32[B, T]) -> logits f32[B, T, V]`."""
+    """Returns a causal LM: `apply(variables, tokens i32[B, T]) -> logits f32[B, T, V]`.
+
+    With the head "classify" a classifier: `apply(variables, {"tokens", "mask"}) -> f32[B, C]`.
+    """
     embedding = split(lambda rngs: TokenEmbedding(config, rngs))
     block = split(lambda rngs: Block(config, rngs))
     out = split(lambda rngs: Head(config, rngs))
@@ -212,22 +230,43 @@ def decoder(config: DecoderConfig) -> Model:
         return block.call(layer, x, positions, mask, past)[0]
 
     def head(variables: Variables, x: Array) -> Array:
-        table = variables.params["embed"]["tokens"]["table"] if config.tied else None
+        shares = config.tied and config.head == "causal"
+        table = variables.params["embed"]["tokens"]["table"] if shares else None
         with jax.named_scope("head"):
             return out.call(part_of(variables, "head"), x, table)[0]
 
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
-    def apply(variables: Variables, tokens: Array, *, train: bool = False, key=None):
+    def stream(variables: Variables, tokens: Array, seen: Array | None = None) -> Array:
         if config.positions == "learned":
             check_length(tokens.shape[1], config.max_len)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         mask = causal_mask(positions, positions, config.sliding_window)
+        if seen is not None:
+            mask = mask & seen[:, None]
         step = lambda x, layer, _: (one_block(layer, x, positions, mask)[0], None)
-        x, _ = fold_layers(step, embed(variables, tokens, positions), layers_of(variables))
-        return head(variables, x), variables.stats
+        return fold_layers(step, embed(variables, tokens, positions), layers_of(variables))[0]
 
+    def apply(variables: Variables, tokens: Array, *, train: bool = False, key=None):
+        return head(variables, stream(variables, tokens)), variables.stats
+
+    def classify(variables: Variables, inputs: Mapping[str, Array], *, train=False, key=None):
+        tokens, seen, _ = read_inputs(inputs)
+        last = _last(tokens, seen, config.pad_id)
+        x = stream(variables, tokens, seen)
+        chosen = jnp.einsum("bt,btd->bd", last.astype(x.dtype), x)
+        return head(variables, chosen), variables.stats
+
+    if config.head == "classify":
+        return Model(init, classify, axes, config)
     return Model(init, apply, axes, config, Stages(embed, run_block, head))
+
+
+def _last(tokens: Array, seen: Array, pad_id: int | None) -> Array:
+    """Returns bool[B, T], true at the last token that is no padding; at the first if all are."""
+    real = seen if pad_id is None else seen & (tokens != pad_id)
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return places == jnp.max(jnp.where(real, places, 0), axis=1, keepdims=True)
 
 
 def resized(config: Config, sizes: Mapping[str, int]) -> Config:

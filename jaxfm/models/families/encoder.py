@@ -30,8 +30,7 @@ from jaxfm.layers import (
     param,
 )
 from jaxfm.model import Array, Model, Variables, assemble, fold_layers, layers_of, part_of, split
-
-_INPUTS = {"input_ids": "tokens", "attention_mask": "mask", "token_type_ids": "types"}
+from jaxfm.models.families.token_inputs import read_inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def encoder(config: EncoderConfig) -> Model:
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
     def apply(variables: Variables, inputs: Mapping[str, Array], *, train=False, key=None):
-        tokens, seen, types = _read(inputs)
+        tokens, seen, types = read_inputs(inputs)
         check_length(tokens.shape[1], config.max_len - spare)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         if config.family == "roberta":
@@ -206,20 +205,3 @@ def encoder(config: EncoderConfig) -> Model:
         return {"tokens": x, "pooled": y} if config.head == "pooler" else y
 
     return Model(init, apply, axes, config)
-
-
-def _read(inputs: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    """Returns tokens, mask bool[B, T] and types of a dict of inputs."""
-    given = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-    named = {_INPUTS.get(name, name): inputs[name] for name in given if isinstance(given, list)}
-    if "tokens" not in named or set(named) - set(_INPUTS.values()) or len(named) < len(given):
-        raise ValueError(
-            "An encoder takes a dict of 'tokens' i32[B, T] and, optionally, 'mask' and 'types' (or "
-            f"'input_ids', 'attention_mask' and 'token_type_ids'); got {given}."
-        )
-    shapes = {name: getattr(x, "shape", type(x).__name__) for name, x in named.items()}
-    if len(set(shapes.values())) > 1 or len(shapes["tokens"]) != 2:
-        raise ValueError(f"Inputs of an encoder are arrays of one shape [B, T]; got {shapes}.")
-    tokens = jnp.asarray(named["tokens"])
-    mask = jnp.asarray(named.get("mask", jnp.ones(tokens.shape, bool))).astype(bool)
-    return tokens, mask, jnp.asarray(named.get("types", jnp.zeros_like(tokens)))
