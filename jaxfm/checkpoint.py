@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 PyTree = Any
 
@@ -57,6 +56,9 @@ class Checkpointer:
                 "not read: choose another folder."
             )
         self.keep = keep
+        import orbax.checkpoint as ocp  # late: most programs save nothing
+
+        self._ocp = ocp
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -108,10 +110,11 @@ class Checkpointer:
         about = {name: _describe(name, leaf) for name, leaf in zip(names, leaves)}
         # Orbax refuses empty arrays; their shape says all there is to them.
         arrays = {name: _pack(leaf) for name, leaf in zip(names, leaves) if np.size(leaf)}
+        args = self._ocp.args
         # force: the place may be taken by a checkpoint that could not be read.
         self._orbax.save(
             self._newest,
-            ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), leaves=ocp.args.JsonSave(about)),
+            args.Composite(state=args.PyTreeSave(arrays), leaves=args.JsonSave(about)),
             force=True,
         )
         self._unreadable.discard(step)
@@ -134,7 +137,7 @@ class Checkpointer:
         self.wait()
         names, leaves, structure = _flatten(like)
         expected = {name: _describe(name, leaf) for name, leaf in zip(names, leaves)}
-        wanted = {name: _restore_args(leaf) for name, leaf in zip(names, leaves)}
+        wanted = {name: _restore_args(self._ocp, leaf) for name, leaf in zip(names, leaves)}
         steps = self.steps() if step is None else [s for s in self.steps() if s == step]
         for candidate in reversed(steps):
             path = self._path(candidate)
@@ -173,12 +176,13 @@ class Checkpointer:
     def _read(self, path: pathlib.Path, expected: dict, wanted: dict) -> tuple[dict, dict]:
         """Returns the checkpoint's list of leaves, and its arrays if the list is as expected."""
         _verify(path)
-        saved = self._orbax.restore(path, ocp.args.Composite(leaves=ocp.args.JsonRestore())).leaves
+        args = self._ocp.args
+        saved = self._orbax.restore(path, args.Composite(leaves=args.JsonRestore())).leaves
         present = {name: wanted[name] for name in wanted if 0 not in expected[name][0]}
         if saved != expected or not present:
             return saved, {}
-        args = ocp.args.PyTreeRestore(item=present, restore_args=present)
-        return saved, self._orbax.restore(path, ocp.args.Composite(state=args)).state
+        whole = args.PyTreeRestore(item=present, restore_args=present)
+        return saved, self._orbax.restore(path, args.Composite(state=whole)).state
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / f"step_{step:08d}"
@@ -253,7 +257,7 @@ def _pack(leaf: Any) -> Any:
     return leaf.addressable_data(0) if whole else leaf
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+def _restore_args(ocp: Any, leaf: Any) -> Any:
     """Returns how Orbax should restore a leaf like this one."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return ocp.RestoreArgs(restore_type=np.ndarray)

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
 
 T = TypeVar("T")
@@ -57,6 +56,8 @@ class RunLog:
         self._file = (folder / METRICS_FILE).open("a")
         if tensorboard:
             purge_step = 0 if resume_step is None else resume_step + 1
+            import tensorboardX  # late: it imports PyTorch where that is installed
+
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"), purge_step=purge_step
             )

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import nnls
 
 from jaxfm.model import PyTree
 from jaxfm.search.strategies.project import Budget
@@ -111,6 +110,8 @@ def fit_latency(
     scale = np.maximum(rows.max(0), 1e-30)
     # Errors are relative, so that small slices weigh as much as the dense network.
     fitted = slice(0, samples - test)
+    from scipy.optimize import nnls  # late: it takes a second
+
     weights, _ = nnls(rows[fitted] / scale / seconds[fitted, None], np.ones(samples - test))
     coefficients = weights / scale
     guess = rows[samples - test :] @ coefficients
