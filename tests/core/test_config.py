@@ -230,7 +230,6 @@ run(main, Config)
 
 MISTAKES = {
     "--ronds=3": "Unknown flag --ronds. Did you mean --rounds?",
-    "--rounds=x": "rounds='x': write a value of type int.",
     "--rounds=0": "rounds=0: give at least 1.",
     "3": "'3' is not a flag: write --name=value.",
     "--config=none.json": "none.json",

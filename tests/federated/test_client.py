@@ -10,7 +10,12 @@ from jaxfm.federated import python_round
 from jaxfm.federated.client import client_data, problems
 
 
-@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "spatl", "fed_kemf", "hetero_fl"])
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name", ["fed_avg", "scaffold", "hetero_fl", slow("spatl"), slow("fed_kemf")]
+)
 def test_a_round_client_by_client_is_the_compiled_round(name):
     people = slow_and_fast(name)
     runner = engine(name, cohort_size=3)

@@ -12,7 +12,9 @@ from jaxfm.federated import compile_rounds
 HOME = np.array([1, 0, 0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("name", ["scaffold", "hetero_fl", "fed_kemf", "adp"])
+@pytest.mark.parametrize(
+    "name", ["scaffold", "hetero_fl", "adp", pytest.param("fed_kemf", marks=pytest.mark.slow)]
+)
 def test_rounds_at_home_are_the_same_rounds(name):
     people = slow_and_fast(name)
     reference, expected = run_new(make(name), people, 2, cohort_size=3)

@@ -297,6 +297,7 @@ def non_iid_digits() -> tuple[Federation, dict, dict]:
     return federate(private, parts), {"image": train["image"][:400]}, data["validation"].examples
 
 
+@pytest.mark.slow
 def test_distillation_beats_averaging_on_clients_of_few_classes():
     """Half of the clients a round; the mean of the last three of six rounds. Averaging scores 24
     points less over three partitions, this one included."""

@@ -189,7 +189,9 @@ TINY = decoder(
 )
 
 
-@pytest.mark.parametrize("name", ["plain", "lookup", "speculative"])
+@pytest.mark.parametrize(
+    "name", ["plain", pytest.param("lookup", marks=pytest.mark.slow), "speculative"]
+)
 def test_sampled_texts_have_the_models_distribution(name):
     """Chi-square of all three-token texts over 100,000 requests, through the whole engine."""
     requests = 100_000
