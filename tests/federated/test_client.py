@@ -9,7 +9,6 @@ from laws import PUBLIC, engine, federation, make, population, slow_and_fast, st
 from jaxfm.federated import python_round
 from jaxfm.federated.client import client_data, problems
 
-
 slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 
