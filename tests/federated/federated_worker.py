@@ -1,7 +1,7 @@
 """A small federated run in a process of its own: saved and resumed, on one or several devices.
 
     python federated_worker.py OUT [--folder F] [--calls N] [--devices D]
-        [--coordinator HOST:PORT --process P]
+        [--coordinator HOST:PORT --process P [--home]]
 
 Writes the final server state, and without a folder how good it is, to OUT (npz). Tests start it
 with `launch` and read it with `finish`.
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--coordinator")
     parser.add_argument("--process", type=int)
+    parser.add_argument("--home", action="store_true")  # each process has its own clients' rows
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")  # the last of a flag counts
@@ -86,6 +87,15 @@ def main() -> None:
     algorithm = hetero_fl(model, task, local, tiers, optimizer=server)
     bucket = np.arange(7) % 2
     people = Population(data, profiles(7, max_steps=np.array([1, 9, 2, 9, 3, 9, 9])), bucket)
+    if args.home:
+        home = np.arange(7) % 2
+        mine = np.concatenate(
+            [data.index[i, : data.count[i]] for i in range(7) if home[i] == args.process]
+        )
+        rows = {"x": np.full_like(x, np.nan), "label": np.full_like(label, -1)}
+        for name, leaf in rows.items():
+            leaf[mine] = data.examples[name][mine]
+        people = people._replace(federation=data._replace(examples=rows), home=home)
     engine = compile_rounds(algorithm, people, cohort_size=5, num_rounds=2, drop_rate=0.1)
     state = engine.init(model.init(jax.random.key(1)), jax.random.key(2))
     print(

@@ -4,6 +4,7 @@ import socket
 import time
 
 import numpy as np
+import pytest
 from federated_worker import finish, launch
 
 
@@ -13,10 +14,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_agree_with_one(tmp_path, uninterrupted):
+@pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("--home",), marks=pytest.mark.slow)],
+    ids=["", "each has only its own clients"],
+)
+def test_two_processes_agree_with_one(tmp_path, uninterrupted, options):
     joined = tmp_path / "joined.npz"
     coordinator = f"localhost:{free_port()}"
-    pair = [launch(joined, "--coordinator", coordinator, "--process", p) for p in (0, 1)]
+    pair = [launch(joined, "--coordinator", coordinator, "--process", p, *options) for p in (0, 1)]
     try:
         while all(process.poll() is None for process in pair):
             time.sleep(0.05)
