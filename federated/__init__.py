@@ -91,6 +91,7 @@ from jaxfm.federated.preparation import Prepared, make_setting, prepare
 from jaxfm.federated.registry import Setting, entries, register
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.federated.run import TrainedRun, train
+from jaxfm.federated.saving import TrainedModel, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 
@@ -176,7 +177,10 @@ __all__ = [
     "statistics",
     "three_metrics",
     "top_k",
+    "save_model",
     "train",
+    "trained_model",
+    "TrainedModel",
     "under",
     "wanted_steps",
     "weighted",

@@ -185,6 +185,12 @@ def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return tuple([token for token in part if token is not None] for part in around)  # type: ignore
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """Returns the id that fills up rows: of padding; else of the end of a text; else 0."""
+    ends = 0 if tokenizer.eos_id is None else tokenizer.eos_id
+    return ends if tokenizer.pad_id is None else tokenizer.pad_id
+
+
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
     """Returns whether every id means the same token in both, not only whether sizes agree."""
     return a is b or a.vocab == b.vocab

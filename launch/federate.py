@@ -42,28 +42,26 @@ from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
-    family_of,
     load_data,
     make_model,
     make_optimizer,
     save_classes,
     use_cores,
+    with_tokenizer,
 )
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import in_folder, open_run, save_results
-from jaxfm.subnet import axis_sizes
 
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
 
 
 def ready(config: Any) -> tuple[Data, Model, Prepared]:
     """The data, the full model, and the run before its first round."""
-    data = _load(config.data, config.seed)
+    data = _load(with_tokenizer(config.data, config.model), config.seed)
     model = make_model(config.model, data)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     prepared = prepare(
         config.algorithm,
         model,
@@ -78,7 +76,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
             top_share=config.top_k,
         ),
         widths=config.tiers,
-        axes=width_axes(family_of(config.model, data), axis_sizes(shapes, model.axes)),
+        axes=width_axes(model),
         machines=fleet(config.profile, len(data.names)) if config.profile else None,
         deadline_s=config.deadline_s or None,
         max_steps=config.max_steps or UNLIMITED_STEPS,

@@ -39,6 +39,7 @@ from jaxfm.launch.setup import (
     make_optimizer,
     save_classes,
     use_cores,
+    with_tokenizer,
 )
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
@@ -157,7 +158,7 @@ def main(config: PretrainConfig) -> None:
     use_cores(config.batch_size)
     config = in_folder(config, "pretrain", config.data.source)
     run_dir = open_run(config, config.run_dir)
-    data = load_data(config.data, config.seed)
+    data = load_data(with_tokenizer(config.data, config.model), config.seed)
     model = make_model(config.model, data)
     save_classes(run_dir, data)
     state = train(config, data, model)

@@ -5,8 +5,8 @@
         --data.source=cifar10 --data.folder=cifar10.npz --data.partition=iid --finetune_epochs=3
     python -m jaxfm.launch.search --model=runs/demo/model --data.source=stdlib --parameters=0.5
 
-Without weights the dense model is trained first. Rows have separate purposes: training rows train,
-re-estimate statistics and repair; the reward of the search comes from validation rows (for a model
+Without weights, or where a folder's model needs a new head, the dense model is trained first. Rows
+have separate purposes: training rows train, re-estimate statistics and repair; the reward of the search comes from validation rows (for a model
 that was trained elsewhere, from one half of the test rows), and the report from test rows that
 nothing else has seen. The run folder holds config, results, report.html and pruned/ (parameters,
 manifest, program). Transformers are also written in Hugging Face format where it can express them:
@@ -31,11 +31,13 @@ from jaxfm.launch.report import write_report
 from jaxfm.launch.search_config import SearchConfig
 from jaxfm.launch.setup import (
     Data,
+    ModelConfig,
     load_data,
     make_model,
     make_optimizer,
     save_classes,
     use_cores,
+    with_tokenizer,
 )
 from jaxfm.model import Model, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
@@ -65,7 +67,8 @@ class Setting(NamedTuple):
 
 def prepare(config: SearchConfig) -> Setting:
     """Loads or trains the dense model and sets rows aside."""
-    data = load_data(config.data, config.seed)
+    source = config.model if pathlib.Path(config.model).is_dir() else config.network.family
+    data = load_data(with_tokenizer(config.data, ModelConfig(family=source)), config.seed)
     task, train = _task(config, data), merge(data.train)
     elsewhere = bool(config.weights) or pathlib.Path(config.model).is_dir()
     reward, report = data.validation, data.test
@@ -95,7 +98,10 @@ def _dense_model(
     if config.model == "auto":
         model = make_model(config.network, data)
     elif pathlib.Path(config.model).is_dir():
-        model, variables = hub.load(config.model)
+        fitted = hub.load_for(data, config.model, seed=config.seed)
+        print(*fitted.notes, sep="\n", end="\n" if fitted.notes else "")
+        model = hub.pretrained(fitted.model, fitted.variables)
+        variables = None if fitted.drawn else fitted.variables
     else:
         model = build(_named(config.model, data))
     if config.weights:
@@ -185,10 +191,13 @@ def _save_hugging_face(config: SearchConfig, setting: Setting, refinement: Refin
     if not hub.has_format(setting.model):
         return
     tokenizer = setting.data.tokenizer
-    name = "huggingface" if tokenizer is None else "draft"
+    name = "huggingface" if setting.data.classes else "draft"
     folder = pathlib.Path(config.run_dir) / name
     try:
-        hub.save(setting.model, refinement.model.params, folder, tokenizer=tokenizer)
+        hub.save(
+            setting.model, refinement.model.params, folder, tokenizer,
+            classes=setting.data.classes,
+        )  # fmt: skip
     except ValueError as error:  # pruned/ holds it anyway
         print(f"{name}: not written. {error}")
         return

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from jaxfm import tasks
+from jaxfm import hub, tasks
 from jaxfm.config import check, option
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data, Dealing, deal_out, with_validation
@@ -21,11 +21,11 @@ from jaxfm.data.loading import BUILT_IN, DataSet, kind_of, load
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
-from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
+from jaxfm.models import DecoderConfig, EncoderConfig, build, decoder, encoder
 from jaxfm.models.by_name import ImageFamily, image_classifier
 from jaxfm.plain_types import suggest
 from jaxfm.run_folder import save_results
-from jaxfm.tokenizer import ByteTokenizer, load_tokenizer
+from jaxfm.tokenizer import ByteTokenizer, load_tokenizer, padding_id
 
 _IN_FOLDER = ("text", "mnist", "cifar10")  # read from --data.folder
 
@@ -51,7 +51,11 @@ class DataConfig:
     encoding: str = option("utf-8-sig", "of text files")
     image_size: tuple[int, ...] = option((), "height and width that image files are scaled to")
     writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
-    tokenizer: str = option("bytes", "text only: bytes, or a folder with a Hugging Face tokenizer")
+    tokenizer: str = option(
+        "auto",
+        "text only: bytes, or a folder with a Hugging Face tokenizer; auto means that of the "
+        "--model that is a folder, else bytes",
+    )
     length: int = option(128, "text only: tokens of a row, at most where it is classified")
     partition: Dealing = option(
         "auto",
@@ -177,7 +181,8 @@ def _read(config: DataConfig, seed: int) -> DataSet:
             else cifar10(config.folder)
         )
         return DataSet(with_validation(images, seed=seed))
-    tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    is_plain = config.tokenizer in ("auto", "bytes")
+    tokenizer = ByteTokenizer() if is_plain else load_tokenizer(config.tokenizer)
     largest = config.num_clients if config.partition in ("auto", "natural") else None
     if config.source == "stdlib":
         splits = stdlib(tokenizer, length=config.length, num_clients=largest)
@@ -210,18 +215,21 @@ def save_classes(run_dir: pathlib.Path, data: Data) -> None:
         save_results(run_dir, "data", {"classes": data.classes})
 
 
+_SIZES = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+FAMILIES = ("auto", "decoder", "encoder", *get_args(ImageFamily))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which network; options that a family lacks are ignored."""
 
-    family: Literal[
-        "auto", "decoder", "encoder", "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20",
-        "resnet32", "resnet34", "resnet44", "resnet56", "resnet110", "vgg11", "vgg16",
-    ] = option(
+    family: str = option(
         "auto",
-        "auto means decoder for text, encoder for labelled text, cnn for images and mlp for other "
-        "columns; resnet* and vgg* are those for 32x32 images",
-    )  # fmt: skip
+        f"{', '.join(FAMILIES)}; or a model that is trained further: a folder, or a name on the "
+        "Hugging Face hub; its head is replaced where it does not fit the data. auto means decoder "
+        "for text, encoder for labelled text, cnn for images and mlp for other columns; resnet* "
+        "and vgg* are those for 32x32 images",
+    )
     embed_dim: int = option(128, "decoder, encoder, vit: width of the residual stream")
     num_layers: int = option(4, "decoder, encoder, vit: layers")
     num_heads: int = option(4, "decoder, encoder, vit: attention heads")
@@ -231,11 +239,28 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self)
+        if self.family in FAMILIES:
+            return
+        if not pathlib.Path(self.family).is_dir() and "/" not in self.family:
+            raise ValueError(
+                f"model.family={self.family!r} is not a choice, nor a folder. "
+                f"{suggest(self.family, FAMILIES)}"
+            )
+        for name in _SIZES:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"model.{name}={value} changes nothing: the model of a folder has its size."
+                )
+
+    @property
+    def folder(self) -> str:
+        """Returns the folder or hub name that the model comes from; "" for a new one."""
+        return "" if self.family in FAMILIES else self.family
 
 
-_FAMILIES: dict[str, tuple[str, ...]] = {  # that fit data of a kind; the first is "auto"
+_FITTING: dict[str, tuple[str, ...]] = {  # to data of a kind; the first is "auto"
     "language": ("decoder",),
-    "text": ("encoder",),
+    "text": ("encoder", "decoder"),
     "features": ("mlp",),
     "images": ("cnn", *(family for family in get_args(ImageFamily) if family != "cnn")),
 }
@@ -247,10 +272,17 @@ _KIND_NAMES = {
 }
 
 
+def with_tokenizer(config: DataConfig, model: ModelConfig) -> DataConfig:
+    """Returns the config of data whose text is read by the tokenizer of a model's folder."""
+    if config.tokenizer == "auto" and model.folder and hub.reads_text(model.folder):
+        return dataclasses.replace(config, tokenizer=model.folder)
+    return config
+
+
 def family_of(config: ModelConfig, data: Data) -> str:
     """Returns the family that "auto" stands for; raises ValueError if it does not fit the data."""
     kind = kind_of(data.validation)
-    fitting = _FAMILIES[kind]
+    fitting = _FITTING[kind]
     family = fitting[0] if config.family == "auto" else config.family
     if family not in fitting:
         raise ValueError(
@@ -260,29 +292,40 @@ def family_of(config: ModelConfig, data: Data) -> str:
 
 
 def make_model(config: ModelConfig, data: Data) -> Model:
-    """Returns a model whose inputs and outputs fit the data; raises ValueError if none can."""
+    """Returns a model whose inputs and outputs fit the data; raises ValueError if none can.
+
+    The `init` of a folder's model gives its numbers, and draws only what its head lacks.
+    """
+    if config.folder:
+        fitted = hub.load_for(data, config.folder, dtype=config.dtype)
+        for sentence in fitted.notes:
+            print(sentence)
+        own = dataclasses.replace(fitted.model.config, remat=True) if config.remat else None
+        return hub.pretrained(build(own) if own else fitted.model, fitted.variables)
     family = family_of(config, data)
-    sizes = {
-        name: getattr(config, name) for name in ("embed_dim", "num_layers", "num_heads", "mlp_dim")
-    }
+    sizes = {name: getattr(config, name) for name in _SIZES}
     if family in ("decoder", "encoder"):
-        assert data.tokenizer is not None
-        length = data.validation["tokens"].shape[1]
-        text: dict[str, Any] = {
-            "vocab_size": data.tokenizer.vocab_size, "dtype": config.dtype, "remat": config.remat,
-        }  # fmt: skip
-        if family == "decoder":
-            return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))
-        return encoder(
-            EncoderConfig(
-                head="classify", num_classes=len(data.classes), max_len=max(512, length),
-                pad_id=data.tokenizer.pad_id or 0, **sizes, **text,
-            )
-        )  # fmt: skip
+        return _text_model(family, config, data, sizes)
     leaf = "image" if "image" in data.validation else "features"
     return image_classifier(
         family, data.validation[leaf].shape[1:], len(data.classes), dtype=config.dtype, **sizes
     )
+
+
+def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, int]) -> Model:
+    assert data.tokenizer is not None
+    length = data.validation["tokens"].shape[1]
+    text: dict[str, Any] = {
+        "vocab_size": data.tokenizer.vocab_size, "dtype": config.dtype, "remat": config.remat,
+    }  # fmt: skip
+    if data.classes:
+        text |= {
+            "head": "classify", "num_classes": len(data.classes),
+            "pad_id": padding_id(data.tokenizer),
+        }  # fmt: skip
+    if family == "decoder":
+        return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))
+    return encoder(EncoderConfig(max_len=max(512, length), **sizes, **text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,11 @@ from jaxfm.launch.pretrain import TrainState, train_steps
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     Data,
-    family_of,
     load_data,
     make_model,
     make_optimizer,
     save_classes,
+    with_tokenizer,
 )
 from jaxfm.launch.supernet_config import SupernetConfig
 from jaxfm.model import Model, Variables, count_parameters
@@ -47,7 +47,6 @@ from jaxfm.parallel.mesh import make_mesh
 from jaxfm.report.sections import main_metric
 from jaxfm.run_folder import in_folder, open_run, save_results
 from jaxfm.search import Budget, MemberChoice, Supernet
-from jaxfm.subnet import axis_sizes
 
 BATCH = 32  # rows per batch of scores and reports
 
@@ -88,8 +87,7 @@ def train(config: SupernetConfig, data: Data, model: Model) -> SupernetRun:
 
 
 def _elastic(config: SupernetConfig, data: Data, model: Model, variables: Variables) -> Supernet:
-    sizes = axis_sizes(variables, model.axes)
-    axes = config.axes or width_axes(family_of(config.network, data), sizes)
+    axes = config.axes or width_axes(model)
     return search.supernet(
         model, variables, axes, shared=tuple(axes) if config.alike else ("embed",),
         channel_multiple=config.multiple, smallest=config.smallest, kernels=config.kernels,
@@ -199,7 +197,7 @@ def main(config: SupernetConfig) -> None:
     """Trains the supernet, chooses its members and writes the report."""
     config = in_folder(config, "supernet", config.data.source)
     run_dir = open_run(config, config.run_dir)
-    data = load_data(config.data, config.seed)
+    data = load_data(with_tokenizer(config.data, config.network), config.seed)
     model = make_model(config.network, data)
     results = choose(config, data, model, train(config, data, model))
     save_classes(run_dir, data)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxfm.data.source import Source, checked
-from jaxfm.tokenizer import Tokenizer, frame
+from jaxfm.tokenizer import Tokenizer, frame, padding_id
 
 SPLITS = ("train", "validation", "test")
 
@@ -173,8 +173,7 @@ def token_rows(
         )
     rows = [[*before, *tokenizer.encode(text)[:room], *after] for text in texts]
     width = max(map(len, rows), default=0)
-    spare = tokenizer.pad_id if tokenizer.pad_id is not None else (tokenizer.eos_id or 0)
-    tokens = np.full((len(rows), width), spare, np.int32)
+    tokens = np.full((len(rows), width), padding_id(tokenizer), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row

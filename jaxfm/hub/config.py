@@ -157,6 +157,21 @@ def require_known(architecture: str) -> None:
         raise ValueError(f"The architecture {architecture!r} is not supported; known are {known}.")
 
 
+def architecture_of(family: str, head: str) -> str:
+    """Returns the architecture of a family with a certain head.
+
+    Raises:
+      ValueError: the family is not one of ours, or has no such head.
+    """
+    found = [name for name, kind in ARCHITECTURES.items() if kind == (family, head)]
+    if not found:
+        known = sorted(kind for kind, own in ARCHITECTURES.values() if own == head)
+        raise ValueError(
+            f"A model of type {family!r} cannot have the head {head!r}; {', '.join(known)} can."
+        )
+    return found[0]
+
+
 def to_hf(config: Config) -> dict[str, Any]:
     """Returns the fields of a Hugging Face config, with `model_type` and `architectures`.
 
@@ -166,7 +181,7 @@ def to_hf(config: Config) -> dict[str, Any]:
     family = "vit" if isinstance(config, VitConfig) else config.family
     head = config.head
     as_bare = "pooler" if head == "none" else head
-    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == (family, as_bare))
+    architecture = architecture_of(family, as_bare)
     names = _field_names(family, head)
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     activation = next(name for name, own in _ACTIVATIONS.items() if own == config.activation)

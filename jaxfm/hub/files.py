@@ -5,12 +5,14 @@ Whatever the file, its tensors are a dict of `StoredTensor` by their Hugging Fac
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -184,7 +186,22 @@ def _shards(bytes_of: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
-def publish(new: pathlib.Path, path: pathlib.Path) -> None:
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Gives a folder to fill, which then takes its place at `path`.
+
+    A new folder appears whole; in one that exists each file is replaced whole.
+    """
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        new = pathlib.Path(work, path.name)
+        new.mkdir()
+        yield new
+        _publish(new, path)
+
+
+def _publish(new: pathlib.Path, path: pathlib.Path) -> None:
     """Moves a finished folder to its place."""
     if not path.exists():
         new.rename(path)

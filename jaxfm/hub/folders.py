@@ -22,9 +22,8 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import metadata as hub_metadata
 from jaxfm.hub import names as hub_names
+from jaxfm.hub import own_format
 from jaxfm.hub.files import DTYPES, StoredTensor
 from jaxfm.hub.names import Placement
 from jaxfm.model import Model, Variables, is_stacked, layers_of, with_layers
@@ -54,7 +54,9 @@ def load(
     dtype: str | None = None,
     shardings: jax.sharding.Sharding | Callable[[Model], Variables] | None = None,
 ) -> tuple[Model, Variables]:
-    """Loads a Hugging Face model: config.json and *.safetensors, in one file or several.
+    """Loads a model's folder: config.json and *.safetensors, in one file or several.
+
+    It may have Hugging Face's format, or the one that `save` has for our other networks.
 
     Args:
       path_or_name: a folder, or a name on the Hugging Face hub (downloaded once, then cached).
@@ -72,16 +74,21 @@ def load(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}.")
     folder = hub_files.find_folder(path_or_name)
-    config = _read_config(folder)
+    raw = hub_metadata.read_json(folder / "config.json")
+    if raw.get("model_type") == own_format.MODEL_TYPE:
+        model, variables = own_format.load(folder, raw, dtype)
+        where = shardings(model) if callable(shardings) else shardings
+        return model, variables if where is None else jax.device_put(variables, where)
+    config = read_config(folder)
     stored = hub_files.open_safetensors(folder)
     has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
     if not isinstance(config, DecoderConfig) and config.head == "pooler" and not has_pooler:
         config = dataclasses.replace(config, head="none")
-    return _fill(config, stored, dtype, shardings)
+    return fill(config, stored, dtype, shardings)
 
 
 def has_format(model: Model) -> bool:
-    """Returns whether `save` takes the model: a decoder, an encoder or a vision transformer."""
+    """Returns whether Hugging Face has a format: of decoders, encoders and vision transformers."""
     return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig)
 
 
@@ -92,24 +99,32 @@ def save(
     tokenizer: Any = None,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    classes: Sequence[str] = (),
 ) -> None:
-    """Writes a folder that `transformers` and `load` open.
+    """Writes a folder that `load` opens, and `transformers` where it knows the model.
 
-    A subnet that `jaxfm.subnet.extract` cut from `model` is saved at its own size. A new folder
-    appears whole; in one that exists each file is replaced whole.
+    Decoders, encoders and vision transformers are written in Hugging Face's format, our other
+    networks (mlp, cnn, resnet, vgg, mobilenet, shufflenet) in one of our own. A subnet that
+    `jaxfm.subnet.extract` cut from `model` is saved at its own size. A new folder appears whole; in
+    one that exists each file is replaced whole.
 
     Args:
-      model: a decoder, encoder or vision transformer.
+      model: of one of our families (`jaxfm.models`).
       variables: its arrays, or those of a subnet of it.
       path: the folder.
       tokenizer: written beside the model, by `jaxfm.tokenizer.save_tokenizer`.
       max_shard_bytes: tensors are spread over files of at most this size.
+      classes: names of the classes, in the order of a classifier's logits.
     Raises:
-      TypeError: the model has no Hugging Face format.
+      TypeError: the model is of none of our families.
       ValueError: the format cannot express this model: masked channels, layers of unequal width,
         or a switch that its family lacks.
     """
+    if own_format.has_own_format(model.config):
+        own_format.save(model, variables, path, classes)
+        return
     config, params = _to_save(model, variables)
+    metadata = hub_metadata.named(config.metadata, classes) if classes else config.metadata
     fields = hub_config.to_hf(config)
     leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
     # The file's reader scales scores by head_dim**-0.5; what differs from it goes into q.
@@ -118,7 +133,7 @@ def save(
         if name in leaves and not np.isclose(scale, 1.0, rtol=1e-6):
             scaled = leaves[name].astype(np.float32) * np.float32(scale)
             leaves[name] = scaled.astype(leaves[name].dtype)
-    tensors = _tensor_map(config, leaves)
+    tensors = tensor_map(config, leaves)
 
     def tensor(name: str) -> np.ndarray:
         rows = [
@@ -131,16 +146,11 @@ def save(
         name: (hub_names.tensor_shape(some), leaves[some[0].path].itemsize)
         for name, some in tensors.items()
     }
-    path = pathlib.Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
-        new = pathlib.Path(work, path.name)
-        new.mkdir()
+    with hub_files.new_folder(path) as new:
         hub_files.write_safetensors(new, shapes, tensor, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(tokenizer, new)
-        hub_metadata.write(new, fields, config.metadata, tokenizer)
-        hub_files.publish(new, path)
+        hub_metadata.write(new, fields, metadata, tokenizer)
 
 
 def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:
@@ -156,16 +166,26 @@ def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:
         vocab_size=abs(vocab), embed_dim=dim, num_layers=depth, num_heads=heads,
         num_kv_heads=kv_heads, mlp_dim=hidden, max_len=max_len, norm_eps=1e-5, tied=vocab > 0,
     )  # fmt: skip
-    return _fill(config, stored, None, None)
+    return fill(config, stored, None, None)
 
 
-def _read_config(folder: pathlib.Path) -> hub_config.Config:
-    """Returns our config; fields that config.json omits have the defaults of transformers."""
+def read_config(folder: pathlib.Path, head: str | None = None) -> hub_config.Config:
+    """Returns our config; fields that config.json omits have the defaults of transformers.
+
+    Args:
+      folder: with a config.json.
+      head: that the model is to have; None: the one that the file names.
+    Raises:
+      ValueError: an architecture that is not one of ours, or has no such head.
+    """
     raw = hub_metadata.read_json(folder / "config.json")
     kind = raw.get("model_type", "unknown")
-    first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
-    architecture = (raw.get("architectures") or [first.get(kind, kind)])[0]
-    hub_config.require_known(architecture)
+    if head is None:
+        first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
+        architecture = (raw.get("architectures") or [first.get(kind, kind)])[0]
+        hub_config.require_known(architecture)
+    else:
+        architecture = hub_config.architecture_of(kind, head)
     from transformers import AutoConfig
 
     try:
@@ -178,13 +198,13 @@ def _read_config(folder: pathlib.Path) -> hub_config.Config:
     return dataclasses.replace(own, metadata=hub_metadata.read(folder, raw))
 
 
-def _fill(
+def fill(
     config: hub_config.Config, stored: Mapping[str, StoredTensor], dtype: str | None, shardings: Any
 ) -> tuple[Model, Variables]:
     """Returns the model of `config` in the dtype of a file, and its Variables filled from it."""
     amounts: collections.Counter[str] = collections.Counter()
     for name, tensor in stored.items():
-        if not hub_names.is_buffer(_short(name)):
+        if not hub_names.is_buffer(short_name(name)):
             _require_float(name, tensor)
             amounts[tensor.dtype] += math.prod(tensor.shape)
     if not amounts:
@@ -192,7 +212,7 @@ def _fill(
     model = build(dataclasses.replace(config, dtype=dtype or amounts.most_common(1)[0][0]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     leaves = flatten_dict(shapes.params, sep=".")
-    tensors = _tensor_map(model.config, leaves)
+    tensors = tensor_map(model.config, leaves)
     stored = _matched(tensors, stored, model.config)
     where = shardings(model) if callable(shardings) else None
     place = lambda part, path: shardings if where is None else flatten_dict(part, sep=".")[path]
@@ -213,7 +233,7 @@ def _fill(
     return model, Variables(unflatten_dict(params, sep="."), {}, unflatten_dict(live, sep="."))
 
 
-def _tensor_map(config: hub_config.Config, leaves: Mapping[str, Any]) -> TensorMap:
+def tensor_map(config: hub_config.Config, leaves: Mapping[str, Any]) -> TensorMap:
     """Returns the tensors of this model's file."""
     rows = hub_names.GPT2 if getattr(config, "family", "") == "gpt2" else hub_names.LLAMA
     if isinstance(config, EncoderConfig):
@@ -222,11 +242,13 @@ def _tensor_map(config: hub_config.Config, leaves: Mapping[str, Any]) -> TensorM
         rows = hub_names.VIT
     tensors = hub_names.placements(rows, {name: leaf.shape for name, leaf in leaves.items()})
     if not isinstance(config, DecoderConfig) and config.head in ("none", "pooler"):
-        return {_short(name): some for name, some in tensors.items()}  # a bare model has no prefix
+        return {
+            short_name(name): some for name, some in tensors.items()
+        }  # a bare model has no prefix
     return tensors
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Returns a tensor's name without its optional prefix and with current norm names."""
     name = re.sub(r"^(model|transformer|bert|roberta|vit)\.", "", name)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -237,14 +259,14 @@ def _matched(
     tensors: TensorMap, stored: Mapping[str, StoredTensor], config: hub_config.Config
 ) -> dict[str, StoredTensor]:
     """Returns `stored` by the names in `tensors`; raises where the two do not fit."""
-    found = {_short(name): (name, tensor) for name, tensor in stored.items()}
+    found = {short_name(name): (name, tensor) for name, tensor in stored.items()}
     matched = {}
     for name, some in tensors.items():
         shape = hub_names.tensor_shape(some)
         ours = f"{some[0].path} {some[0].leaf_shape}"
-        if _short(name) not in found:
+        if short_name(name) not in found:
             raise ValueError(f"The file lacks the tensor {name} of shape {shape}, for {ours}.")
-        theirs, tensor = found.pop(_short(name))
+        theirs, tensor = found.pop(short_name(name))
         if tensor.shape != shape:
             raise ValueError(
                 f"The tensor {theirs} has shape {tensor.shape} in the file; the config asks for "
@@ -256,7 +278,7 @@ def _matched(
         if hub_names.is_buffer(short):
             continue
         origins = hub_names.COPIES.get(short, ())
-        home = next((own for own in matched if _short(own) in origins), None)
+        home = next((own for own in matched if short_name(own) in origins), None)
         if home is not None:
             _require_copy(name, tensor, home, matched[home])
         elif hub_names.is_unused(short):
@@ -299,8 +321,8 @@ def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
     """Returns the config and the parameters, layers stacked, of a model or of a subnet of it."""
     if not has_format(model):
         raise TypeError(
-            f"A model of {type(model.config).__name__} has no Hugging Face format; decoders, "
-            "encoders and vision transformers have one."
+            f"A model of {type(model.config).__name__} has no format of a folder; only those of "
+            "jaxfm.models have one."
         )
     structure = (variables.live, variables.masks)
     if any(not np.asarray(leaf).all() for leaf in jax.tree.leaves(structure)):

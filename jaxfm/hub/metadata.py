@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxfm.hub import config as hub_config
@@ -75,6 +75,23 @@ def write(
     if "generation" in metadata:
         text = json.dumps(metadata["generation"], indent=2, sort_keys=True)
         (folder / GENERATION).write_text(text + "\n")
+
+
+def named(metadata: Mapping[str, dict], classes: Sequence[str]) -> dict[str, dict]:
+    """Returns the metadata with names for the classes, in the order of the logits."""
+    names = {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+    return {**metadata, "config": {**metadata.get("config", {}), **names}}
+
+
+def class_names(metadata: Mapping[str, dict]) -> tuple[str, ...]:
+    """Returns the classes that a folder names, in the order of its logits; () where it has none."""
+    names = metadata.get("config", {}).get("id2label") or {}
+    known = {int(number): str(name) for number, name in names.items()}
+    given = tuple(known[number] for number in sorted(known))
+    return () if given == tuple(f"LABEL_{i}" for i in range(len(given))) else given
 
 
 def stop_tokens(config: Any) -> list[int]:

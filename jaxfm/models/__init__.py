@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxfm.model import Model
-from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
+from jaxfm.models.families.cnn import CnnConfig, MlpConfig, cnn, mlp
 from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.models.families.encoder import EncoderConfig, encoder
 from jaxfm.models.families.mobilenet import MobileNetConfig, mobilenet, mobilenet_config
@@ -19,6 +19,7 @@ __all__ = [
     "CnnConfig",
     "DecoderConfig",
     "EncoderConfig",
+    "MlpConfig",
     "MobileNetConfig",
     "ResNetConfig",
     "ShuffleNetConfig",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 VisionConfig = ResNetConfig | VggConfig | MobileNetConfig | ShuffleNetConfig
-Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig | VisionConfig
+Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig | MlpConfig | VisionConfig
 
 
 def build(config: Config) -> Model:
@@ -63,6 +64,7 @@ _FAMILIES: dict[type, Callable[[Any], Model]] = {
     EncoderConfig: encoder,
     VitConfig: vit,
     CnnConfig: cnn,
+    MlpConfig: lambda config: mlp(config.sizes),
     ResNetConfig: resnet,
     VggConfig: vgg,
     MobileNetConfig: mobilenet,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
+
+import jax
 
 from jaxfm.model import Model
 from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
+from jaxfm.models.families.decoder import DecoderConfig
+from jaxfm.models.families.encoder import EncoderConfig
 from jaxfm.models.families.resnet import resnet, resnet_config
 from jaxfm.models.families.vgg import vgg, vgg_config
 from jaxfm.models.families.vit import VitConfig, vit
+from jaxfm.subnet import axis_sizes
 
 ImageFamily = Literal[
     "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32", "resnet34", "resnet44",
@@ -74,13 +78,10 @@ def _patch_size(height: int, width: int) -> int:
     return max(n for n in range(1, largest + 1) if height % n == 0 and width % n == 0)
 
 
-def width_axes(family: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the axes that a narrower model of this family is cut along.
-
-    Args:
-      family: as of `image_classifier`, or "decoder" or "encoder".
-      sizes: of all axes of the model (`jaxfm.axis_sizes`).
-    """
-    if family in ("decoder", "encoder", "vit"):
+def width_axes(model: Model) -> tuple[str, ...]:
+    """Returns the axes that a narrower model of one of our families is cut along."""
+    if isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig):
         return ("embed", "mlp", "kv_heads")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = axis_sizes(shapes, model.axes)
     return tuple(sorted(sizes.keys() - {"input", "channel", "class"}))

@@ -104,6 +104,28 @@ def cnn(config: CnnConfig = CnnConfig()) -> Model:
     return network._replace(apply=apply, config=config)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+    """The shape of a multilayer perceptron.
+
+    Attributes:
+      sizes: numbers of inputs, of the units of each hidden layer, and of classes.
+    """
+
+    sizes: tuple[int, ...] = (784, 200, 10)
+
+    def __post_init__(self):
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(
+                f"sizes must be counts of inputs, hidden units and classes; got {self.sizes}."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the number of logits."""
+        return self.sizes[-1]
+
+
 class Mlp(nnx.Module):
     """Linear maps with a ReLU between."""
 
@@ -129,6 +151,5 @@ def mlp(sizes: tuple[int, ...] = (784, 200, 10)) -> Model:
     Raises:
       ValueError: fewer than two sizes, or one below 1.
     """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes must be counts of inputs, hidden units and classes; got {sizes}.")
-    return from_nnx(lambda rngs: Mlp(sizes, rngs))
+    config = MlpConfig(sizes=tuple(sizes))
+    return from_nnx(lambda rngs: Mlp(config.sizes, rngs))._replace(config=config)

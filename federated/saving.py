@@ -1,0 +1,52 @@
+"""The trained model of a run as a folder, and the folder as the start of another run."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from jaxfm import hub
+from jaxfm.data.dealing import Data
+from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.run import TrainedRun
+from jaxfm.model import Model, Variables
+
+
+class TrainedModel(NamedTuple):
+    """What a run has trained.
+
+    Attributes:
+      model, variables: the network and its arrays, which may be a slice of the full ones.
+    """
+
+    model: Model
+    variables: Variables
+
+
+def trained_model(algorithm: Algorithm, result: TrainedRun) -> TrainedModel:
+    """Returns the model that the run's global test figures are of.
+
+    Raises:
+      ValueError: clients have models of their own, and there is no global one.
+    """
+    server = result.state.server
+    if algorithm.model is None:
+        raise ValueError("This algorithm has no global model: clients keep models of their own.")
+    if result.scored is None:
+        return TrainedModel(algorithm.model, server.variables)
+    bucket = algorithm.buckets[result.scored]
+    return TrainedModel(bucket.model or algorithm.model, bucket.shared(server))
+
+
+def save_model(
+    algorithm: Algorithm, result: TrainedRun, data: Data, folder: str | os.PathLike
+) -> None:
+    """Writes the trained model, its tokenizer and its classes' names as `jaxfm.hub.save` does.
+
+    `jaxfm.hub.load_for(data, folder)` starts from it.
+
+    Raises:
+      TypeError, ValueError: as of `trained_model` and `jaxfm.hub.save`.
+    """
+    model, variables = trained_model(algorithm, result)
+    hub.save(model, variables, folder, data.tokenizer, classes=data.classes)
