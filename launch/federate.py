@@ -6,6 +6,8 @@
     python -m jaxfm.launch.federate --algorithm=my_algorithm.py --data=digits
     python -m jaxfm.launch.federate --model=resnet20 --data=cifar10 --data.folder=cifar10.npz \
         --local=sgd
+    python -m jaxfm.launch.federate --model=path/to/bert --data.source=reviews.csv
+    python -m jaxfm.launch.federate --init=runs/first/model --data=digits --local=sgd
     python -m jaxfm.launch.federate --compare=fed_avg,scaffold,hetero_fl --seeds=3 \
         --profile=pi,phone,laptop --local=sgd
 
@@ -13,9 +15,10 @@ The first federates a byte-level language model over the largest packages of the
 the last runs three algorithms side by side on the same data, clients and cohorts. Each algorithm
 has options of its own, which --help shows for the chosen one.
 
-A run folder holds the config, metrics (JSONL and TensorBoard), checkpoints and report.html. The
-same command continues a stopped run. The validation split is watched; the test split is looked at
-once, at the end.
+A run folder holds the config, metrics (JSONL and TensorBoard), checkpoints, report.html and the
+trained model in model/: in Hugging Face format where it has one, else as `jaxfm.hub.load` reads it.
+Another run starts from it by --init. The same command continues a stopped run. The validation split
+is watched; the test split is looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -142,14 +145,20 @@ def run(config: Any) -> pathlib.Path:
       NothingLearned: as `jaxfm.federated.train`; the report says so, too.
     """
     run_dir = open_run(config, config.run_dir)
+    data, model, prepared = ready(config)
     try:
-        result = train(config, *ready(config))
+        result = train(config, data, model, prepared)
     except NothingLearned as error:
         save_results(run_dir, "stopped", {"algorithm": config.algorithm, "why": str(error)})
         print(f"report: {write_report(run_dir)}")
         raise
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
+    try:
+        federated.save_model(prepared.algorithm, result, data, run_dir / "model")
+        print(f"model: {run_dir / 'model'}")
+    except (TypeError, ValueError) as error:
+        print(f"model: not written. {error}")
     return write_report(run_dir)
 
 

@@ -28,6 +28,10 @@ class _FederateConfig:
 
     run_dir: str = option("", RUN_DIR_HELP)
     algorithm: str = option("fed_avg", "of the registry, or a .py file that registers one")
+    init: str = option(
+        "",
+        "folder of a model that the run starts from, such as model/ of another; as --model=FOLDER",
+    )
     compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
     seeds: int = option(1, "runs of each algorithm in a comparison, with seeds from --seed on")
     rounds: int = option(60, "rounds in all")
@@ -84,6 +88,7 @@ class _FederateConfig:
 
     def __post_init__(self):
         check(self)
+        self._start_from(self.init)
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
@@ -112,6 +117,16 @@ class _FederateConfig:
                 raise ValueError(
                     f"{name}.select=agent judges by validation rows: give --data.local_validation."
                 )
+
+    def _start_from(self, folder: str) -> None:
+        """Makes the folder of `init` the model's."""
+        if not folder:
+            return
+        if self.model.family not in ("auto", folder):
+            raise ValueError(
+                f"init={folder!r} brings its own model; leave out --model={self.model.family}."
+            )
+        object.__setattr__(self, "model", dataclasses.replace(self.model, family=folder))
 
 
 def federate_config() -> type:

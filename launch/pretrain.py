@@ -4,7 +4,7 @@
     python -m jaxfm.launch.pretrain --data.source=digits --data.partition=iid --local.name=sgd
 
 The data are those that `jaxfm.launch.federate` deals out, merged. The run folder holds config,
-metrics, checkpoints, report.html and, for language models, model/ in Hugging Face format. The same
+metrics, checkpoints, report.html and model/, in Hugging Face format where it has one. The same
 command continues a run that was stopped.
 """
 
@@ -167,9 +167,8 @@ def main(config: PretrainConfig) -> None:
     print(f"{count_parameters(state.variables.params):,} parameters")
     for name, value in metrics.items():
         print(f"test {name}: {value:.4f}")
-    if data.tokenizer is not None:
-        hub.save(model, state.variables, run_dir / "model", tokenizer=data.tokenizer)
-        print(f"model: {run_dir / 'model'}")
+    hub.save(model, state.variables, run_dir / "model", data.tokenizer, classes=data.classes)
+    print(f"model: {run_dir / 'model'}")
     print(f"report: {write_report(run_dir)}")
 
 

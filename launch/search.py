@@ -6,11 +6,11 @@
     python -m jaxfm.launch.search --model=runs/demo/model --data.source=stdlib --parameters=0.5
 
 Without weights, or where a folder's model needs a new head, the dense model is trained first. Rows
-have separate purposes: training rows train, re-estimate statistics and repair; the reward of the search comes from validation rows (for a model
-that was trained elsewhere, from one half of the test rows), and the report from test rows that
-nothing else has seen. The run folder holds config, results, report.html and pruned/ (parameters,
-manifest, program). Transformers are also written in Hugging Face format where it can express them:
-language models to draft/, others to huggingface/.
+have separate purposes: training rows train, re-estimate statistics and repair; the reward of the
+search comes from validation rows (for a model that was trained elsewhere, from one half of the test
+rows), and the report from test rows that nothing else has seen. The run folder holds config,
+results, report.html and pruned/ (parameters, manifest, program). Transformers are also written in
+Hugging Face format where it can express them: language models to draft/, others to huggingface/.
 """
 
 from __future__ import annotations
