@@ -90,7 +90,9 @@ def load_for(
     if raw.get("model_type") == own_format.MODEL_TYPE:
         return _own(data, folder, raw, dtype, key)
     misfit = f"{folder} holds a {raw.get('model_type')}, which does not fit {called}."
-    if not head:
+    pairs = hub_config.ARCHITECTURES.values()
+    known = raw.get("model_type") in {family for family, _ in pairs}
+    if not head or (known and (raw["model_type"], head) not in pairs):
         raise ValueError(misfit)
     config = read_config(folder, head)
     if not isinstance(config, types):

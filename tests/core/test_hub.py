@@ -12,24 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import hub
 from jaxfm.hub.metadata import stop_tokens
 from jaxfm.layers import RopeScaling
-from jaxfm.model import layers_of, unstack, with_layers
-from jaxfm.models import build
-from jaxfm.subnet import Subnet, extract, mask
+from jaxfm.model import from_nnx, layers_of, unstack, with_layers
+from jaxfm.models import build, mlp
+from jaxfm.subnet import Subnet, axis_sizes, extract, mask, width
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,
     tiny_decoder,
     tiny_encoder,
     tiny_gpt2,
+    tiny_mobilenet,
+    tiny_resnet,
+    tiny_shufflenet,
+    tiny_vgg,
     tiny_vit,
 )
 from jaxfm.tokenizer import ByteTokenizer
 
+OWN = {
+    "mlp": mlp((5, 4, 3)), "cnn": tiny_cnn(), "resnet": tiny_resnet(), "vgg": tiny_vgg(),
+    "mobilenet": tiny_mobilenet(), "shufflenet": tiny_shufflenet(),
+}  # fmt: skip
 MODELS = {
     "llama": tiny_decoder(),
     "llama untied, biases, explicit head_dim": tiny_decoder(
@@ -84,6 +93,40 @@ def test_what_is_saved_is_loaded(case, tmp_path):
     assert loaded.config == config
     chex.assert_trees_all_equal(same, variables)
     assert os.listdir(tmp_path) == ["model"]  # no work folder is left behind
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_our_own_networks_are_saved_and_loaded(family, tmp_path):
+    model = OWN[family]
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "model", classes=("a", "b"))
+    loaded, same = hub.load(tmp_path / "model")
+    assert loaded.config == model.config
+    chex.assert_trees_all_equal(same, variables)
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (about["family"], about["classes"]) == (family, ["a", "b"])
+    half = width(axis_sizes(variables, model.axes), {"dense": 0.5}) if family == "cnn" else None
+    if half is not None:
+        small = extract(variables, model.axes, half)
+        hub.save(model, small, tmp_path / "model")
+        chex.assert_trees_all_equal(hub.load(tmp_path / "model")[1], small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "lenet"}, "says family='lenet'; it must be one of mlp, cnn"),
+        ({"fields": {"sizes": [5]}}, "is no config of a mlp: sizes must be counts"),
+        ({"fields": {"size": [5, 2]}}, "MlpConfig has no 'size'. Did you mean sizes"),
+        ({"fields": {"sizes": [5, 3]}}, "dense1.bias has shape .4,. in the file; the config asks"),
+        ({"fields": {"sizes": [5, 4, 4, 3]}}, "lacks the tensor params.dense3.bias"),
+    ],
+)
+def test_damaged_folders_of_our_own_networks_are_named(changes, message, tmp_path):
+    hub.save(OWN["mlp"], random_variables(OWN["mlp"]), tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=message):
+        hub.load(tmp_path / "model")
 
 
 def test_shards_and_their_index_are_read_back(tmp_path):
@@ -321,8 +364,9 @@ def test_masked_and_unequal_models_are_refused(tmp_path):
     ragged = extract(variables, model.axes, Subnet({"mlp": [np.arange(3), np.arange(4)]}))
     with pytest.raises(ValueError, match="The layers have unequal widths"):
         hub.save(model, ragged, tmp_path / "model")
-    with pytest.raises(TypeError, match="A model of CnnConfig has no Hugging Face format"):
-        hub.save(tiny_cnn(), random_variables(tiny_cnn()), tmp_path / "model")
+    users = from_nnx(lambda rngs: nnx.Linear(2, 2, rngs=rngs))
+    with pytest.raises(TypeError, match="A model of NoneType has no format of a folder"):
+        hub.save(users, random_variables(users), tmp_path / "model")
     pooled = tiny_encoder(head="classify")
     narrow = extract(random_variables(pooled), pooled.axes, Subnet({"embed": np.arange(8)}))
     with pytest.raises(ValueError, match=r"head[.]classifier[.]kernel has shape \(16, 2\)"):

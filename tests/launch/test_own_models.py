@@ -22,6 +22,7 @@ CLASSES = ("negative", "positive")
 ARCHITECTURES = {
     "bert": "BertForSequenceClassification", "llama": "LlamaForSequenceClassification",
 }  # fmt: skip
+NAMES = ["bert", pytest.param("llama", marks=pytest.mark.slow)]
 
 
 def word_tokenizer(*special, before=(), after=(), **roles):
@@ -95,7 +96,7 @@ def batch(tokenizer):
     return inner(texts, padding=True, return_tensors="np")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folders_model_learns_to_classify_and_is_written_as_one(name, trained, capsys):
     run = trained(name)
     results = json.loads((run / "results.json").read_text())
@@ -110,7 +111,7 @@ def test_a_folders_model_learns_to_classify_and_is_written_as_one(name, trained,
     np.testing.assert_array_equal(np.argmax(logits, -1), [1, 0, 1])
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_transformers_reopens_what_was_trained_with_equal_logits(name, trained):
     torch = pytest.importorskip("torch")
     import transformers
