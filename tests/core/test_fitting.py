@@ -116,7 +116,7 @@ def test_a_pretrained_model_starts_from_its_numbers():
 @pytest.mark.parametrize(
     ("model", "kind", "changes", "message"),
     [
-        (tiny_encoder(**TEXT), "language", {}, "holds a bert, which does not fit text to be continued"),
+        (tiny_encoder(**TEXT), "language", {}, "holds a bert, which does not fit text to be"),
         (tiny_vit(), "text", {}, "holds a vit, which does not fit labelled text"),
         (tiny_encoder(**TEXT), "images", {}, "holds a bert, which does not fit images"),
         (tiny_encoder(**TEXT), "features", {}, "a bert, which does not fit columns of numbers"),
