@@ -38,6 +38,11 @@ WIDTHS = {"vocab_size": 4096, "embed_dim": 768, "num_heads": 12, "num_kv_heads":
 
 
 def peak_mib() -> float:
+    """The largest resident size of this program so far. (Of a child, `getrusage` gives the parent's
+    where that is larger: it counts from before the exec.)"""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return next(int(x.split()[1]) for x in status.open() if x.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
