@@ -54,7 +54,14 @@ def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
 
     def init(key: Key) -> CmaState:
         zero = jnp.zeros(size)
-        return CmaState(zero, jnp.float32(sigma), jnp.eye(size), zero, zero, jnp.int32(0))
+        return CmaState(
+            mean=zero,
+            sigma=jnp.float32(sigma),
+            covariance=jnp.eye(size),
+            path_sigma=zero,
+            path_c=zero,
+            generation=jnp.int32(0),
+        )
 
     def axes(covariance: Array) -> tuple[Array, Array]:
         values, vectors = jnp.linalg.eigh(covariance)

@@ -111,8 +111,16 @@ def network(
         Leaf(path, shape.shape, shape.dtype, tuple(axes))
         for path, shape, axes in zip(paths, shapes, numbered, strict=True)
     )
-    plan = make_planner(functions, treedef, leaves, len(units))
-    return Network(functions, treedef, leaves, groups, frozen, dict(notes.unknown), inputs, plan)
+    return Network(
+        functions=functions,
+        treedef=treedef,
+        leaves=leaves,
+        groups=groups,
+        frozen=frozen,
+        unknown=dict(notes.unknown),
+        example=inputs,
+        plan=make_planner(functions, treedef, leaves, len(units)),
+    )
 
 
 def key_name(key: Any) -> str:
