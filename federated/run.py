@@ -327,8 +327,8 @@ def _on_server(
 def _diverged(clients: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
     """A sentence on clients whose own models have no finite metric; empty where there are none."""
     lost = [np.isinf(values) for values in clients.values()]
-    who = np.flatnonzero(np.any(lost, axis=0)) if lost else []
-    if not len(who):
+    who = np.flatnonzero(np.any(lost, axis=0)) if lost else np.array([], int)
+    if not who.size:
         return ""
     return f"The models of {counted(who, names)} diverged: their test metrics are not finite."
 

@@ -207,10 +207,11 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
 
 def _call_arguments(module: nnx.Module, train: bool, key: Key | None) -> dict[str, Any]:
     """Returns what a module's call is told of training, in the words of its own signature."""
+    told: dict[str, Any]
     if isinstance(module, bridge.ToNNX):  # a Linen module, which returns statistics if it is asked
         told = mode_arguments(module.to_nnx__module.__call__, train)
         return told | ({"mutable": ["batch_stats"]} if train else {})
-    told: dict[str, Any] = mode_arguments(module.__call__, train)
+    told = mode_arguments(module.__call__, train)
     if takes(module.__call__, "rngs"):
         told["rngs"] = nnx.Rngs(0 if key is None else key)
     return told

@@ -312,7 +312,7 @@ def make_model(config: ModelConfig, data: Data) -> Model:
     )
 
 
-def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, int]) -> Model:
+def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, Any]) -> Model:
     assert data.tokenizer is not None
     length = data.validation["tokens"].shape[1]
     text: dict[str, Any] = {

@@ -229,7 +229,7 @@ def numbers(table: Table, name: str) -> np.ndarray:
     return values
 
 
-def _first_bad(cells: Sequence) -> int:
+def _first_bad(cells: Sequence | np.ndarray) -> int:
     """Returns the first row that is no number, or is shaped unlike the first row."""
     for row, cell in enumerate(cells):
         try:

@@ -65,7 +65,7 @@ class Data(NamedTuple):
         )
 
 
-def check_splits(splits: Mapping[str, Examples], task: Task) -> None:
+def check_splits(splits: Mapping[str, Mapping], task: Task) -> None:
     """Raises a ValueError where a split has no rows, or the task cannot take them."""
     for name, examples in splits.items():
         if not leading_size(examples):
@@ -160,7 +160,7 @@ def deal(
         raise ValueError(f"how={how!r} is unknown; choose one of {', '.join(get_args(Dealing))}.")
     size = leading_size(source.examples)
     if how == "auto":
-        unowned = "dirichlet" if "label" in source.examples else "iid"
+        unowned: Dealing = "dirichlet" if "label" in source.examples else "iid"
         how = unowned if source.client is None else "natural"
     if how == "natural":
         return _largest_owners(source, num_clients)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxfm.data.splits import split_in
 from jaxfm.data.tables import (
     Table,
@@ -77,6 +79,13 @@ def _blocks(path: Path, encoding: str) -> Table:
     return make_table({"text": [block for block in blocks if block.strip()]}, path)
 
 
+def _array(file: Path) -> np.ndarray:
+    array = read_arrays(file)
+    if isinstance(array, dict):
+        raise ValueError(f"{file} holds several arrays; call it {file.stem}.npz.")
+    return array
+
+
 def _folder(path: Path, columns: Sequence[str], encoding: str, label_folders: bool) -> Table:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return read_saved(path)
@@ -84,7 +93,7 @@ def _folder(path: Path, columns: Sequence[str], encoding: str, label_folders: bo
     arrays = [file for file in files if file.suffix == ".npy" and file.parent == path]
     tables = [file for file in files if is_table(file) and file.suffix != ".npy"]
     if arrays:
-        return split_arrays({file.stem: read_arrays(file) for file in arrays}, path)
+        return split_arrays({file.stem: _array(file) for file in arrays}, path)
     if tables:
         read = [read_table(file, columns=columns, encoding=encoding) for file in tables]
         return join([_in_split(table, file, path) for table, file in zip(read, tables)])

@@ -129,8 +129,7 @@ def load(
         image, tuple(features), None, weight,
     )  # fmt: skip
     if path.exists():
-        options = {"columns": columns, "encoding": encoding}
-        table = read_path(path, label_folders=label == "folder", **options)
+        table = read_path(path, columns=columns, encoding=encoding, label_folders=label == "folder")
     elif not _HUB_NAME.fullmatch(str(path_or_name)):
         raise FileNotFoundError(f"{path_or_name}: there is no such file or folder.")
     else:

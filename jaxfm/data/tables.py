@@ -103,9 +103,9 @@ def join(tables: Sequence[Table]) -> Table:
 def _joined(parts: Sequence[Column]) -> Column:
     if len(parts) == 1:
         return parts[0]
-    arrays = all(isinstance(part, np.ndarray) for part in parts)
-    if arrays and len({part.shape[1:] for part in parts}) == 1:
-        return np.concatenate(parts)
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
     return [cell for part in parts for cell in part]
 
 

@@ -33,7 +33,7 @@ from jaxfm.models import (
 )
 
 MODEL_TYPE = "jaxfm"
-_FAMILIES: dict[str, type] = {
+_FAMILIES: dict[str, type[Any]] = {
     "mlp": MlpConfig, "cnn": CnnConfig, "resnet": ResNetConfig, "vgg": VggConfig,
     "mobilenet": MobileNetConfig, "shufflenet": ShuffleNetConfig,
 }  # fmt: skip

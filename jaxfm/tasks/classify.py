@@ -1,6 +1,7 @@
 """Classification: which class an example belongs to."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ def classification(
         raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
 
     def prepare(batch, key=None):
+        values: Any
         if not isinstance(inputs, str):
             values = {name: leaf(batch, name) for name in inputs}
         else:

@@ -428,6 +428,13 @@ def test_folders_that_hold_nothing_to_learn_from(tmp_path):
     (tmp_path / "b.txt").write_text("x")
 
 
+def test_several_arrays_in_a_file_called_npy_are_named(tmp_path):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.savez(file, x=POINTS, y=np.array(LABELS))
+    with pytest.raises(ValueError, match=r"x\.npy holds several arrays; call it x\.npz\."):
+        load(tmp_path)
+
+
 def test_files_of_other_sizes_are_named(tmp_path):
     folder = write_image_folder(tmp_path)
     np.save(folder / "train" / "cat" / "89.npy", IMAGES[0][:3])
