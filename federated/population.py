@@ -71,6 +71,15 @@ def check_population(
     _check_range("index", index, num_examples, f"there are {num_examples} examples")
 
 
+def check_unmoved(before: Population, after: Population) -> None:
+    """Checks that no client has changed its bucket or home; raises ValueError if one has."""
+    for name in ("bucket", "home"):
+        if not np.array_equal(getattr(before, name), getattr(after, name)):
+            raise ValueError(
+                f"Clients cannot change their {name} between calls: call compile_rounds again."
+            )
+
+
 def _check_range(name: str, values, limit: int, why: str) -> None:
     low, high = int(np.min(values)), int(np.max(values))
     if low < 0 or high >= limit:

@@ -31,7 +31,7 @@ from jaxfm.federated.cohort import (
     joined,
     round_keys,
 )
-from jaxfm.federated.population import Population, check_population
+from jaxfm.federated.population import Population, check_population, check_unmoved
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.parallel.mesh import make_mesh, put
 
@@ -158,12 +158,7 @@ def compile_rounds(
             rate = place(np.float32(drop_rate))
         if people is not None:
             check(people)
-            for name in ("bucket", "home"):
-                if not np.array_equal(getattr(people, name), getattr(population, name)):
-                    raise ValueError(
-                        f"Clients cannot change their {name} between calls: call compile_rounds "
-                        "again."
-                    )
+            check_unmoved(population, people)
             settled = homes.settle(people, mesh)
         return compiled(state, (settled, (*fixed, rate)))
 

@@ -145,22 +145,25 @@ def train(
     test, buckets, clients = final_metrics(
         algorithm, state, data, placement.bucket, measure, test_examples
     )
-    totals = totals_by_name(account, placement)
-    scored = trained_bucket(algorithm, placement.bucket)
-    full = count_parameters(variables.params)
-    own = full if scored is None else placement.costs[scored].parameters
+    result = TrainedRun(
+        state=state, placement=placement, totals=totals_by_name(account, placement),
+        history=history, test=test, buckets=buckets, clients=clients, failures=account.failures,
+        scored=trained_bucket(algorithm, placement.bucket),
+    )  # fmt: skip
+    _say_what_is_missing(result, data, count_parameters(variables.params))
+    return result
+
+
+def _say_what_is_missing(result: TrainedRun, data: Data, full: int) -> None:
+    """Prints what of the model nobody trained, and which clients were left out or diverged."""
+    scored, costs = result.scored, result.placement.costs
     sentences = (
-        untrained_rest(own, full),
-        left_out(totals, account.failures, data.names),
-        _diverged(clients, data.names),
+        untrained_rest(full if scored is None else costs[scored].parameters, full),
+        left_out(result.totals, result.failures, data.names),
+        _diverged(result.clients, data.names),
     )
     for sentence in filter(None, sentences):
         print(sentence)
-    return TrainedRun(
-        state=state, placement=placement, totals=totals, history=history, test=test,
-        buckets=buckets, clients=clients, failures=account.failures,
-        scored=scored,
-    )  # fmt: skip
 
 
 def _play(

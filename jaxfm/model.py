@@ -150,18 +150,11 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(0)))
     leaves = dict(nnx.to_flat_state(abstract))
     randoms = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, nnx.RngState)}
-    homes = {}
-    for path, leaf in leaves.items():
-        if path in randoms:
-            continue
-        kind = next((name for cls, name in _COLLECTIONS.items() if isinstance(leaf, cls)), None)
-        if kind is None:
-            raise ValueError(
-                f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model "
-                "may hold nnx.Param (trained), nnx.BatchStat (statistics), jaxfm.Frozen (held "
-                "fixed) and random streams."
-            )
-        homes[path] = (kind, *map(str, path))
+    homes = {
+        path: (_collection(path, leaf), *map(str, path))
+        for path, leaf in leaves.items()
+        if path not in randoms
+    }
 
     def gather(flat: Mapping[tuple, Any]) -> Variables:
         tree: dict[str, dict] = {name: {} for name in Variables._fields}
@@ -203,6 +196,18 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
 
     names = {path: _axis_names(leaf) for path, leaf in leaves.items() if path in homes}
     return Split(init, call, gather(names))
+
+
+def _collection(path: tuple, leaf: Any) -> str:
+    """The field of `Variables` that a variable of a module belongs to."""
+    for kind, name in _COLLECTIONS.items():
+        if isinstance(leaf, kind):
+            return name
+    raise ValueError(
+        f"The variable {'.'.join(map(str, path))!r} is a {type(leaf).__name__}; a model may hold "
+        "nnx.Param (trained), nnx.BatchStat (statistics), jaxfm.Frozen (held fixed) and random "
+        "streams."
+    )
 
 
 def _call_arguments(module: nnx.Module, train: bool, key: Key | None) -> dict[str, Any]:

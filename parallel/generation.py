@@ -153,10 +153,10 @@ def stream(
     stop_tokens, stop_strings = listed_stops(stop_tokens, stop_strings, decoder.vocab_size)
     check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
     ticks = whole_number("ticks", ticks)
-    if prefill_chunk is not None:
-        prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
-    if cells is not None:
-        cells = whole_number("cells", cells)
+    given = {"prefill_chunk": prefill_chunk, "cells": cells}
+    prefill_chunk, cells = (
+        None if x is None else whole_number(name, x) for name, x in given.items()
+    )
     batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
@@ -166,17 +166,20 @@ def stream(
     sampling = make_sampling(
         batch, temperature, top_k, top_p, min_p, key, known=known, bias=bias, seeds=seeds
     )
-    token_bytes: list[bytes] = []
-    if tokenizer is not None:
-        # A model may have more rows than its tokenizer has tokens (padding).
-        token_bytes = list(tokenizer.token_bytes())
-        token_bytes += [b""] * (decoder.vocab_size - len(token_bytes))
+    token_bytes = _bytes_of_rows(tokenizer, decoder.vocab_size)
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
     text = make_text(ids, limits, cells, decoder.draft_length, logprobs)
-    make = lambda: Detokenizer(token_bytes, stop_strings)
-    writers = [make() for _ in ids] if tokenizer is not None else None
+    writers = None if tokenizer is None else [Detokenizer(token_bytes, stop_strings) for _ in ids]
     width = min(bucket(lengths.max()), cells)
     return _run(decoder, text, rules, width, ticks, prefill_chunk, writers)
+
+
+def _bytes_of_rows(tokenizer: Tokenizer | None, vocab_size: int) -> list[bytes]:
+    """The bytes of every token; a model may have more rows than its tokenizer has tokens."""
+    if tokenizer is None:
+        return []
+    token_bytes = list(tokenizer.token_bytes())
+    return token_bytes + [b""] * (vocab_size - len(token_bytes))
 
 
 def _run(

@@ -55,13 +55,9 @@ def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
     def init(key: Key) -> CmaState:
         zero = jnp.zeros(size)
         return CmaState(
-            mean=zero,
-            sigma=jnp.float32(sigma),
-            covariance=jnp.eye(size),
-            path_sigma=zero,
-            path_c=zero,
-            generation=jnp.int32(0),
-        )
+            mean=zero, sigma=jnp.float32(sigma), covariance=jnp.eye(size),
+            path_sigma=zero, path_c=zero, generation=jnp.int32(0),
+        )  # fmt: skip
 
     def axes(covariance: Array) -> tuple[Array, Array]:
         values, vectors = jnp.linalg.eigh(covariance)
