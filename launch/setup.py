@@ -21,7 +21,7 @@ from jaxfm.data.loading import BUILT_IN, DataSet, kind_of, load
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.model import Model
-from jaxfm.models import DecoderConfig, EncoderConfig, build, decoder, encoder
+from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
 from jaxfm.models.by_name import ImageFamily, image_classifier
 from jaxfm.plain_types import suggest
 from jaxfm.run_folder import save_results
@@ -297,13 +297,12 @@ def make_model(config: ModelConfig, data: Data) -> Model:
     The `init` of a folder's model gives its numbers, and draws only what its head lacks.
     """
     if config.folder:
-        fitted = hub.load_for(data, config.folder, dtype=config.dtype)
+        fitted = hub.load_for(data, config.folder, dtype=config.dtype, remat=config.remat)
         for sentence in fitted.notes:
             print(sentence)
-        own = dataclasses.replace(fitted.model.config, remat=True) if config.remat else None
-        return hub.pretrained(build(own) if own else fitted.model, fitted.variables)
+        return hub.pretrained(fitted.model, fitted.variables)
     family = family_of(config, data)
-    sizes = {name: getattr(config, name) for name in _SIZES}
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     if family in ("decoder", "encoder"):
         return _text_model(family, config, data, sizes)
     leaf = "image" if "image" in data.validation else "features"

@@ -42,7 +42,7 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
         raise FileNotFoundError(f"There is no folder {name}.")
     import huggingface_hub
 
-    files = ["config.json", "generation_config.json", "model*.safetensors", _INDEX]
+    files = ["*config.json", "model*.safetensors", _INDEX]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # a dozen kinds, from the network up to the licence
@@ -209,7 +209,7 @@ def _publish(new: pathlib.Path, path: pathlib.Path) -> None:
     names = {file.name for file in new.iterdir()}
     for file in new.iterdir():
         file.replace(path / file.name)
-    generation = path / "generation_config.json"  # of the model that was there before
-    for old in [*path.glob("model*.safetensors"), path / _INDEX, generation]:
+    others = ("generation_config.json", "preprocessor_config.json")  # of the model before
+    for old in [*path.glob("model*.safetensors"), *(path / name for name in (_INDEX, *others))]:
         if old.name not in names:
             old.unlink(missing_ok=True)

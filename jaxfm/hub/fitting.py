@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxfm.data.augment import image_transform
 from jaxfm.data.dealing import Data
 from jaxfm.data.loading import kind_of
 from jaxfm.hub import config as hub_config
@@ -67,18 +68,21 @@ class Fitted(NamedTuple):
 
 
 def load_for(
-    data: Data, path_or_name: str | os.PathLike, *, dtype: str | None = None, seed: int = 0
-) -> Fitted:
+    data: Data, path_or_name: str | os.PathLike, *, dtype: str | None = None, remat: bool = False,
+    seed: int = 0,
+) -> Fitted:  # fmt: skip
     """Loads a folder's model with the head that the data need.
 
     Labelled text is classified by encoders, from the first token, and by decoders, from the last;
     decoders continue text; images go to vision transformers and to our own networks. A classifier
     of the right size is kept, in the order of the data's classes where both name the same ones. One
-    of another size is replaced by a new one.
+    of another size is replaced by a new one. A vision transformer's images, in 0..1, are normalised
+    as its preprocessor_config.json says.
 
     Args:
       data: whose classes, tokenizer and shapes the model must fit.
       path_or_name, dtype: as in `jaxfm.hub.load`.
+      remat: recompute layers in the backward pass (of transformers).
       seed: of what is drawn.
     Raises:
       FileNotFoundError, ValueError: as of `jaxfm.hub.load`; a model that does not fit the data.
@@ -94,7 +98,7 @@ def load_for(
     known = raw.get("model_type") in {family for family, _ in pairs}
     if not head or (known and (raw["model_type"], head) not in pairs):
         raise ValueError(misfit)
-    config = read_config(folder, head)
+    config = dataclasses.replace(read_config(folder, head), remat=remat)
     if not isinstance(config, types):
         raise ValueError(misfit)
     _check_inputs(config, data, folder)
@@ -112,7 +116,21 @@ def load_for(
     if not drawn:
         order, notes = _order(named, data.classes, folder)
         stored = {name: _reordered(name, tensor, order) for name, tensor in stored.items()}
-    return Fitted(*fill(config, stored, dtype, None), drawn, tuple(notes))
+    model, variables = fill(config, stored, dtype, None)
+    return Fitted(_normalised(model), variables, drawn, tuple(notes))
+
+
+def _normalised(model: Model) -> Model:
+    """Returns the model that takes images in 0..1, if its folder says how they are normalised."""
+    scale = hub_metadata.pixel_scale(model.config.metadata)
+    if not isinstance(model.config, VitConfig) or scale is None:
+        return model
+    transform = image_transform(mean=scale[0], std=scale[1])
+    return model._replace(
+        apply=lambda variables, images, **kwargs: model.apply(
+            variables, transform(images, None), **kwargs
+        )
+    )
 
 
 def pretrained(model: Model, variables: Variables) -> Model:
@@ -237,7 +255,16 @@ def _own(
     is_mlp = isinstance(model.config, MlpConfig)
     sizes = {"sizes": (*model.config.sizes[:-1], count)} if is_mlp else {"num_classes": count}
     model = build(dataclasses.replace(model.config, **sizes))
-    pick = lambda names, new, old: new if "class" in names else old
+
+    def pick(names, new, old):
+        """Draws what has an axis of classes; at the size of a slice, where the folder holds one."""
+        axes = zip(names, old.shape, strict=True)
+        return (
+            new[tuple(slice(None if name == "class" else size) for name, size in axes)]
+            if "class" in names
+            else old
+        )
+
     variables = along(pick, model.axes, model.init(key), variables)
     note = f"{folder}: classifier drawn anew, for {count} classes."
     return Fitted(model, variables, ("classifier",), (note,))

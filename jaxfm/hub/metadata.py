@@ -1,8 +1,8 @@
 """What a Hugging Face folder says beside the function: token ids, names of labels, sampling.
 
 A config of ours holds what changes the function. All else in config.json and the whole of
-generation_config.json are kept beside it, in `config.metadata`, so that a model that is loaded and
-saved (cut or trained in between) loses nothing of them.
+generation_config.json and of preprocessor_config.json are kept beside it, in `config.metadata`, so
+that a model that is loaded and saved (cut or trained in between) loses nothing of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from jaxfm.hub import config as hub_config
 
 GENERATION = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_FILES = {"generation": GENERATION, "preprocessor": PREPROCESSOR}
 # Fields of config.json that follow from ours, whatever they were before.
 _OURS = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "num_labels",
@@ -45,15 +47,15 @@ def read(folder: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, dict]:
     ours = _OURS.union(*(fields.values() for fields in hub_config.FIELDS.values()))
     ours -= {"pad_token_id"}  # only encoders read it, and they say it again
     kept = {"config": {name: value for name, value in raw.items() if name not in ours}}
-    if (folder / GENERATION).exists():
-        kept["generation"] = read_json(folder / GENERATION)
-    return kept
+    return kept | {
+        part: read_json(folder / file) for part, file in _FILES.items() if (folder / file).exists()
+    }
 
 
 def write(
     folder: pathlib.Path, fields: Mapping[str, Any], metadata: Mapping[str, dict], tokenizer: Any
 ) -> None:
-    """Writes config.json, and generation_config.json where there was one.
+    """Writes config.json, and the files that the metadata are of.
 
     Args:
       folder: an existing folder.
@@ -72,9 +74,10 @@ def write(
         own, old = getattr(tokenizer, f"{name}_id", None), kept.get(f"{name}_token_id")
         merged[f"{name}_token_id"] = old if own is None or own in _listed(old) else own
     AutoConfig.for_model(**merged).save_pretrained(folder)
-    if "generation" in metadata:
-        text = json.dumps(metadata["generation"], indent=2, sort_keys=True)
-        (folder / GENERATION).write_text(text + "\n")
+    for part, file in _FILES.items():
+        if part in metadata:
+            text = json.dumps(metadata[part], indent=2, sort_keys=True)
+            (folder / file).write_text(text + "\n")
 
 
 def named(metadata: Mapping[str, dict], classes: Sequence[str]) -> dict[str, dict]:
@@ -92,6 +95,17 @@ def class_names(metadata: Mapping[str, dict]) -> tuple[str, ...]:
     known = {int(number): str(name) for number, name in names.items()}
     given = tuple(known[number] for number in sorted(known))
     return () if given == tuple(f"LABEL_{i}" for i in range(len(given))) else given
+
+
+def pixel_scale(metadata: Mapping[str, dict]) -> tuple[list[float], list[float]] | None:
+    """Returns mean and standard deviation of each channel of images in 0..1 that a model takes.
+
+    None where the folder does not say that images are normalised.
+    """
+    own = metadata.get("preprocessor", {})
+    if not own.get("do_normalize", True) or not {"image_mean", "image_std"} <= own.keys():
+        return None
+    return list(own["image_mean"]), list(own["image_std"])
 
 
 def stop_tokens(config: Any) -> list[int]:

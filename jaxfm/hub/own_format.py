@@ -75,7 +75,7 @@ def load(
             f"{where} says family={raw.get('family')!r}; it must be one of {', '.join(_FAMILIES)}."
         )
     try:
-        config = configs.from_dict(_FAMILIES[raw["family"]], raw.get("fields", {}))
+        config: Any = configs.from_dict(_FAMILIES[raw["family"]], raw.get("fields", {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is no config of a {raw['family']}: {error}") from None
     if dtype is not None and hasattr(config, "dtype"):

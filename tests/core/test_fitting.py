@@ -1,6 +1,7 @@
 """Models of folders for the data at hand: which parts of a head are kept, and which are new."""
 
 import dataclasses
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxfm import hub
 from jaxfm.models import CnnConfig, cnn, mlp
+from jaxfm.subnet import axis_sizes, extract, width
 from jaxfm.testing import random_variables, tiny_decoder, tiny_encoder, tiny_vit
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -100,9 +102,30 @@ def test_our_own_networks_get_a_classifier_of_the_datas_size(tmp_path):
     fitted, before = load_for(model, tmp_path / "m", data("features"))
     assert fitted.model.config.sizes == (5, 4, 3) and fitted.drawn == ("classifier",)
     assert unequal(fitted.variables, before) == {"dense2"}
+    half = extract(before, model.axes, width(axis_sizes(before, model.axes), {"hidden1": 0.5}))
+    hub.save(model, half, tmp_path / "m")
+    fitted = hub.load_for(data("features"), tmp_path / "m")
+    assert fitted.model.apply(fitted.variables, np.ones((1, 5), np.float32))[0].shape == (1, 3)
     fitted, before = load_for(model, tmp_path / "n", data("features", "ab"), classes=("b", "a"))
     kernel = before.params["dense2"]["kernel"]
     np.testing.assert_array_equal(fitted.variables.params["dense2"]["kernel"], kernel[:, ::-1])
+
+
+def test_images_are_normalised_as_the_folder_says_which_goes_through_a_save(tmp_path):
+    model = tiny_vit(num_classes=3)
+    variables = random_variables(model)
+    hub.save(model, variables, tmp_path / "m")
+    says = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2], "do_normalize": True}
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(says))
+    fitted = hub.load_for(data("images"), tmp_path / "m")
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    scaled = (images - np.float32(says["image_mean"])) / np.float32(says["image_std"])
+    np.testing.assert_allclose(
+        fitted.model.apply(fitted.variables, images)[0], model.apply(variables, scaled)[0],
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    hub.save(fitted.model, fitted.variables, tmp_path / "n")
+    assert json.loads((tmp_path / "n" / "preprocessor_config.json").read_text()) == says
 
 
 def test_a_pretrained_model_starts_from_its_numbers():
