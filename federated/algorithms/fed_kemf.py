@@ -94,7 +94,12 @@ def fed_kemf(
     return Algorithm(FedKemfState, tuple(map(bucket, models)), server, model)
 
 
-@register(like="fed_kemf", model=smallest_model, distill=distill_for)
+@register(
+    like="fed_kemf",
+    model=smallest_model,
+    distill=distill_for,
+    breaks={"one_step": "Clients' weights are not averaged: the server learns by distillation alone."},
+)
 def fed_kemf_published(
     model: Model, task: Task, local: Local, models: Sequence[Model], distill: Distill
 ) -> Algorithm:
