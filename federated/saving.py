@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import jax
+
 from jaxfm import hub
 from jaxfm.data.dealing import Data
 from jaxfm.federated.algorithm import Algorithm
@@ -43,10 +45,11 @@ def save_model(
 ) -> None:
     """Writes the trained model, its tokenizer and its classes' names as `jaxfm.hub.save` does.
 
-    `jaxfm.hub.load_for(data, folder)` starts from it.
+    Of several processes the first one writes. `jaxfm.hub.load_for(data, folder)` starts from it.
 
     Raises:
       TypeError, ValueError: as of `trained_model` and `jaxfm.hub.save`.
     """
     model, variables = trained_model(algorithm, result)
-    hub.save(model, variables, folder, data.tokenizer, classes=data.classes)
+    if jax.process_index() == 0:
+        hub.save(model, variables, folder, data.tokenizer, classes=data.classes)
