@@ -98,7 +98,9 @@ def fed_kemf(
     like="fed_kemf",
     model=smallest_model,
     distill=distill_for,
-    breaks={"one_step": "Clients' weights are not averaged: the server learns by distillation alone."},
+    breaks=dict.fromkeys(
+        ("one_step", "statistics"), "Weights are not averaged: the server learns by distillation."
+    ),
 )
 def fed_kemf_published(
     model: Model, task: Task, local: Local, models: Sequence[Model], distill: Distill

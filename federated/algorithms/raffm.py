@@ -133,6 +133,7 @@ def raffm(
     like="hetero_fl",
     breaks={
         "identical_clients": "Clients count alike, whatever a slice holds.",
+        "statistics": "Clients count alike, whatever a slice holds.",
         "one_step": "The model is put in an order of its own before the first round.",
     },
 )
