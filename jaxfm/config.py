@@ -33,6 +33,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -52,9 +53,12 @@ from jaxfm.config_fields import (
     put,
     renamed,
 )
+from jaxfm.errors import explain, reported
 from jaxfm.plain_types import convert, is_config, parse, show, suggest, to_json, type_name
 
 T = TypeVar("T")
+
+_LARGEST = 2**31 - 1
 
 
 def option(default: T, help: str, *, repeat: bool = False) -> T:
@@ -97,6 +101,24 @@ def check(config: Any) -> None:
     for field, annotation in fields_of(type(config)):
         value = convert(annotation, getattr(config, field.name), field.name)
         object.__setattr__(config, field.name, value)
+
+
+def check_whole(config: Any, least: Mapping[str, float], prefix: str = "") -> None:
+    """Checks that numbers are large enough, and that whole ones fit in 32 bits, as in arrays.
+
+    Args:
+      config: whose fields they are.
+      least: the least value of each field.
+      prefix: of the names, for the message.
+    Raises:
+      ValueError: a number is too small, too large, or NaN.
+    """
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not value >= low:
+            raise ValueError(f"{prefix}{name}={value}: give at least {low}.")
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"{prefix}{name}={value}: give at most {_LARGEST}.")
 
 
 def override(config: T, *assignments: str) -> T:
@@ -195,29 +217,14 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
             print(describe(cls, sys.modules["__main__"].__doc__ or cls.__doc__ or "", choices))
             sys.exit(0)
         try:
-            extra = flags.FLAGS(argv)[1:]
-            if extra:
-                raise ValueError(f"{extra[0]!r} is not a flag: write --name=value.")
-            return from_flags(cls)
-        except flags.UnrecognizedFlagError as error:
-            message = _unknown(cls, error.flagname)
-        except (flags.Error, ValueError, TypeError, OSError) as error:
-            message = str(error)
-        print(f"error: {message}\nTry --help.", file=sys.stderr)
-        sys.exit(2)
+            return read_command(cls, argv)
+        except (ValueError, TypeError, OSError) as error:
+            print(f"error: {explain(error)[0]}\nTry --help.", file=sys.stderr)
+            sys.exit(2)
 
     def guarded(config: T) -> None:
-        try:
+        with reported(flags.FLAGS["traceback"].value):
             main(config)
-        except KeyboardInterrupt:
-            print("\nInterrupted.", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            if flags.FLAGS["traceback"].value:
-                raise
-            sentence, status = explain(error)
-            print(f"error: {sentence}", file=sys.stderr)
-            sys.exit(status)
 
     define_flags(cls)
     flags.DEFINE_bool("traceback", False, _TRACEBACK_HELP)
@@ -225,24 +232,29 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
     app.run(guarded, flags_parser=parse_flags)  # type: ignore[arg-type]  # its result goes to main
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """Returns what a user is told of an error, and the exit status.
+def read_command(
+    cls: type[T], argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> T:
+    """The config that a command line describes.
 
-    What this library raised itself is said in its own words; what a library below it raised is
-    named with its type. The status is 2 where the user's input was refused, else 1.
+    Args:
+      cls: the config class, whose flags `flag_values` has.
+      argv: the words, the program's name first.
+      flag_values: to parse them with.
+    Raises:
+      ValueError, TypeError, OSError: a word that is no flag, or as `from_flags`.
     """
-    status = 2 if isinstance(error, ValueError | TypeError | OSError) else 1
-    if isinstance(error, OSError) and error.strerror:
-        where = "" if error.filename is None else f": {error.filename}"
-        return f"{error.strerror}{where}.", status
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
-    if module.partition(".")[0] in ("jaxfm", "__main__") and str(error):
-        return str(error), status
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:400]}\n--traceback shows where.", status
+    try:
+        extra = flag_values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown(cls, error.flagname)) from None
+    except flags.IllegalFlagValueError as error:  # "flag --name=text: " and what the parser said
+        raise ValueError(re.sub(r"^flag --[\w.]+=.*?: (?=[\w.]+=)", "", str(error))) from None
+    except flags.Error as error:
+        raise ValueError(f"{error}.") from None
+    if extra:
+        raise ValueError(f"{extra[0]!r} is not a flag: write --name=value.")
+    return from_flags(cls, flag_values)
 
 
 def describe(cls: type, text: str = "", choices: Any = None) -> str:
@@ -324,7 +336,8 @@ def _unknown(cls: type, name: str) -> str:
     helps = {"config": _CONFIG_HELP, "traceback": _TRACEBACK_HELP} | {
         full: leaf.help for full, leaf in by_name(cls).items()
     }
-    return f"Unknown flag --{name}. {suggest(name, helps, '--', helps)}"
+    hint = suggest(name, helps, "--", helps)
+    return f"Unknown flag --{name}. {'' if hint.startswith('Known') else hint}".rstrip()
 
 
 def _from_dict(cls: type[T], values: Any, prefix: str, base: T | None, root: type) -> T:
@@ -354,6 +367,9 @@ def _from_dict(cls: type[T], values: Any, prefix: str, base: T | None, root: typ
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        values = json.loads(pathlib.Path(path).read_text())
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is not JSON ({error}); give a config.json.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; give a config.json, an object.")
+    return values

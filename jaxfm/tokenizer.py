@@ -285,7 +285,7 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
         ) from error
     except Exception as error:
         raise ValueError(
-            f"{path_or_name} cannot be read as a tokenizer: {str(error).rstrip('.')}."
+            f"{path_or_name} cannot be read as a tokenizer: {_first_line(error).rstrip('.: ')}."
         ) from error
 
 

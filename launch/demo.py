@@ -26,7 +26,7 @@ import optax
 
 from jaxfm import config as configs
 from jaxfm import hub
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import Data, subsample
 from jaxfm.distillation import distill
 from jaxfm.federated import TrainedRun
@@ -64,6 +64,8 @@ class DemoConfig:
 
     def __post_init__(self):
         check(self)
+        counts = ("rounds", "distill_steps", "num_prompts", "prompt_bytes", "new_bytes")
+        check_whole(self, dict.fromkeys((*counts, "draft_length"), 1) | {"seed": 0})
         if self.quick:
             for name, most in (("rounds", 4), ("distill_steps", 10), ("num_prompts", 2),
                                ("new_bytes", 32)):  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.registry import entries
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
@@ -89,9 +89,7 @@ class _FederateConfig:
     def __post_init__(self):
         check(self)
         self._start_from(self.init)
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
+        check_whole(self, _LEAST)
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate={self.drop_rate}: give a probability from 0 and below 1.")
         if not 0 < self.top_k <= 1:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from jaxfm import config as configs
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.launch.setup import use_cores
 from jaxfm.options import chosen_options, options_config, with_options
 from jaxfm.parallel.generation import Generation, TextPiece, stream
@@ -87,6 +87,15 @@ class GenerateConfig:
 
     def __post_init__(self):
         check(self)
+        check_whole(self, {"max_new_tokens": 1, "ticks": 1, "temperature": 0, "seed": 0})
+        for name in ("top_k", "top_p", "min_p"):
+            if (value := getattr(self, name)) is not None and not self.temperature:
+                raise ValueError(
+                    f"{name}={value} changes nothing at temperature=0, where the most likely token "
+                    "is taken; give --temperature, too."
+                )
+        if self.report and pathlib.Path(self.report).is_dir():
+            raise ValueError(f"report={self.report} is a folder; give the name of a file.")
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
         if self.system and not self.chat:
@@ -107,7 +116,7 @@ def main(config: GenerateConfig) -> None:
     if config.decoder == "pipeinfer":
         use_cores(options["stages"] + options["own_slot"])
         options["record"] = _RECORDED if config.report else 0
-    prompt = config.prompt or pathlib.Path(config.prompt_file).read_text()
+    prompt = config.prompt or _read(config.prompt_file)
     loaded = load_decoder(config.model, config.decoder, draft=config.draft, **options)
     ids = _prompt_ids(config, prompt, loaded.tokenizer)
     pieces = lambda ticks: stream(
@@ -126,6 +135,13 @@ def main(config: GenerateConfig) -> None:
     if config.report:
         write_timeline(result.counters, config.report)
         print(f"report: {config.report}", file=sys.stderr)
+
+
+def _read(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text at byte {error.start}.") from None
 
 
 def _prompt_ids(config: GenerateConfig, prompt: str, tokenizer: HuggingFaceTokenizer) -> list[int]:

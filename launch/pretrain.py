@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxfm import config as configs
 from jaxfm import hub
 from jaxfm.checkpoint import Checkpointer
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
@@ -65,9 +65,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         check(self)
-        for name in ("steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        least = {"steps": 1, "batch_size": 1, "eval_every": 1, "eval_examples": 0, "seed": 0}
+        check_whole(self, least)
 
 
 class TrainState(NamedTuple):

@@ -67,6 +67,8 @@ class Setting(NamedTuple):
 
 def prepare(config: SearchConfig) -> Setting:
     """Loads or trains the dense model and sets rows aside."""
+    if config.policy:
+        search.load_policy(config.policy)  # refused now, not after the dense training
     source = config.model if pathlib.Path(config.model).is_dir() else config.network.family
     data = load_data(with_tokenizer(config.data, ModelConfig(family=source)), config.seed)
     task, train = _task(config, data), merge(data.train)
@@ -112,6 +114,9 @@ def _dense_model(
     forward = lambda v, x, key: model.apply(v, x, train=True, key=key)
     fit = search.fine_tuner(forward, task, make_optimizer(config.finetune), config.batch_size)
     start = model.init(jax.random.key(config.seed))
+    search.check_shares(
+        model, start, task, rows, _shares(config), channel_multiple=config.channel_multiple
+    )
     return model, fit(start, rows.train, config.train_steps, jax.random.key(config.seed + 1))
 
 
@@ -149,12 +154,16 @@ def _task(config: SearchConfig, data: Data) -> Task:
     return tasks.classification(len(data.classes), transform=scale)
 
 
+def _shares(config: SearchConfig) -> dict[str, float]:
+    names = ("macs", "parameters", "activation_bytes", "latency")
+    return {name: getattr(config, name) for name in names}
+
+
 def find(config: SearchConfig, setting: Setting) -> Selection:
     """Searches within the budgets of a config, and goes on where the run was stopped."""
-    names = ("macs", "parameters", "activation_bytes", "latency")
     return search.select_units(
         setting.model, setting.variables, setting.task, setting.rows,
-        {name: getattr(config, name) for name in names},
+        _shares(config),
         strategy=config.strategy,
         policy=search.load_policy(config.policy) if config.policy else None,
         importance=config.importance,

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.run_folder import RUN_DIR_HELP
 from jaxfm.search.strategies.named import STRATEGY_NAMES
+
+
+_LEAST = {
+    "train_steps": 1, "channel_multiple": 1, "evaluations": 1, "reward_examples": 0,
+    "finalists": 0, "calibration_examples": 1, "finetune_epochs": 0, "batch_size": 1, "seed": 0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +85,6 @@ class SearchConfig:
             raise ValueError(
                 "strategy=gnn_rl_published needs a budget of multiply-adds; give --macs."
             )
-        for name in ("train_steps", "channel_multiple", "evaluations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_whole(self, _LEAST)
         if self.policy and self.strategy != "gnn_rl":
             raise ValueError(f"policy={self.policy!r} requires --strategy=gnn_rl.")
-        if self.finalists < 0:
-            raise ValueError(f"finalists={self.finalists} must be a number of candidates, or 0.")

@@ -13,13 +13,14 @@ import jax
 import optax
 
 from jaxfm import hub, tasks
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data, Dealing, deal_out, with_validation
 from jaxfm.data.idx import mnist
 from jaxfm.data.loading import BUILT_IN, DataSet, kind_of, load
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
+from jaxfm.errors import naming
 from jaxfm.model import Model
 from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
 from jaxfm.models.by_name import ImageFamily, image_classifier
@@ -27,6 +28,7 @@ from jaxfm.plain_types import suggest
 from jaxfm.run_folder import save_results
 from jaxfm.tokenizer import ByteTokenizer, load_tokenizer, padding_id
 
+_ENCODING = "utf-8-sig"
 _IN_FOLDER = ("text", "mnist", "cifar10")  # read from --data.folder
 
 
@@ -48,7 +50,7 @@ class DataConfig:
     client: str = option("", "column of the owners, or a JSON or CSV file that names them")
     weight: str = option("", "column of the weights of rows")
     columns: tuple[str, ...] = option((), "names of the columns of a CSV file without a header")
-    encoding: str = option("utf-8-sig", "of text files")
+    encoding: str = option(_ENCODING, "of text files")
     image_size: tuple[int, ...] = option((), "height and width that image files are scaled to")
     writers: str = option("", "mnist only: folder of QMNIST's labels, whose writers are clients")
     tokenizer: str = option(
@@ -96,9 +98,8 @@ class DataConfig:
                 "data.partition=natural: the owners of mnist's images are QMNIST's writers; give "
                 "--data.writers."
             )
-        for name in ("num_clients", "shards_per_client", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: give at least 1.")
+        least = {"num_clients": 1, "shards_per_client": 1, "length": 1, "synthetic": 0}
+        check_whole(self, least, "data.")
         if self.writers and self.source != "mnist":
             raise ValueError(f"data.writers={self.writers!r} is read for data.source=mnist only.")
         if self.shards_per_client != 2 and self.partition != "shards":
@@ -115,7 +116,7 @@ class DataConfig:
             raise ValueError(f"data.beta={self.beta}: give a concentration above 0.")
         if not 0 < self.local_test < 1:
             raise ValueError(f"data.local_test={self.local_test}: give a share between 0 and 1.")
-        if self.synthetic < 0 or (self.synthetic and self.public):
+        if self.synthetic and self.public:
             raise ValueError(
                 f"data.synthetic={self.synthetic} with data.public={self.public}: give a number of "
                 "images, or a share of real ones."
@@ -136,8 +137,10 @@ def _check_source(config: DataConfig) -> None:
         *("label", "text", "image", "features", "client", "weight", "columns", "image_size"),
     )
     if config.source in own:
-        for name in options:
-            if value := getattr(config, name):
+        given = {name: getattr(config, name) for name in options}
+        given["encoding"] = "" if config.encoding == _ENCODING else config.encoding
+        for name, value in given.items():
+            if value:
                 raise ValueError(
                     f"data.{name}={value!r}: data.source={config.source} has its own form; this "
                     "is for files of yours."
@@ -153,8 +156,9 @@ def _check_source(config: DataConfig) -> None:
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """Reads the data and deals them out; the same seed gives the same clients."""
-    data_set = _read(config, seed)
-    try:
+    with naming(config.folder or config.source):
+        data_set = _read(config, seed)
+    with naming(f"data.source={config.source}"):
         return deal_out(
             data_set.splits,
             tasks.task_for(data_set),
@@ -169,8 +173,6 @@ def load_data(config: DataConfig, seed: int) -> Data:
             tokenizer=data_set.tokenizer,
             seed=seed,
         )
-    except ValueError as error:
-        raise ValueError(f"data.source={config.source}: {error}") from error
 
 
 def _read(config: DataConfig, seed: int) -> DataSet:
@@ -239,6 +241,11 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self)
+        check_whole(self, dict.fromkeys(("embed_dim", "num_layers", "num_heads", "mlp_dim"), 1))
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}."
+            )
         if self.family in FAMILIES:
             return
         if not pathlib.Path(self.family).is_dir() and "/" not in self.family:

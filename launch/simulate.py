@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxfm import config as configs
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.parallel.pipe.speed import Pipe, choose, continuous_rate, linear_cost, plain_rate
 from jaxfm.parallel.simulation.comparison import compare, speed_ups
 from jaxfm.parallel.simulation.simulator import Timing
@@ -50,9 +50,10 @@ class SimulateConfig:
 
     def __post_init__(self):
         check(self)
-        for name in ("stages", "width", "levels", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        counts = dict.fromkeys(("stages", "width", "levels", "fixed_length", "tokens"), 1)
+        check_whole(self, counts | {"seed": 0})
+        if self.stage_s == 0:
+            raise ValueError("stage_s=0.0: a stage takes some time; give a time above 0.")
         for name in ("stage_s", "draft_s", "link_s", "token_cost", "jitter"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give a time of at least 0.")
@@ -64,8 +65,16 @@ class SimulateConfig:
                 f"width={self.width} candidates are kept, but --right has {len(self.right)} "
                 "probabilities only."
             )
-        if self.slow and len(self.slow) != self.stages:
-            raise ValueError(f"slow={self.slow}: give one factor for each of {self.stages} stages.")
+        if self.slow and (len(self.slow) != self.stages or not _all_positive(self.slow)):
+            raise ValueError(
+                f"slow={self.slow}: give one factor above 0 for each of {self.stages} stages."
+            )
+        if pathlib.Path(self.report).is_dir():
+            raise ValueError(f"report={self.report} is a folder; give the name of a file.")
+
+
+def _all_positive(numbers: Sequence[float]) -> bool:
+    return all(0 < number < math.inf for number in numbers)
 
 
 def pipe_of(config: SimulateConfig) -> Pipe:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxfm.config import check, option
+from jaxfm.config import check, check_whole, option
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.run_folder import RUN_DIR_HELP
+
+
+_LEAST = {
+    "multiple": 1, "dense_steps": 1, "steps": 1, "num_random": 0, "score_examples": 0,
+    "calibration_batches": 1, "batch_size": 1, "save_every": 1, "seed": 0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +53,7 @@ class SupernetConfig:
 
     def __post_init__(self):
         check(self)
-        for name in ("multiple", "dense_steps", "steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_whole(self, _LEAST)
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"shares={self.shares} must be shares above 0 and up to 1; give some.")
         if self.scored < 10:

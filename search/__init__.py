@@ -28,7 +28,7 @@ from jaxfm.search.ranking import gradient, importance, keep, masks, ranks
 from jaxfm.search.recalibration import recalibrate
 from jaxfm.search.refinement import Refinement, measure_speed, refine, summarise
 from jaxfm.search.saving import load_pruned, save_pruned
-from jaxfm.search.session import Rows, Selection, select_units
+from jaxfm.search.session import Rows, Selection, check_shares, select_units
 from jaxfm.search.strategies.agmc import agmc, agmc_published
 from jaxfm.search.strategies.cma_es import cma_es
 from jaxfm.search.strategies.gnn_rl import (
@@ -104,6 +104,7 @@ __all__ = [  # noqa: RUF022  # grouped
     "Rows",
     "Selection",
     "select_units",
+    "check_shares",
     "Refinement",
     "refine",
     "fine_tuner",

@@ -27,7 +27,7 @@ from jaxfm.search.ranking import gradient, importance, keep, ranks
 from jaxfm.search.strategies.gnn_rl import save_policy, transfer_policy
 from jaxfm.search.strategies.loop import Result, run
 from jaxfm.search.strategies.named import make_strategy, round_evaluations
-from jaxfm.search.strategies.project import Budget, budgets
+from jaxfm.search.strategies.project import Budget, budgets, projection
 from jaxfm.search.strategies.strategy import Problem, Strategy
 from jaxfm.search.trace.groups import Kept, Network, Scores
 from jaxfm.search.trace.models import model_network
@@ -137,6 +137,24 @@ def select_units(
         save_policy(path, transfer_policy(result.state.strategy))
     kept = keep(order, _best(result, rows, judged_on, finalists))
     return Selection(network, kept, result, time.perf_counter() - start)
+
+
+def check_shares(
+    model: Model, variables: Variables, task: Task, rows: Rows, shares: Mapping[str, float],
+    *, channel_multiple: int = 1,
+) -> None:  # fmt: skip
+    """Raises ValueError where no slice of the model meets the budgets; before it is trained, say.
+
+    Args:
+      model, variables, task, rows, shares, channel_multiple: as in `select_units`; a latency is
+        not checked, since it would have to be measured.
+    """
+    named = {name: float(share) for name, share in shares.items() if share and name != "latency"}
+    if named:
+        inputs = task.prepare(first_rows(rows.calibration, 1), None)[0]
+        network = _network(model, variables, inputs, lambda line: None)
+        limits = budgets(network, **named)
+        projection(network.sizes, limits, channel_multiple=channel_multiple)
 
 
 def _network(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxfm.data.source import Source, checked
+from jaxfm.data.tables import read_arrays
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -53,13 +54,16 @@ def cifar100(folder: str | Path) -> dict[str, Source]:
 
 
 def _npz(path: Path) -> dict[str, Source]:
-    with np.load(path) as file:
-        names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
-        missing = sorted(set(names) - set(file.files))
-        if missing:
-            raise ValueError(f"{path} lacks {missing}; it holds {sorted(file.files)}.")
-        images = {split: file[f"{split}_images"] for split in ("train", "test")}
-        labels = {split: file[f"{split}_labels"].astype(np.int32) for split in ("train", "test")}
+    file = read_arrays(path)
+    names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
+    if not isinstance(file, dict) or not set(names) <= set(file):
+        held = sorted(file) if isinstance(file, dict) else "a single array"
+        raise ValueError(f"{path} should hold {names}; found {held}.")
+    for name in names[1::2]:
+        if file[name].dtype.kind not in "iu":
+            raise ValueError(f"{path}: {name} should be whole numbers; found {file[name].dtype}.")
+    images = {split: file[f"{split}_images"] for split in ("train", "test")}
+    labels = {split: file[f"{split}_labels"].astype(np.int32) for split in ("train", "test")}
     sources = {
         split: Source({"image": images[split], "label": labels[split]}, classes=CIFAR10_CLASSES)
         for split in images

@@ -207,7 +207,10 @@ def features(table: Table, names: Sequence[str]) -> np.ndarray:
       ValueError: a cell that is no number, NaN or infinite.
     """
     parts = [numbers(table, name) for name in names]
-    return np.concatenate([part.reshape(table.size, -1) for part in parts], axis=1)
+    joined = np.concatenate([part.reshape(table.size, -1) for part in parts], axis=1)
+    if not joined.size:
+        raise ValueError(f"{table.origin}: the columns {names_of(names)} hold no numbers.")
+    return joined
 
 
 def numbers(table: Table, name: str) -> np.ndarray:

@@ -109,6 +109,8 @@ def deal_out(
     """
     check_splits({name: source.examples for name, source in splits.items()}, task)
     train, shared = take_public(splits["train"], public, seed=seed)
+    if noise and "image" not in train.examples:
+        raise ValueError(f"noise={noise} draws public images, but the data are none.")
     if noise:
         shared = noise_like(train.examples["image"], noise, seed=seed)
     parts, names = deal(
@@ -188,6 +190,8 @@ def take_public(source: Source, share: float, *, seed: int) -> tuple[Source, Exa
     size = leading_size(source.examples)
     order = np.random.default_rng((seed, 1)).permutation(size)
     cut = max(1, round(share * size))
+    if cut >= size:
+        raise ValueError(f"public={share} of {size} training rows leaves none to the clients.")
     public = take_rows(source, np.sort(order[:cut])).examples
     unlabelled = {name: leaf for name, leaf in public.items() if name != "label"}
     return take_rows(source, np.sort(order[cut:])), unlabelled

@@ -54,6 +54,8 @@ def read_path(
       FileNotFoundError: nothing that can be read lies there.
       ValueError: as of `read_table`.
     """
+    if label_folders and not path.is_dir():
+        raise ValueError(f"{path} is a file: label=folder is for texts in one folder a class.")
     if path.is_dir():
         return _folder(path, columns, encoding, label_folders)
     if is_table(path):

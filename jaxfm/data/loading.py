@@ -23,6 +23,7 @@ from jaxfm.data.source import Source, checked
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.tables import Table
 from jaxfm.data.text import Document, corpus, token_rows
+from jaxfm.errors import naming
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer
 
 Kind = Literal["images", "features", "text", "language", "other"]
@@ -136,10 +137,11 @@ def load(
         table = open_hub(str(path_or_name))
     if isinstance(client, str) and client in table.columns:
         given, client = given._replace(client=client), None
-    roles = cells.find_roles(table, given)
-    if roles.text and not roles.label:
-        return _language(table, roles, client, tokenizer, length)
-    return _labelled(table, roles, client, tokenizer, length, image_size, seed)
+    with naming(path):
+        roles = cells.find_roles(table, given)
+        if roles.text and not roles.label:
+            return _language(table, roles, client, tokenizer, length)
+        return _labelled(table, roles, client, tokenizer, length, image_size, seed)
 
 
 def _built_in(name: str, tokenizer: Tokenizer, length: int, seed: int) -> DataSet:

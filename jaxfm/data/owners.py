@@ -12,6 +12,7 @@ import numpy as np
 from jaxfm.data.columns import Roles
 from jaxfm.data.folders import read_path
 from jaxfm.data.tables import Table, names_of
+from jaxfm.errors import naming
 
 Client = str | Path | Mapping[str, Any] | Sequence[Any]
 
@@ -41,7 +42,8 @@ def owners(
                 raise table.fault(roles.client, row, f"{key!r:.40} is not a client's name.")
         return _numbered(keys)
     if isinstance(client, str | Path):
-        return owners(table, roles, _read(table, Path(client)))
+        with naming(client):
+            return owners(table, roles, _read(table, Path(client)))
     if not isinstance(client, Mapping):
         if not isinstance(client, Sequence | np.ndarray):
             raise TypeError(f"client={client!r} is no column, file, mapping or sequence of owners.")
@@ -76,8 +78,10 @@ def _read(table: Table, path: Path) -> Client:
     if path.suffix == ".json":
         try:
             value = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(value, dict | list):
+            raise ValueError(f"{path} should hold a list or an object of clients; found {value!r}.")
         if isinstance(value, dict) or (value and not isinstance(value[0], dict)):
             return value
     found = read_path(path)

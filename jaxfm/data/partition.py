@@ -225,8 +225,9 @@ def _check_positive(beta: float) -> None:
 def _check_enough(num_examples: int, num_clients: int, min_examples: int) -> None:
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1; got {num_clients}.")
-    if num_examples < num_clients * min_examples:
+    most = num_examples // max(1, min_examples)
+    if num_clients > most:
         raise ValueError(
             f"{num_examples} examples cannot give each of {num_clients} clients {min_examples}; "
-            f"use at most {num_examples // max(1, min_examples)} clients."
+            + (f"use at most {most} clients." if most else f"ask for at most {num_examples}.")
         )

@@ -10,8 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,10 +131,11 @@ def read_table(path: Path, *, columns: Sequence[str] = (), encoding: str = "utf-
         raise ValueError(f"encoding={encoding!r} is unknown; give one such as latin-1.") from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply to be a table.") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        place = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(
-            f"{path} is not {error.encoding} text at byte {error.start}; give its encoding, such "
-            "as latin-1."
+            f"{path} is not {getattr(error, 'encoding', encoding)} text{place}; give its encoding, "
+            "such as latin-1."
         ) from error
 
 
@@ -287,8 +286,11 @@ def read_arrays(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
             return {key: found[key] for key in found.files} if hasattr(found, "files") else found
-    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy file: {_first(error)}.") from error
+    except Exception as error:  # whatever a damaged header makes Python's own parser raise
+        reason = _first(error)
+        if "pickle" in reason:
+            reason = "it is none, or holds Python objects, which could run code"
+        raise ValueError(f"{path} cannot be read as a NumPy file: {reason}.") from error
 
 
 def split_arrays(arrays: Mapping[str, np.ndarray], origin: str | Path) -> Table:

@@ -297,6 +297,9 @@ def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
         )
     if kind == "default":
         return None
+    for name, value in rope.items():
+        if name.endswith(("factor", "beta_fast", "beta_slow")) and isinstance(value, str):
+            raise ValueError(f"The rope's {name}={value!r} should be a number.")
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(f"Rope of type {kind!r} is not supported; linear, llama3 and yarn are.")
     if kind == "linear":

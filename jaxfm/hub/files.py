@@ -48,7 +48,7 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
     except Exception as error:  # a dozen kinds, from the network up to the licence
         raise FileNotFoundError(
             f"No model {name!r}: there is no such folder, the local cache of the Hugging Face hub "
-            f"does not hold it, and it could not be fetched ({str(error).strip().splitlines()[0]})"
+            f"does not hold it, and it could not be fetched ({str(error).strip().splitlines()[0]})."
         ) from error
 
 
@@ -71,7 +71,7 @@ def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             raise FileNotFoundError(f"{folder} lacks {file}, which its index names.")
         try:
             handle = safe_open(folder / file, framework="np")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{folder / file} cannot be read as safetensors; it may be cut short ({error})."
             ) from None
@@ -86,8 +86,9 @@ def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
 def _indexed(path: pathlib.Path) -> list[str]:
     """The files that an index of tensors names."""
     try:
-        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return [pathlib.PurePath(file).name for file in files]  # beside the index, and nowhere else
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no index of safetensors files ({type(error).__name__}: {error})."
         ) from None

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxfm.errors import naming
 from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
@@ -74,17 +75,18 @@ def load(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}.")
     folder = hub_files.find_folder(path_or_name)
-    raw = hub_metadata.read_json(folder / "config.json")
-    if raw.get("model_type") == own_format.MODEL_TYPE:
-        model, variables = own_format.load(folder, raw, dtype)
-        where = shardings(model) if callable(shardings) else shardings
-        return model, variables if where is None else jax.device_put(variables, where)
-    config = read_config(folder)
-    stored = hub_files.open_safetensors(folder)
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
-    if not isinstance(config, DecoderConfig) and config.head == "pooler" and not has_pooler:
-        config = dataclasses.replace(config, head="none")
-    return fill(config, stored, dtype, shardings)
+    with naming(folder):
+        raw = hub_metadata.read_json(folder / "config.json")
+        if raw.get("model_type") == own_format.MODEL_TYPE:
+            model, variables = own_format.load(folder, raw, dtype)
+            where = shardings(model) if callable(shardings) else shardings
+            return model, variables if where is None else jax.device_put(variables, where)
+        config = read_config(folder)
+        stored = hub_files.open_safetensors(folder)
+        has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
+        if not isinstance(config, DecoderConfig) and config.head == "pooler" and not has_pooler:
+            config = dataclasses.replace(config, head="none")
+        return fill(config, stored, dtype, shardings)
 
 
 def has_format(model: Model) -> bool:
@@ -182,7 +184,10 @@ def read_config(folder: pathlib.Path, head: str | None = None) -> hub_config.Con
     kind = raw.get("model_type", "unknown")
     if head is None:
         first = {kind: name for name, (kind, _) in reversed(hub_config.ARCHITECTURES.items())}
-        architecture = (raw.get("architectures") or [first.get(kind, kind)])[0]
+        architectures = raw.get("architectures") or [first.get(kind, kind)]
+        if not isinstance(architectures, list):
+            raise ValueError(f"architectures={architectures!r} should be a list of one name.")
+        architecture = architectures[0]
         hub_config.require_known(architecture)
     else:
         architecture = hub_config.architecture_of(kind, head)
@@ -192,9 +197,17 @@ def read_config(folder: pathlib.Path, head: str | None = None) -> hub_config.Con
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of many kinds, by the version of transformers
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{folder / 'config.json'} is no config of a {kind}: {reason}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} is no config of a {kind}: {reason.rstrip('.')}."
+        ) from error
     fields = {**raw, **config.to_dict(), "num_labels": config.num_labels}
-    own = hub_config.from_hf(fields, architecture)
+    try:
+        own = hub_config.from_hf(fields, architecture)
+    except (TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder / 'config.json'} is no config of a {kind} ({reason})."
+        ) from error
     return dataclasses.replace(own, metadata=hub_metadata.read(folder, raw))
 
 

@@ -35,7 +35,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a JSON object is wanted.")
@@ -112,8 +112,11 @@ def stop_tokens(config: Any) -> list[int]:
     """Returns the ids that end a text, by both files of the folder that a config came from."""
     kept = getattr(config, "metadata", {})
     parts = [_listed(kept.get(part, {}).get("eos_token_id")) for part in ("generation", "config")]
-    return sorted({token for part in parts for token in part})
+    tokens = [token for part in parts for token in part]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"The model's files name eos_token_id {tokens}; ids are whole numbers.")
+    return sorted(set(tokens))
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]

@@ -91,7 +91,16 @@ def limits(
       branch: least probability of a second or later candidate.
       recovery: added to both cut-offs for each packet in flight.
       decay: taken from both cut-offs for each time in a row that nothing was proposed.
+    Raises:
+      ValueError: a number is out of range; with a window of 0 nothing would ever be decoded.
     """
+    for name, value, least in (("width", width, 0), ("levels", levels, 1), ("window", window, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: give at least {least}.")
+    shares = {"accept": accept, "branch": branch, "recovery": recovery, "decay": decay}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share}: give a probability from 0 to 1.")
     whole = lambda x: jnp.asarray(x, jnp.int32)
     real = lambda x: jnp.asarray(x, jnp.float32)
     return Limits(

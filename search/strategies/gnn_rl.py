@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxfm.model import Array, Key, PyTree
@@ -193,7 +194,10 @@ def load_policy(path: str | os.PathLike) -> PyTree:
         raise FileNotFoundError(
             f"There is no policy at {path}; a search with --strategy=gnn_rl writes one."
         )
-    policy = load_file(path)
+    try:
+        policy = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}).") from None
     shapes = jax.eval_shape(init_policy, jax.random.key(0))
     if {k: v.shape for k, v in policy.items()} != {k: v.shape for k, v in shapes.items()}:
         raise ValueError(

@@ -113,7 +113,7 @@ class DecoderConfig:
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+            object.__setattr__(self, "head_dim", self.embed_dim // max(1, self.num_heads))
         check_fields(
             self,
             positive=("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads",

@@ -81,7 +81,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+            object.__setattr__(self, "head_dim", self.embed_dim // max(1, self.num_heads))
         check_fields(
             self,
             positive=("vocab_size", "num_types", "embed_dim", "num_layers", "num_heads", "head_dim",

@@ -68,7 +68,7 @@ class VitConfig:
                 raise ValueError(f"{name} must be one number or (height, width), got {size}.")
             object.__setattr__(self, name, pair)
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+            object.__setattr__(self, "head_dim", self.embed_dim // max(1, self.num_heads))
         check_fields(
             self,
             positive=("num_channels", "embed_dim", "num_layers", "num_heads", "head_dim",
