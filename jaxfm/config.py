@@ -248,8 +248,8 @@ def read_command(
         extra = flag_values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise ValueError(_unknown(cls, error.flagname)) from None
-    except flags.IllegalFlagValueError as error:  # "flag --name=text: " and what the parser said
-        raise ValueError(re.sub(r"^flag --[\w.]+=.*?: (?=[\w.]+=)", "", str(error))) from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_illegal(str(error))) from None
     except flags.Error as error:
         raise ValueError(f"{error}.") from None
     if extra:
@@ -326,6 +326,15 @@ def _choices(cls: type, argv: Sequence[str]) -> Any:
         return as_given(cls, _given(cls, flag_values))
     except mistakes:
         return as_given(cls, {})
+
+
+def _illegal(message: str) -> str:
+    """The sentence for a value that is none, of absl's "flag --name=text: " and its parser's."""
+    parts = re.fullmatch(r"flag --([\w.]+)=(.*?): (.*)", message, re.DOTALL)
+    if parts is None:
+        return message
+    is_ours = re.match(r"[\w.]+=", parts[3])
+    return parts[3] if is_ours else f"{parts[1]}={parts[2]!r}: write true or false."
 
 
 def _unknown(cls: type, name: str) -> str:

@@ -111,12 +111,12 @@ def _dense_model(
     if variables is not None:
         return model, variables
     print(f"Training the dense model: {config.train_steps} steps.")
-    forward = lambda v, x, key: model.apply(v, x, train=True, key=key)
-    fit = search.fine_tuner(forward, task, make_optimizer(config.finetune), config.batch_size)
     start = model.init(jax.random.key(config.seed))
     search.check_shares(
         model, start, task, rows, _shares(config), channel_multiple=config.channel_multiple
     )
+    forward = lambda v, x, key: model.apply(v, x, train=True, key=key)
+    fit = search.fine_tuner(forward, task, make_optimizer(config.finetune), config.batch_size)
     return model, fit(start, rows.train, config.train_steps, jax.random.key(config.seed + 1))
 
 

@@ -10,7 +10,6 @@ from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.run_folder import RUN_DIR_HELP
 from jaxfm.search.strategies.named import STRATEGY_NAMES
 
-
 _LEAST = {
     "train_steps": 1, "channel_multiple": 1, "evaluations": 1, "reward_examples": 0,
     "finalists": 0, "calibration_examples": 1, "finetune_epochs": 0, "batch_size": 1, "seed": 0,

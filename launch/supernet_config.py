@@ -9,7 +9,6 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
 from jaxfm.run_folder import RUN_DIR_HELP
 
-
 _LEAST = {
     "multiple": 1, "dense_steps": 1, "steps": 1, "num_random": 0, "score_examples": 0,
     "calibration_batches": 1, "batch_size": 1, "save_every": 1, "seed": 0,

@@ -126,15 +126,25 @@ def save_torch(model: Model, variables: Variables, path: str | os.PathLike) -> N
 def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix not in (".safetensors", ".npz", ".pth", ".pt", ".th"):
+        raise ValueError(f"{path.name} must end in .safetensors, .npz, .pth, .pt or .th.")
+    try:
+        return _tensors_in(path)
+    except ImportError:
+        raise
+    except Exception as error:  # of many kinds, by the format
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise ValueError(f"{path} cannot be read as a state dict ({reason}).") from error
+
+
+def _tensors_in(path: pathlib.Path) -> dict[str, Any]:
     if path.suffix == ".npz":
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             return dict(file)
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
         return load_file(path)
-    if path.suffix not in (".pth", ".pt", ".th"):
-        raise ValueError(f"{path.name} must end in .safetensors, .npz, .pth, .pt or .th.")
     try:
         import torch
     except ImportError as error:
