@@ -200,7 +200,7 @@ def load_file(path: str | os.PathLike[str]) -> Entry:
     """Runs a user's file and returns the last algorithm that it registers.
 
     Raises:
-      ValueError: there is no such file, or it registers nothing.
+      ValueError: there is no such file, it raises an error, or it registers nothing.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -208,7 +208,13 @@ def load_file(path: str | os.PathLike[str]) -> Entry:
     before = list(entries().values())
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:  # the user's code may do anything
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(
+            f"{path} cannot be run ({reason}); --traceback shows where it fails."
+        ) from error
     new = [entry for entry in _ENTRIES.values() if entry not in before]
     if not new:
         raise ValueError(

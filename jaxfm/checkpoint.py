@@ -49,6 +49,8 @@ class Checkpointer:
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: give the number of checkpoints to keep, or None.")
         self.folder = pathlib.Path(folder).absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file, where a folder of checkpoints should be.")
         # Orbax looks for what it has written by a pattern, in which these have a meaning.
         if bad := next((c for c in "[\\" if c in str(self.folder)), None):
             raise ValueError(
@@ -158,8 +160,20 @@ class Checkpointer:
         raise FileNotFoundError(f"No checkpoint{which} in {self.folder}{damaged}.")
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, then removes what is beyond `keep`."""
-        self._orbax.wait_until_finished()
+        """Waits until the last save is on disk, then removes what is beyond `keep`.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:  # of many kinds, by the layer that could not write
+            full = "No space left on device"
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            raise OSError(
+                f"The checkpoint {self._newest} could not be saved "
+                f"({full if full in str(error) else reason}); earlier ones are whole."
+            ) from error
         if self._newest is None or jax.process_index() != 0:
             return
         readable = [s for s in self.steps() if s not in self._unreadable]

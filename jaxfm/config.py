@@ -224,6 +224,8 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
 
     def guarded(config: T) -> None:
         with reported(flags.FLAGS["traceback"].value):
+            if not flags.FLAGS["traceback"].value:
+                logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback, and raises as well
             main(config)
 
     define_flags(cls)

@@ -23,6 +23,17 @@ def naming(what: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Names the file in each OSError of a write, which does not say where a disk was full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def reported(traceback: bool = False) -> Iterator[None]:
     """Ends the program with one sentence on standard error where an error is raised within.
 

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from jaxfm.errors import writing
+
 T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,8 +85,10 @@ class RunLog:
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         now = time.time()
         # One write call a line: a kill leaves whole lines and at most one torn one.
-        self._file.write(json.dumps({"step": int(step), "time_s": round(now, 3)} | numbers) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": int(step), "time_s": round(now, 3)} | numbers)
+        with writing(self._file.name):
+            self._file.write(line + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, float(number), step, walltime=now)
@@ -136,18 +140,22 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields the whole lines of a file that may end in a torn one, or not exist."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
                 values = json.loads(line)
-                values["step"]
-            except (ValueError, KeyError, TypeError):
+                is_whole = isinstance(values["step"], int)
+                for value in values.values():
+                    float(value)  # "nan" and "inf" are numbers, too
+            except (ValueError, KeyError, TypeError, AttributeError):
+                is_whole = False
+            if not is_whole:
                 raise ValueError(
                     f"Line {number} of {path} is damaged: {line[:40].rstrip()!r} is not an object "
-                    "with a step; remove the line, or the run."
-                ) from None
+                    "with a step and numbers; remove the line, or the run."
+                )
             yield values
 
 

@@ -17,12 +17,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, TypeVar
 
 import jax
 
 from jaxfm import config as configs
+from jaxfm.errors import writing
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ RUN_DIR_HELP = (
 _LONGER = ("rounds", "steps")  # a run may be made longer, and goes on
 _MAY_CHANGE = {*_LONGER, "seeds", "compare"}
 _LOCK = ".lock"
+_NAMED = 6  # settings that a sentence names
 _locks: dict[pathlib.Path, IO] = {}  # of this process; closing a file would free its lock
 
 
@@ -83,6 +85,8 @@ def open_run(config: Any, run_dir: str | os.PathLike[str]) -> pathlib.Path:
       OSError: the folder cannot be made or written to.
     """
     folder = pathlib.Path(run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give --run_dir the name of a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         _lock(folder)
@@ -129,7 +133,7 @@ def _check_same_run(config: Any, folder: pathlib.Path) -> None:
     changed = [name for name in names if old.get(name) != new.get(name)]
     if set(changed) - _MAY_CHANGE:
         raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(changed)} differ); give "
+            f"{folder} holds a run with other settings ({_some(changed)} differ); give "
             "another --run_dir, or remove it."
         )
     for name in _LONGER:
@@ -138,6 +142,10 @@ def _check_same_run(config: Any, folder: pathlib.Path) -> None:
                 f"{folder} holds a run with {name}={old[name]}, which {name}={new[name]} would cut "
                 f"short; give at least {old[name]}, or another --run_dir."
             )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
 
 
 def load_config(run_dir: pathlib.Path) -> dict[str, Any]:
@@ -170,7 +178,10 @@ def load_results(run_dir: pathlib.Path) -> dict:
       ValueError: the file is damaged.
     """
     path = run_dir / "results.json"
-    return _load(path) if path.exists() else {}
+    results = _load(path) if path.exists() else {}
+    if wrong := next((name for name, part in results.items() if not isinstance(part, dict)), None):
+        raise ValueError(f"{path} is damaged: its part {wrong!r} is no object; remove the run.")
+    return results
 
 
 def _finite(value: Any) -> Any:
@@ -196,5 +207,6 @@ def _load(path: pathlib.Path) -> dict:
 def _replace(path: pathlib.Path, text: str) -> None:
     """Writes a file so that it is never half written."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(text)
+    with writing(path):
+        temporary.write_text(text)
     temporary.replace(path)

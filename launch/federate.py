@@ -34,6 +34,7 @@ from jaxfm import config as configs
 from jaxfm import federated
 from jaxfm.cost import num_bytes
 from jaxfm.data.dealing import Data
+from jaxfm.errors import reported
 from jaxfm.federated import Local, Prepared, TrainedRun, fleet, prepare
 from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.federated.outcome import NothingLearned
@@ -173,5 +174,6 @@ def main(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = load_named_files(sys.argv)
+    with reported("--traceback" in sys.argv):
+        sys.argv = load_named_files(sys.argv)
     configs.run(main, federate_config())

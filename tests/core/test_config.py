@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
 from typing import Literal
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfm import config as config_lib
+from jaxfm import errors
 from jaxfm.config import check, from_dict, option, override, to_dict
 
 
@@ -212,6 +214,41 @@ def test_an_error_is_told_in_one_sentence(tmp_path):
     assert text.endswith("\n--traceback shows where.")
     assert explained(lambda: {}["loss"]) == ("KeyError: 'loss'\n--traceback shows where.", 1)
     assert explained(lambda: [][0].x)[1] == 1
+
+
+def sentence(text):
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    "act, said, status",
+    [
+        (lambda: sentence("Nothing was learned."), "RuntimeError: Nothing", 1),
+        (lambda: from_dict(Config, {"bits": 7}), "error: bits=7 is not a choice.", 2),
+        (lambda: int("x"), "error: ValueError: invalid literal", 2),
+        (lambda: signal.raise_signal(signal.SIGINT), "Interrupted.", 130),
+    ],
+)
+def test_an_error_ends_the_program_with_its_status(act, said, status, capsys):
+    with pytest.raises(SystemExit) as ended, errors.reported():
+        act()
+    assert ended.value.code == status
+    assert said in capsys.readouterr().err
+
+
+def test_errors_are_let_through_where_their_traceback_is_wanted():
+    with pytest.raises(RuntimeError, match="as it is"), errors.reported(traceback=True):
+        sentence("as it is")
+
+
+def test_a_write_and_a_reading_name_the_file():
+    with pytest.raises(OSError) as caught, errors.writing("a/b.json"):
+        open("/dev/full", "w").write("x" * 10**6)
+    assert errors.explain(caught.value) == ("No space left on device: a/b.json.", 2)
+    with pytest.raises(ValueError, match=r"^a\.csv: It is bad\.$"), errors.naming("a.csv"):
+        raise ValueError("It is bad.")
+    with pytest.raises(ValueError, match=r"^a\.csv is bad\.$"), errors.naming("a.csv"):
+        raise ValueError("a.csv is bad.")
 
 
 SCRIPT = '''

@@ -255,9 +255,8 @@ def weights(**changes):
 
 
 def cut(length):
-    return {
-        "model.safetensors": lambda folder: (folder / "model.safetensors").read_bytes()[:length]
-    }
+    whole = lambda folder: (folder / "model.safetensors").read_bytes()
+    return {"model.safetensors": lambda folder: whole(folder)[:length]}
 
 
 def index(text):
@@ -343,3 +342,22 @@ def test_malformed_weights_and_policies_are_refused(tmp_path, name):
 def test_a_prompt_that_is_no_text_is_refused(tmp_path, model):
     write(tmp_path, {"p.txt": b"\xff\xfe"})
     check_refused("generate", f"--model={model} --prompt_file=p.txt", "p.txt")
+
+
+RUN_FILES = [
+    ("metrics.jsonl", "words\n"),
+    ("metrics.jsonl", b"\xff\xfe\n"),
+    ("metrics.jsonl", '{"step": "x"}\n'),
+    ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
+    ("metrics.jsonl", '{"step": 1, "loss": [1]}\n'),
+    ("config.json", "{"),
+    ("config.json", "[]"),
+    ("results.json", '{"a": '),
+    ("results.json", '{"federate": 5}'),
+]
+
+
+@pytest.mark.parametrize("name, content", RUN_FILES, ids=lambda x: str(x)[:30])
+def test_a_damaged_run_folder_is_refused(tmp_path, name, content):
+    write(tmp_path, {"run/config.json": "{}", "run/results.json": "{}", f"run/{name}": content})
+    check_refused("report", "--run_dir=run", name)

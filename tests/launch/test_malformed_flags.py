@@ -1,11 +1,13 @@
 """Malformed flags: each is refused before any training, in one sentence of the library's own."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
-from refusals import check_refused, no_training
+from refusals import SCRIPTS, check_refused, no_training
 
 from jaxfm import hub
-from jaxfm.config import define_flags, from_flags  # noqa: F401
 from jaxfm.testing import tiny_decoder, tiny_encoder
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -244,3 +246,45 @@ def test_a_malformed_flag_is_refused(script, words, says, tmp_path, monkeypatch,
     if script == "pretrain":
         first["pretrain"] = "--data=digits"
     check_refused(script, f"{first.get(script, '')} {words}", says)
+
+
+CONFIGS = [
+    ("{", "not JSON"),
+    ("[]", "list"),
+    (b"\xff\xfe", "not JSON"),
+    ('{"rounds": "x"}', "rounds='x'"),
+    ('{"rounds": 0}', "rounds=0"),
+    ('{"data": 5}', "data=5"),
+    ('{"data": {"beta": null}}', "data.beta=None"),
+    ('{"cohrt": 5}', "cohort"),
+    ('{"tiers": [1, "x"]}', "tiers='x'"),
+    ('{"model": {"family": 7}}', "model.family=7"),
+]
+
+
+@pytest.mark.parametrize("content, says", CONFIGS)
+def test_a_malformed_config_is_refused(content, says, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    check_refused("federate", f"--config={path}", says)
+
+
+def test_every_script_refuses_malformed_flags():
+    assert {script for script, _, _ in CASES} == set(SCRIPTS)
+
+
+def test_a_late_error_ends_a_script_with_one_sentence(tmp_path):
+    """Also that of a user's own algorithm, which is read before any flag."""
+    (tmp_path / "own.py").write_text("import nothing_of_this_name\n")
+    run = lambda *words: subprocess.Popen(
+        [sys.executable, "-m", "jaxfm.launch.federate", "--data=digits", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    late, own = run("--data.num_clients=2000"), run("--algorithm=own.py")
+    _, error = late.communicate()
+    assert late.returncode == 2
+    assert error.splitlines()[-1].startswith("error: data.source=digits: 1297 examples cannot give")
+    assert "Traceback" not in error
+    _, error = own.communicate()
+    assert own.returncode == 2 and "Traceback" not in error
+    assert error.startswith("error: own.py cannot be run (ModuleNotFoundError")
