@@ -11,8 +11,9 @@ import pytest
 from jaxfm import tasks
 from jaxfm.data.arrays import digits
 from jaxfm.data.dealing import deal_out
+from jaxfm.errors import explain
 from jaxfm.federated import Local, NothingLearned, prepare, train
-from jaxfm.federated.outcome import counted, left_out, numbers
+from jaxfm.federated.outcome import check_reports, counted, left_out, no_account, numbers
 from jaxfm.federated.placement import capped_epochs
 from jaxfm.federated.run import summary
 from jaxfm.federated.slices import are_nested
@@ -133,3 +134,10 @@ def test_words():
     assert counted([2], "abcd") == "1 client (c)"
     assert counted(range(9), "abcdefghi").endswith("h, ...)")
     assert numbers({"a": math.inf, "b": math.nan, "c": 1}) == {"a": None, "b": None, "c": 1.0}
+
+
+def test_a_script_says_that_nothing_was_learned_in_these_words():
+    with pytest.raises(NothingLearned) as caught:
+        check_reports(no_account(3))
+    sentence, status = explain(caught.value)
+    assert sentence.startswith("Nothing was learned: none of the 0 clients") and status == 1
