@@ -228,7 +228,7 @@ def models(tmp_path_factory):
     """A folder with a decoder and one with an encoder."""
     folder = tmp_path_factory.mktemp("models")
     for name, model, tokenizer in (
-        ("decoder", tiny_decoder(vocab_size=260), ByteTokenizer()),
+        ("decoder", tiny_decoder(vocab_size=260, max_len=256), ByteTokenizer()),
         ("encoder", tiny_encoder(), None),
     ):
         hub.save(model, model.init(jax.random.key(0)), folder / name, tokenizer=tokenizer)
