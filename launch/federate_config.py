@@ -53,7 +53,8 @@ class _FederateConfig:
     deadline_s: float = option(
         0.0,
         "simulated seconds of a round on a --profile, to which models and steps are fitted; 0: as "
-        "long as the slowest needs for the smallest model; inf: memory alone decides",
+        "long as half of the clients need for the largest model that they can hold, if no steps of "
+        "the others are cut by it; inf: memory alone decides",
     )
     upload: Literal["full", "8bit", "4bit", "top_k"] = option(
         "full", "how uploads travel: floats, randomly rounded, or only the largest, in 8 bits"

@@ -171,8 +171,9 @@ def plan(
     Args:
       costs: by bucket, the largest model first.
       steps: i32[C], that a client would like to take; 0 without data.
-      deadline_s: of a round; None: what the slowest needs for the least costly of the models that
-        fit it, so that nobody waits longer than that; inf: memory alone decides.
+      deadline_s: of a round; None: what half of the clients need, at most, for the largest model
+        that they can hold, or, where that is longer, what the slowest needs for its fastest one,
+        so that nobody's steps are cut; inf: memory alone decides.
       bucket: i32[C], where it is settled already which model each client trains.
     Raises:
       ValueError: a client whose memory or whose time suffices for no model.
@@ -189,7 +190,9 @@ def plan(
     fixed = wire + column("flops_per_round") / rate.flops_per_s
     seconds = np.where(fits, fixed + steps[:, None] * step_s, np.inf)
     if deadline_s is None:
-        deadline_s = float(seconds.min(1).max())
+        largest = np.take_along_axis(seconds, fits.argmax(1)[:, None], 1)[:, 0]
+        half = np.median(largest[steps > 0]) if (steps > 0).any() else 0.0
+        deadline_s = float(max(seconds.min(1).max(), half))
     in_time = fits & (seconds <= deadline_s)
     bucket = np.where(in_time.any(1), in_time.argmax(1), seconds.argmin(1))
     own = lambda table: np.take_along_axis(table, bucket[:, None], 1)[:, 0]

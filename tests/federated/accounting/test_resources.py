@@ -59,14 +59,21 @@ def test_a_deadline_gives_each_machine_the_largest_model_it_finishes():
         plan(TWO, [LARGE, SMALL], steps, 1.4)
 
 
-def test_without_a_deadline_nobody_waits_longer_than_the_slowest_needs_at_least():
+def test_without_a_deadline_half_of_the_clients_train_the_largest_model():
     steps = np.array([3, 3])
     chosen = plan(TWO, [LARGE, SMALL], steps)
-    assert chosen.deadline_s == pytest.approx(2.5)
+    fast = 8 / 40 + 4 / 20 + 3 * 20 / 1000
+    assert chosen.deadline_s == pytest.approx((10 + fast) / 2)
     assert chosen.bucket.tolist() == [1, 0]
     assert chosen.max_steps.tolist() == [3, 3]
     assert plan(TWO, [LARGE], steps).max_steps.tolist() == [3, 3]
     assert plan(TWO, [LARGE, SMALL], steps, np.inf).bucket.tolist() == [0, 0]
+    # Whoever has no data is not asked, and the slowest's smallest model must fit.
+    chosen = plan(TWO, [LARGE, SMALL], np.array([0, 3]))
+    assert chosen.deadline_s == pytest.approx(1.0)  # its wire alone
+    four = Device(*np.array([SLOW, FAST, FAST, FAST], np.float64).T)
+    chosen = plan(four, [LARGE, SMALL], np.full(4, 3))
+    assert chosen.deadline_s == pytest.approx(2.5) and chosen.bucket.tolist() == [1, 0, 0, 0]
 
 
 def test_a_model_that_is_settled_stays_and_steps_give_way():
