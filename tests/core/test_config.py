@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import math
-import signal
 import subprocess
 import sys
 from typing import Literal
@@ -221,13 +220,17 @@ def sentence(text):
     raise RuntimeError(text)
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     "act, said, status",
     [
         (lambda: sentence("Nothing was learned."), "RuntimeError: Nothing", 1),
         (lambda: from_dict(Config, {"bits": 7}), "error: bits=7 is not a choice.", 2),
         (lambda: int("x"), "error: ValueError: invalid literal", 2),
-        (lambda: signal.raise_signal(signal.SIGINT), "Interrupted.", 130),
+        (interrupt, "Interrupted.", 130),
     ],
 )
 def test_an_error_ends_the_program_with_its_status(act, said, status, capsys):

@@ -259,8 +259,8 @@ def test_cards_name_who_comes_first():
     figures = lambda score, sent: {"figures": {"personal": [score], "megabytes": [sent]}}
     part = {"algorithms": {"large": figures(0.9, 5.0), "small": figures(0.8, 1.0)}}
     first = lambda lower: [(card.value, card.note) for card in best_cards(part, lower)]
-    assert first(False) == [("large", "0.9"), ("small", "1")]
-    assert first(True) == [("small", "0.8"), ("small", "1")]
+    assert first(False) == [("large", "0.9; higher is better"), ("small", "1; lower is better")]
+    assert first(True) == [("small", "0.8; lower is better"), ("small", "1; lower is better")]
 
 
 def test_public_and_held_rows_belong_to_nobody_else():

@@ -30,11 +30,15 @@ def probabilities(logits, temperature, top_k, top_p, min_p):
 
 
 def reference(logits, temperature, top_k, top_p, min_p):
-    """The definitions in float64; None where a cut is too near a token's mass to tell."""
+    """The definitions in float64; None where float32 cannot tell: a cut is too near a token's mass,
+    or two scores differ by less than a rounding of their distance from the best."""
     scores = np.asarray(logits, np.float64)
     order = np.argsort(-scores, kind="stable")
     scaled = (scores - scores.max()) / np.float64(temperature)
     ranked = scaled[order]
+    gaps = ranked[:-1] - ranked[1:]
+    if ((gaps > 0) & (gaps < 1e-6 * np.abs(ranked[1:]))).any():
+        return None
     kept = np.ones(len(ranked), bool)
     if top_k:
         kept &= ranked >= ranked[top_k - 1]
