@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -109,10 +110,14 @@ def warn(number: int, info: RoundInfo, names: Sequence[str]) -> None:
 
 
 def say_line(number: int, num_rounds: int, line: Mapping[str, float]) -> None:
-    """Says how far a run is, where no progress bar does (`jaxfm.log.progress`)."""
+    """Says how far a run is, where no progress bar does (`jaxfm.log.progress`).
+
+    The figures are those of training, of the global model and of clients' own; what smaller models
+    come to is in the log ("validation/bucket1/...").
+    """
     if sys.stderr.isatty():
         return
-    shown = [name for name in line if name.startswith(("train/", "validation/", "personal/"))]
+    shown = [name for name in line if re.fullmatch(r"(train|validation|personal)/[^/]+", name)]
     figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown)
     _say(
         f"Round {number} of {num_rounds}: {line['clients/reported']:.0f} clients reported"

@@ -13,7 +13,7 @@ from jaxfm.data.arrays import digits
 from jaxfm.data.dealing import deal_out
 from jaxfm.errors import explain
 from jaxfm.federated import Local, NothingLearned, prepare, train
-from jaxfm.federated.outcome import check_reports, counted, left_out, no_account, numbers
+from jaxfm.federated.outcome import check_reports, counted, left_out, no_account, numbers, say_line
 from jaxfm.federated.placement import capped_epochs
 from jaxfm.federated.run import summary
 from jaxfm.federated.slices import are_nested
@@ -72,6 +72,13 @@ def test_lost_updates_are_counted_and_their_clients_named(capfd):
     assert "Round 1 of 2: 3 clients reported, train/loss " in err  # no terminal: a line a round
     full = summary(result, data, full_bytes=100)["full_model"]
     assert full == {"bytes_down": 800, "bytes_up": 800}  # what is left out was sent, too
+
+
+def test_a_line_has_the_figures_of_the_global_model_and_no_others(capfd):
+    line = {"clients/reported": 3.0, "validation/loss": 0.5, "validation/bucket1/loss": 0.7}
+    say_line(4, 9, line | {"total/bytes_up": 1.0, "personal/loss": 0.25})
+    said = "Round 4 of 9: 3 clients reported, validation/loss 0.5, personal/loss 0.25.\n"
+    assert capfd.readouterr().err == said
 
 
 def test_where_nobody_trains_the_full_model_the_largest_that_is_trained_is_scored():
