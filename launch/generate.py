@@ -1,6 +1,6 @@
 """Continues a prompt with a model in Hugging Face format.
 
-    python -m jaxfm.launch.generate --model=runs/demo/model --prompt='def '
+    python -m jaxfm.launch.generate --model=runs/demo/model --prompt='def test_'
     python -m jaxfm.launch.generate --model=runs/demo/model --decoder=speculative \\
         --draft=runs/demo/draft --prompt='import ' --max_new_tokens=200
     python -m jaxfm.launch.generate --model=runs/demo/model --decoder=pipeinfer \\
