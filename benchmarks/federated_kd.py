@@ -39,7 +39,7 @@ import optax
 from jaxfm import config as configs
 from jaxfm.config import check, option
 from jaxfm.data.arrays import digits
-from jaxfm.data.federation import Federation, federate
+from jaxfm.data.federation import Federation, federate, of_one_shape
 from jaxfm.data.idx import mnist
 from jaxfm.data.noise import smooth_noise
 from jaxfm.data.partition import dirichlet
@@ -189,10 +189,7 @@ def clients_of(work: Work, config: Config) -> list[Federation]:
         dirichlet(label, work.num_clients, beta=config.beta, seed=seed, min_examples=10)
         for seed in range(config.num_seeds)
     ]
-    found = [federate(work.private, part) for part in parts]
-    most = max(f.index.shape[1] for f in found)
-    pad = lambda x: np.pad(x, ((0, 0), (0, most - x.shape[1])))
-    return [f._replace(index=pad(f.index)) for f in found]
+    return of_one_shape([federate(work.private, part) for part in parts])
 
 
 def accuracy(model: Model, variables: Variables, examples) -> float:

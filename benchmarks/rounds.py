@@ -184,7 +184,7 @@ def recorded(work: Work, key, num_rounds: int) -> list[list[np.ndarray]]:
 
     The engine itself tells: an algorithm that learns nothing, whose clients remember what came.
     """
-    longest = -(-work.federation.index.shape[1] // BATCH)
+    longest = -(-work.federation.index.longest // BATCH)
     blank = np.full((longest, BATCH), -1, np.int32)
 
     def loss(params, variables, batch, real, key):

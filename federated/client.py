@@ -104,11 +104,11 @@ def client_data(population: Population, client: int) -> tuple[ClientData, Profil
     if population.local_validation is not None:
         tables.append(population.local_validation)
     counts = [int(table.count[client]) for table in tables]
-    rows = [np.asarray(t.index)[client, :n] for t, n in zip(tables, counts, strict=True)]
+    rows = [table.rows_of(client) for table in tables]
     some = np.concatenate(rows) if sum(counts) else np.zeros(1, np.int32)  # a row to point at
     own, first, parts = {name: np.asarray(leaf)[some] for name, leaf in examples.items()}, 0, []
     for table, count in zip(tables, counts, strict=True):
-        index = np.zeros(table.index.shape[1], np.int32)
+        index = np.zeros(table.index.longest, np.int32)
         index[:count] = np.arange(first, first + count)
         parts += [index, np.int32(count)]
         first += count

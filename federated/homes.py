@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.data.federation import Federation
+from jaxfm.data.federation import Federation, RowIndex, row_index
 from jaxfm.federated.cohort import Whereabouts
 from jaxfm.federated.population import Population
 from jaxfm.model import PyTree
@@ -88,15 +88,18 @@ def settle(population: Population, mesh: Mesh) -> PyTree:
         x = np.asarray(x)
         return sharded((num_rows, *x.shape[1:]), x.dtype, lambda device: x[rows[device]])
 
-    def index_of(table: Federation):
-        index, count = np.asarray(table.index), np.asarray(table.count)
+    def index_of(table: Federation) -> RowIndex:
+        longest = _largest(table.index.longest)
 
-        def block(device: int) -> np.ndarray:
-            ids = blocks[device]
-            real = np.arange(index.shape[1]) < count[ids][:, None]
-            return np.where(real, np.searchsorted(rows[device], index[ids]), 0).astype(np.int32)
+        def block(device: int) -> RowIndex:
+            own = [np.searchsorted(rows[device], table.rows_of(i)) for i in blocks[device]]
+            return row_index(own, longest)
 
-        return sharded((most, index.shape[1]), np.dtype(np.int32), block)
+        total = longest + _largest(max(int(np.asarray(table.count)[ids].sum()) for ids in blocks))
+        part = lambda name, size: sharded(
+            (size,), np.dtype(np.int32), lambda device: getattr(block(device), name)
+        )
+        return RowIndex(part("values", total), part("start", most), part("size", most), longest)
 
     own = [(index_of(table), of_clients(table.count)) for table in tables]
     examples = {name: of_examples(leaf) for name, leaf in population.federation.examples.items()}
@@ -113,8 +116,7 @@ def _rows(tables: list[Federation], ids: np.ndarray) -> np.ndarray:
     """The rows of the examples that some clients own, sorted; at least one."""
     parts = [np.zeros(0, np.int64)]
     for table in tables:
-        index, count = np.asarray(table.index)[ids], np.asarray(table.count)[ids]
-        parts.append(index[np.arange(index.shape[1]) < count[:, None]])
+        parts += [table.rows_of(client) for client in ids]
     rows = np.unique(np.concatenate(parts))
     return rows if len(rows) else np.zeros(1, np.int64)
 

@@ -46,7 +46,7 @@ def check_population(
     """
     num_clients = population.federation.count.shape[0]
     validation, home = population.local_validation, population.home
-    sizes = {"bucket": len(population.bucket), "index": population.federation.index.shape[0]}
+    sizes = {"bucket": len(population.bucket), "index": len(population.federation.index.start)}
     sizes |= {} if validation is None else {"local_validation": validation.count.shape[0]}
     sizes |= {} if home is None else {"home": len(home)}
     sizes |= {f"profiles.{n}": x.shape[0] for n, x in population.profiles._asdict().items()}
@@ -66,9 +66,11 @@ def check_population(
         _check_range("home", home, devices, why)
     index, count = population.federation.index, population.federation.count
     num_examples = jax.tree.leaves(population.federation.examples)[0].shape[0]
-    rows = index.shape[1]
-    _check_range("count", count, rows + 1, f"the index has {rows} rows a client")
-    _check_range("index", index, num_examples, f"there are {num_examples} examples")
+    _check_range("index", index.values, num_examples, f"there are {num_examples} examples")
+    for client in np.flatnonzero((np.asarray(count) < 0) | (np.asarray(count) > index.size))[:1]:
+        raise ValueError(
+            f"Client {client} has count {count[client]}; its index has {index.size[client]} rows."
+        )
 
 
 def check_unmoved(before: Population, after: Population) -> None:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxfm.data.federation import RowIndex
 from jaxfm.federated import homes
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
 from jaxfm.federated.cohort import (
@@ -350,9 +351,9 @@ def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> Ru
 def _client_of(people, row: Array) -> tuple[ClientData, Profile]:
     """One client's part of (federation, profiles, index and count of validation rows)."""
     federation, profiles, validation = people
-    index, count = jax.tree.map(lambda x: x[row], tuple(federation[1:]))
-    held = jax.tree.map(lambda x: x[row], validation or ())
-    data = ClientData(federation.examples, index, count, *held)
+    held = () if validation is None else validation
+    own = [x.padded(row) if isinstance(x, RowIndex) else x[row] for x in (*federation[1:], *held)]
+    data = ClientData(federation.examples, *own)
     return data, jax.tree.map(lambda x: x[row], profiles)
 
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from federated_parts.runs import OWN, Run, bucket_of
 from federated_parts.work import TASK, Work, accuracy
-from jaxfm.data.federation import Federation
+from jaxfm.data.federation import Federation, all_rows
 from jaxfm.federated import (
     Bucket,
     Population,
@@ -161,6 +161,5 @@ def _networks(
 
 def _some_rows(federation: Federation, count: int) -> dict[str, np.ndarray]:
     """Leaves [C, count, ...]: as many rows of each client, repeated where it has fewer."""
-    pairs = zip(federation.index, federation.count, strict=True)
-    index = np.stack([np.resize(rows[:real], count) for rows, real in pairs])
+    index = np.stack([np.resize(rows, count) for rows in all_rows(federation)])
     return {name: leaf[index] for name, leaf in federation.examples.items()}

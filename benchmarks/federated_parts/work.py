@@ -10,7 +10,7 @@ import numpy as np
 from jaxfm.data.arrays import digits
 from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data
-from jaxfm.data.federation import Federation, federate
+from jaxfm.data.federation import Federation, federate, of_one_shape
 from jaxfm.data.idx import mnist
 from jaxfm.data.partition import dirichlet, natural
 from jaxfm.data.source import Source
@@ -107,9 +107,9 @@ def load(name: str, folder: str, *, num_seeds: int = 1, beta: float = 0.1) -> Wo
         size=size,
         validation={leaf_name: leaf[: size.validation] for leaf_name, leaf in rows.items()},
         test={leaf_name: leaf[:2000] for leaf_name, leaf in data["test"].examples.items()},
-        train=_of_one_shape(train),
-        choice=_of_one_shape(choice),
-        own=_of_one_shape(own),
+        train=of_one_shape(train),
+        choice=of_one_shape(choice),
+        own=of_one_shape(own),
         model=_network(name, private["image"].shape[1]),
     )
 
@@ -153,10 +153,3 @@ def _network(name: str, side: int) -> Model:
     if name.endswith("_vgg11"):
         return vgg(vgg_config(11, cifar=True))
     return cnn(CnnConfig(image_size=(side, side), conv_channels=(8, 16), dense_dim=64))
-
-
-def _of_one_shape(federations: list[Federation]) -> list[Federation]:
-    """Pads federations to one shape, so that seeds share a compiled program."""
-    most = max(f.index.shape[1] for f in federations)
-    pad = lambda x: np.pad(x, ((0, 0), (0, most - x.shape[1])))
-    return [f._replace(index=pad(f.index)) for f in federations]

@@ -78,14 +78,14 @@ def client_shapes(
     shape: Any = jax.ShapeDtypeStruct
     data = ClientData(
         jax.tree.map(lambda x: shape(x.shape, x.dtype), dict(federation.examples)),
-        shape(federation.index.shape[1:], jnp.int32),
+        shape((federation.index.longest,), jnp.int32),
         shape((), jnp.int32),
     )
     profile = jax.tree.map(lambda x: shape((), jnp.asarray(x).dtype), population.profiles)
     key = jax.eval_shape(lambda: jax.random.key(0))
     download = jax.eval_shape(bucket.send, server, public)
     if population.local_validation is not None:
-        rows = shape(population.local_validation.index.shape[1:], jnp.int32)
+        rows = shape((population.local_validation.index.longest,), jnp.int32)
         data = data._replace(validation_index=rows, validation_count=data.count)
     memory = jax.eval_shape(bucket.init_client, download, data, profile, key)
     return download, memory, data, profile, key

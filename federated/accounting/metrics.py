@@ -17,7 +17,7 @@ from jax import lax
 from jaxfm.data.federation import Federation
 from jaxfm.federated.algorithm import Algorithm, Bucket, client_variables
 from jaxfm.federated.rounds import RunState
-from jaxfm.model import Key, PyTree
+from jaxfm.model import Array, Key, PyTree
 from jaxfm.tasks import Task
 from jaxfm.tasks.direction import higher_is_better
 from jaxfm.tasks.evaluation import evaluate
@@ -56,8 +56,7 @@ def client_metrics(
         for ids, run, memories in zip(members, runs, state.memories, strict=True):
             if not len(ids):
                 continue
-            examples, index, count = test
-            sums = run(state.server, memories, examples, index[ids], count[ids])
+            sums = run(state.server, memories, test, ids)
             for name, (total, weight) in sums.items():
                 total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
                 column = result.setdefault(name, np.full(num_clients, np.nan))
@@ -76,17 +75,18 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int, key: Key | None) 
         raise ValueError("A bucket without a model cannot be evaluated; give Bucket(model=...).")
 
     @jax.jit
-    def run(server: PyTree, memories: PyTree, examples, index, count):
+    def run(server: PyTree, memories: PyTree, test: Federation, ids: Array):
         def batch_sums(variables, rows, place):
             """The sums over one batch; rows past the client's own have weight 0."""
-            batch = {name: jnp.take(leaf, rows, axis=0) for name, leaf in examples.items()}
+            batch = {name: jnp.take(leaf, rows, axis=0) for name, leaf in test.examples.items()}
             own = batch.get("weight", jnp.ones(batch_size, jnp.float32))
             batch["weight"] = jnp.where(place, own, 0)
             inputs, targets, weight = task.prepare(batch, key)
             return task.metrics(model.apply(variables, inputs)[0], targets, weight)
 
-        def one(_, client):
-            memory, rows, count = client
+        def one(_, slot):
+            memory, client = slot
+            rows, count = test.index.padded(client), test.count[client]
             rows = jnp.pad(rows, (0, -rows.shape[0] % batch_size))
             variables = client_variables(bucket, server, memory)
 
@@ -100,7 +100,7 @@ def _over_clients(bucket: Bucket, task: Task, batch_size: int, key: Key | None) 
             # As many batches as this client has, not as many as the largest.
             return None, lax.fori_loop(0, -(-count // batch_size), step, zeros)
 
-        return lax.scan(one, None, (memories, index, count))[1]
+        return lax.scan(one, None, (memories, ids))[1]
 
     return run
 

@@ -1,17 +1,62 @@
 """Many clients over one flat store of examples.
 
-Clients own unequal numbers of examples. The examples stay flat, each once, and a padded table of
-row numbers says whose they are, so a compiled round gathers a client's batch with two indexing
-operations, and a new partition of the same data changes only numbers.
+Clients own unequal numbers of examples. The examples stay flat, each once, and a list of row
+numbers, client after client, says whose they are, so a compiled round gathers a client's batch with
+two indexing operations, and a new partition of the same data changes only numbers.
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowIndex:
+    """Whose rows are whose; a pytree of as many numbers as clients have rows.
+
+    Attributes:
+      values: i32[T + longest], the rows of clients, one client's after another's. What follows
+        them only lets a piece of `longest` numbers begin anywhere.
+      start: i32[C], where each client's rows begin.
+      size: i32[C], how many there are.
+      longest: the length of a padded row: no client has more.
+    """
+
+    values: Array
+    start: Array
+    size: Array
+    longest: int = dataclasses.field(metadata={"static": True})
+
+    def padded(self, client: Array | int) -> Array:
+        """i32[longest]: the rows of one client, then zeros; traceable."""
+        start, size = self.start[client], self.size[client]
+        rows = lax.dynamic_slice(jnp.asarray(self.values), (start,), (self.longest,))
+        return jnp.where(jnp.arange(self.longest) < size, rows, 0)
+
+
+def row_index(parts: Sequence[np.ndarray], longest: int | None = None) -> RowIndex:
+    """Joins the rows of each client, each i[n], into a `RowIndex` of host arrays.
+
+    Args:
+      parts: by client.
+      longest: the length of a padded row; None: the largest client's, at least 1.
+    """
+    size = np.array([len(rows) for rows in parts], np.int32)
+    longest = max(1, size.max(initial=0)) if longest is None else longest
+    filling = np.zeros(longest, np.int32)
+    values = np.concatenate([*parts, filling]).astype(np.int32)
+    start = np.cumsum(size, dtype=np.int64) - size
+    return RowIndex(values, start.astype(np.int32), size, int(longest))
 
 
 class Federation(NamedTuple):
@@ -23,8 +68,13 @@ class Federation(NamedTuple):
 
     examples: dict[str, Array]  # leaves [N, ...]
     # These two names hide methods of tuple that nobody needs here.
-    index: Array  # type: ignore[assignment]  # i32[C, M] rows of each client, padded with 0
-    count: Array  # type: ignore[assignment]  # i32[C] how many of each row are real
+    index: RowIndex  # type: ignore[assignment]  # the rows of each client
+    count: Array  # type: ignore[assignment]  # i32[C] how many of them count, the first ones
+
+    def rows_of(self, client: int) -> np.ndarray:
+        """i32[n]: the rows that one client owns; on the host."""
+        start = int(self.index.start[client])
+        return np.asarray(self.index.values)[start : start + int(self.count[client])]
 
 
 def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]) -> Federation:
@@ -39,8 +89,8 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
       TypeError: row numbers that are not integers.
 
     >>> federation = federate({"label": np.array([3, 1, 2])}, [np.array([2, 0]), np.array([1])])
-    >>> federation.index.tolist(), federation.count.tolist()
-    ([[2, 0], [1, 0]], [2, 1])
+    >>> [federation.rows_of(client).tolist() for client in range(2)]
+    [[2, 0], [1]]
     """
     num_examples = leading_size(examples)
     rows = [np.asarray(client) for client in partition]
@@ -48,11 +98,9 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
         raise ValueError("The partition has no client; give one array of rows for each client.")
     for number, client in enumerate(rows):
         _check_rows(number, client, num_examples)
-    count = np.array([len(client) for client in rows], np.int32)
-    index = np.zeros((len(rows), max(1, count.max())), np.int32)
-    for number, client in enumerate(rows):
-        index[number, : len(client)] = client
-    return Federation({name: np.asarray(leaf) for name, leaf in examples.items()}, index, count)
+    index = row_index(rows)
+    leaves = {name: np.asarray(leaf) for name, leaf in examples.items()}
+    return Federation(leaves, index, index.size)
 
 
 def leading_size(examples: Mapping[str, Any]) -> int:
@@ -76,24 +124,44 @@ def select_clients(federation: Federation, clients: Sequence[int] | np.ndarray) 
         raise ValueError(
             f"clients must be a non-empty list of 0..{num_clients - 1}; got {clients}."
         )
-    count = np.asarray(federation.count)[clients]
-    index = np.asarray(federation.index)[clients, : max(1, count.max())]
-    return Federation(federation.examples, index, count)
+    rows = all_rows(federation)
+    index = row_index([rows[client] for client in clients])
+    return Federation(federation.examples, index, index.size)
+
+
+def of_one_shape(federations: Sequence[Federation]) -> list[Federation]:
+    """Returns the federations with indices of equal shapes: rounds compile once for all of them."""
+    longest = max(federation.index.longest for federation in federations)
+    total = longest + max(
+        len(federation.index.values) - federation.index.longest for federation in federations
+    )
+
+    def widened(federation: Federation) -> Federation:
+        values = np.asarray(federation.index.values)
+        values = np.pad(values, (0, total - len(values)))
+        index = dataclasses.replace(federation.index, values=values, longest=longest)
+        return federation._replace(index=index)
+
+    return [widened(federation) for federation in federations]
 
 
 def client_weights(federation: Federation) -> np.ndarray:
     """Returns f64[C]: what each client's rows weigh together, one each if they have no "weight"."""
-    index, count = np.asarray(federation.index), np.asarray(federation.count)
     if "weight" not in federation.examples:
-        return count.astype(np.float64)
+        return np.asarray(federation.count).astype(np.float64)
     weight = np.asarray(federation.examples["weight"], np.float64)
-    return np.array([weight[row[:n]].sum() for row, n in zip(index, count, strict=True)])
+    return np.array([weight[rows].sum() for rows in all_rows(federation)])
+
+
+def all_rows(federation: Federation) -> list[np.ndarray]:
+    """Returns the rows of each client, i32[n]; on the host."""
+    hosted = federation._replace(index=jax.tree.map(np.asarray, federation.index))
+    return [hosted.rows_of(client) for client in range(len(federation.count))]
 
 
 def merge(federation: Federation) -> dict[str, np.ndarray]:
     """Returns all rows that clients own, client after client: the centralised data set."""
-    index, count = np.asarray(federation.index), np.asarray(federation.count)
-    rows = np.concatenate([row[:n] for row, n in zip(index, count, strict=True)])
+    rows = np.concatenate(all_rows(federation))
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], federation.examples)
 
 
@@ -113,7 +181,7 @@ def summary(
       names: the clients' names, in their order.
       num_largest: how many of the largest clients to list.
     """
-    index, count = np.asarray(federation.index), np.asarray(federation.count)
+    count = np.asarray(federation.count)
     if names is not None and len(names) != len(count):
         raise ValueError(f"{len(names)} names for {len(count)} clients; give one for each.")
     lines = [
@@ -124,7 +192,7 @@ def summary(
     if (count == 0).any():
         lines.append(f"{'  clients with none':<22}{(count == 0).sum():>10,}")
     if labels is not None:
-        lines += _label_lines(index, count, np.asarray(labels))
+        lines += _label_lines(all_rows(federation), np.asarray(labels))
     largest = np.argsort(-count, kind="stable")[:num_largest]
     lines.append("largest")
     lines += [
@@ -134,14 +202,10 @@ def summary(
     return "\n".join(lines)
 
 
-def _label_lines(index: np.ndarray, count: np.ndarray, labels: np.ndarray) -> list[str]:
+def _label_lines(parts: list[np.ndarray], labels: np.ndarray) -> list[str]:
     classes, dense = np.unique(labels, return_inverse=True)
     table = np.stack(
-        [
-            np.bincount(dense[row[:n]], minlength=len(classes))
-            for row, n in zip(index, count, strict=True)
-            if n
-        ]
+        [np.bincount(dense[rows], minlength=len(classes)) for rows in parts if len(rows)]
     )
     share = table / table.sum(axis=1, keepdims=True)
     entropy = np.sum(share * -np.log2(np.where(share > 0, share, 1.0)), axis=1) + 0.0  # no -0.0

@@ -74,7 +74,7 @@ def metric_totals(
 
     Args:
       rows: i32[n], which examples, in this order; all by default. With `count` this is one client
-        of a `Federation`: `rows=federation.index[c], count=federation.count[c]`.
+        of a `Federation`: `rows=federation.index.padded(c), count=federation.count[c]`.
       count: how many of the rows are real.
     Returns:
       For each metric (total f32[num_batches], count f32[num_batches]).

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfm.data.federation import Federation, federate, merge, select_clients, summary
+from jaxfm.data.federation import (
+    Federation,
+    all_rows,
+    federate,
+    merge,
+    of_one_shape,
+    select_clients,
+    summary,
+)
 from jaxfm.data.partition import (
     dirichlet,
     holdout,
@@ -177,16 +185,40 @@ def small_federation() -> Federation:
 @pytest.mark.smoke
 def test_a_federation_keeps_each_clients_rows_in_order():
     federation = small_federation()
-    assert federation.index.dtype == federation.count.dtype == np.int32
+    assert federation.index.values.dtype == federation.count.dtype == np.int32
     assert federation.count.tolist() == [2, 0, 3]
-    assert federation.index.tolist() == [[2, 0, 0], [0, 0, 0], [3, 1, 0]]
+    padded = [federation.index.padded(client).tolist() for client in range(3)]
+    assert padded == [[2, 0, 0], [0, 0, 0], [3, 1, 0]]
+    assert [rows.tolist() for rows in all_rows(federation)] == [[2, 0], [], [3, 1, 0]]
     assert merge(federation)["label"].tolist() == [2, 3, 9, 1, 3]
-    assert len(jax.tree.leaves(federation)) == 4
+    assert len(jax.tree.leaves(federation)) == 6
+
+
+def test_an_index_costs_what_the_examples_cost_and_not_the_largest_client():
+    size = np.ones(5000, np.int64)
+    size[7] = 3000
+    parts = np.split(np.random.default_rng(0).permutation(size.sum()), np.cumsum(size)[:-1])
+    federation = federate({"label": np.arange(size.sum())}, parts)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(federation.index))
+    assert numbers == size.sum() + size.max() + 2 * len(size)  # 72 kB, not 60 MB
+    padded = jax.jit(lambda index, client: index.padded(client))
+    for client in (0, 7, 4999):
+        expected = np.pad(parts[client], (0, 3000 - len(parts[client])))
+        np.testing.assert_array_equal(padded(federation.index, client), expected)
+
+
+def test_federations_of_one_shape_keep_their_rows():
+    other = federate(small_federation().examples, [np.array([1])] * 3)
+    alike = of_one_shape([small_federation(), other])
+    shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(each)] for each in alike]
+    assert shapes[0] == shapes[1] and jax.tree.structure(alike[0]) == jax.tree.structure(alike[1])
+    assert [rows.tolist() for rows in all_rows(alike[0])] == [[2, 0], [], [3, 1, 0]]
+    assert [alike[1].index.padded(client).tolist() for client in range(3)] == [[1, 0, 0]] * 3
 
 
 def test_selected_clients_come_in_the_order_asked_for():
     chosen = select_clients(small_federation(), [0, 1])
-    assert chosen.index.tolist() == [[2, 0], [0, 0]]
+    assert [chosen.index.padded(client).tolist() for client in range(2)] == [[2, 0], [0, 0]]
     assert merge(select_clients(small_federation(), [2, 0]))["label"].tolist() == [9, 1, 3, 2, 3]
     with pytest.raises(ValueError, match=r"non-empty list of 0\.\.2; got \[3\]"):
         select_clients(small_federation(), [3])

@@ -89,9 +89,7 @@ def main() -> None:
     people = Population(data, profiles(7, max_steps=np.array([1, 9, 2, 9, 3, 9, 9])), bucket)
     if args.home:
         home = np.arange(7) % 2
-        mine = np.concatenate(
-            [data.index[i, : data.count[i]] for i in range(7) if home[i] == args.process]
-        )
+        mine = np.concatenate([data.rows_of(i) for i in range(7) if home[i] == args.process])
         rows = {"x": np.full_like(x, np.nan), "label": np.full_like(label, -1)}
         for name, leaf in rows.items():
             leaf[mine] = data.examples[name][mine]

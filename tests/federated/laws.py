@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxfm.data.federation import Federation, federate
+from jaxfm.data.federation import Federation, RowIndex, federate
 from jaxfm.federated import Algorithm, Distill, Local, Population, Setting, compile_rounds, profiles
 from jaxfm.federated.algorithms.rafl import plan_members, rafl
 from jaxfm.federated.registry import entries, last_layer
@@ -129,10 +129,16 @@ def examples(num: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def federation(counts=(6, 1, 4, 3, 5, 2)) -> Federation:
     """Clients with the next counts[i] rows each, whatever the count the same 24 rows and width."""
-    ends = np.cumsum(counts)
-    parts = [np.arange(end - count, end) for count, end in zip(counts, ends)]
-    data = federate(examples(24), parts)
-    return data._replace(index=np.pad(data.index, ((0, 0), (0, 6 - data.index.shape[1]))))
+    size = np.array(counts, np.int32)
+    start = np.cumsum(size, dtype=np.int32) - size
+    values = np.resize(np.arange(24, dtype=np.int32), 42)  # as long as that of `alike`
+    index = RowIndex(values, start, size, longest=6)
+    return Federation(examples(24), index, size)
+
+
+def alike() -> Federation:
+    """The same six rows for each of six clients."""
+    return federate(examples(24), [np.arange(6)] * 6)
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def test_a_round_client_by_client_is_the_compiled_round(name):
 def test_it_names_the_client_the_stage_and_the_leaf():
     people = population("fed_avg", federation())
     data = people.federation
-    data.examples["x"][data.index[1, 0]] = np.nan  # the one row of client 1
+    data.examples["x"][data.rows_of(1)] = np.nan  # the one row of client 1
     state = engine("fed_avg").init(start(), jax.random.key(3))
     after, _, found = python_round(make("fed_avg"), people, state, {}, cohort_size=6)
     assert {problem.client for problem in found} == {1}
@@ -49,7 +49,7 @@ def test_a_client_sees_its_own_rows_only():
     for client in range(6):
         data, profile = client_data(people, client)
         count = int(people.federation.count[client])
-        rows = people.federation.index[client, :count]
+        rows = people.federation.rows_of(client)
         assert data.count == count == len(data.examples["x"])
         np.testing.assert_array_equal(
             data.examples["x"][data.index[:count]], people.federation.examples["x"][rows]

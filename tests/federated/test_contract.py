@@ -1,5 +1,7 @@
 """The laws that every federated algorithm of the registry keeps, on one tiny classifier."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from laws import (
     PUBLIC,
     VARIANTS,
     advance,
+    alike,
     assert_same,
     batch_norm_step,
     engine,
@@ -30,7 +33,7 @@ from laws import (
 )
 
 from jaxfm.checkpoint import Checkpointer
-from jaxfm.data.federation import federate
+from jaxfm.data.federation import federate, row_index
 from jaxfm.federated import Exact, Status, client_costs, compile_rounds, profiles
 from jaxfm.federated.accounting.ledger import client_shapes
 from jaxfm.frozen import freeze, freeze_variables
@@ -52,8 +55,7 @@ def all_that_keep(law: str):
 
 @all_that_keep("identical_clients")
 def test_identical_clients_equal_one_client(name):
-    data = federation()
-    data = data._replace(index=np.tile(np.arange(6, dtype=np.int32), (6, 1)))
+    data = alike()
     once, twice = np.array([4, 4, 4, 0, 0, 0]), np.full(6, 4)
     one, _ = run(name, population(name, data._replace(count=once)))
     many, _ = run(name, population(name, data._replace(count=twice)))
@@ -99,9 +101,9 @@ def test_a_dropped_client_equals_an_empty_one(name):
 def test_the_order_of_clients_does_not_matter(name):
     people = population(name, federation((4, 1, 4, 3, 2, 2)))  # whole batches: no shuffling
     order = np.array([3, 4, 2, 0, 1, 5])  # nobody changes the bucket
-    data = people.federation._replace(
-        index=people.federation.index[order], count=people.federation.count[order]
-    )
+    index = people.federation.index
+    index = dataclasses.replace(index, start=index.start[order], size=index.size[order])
+    data = people.federation._replace(index=index, count=people.federation.count[order])
     shuffled = people._replace(federation=data, bucket=people.bucket[order])
     assert_same(run(name, people)[0], run(name, shuffled)[0])
 
@@ -198,7 +200,7 @@ def test_a_non_finite_update_is_left_out_and_counted(name):
     people = population(name, federation())
     data = people.federation
     sick = data._replace(examples=data.examples | {"x": data.examples["x"].copy()})
-    sick.examples["x"][data.index[1, 0]] = np.nan  # the one row of client 1
+    sick.examples["x"][data.rows_of(1)] = np.nan  # the one row of client 1
     left, info = run(name, people._replace(federation=sick))
     without = data._replace(count=np.where(np.arange(6) == 1, 0, data.count))
     absent, other = run(name, people._replace(federation=without))
@@ -298,16 +300,16 @@ def test_bad_options_raise(change, message):
         ({"bucket": np.zeros(5, int)}, "has 6 clients, but leading sizes are {'bucket': 5}"),
         ({"profiles": profiles(4)}, "has 6 clients, but leading sizes are {'profiles.max_steps'"),
         (
-            {"federation": federation()._replace(index=np.zeros((5, 6), np.int32))},
+            {"federation": federation()._replace(index=row_index([np.arange(6)] * 5))},
             "leading sizes are {'index': 5}",
         ),
         (
             {"federation": federation()._replace(count=np.full(6, 7, np.int32))},
-            "count has values from 7 to 7; .* 6 rows",
+            "Client 0 has count 7; its index has 6 rows",
         ),
         (
-            {"federation": federation()._replace(index=np.full((6, 6), 24, np.int32))},
-            "index has values from 24 to 24; there are 24 examples",
+            {"federation": federation()._replace(index=row_index([np.full(6, 24)] * 6))},
+            "index has values from 0 to 24; there are 24 examples",
         ),
     ],
 )
@@ -334,7 +336,7 @@ def test_uploads_can_be_combined_side_by_side():
     """The median of clients' movements, which is no sum; absent and failed clients are left out."""
     people = population("fed_avg", federation())
     sick = people.federation.examples | {"x": people.federation.examples["x"].copy()}
-    sick["x"][people.federation.index[1, 0]] = np.nan
+    sick["x"][people.federation.rows_of(1)] = np.nan
     people = people._replace(federation=people.federation._replace(examples=sick))
     base = make("fed_avg")
     seen = []

@@ -48,8 +48,8 @@ def test_rows_weigh_in_training_as_in_evaluation():
     data = federation((4, 2))._replace(examples=examples(6) | {"weight": weight})
     np.testing.assert_allclose(client_weights(data), [3.5, 3.25])
     parts = []
-    for rows, count in zip(data.index, data.count, strict=True):
-        own = ClientData(data.examples, jnp.asarray(rows), jnp.asarray(count))
+    for client, count in enumerate(data.count):
+        own = ClientData(data.examples, data.index.padded(client), jnp.asarray(count))
         after, info = trained(own)
         move = jax.tree.map(jnp.subtract, after.params, start().params)
         parts.append(weighted(info.examples, move))

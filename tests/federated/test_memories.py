@@ -200,7 +200,7 @@ def test_clients_of_other_architectures_share_what_they_know():
     uploads, memories = [], [[], []]
     for i, b in enumerate(bucket):
         profile = jax.tree.map(lambda field, i=i: jnp.asarray(field[i]), people.profiles)
-        mine = ClientData(data.examples, jnp.asarray(data.index[i]), jnp.asarray(data.count[i]))
+        mine = ClientData(data.examples, data.index.padded(i), jnp.asarray(data.count[i]))
         chosen = algorithm.buckets[b]
         mine = mine._replace(examples=jax.tree.map(jnp.asarray, data.examples))
         upload, memory, _ = jax.jit(chosen.client)(

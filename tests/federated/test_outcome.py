@@ -36,7 +36,7 @@ def sick(clients):
     train = DATA.train
     image = train.examples["image"].copy()
     for client in clients:
-        image[train.index[client, : train.count[client]]] = np.inf
+        image[train.rows_of(client)] = np.inf
     return DATA._replace(train=train._replace(examples=train.examples | {"image": image}))
 
 

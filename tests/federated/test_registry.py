@@ -10,9 +10,9 @@ import pytest
 from laws import (
     LR,
     advance,
+    alike,
     assert_same,
     examples,
-    federation,
     loss_gradient,
     population,
     setting,
@@ -112,10 +112,8 @@ def test_an_algorithm_says_which_law_its_paper_breaks(tmp_path, monkeypatch):
     (tmp_path / "q_fed_avg.py").write_text(FAIR)
     entry = find(str(tmp_path / "q_fed_avg.py"))
     assert set(entry.breaks) == {"one_step"} <= set(registry.LAWS)
-    data = federation()
-    alike = data._replace(index=np.tile(np.arange(6, dtype=np.int32), (6, 1)))
     counts = np.array([4, 0, 0, 0, 0, 0]), np.full(6, 4)
-    people = [population("fed_avg", alike._replace(count=n), max_steps=1) for n in counts]
+    people = [population("fed_avg", alike()._replace(count=n), max_steps=1) for n in counts]
     run = compile_rounds(make(entry, setting()), people[0], cohort_size=6)
     (one, _), (many, _) = (advance(run, each, 1) for each in people)
     assert_same(one, many)

@@ -269,7 +269,7 @@ def test_public_and_held_rows_belong_to_nobody_else():
     assert plain.public is None and plain.local_validation is None
     assert set(data.public) == {"image"}
     parts = (data.train, data.local_validation, data.local_test)
-    rows = [f.index[c, : f.count[c]] for f in parts for c in range(6)]
+    rows = [f.rows_of(c) for f in parts for c in range(6)]
     rows = np.concatenate(rows)
     assert len(set(rows.tolist())) == len(rows) == len(data.train.examples["label"])
     whole = len(plain.train.examples["label"])

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxfm.data.federation import federate
+from jaxfm.data.federation import federate, select_clients
 from jaxfm.federated.accounting.metrics import (
     client_metrics,
     global_metrics,
@@ -60,7 +60,7 @@ def test_each_client_is_scored_with_its_own_model_on_its_own_rows(batch_size):
     now = state()
     result = client_metrics(ALGORITHM, BUCKET, TASK, batch_size=batch_size)(now, TEST)
     for client, bucket in enumerate(BUCKET):
-        rows = TEST.index[client, : TEST.count[client]]
+        rows = TEST.rows_of(client)
         for name in ("loss", "accuracy"):
             if not len(rows):
                 assert np.isnan(result[name][client])
@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_raises():
     with pytest.raises(ValueError, match="A bucket without a model cannot be evaluated"):
         client_metrics(nothing, np.zeros(5, int), TASK, batch_size=4)
     with pytest.raises(ValueError, match="The test federation has 4 clients, the run 5"):
-        fewer = TEST._replace(index=TEST.index[:4], count=TEST.count[:4])
+        fewer = select_clients(TEST, range(4))
         client_metrics(ALGORITHM, BUCKET, TASK, batch_size=4)(state(), fewer)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         client_metrics(ALGORITHM, BUCKET, TASK, batch_size=0)

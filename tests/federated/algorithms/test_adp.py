@@ -60,7 +60,7 @@ def population() -> Population:
 
 def examples(client: int) -> dict[str, np.ndarray]:
     data = population().federation
-    rows = data.index[client, : data.count[client]]
+    rows = data.rows_of(client)
     return {name: leaf[rows] for name, leaf in data.examples.items()}
 
 

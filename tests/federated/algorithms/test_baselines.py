@@ -287,7 +287,7 @@ def sent_names(algorithm) -> set[str]:
     engine = compile_rounds(algorithm, population, cohort_size=1)
     state = engine.init(NET.init(jax.random.key(0)), jax.random.key(0))
     memory = jax.tree.map(lambda x: x[0], state.memories[0])
-    client = ClientData(data.examples, data.index[0], data.count[0])
+    client = ClientData(data.examples, data.index.padded(0), data.count[0])
     profile = jax.tree.map(lambda x: x[0], population.profiles)
     upload, _, _ = jax.eval_shape(
         bucket.client, bucket.send(server, None), memory, client, profile, jax.random.key(0)

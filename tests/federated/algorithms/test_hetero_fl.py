@@ -45,7 +45,7 @@ def test_each_coordinate_is_averaged_over_those_who_cover_it():
         ]  # fmt: skip
         k1, b1, k2, b2 = window(full)
         own = {"dense1": {"kernel": k1, "bias": b1}, "dense2": {"kernel": k2, "bias": b2}}
-        rows = {n: x[data.index[client, :count]] for n, x in data.examples.items()}
+        rows = {n: x[data.rows_of(client)] for n, x in data.examples.items()}
         gradient = loss_gradient(own, rows)
         for total, weight, g in zip(window(num), window(den), window(gradient)):
             total += count * -LR * g

@@ -370,7 +370,7 @@ def test_who_comes_late_trains_a_predictor_alone(half):
     state = half[2][0]
     variables = state.server.variables
     data = people().federation
-    client = ClientData(data.examples, data.index[0], data.count[0])
+    client = ClientData(data.examples, data.index.padded(0), data.count[0])
     late = jax.jit(train_predictor(MODEL, TASK, LOCAL, is_personal=HEAD))(
         variables, client, jax.random.key(0)
     )

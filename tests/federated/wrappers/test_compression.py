@@ -88,7 +88,7 @@ VECTORS = Variables({"w": jnp.zeros((7, 9)), "b": jnp.zeros(5)}, {}, {})
 def added(algorithm: Algorithm, **options):
     """Ten rounds of four out of six clients; client 3 is empty and client 1 always sick."""
     data = federation((6, 1, 4, 0, 5, 2))
-    x = np.where(np.arange(24) == data.index[1, 0], np.nan, np.ones(24))[:, None]
+    x = np.where(np.arange(24) == data.rows_of(1), np.nan, np.ones(24))[:, None]
     people = population("fed_avg", data._replace(examples={"x": x.astype(np.float32)}))
     options = {"cohort_size": 4, "drop_rate": 0.3, "num_rounds": 10} | options
     return run_new(algorithm, people, variables=VECTORS, **options)
@@ -223,7 +223,7 @@ def arguments(count: int = 4):
     people = population("fed_avg", federation())
     first = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[0], tree)
     rows = jax.tree.map(jnp.asarray, dict(people.federation.examples))
-    data = ClientData(rows, first(people.federation.index), jnp.asarray(count, jnp.int32))
+    data = ClientData(rows, people.federation.index.padded(0), jnp.asarray(count, jnp.int32))
     return data, first(people.profiles), jax.random.key(1)
 
 
