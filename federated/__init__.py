@@ -94,6 +94,7 @@ from jaxfm.federated.run import TrainedRun, train
 from jaxfm.federated.saving import TrainedModel, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
+from jaxfm.federated.wrappers.masters import wide_model, with_masters
 
 __all__ = [
     "DEVICES",
@@ -184,8 +185,10 @@ __all__ = [
     "under",
     "wanted_steps",
     "weighted",
+    "wide_model",
     "wire_bytes",
     "with_compression",
+    "with_masters",
     "worst_decile",
 ]
 

@@ -208,6 +208,11 @@ def scaled(weight: Array, tree: PyTree) -> PyTree:
     return jax.tree.map(times, tree)
 
 
+def full_width(x: Array) -> Array:
+    """Floats of 16 bits as floats of 32; the rest as they are."""
+    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+
+
 def weighted(weight: Array, tree: PyTree) -> Mean:
     """One client's summand of a weighted mean: weight * tree over the weight f32[]."""
     return Mean(scaled(weight, tree), Exact(weight))

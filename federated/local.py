@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxfm.federated.algorithm import ClientData, Info, Spent
+from jaxfm.federated.algorithm import ClientData, Info, Spent, full_width
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.optimizer import apply_gradients
 from jaxfm.tasks import Task, prepare_weighted
@@ -99,7 +99,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
                 jax.random.fold_in(key, i),
             )  # fmt: skip
             grads = grads if grad_hook is None else grad_hook(grads, seen)
-            grads = jax.tree.map(wide, grads)
+            grads = jax.tree.map(full_width, grads)
             params, opt_state = apply_gradients(local.optimizer, grads, carry.opt_state, params)
             variables = carry.variables._replace(params=params, stats=stats)
             return _Carry(variables, opt_state, carry.total + total, carry.count + count)
@@ -111,7 +111,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
             return lax.fori_loop(0, steps, lambda i, c: step(i, c, order, step_key), carry)
 
         zero = jnp.zeros((), jnp.float32)
-        masters = jax.tree.map(wide, variables.params)
+        masters = jax.tree.map(full_width, variables.params)
         start = variables._replace(params=masters)
         carry = _Carry(start, local.optimizer.init(masters), zero, zero)
         if local.epochs == 1:
@@ -141,11 +141,6 @@ def examples_of(data: ClientData) -> Array:
         return total + jnp.where(place < data.count, own, 0).sum()
 
     return lax.fori_loop(0, -(-data.count // lanes), add, jnp.zeros((), jnp.float32))
-
-
-def wide(x: Array) -> Array:
-    """Floats of 16 bits as floats of 32; the rest as they are."""
-    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
 def _shuffled(key: Key, data: ClientData) -> Array:

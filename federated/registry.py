@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxfm.federated.algorithm import Algorithm, IsPersonal
 from jaxfm.federated.local import Local
+from jaxfm.federated.wrappers.masters import has_halves, wide_model, widened, with_masters
 from jaxfm.model import Model, PyTree, Variables
 from jaxfm.options import Option, options_of
 from jaxfm.subnet import Subnet, extract
@@ -243,7 +244,7 @@ def load_named_files(argv: Sequence[str]) -> list[str]:
 
 
 def make(entry: Entry, setting: Setting, options: Mapping[str, Any] | None = None) -> Algorithm:
-    """The algorithm of an entry for a run.
+    """The algorithm of an entry for a run; over a model of 16 bits one that keeps 32.
 
     Args:
       setting: what the run offers.
@@ -251,7 +252,13 @@ def make(entry: Entry, setting: Setting, options: Mapping[str, Any] | None = Non
     Raises:
       ValueError: an unknown option, or a parameter that nothing supplies.
     """
-    options = dict(options or {})
+    if not has_halves(setting.variables):
+        return _made(entry, setting, dict(options or {}))
+    over = setting._replace(model=wide_model(setting.model), variables=widened(setting.variables))
+    return with_masters(*(_made(entry, each, dict(options or {})) for each in (setting, over)))
+
+
+def _made(entry: Entry, setting: Setting, options: Mapping[str, Any]) -> Algorithm:
     unknown = options.keys() - {option.name for option in entry.options}
     if unknown:
         known = [option.name for option in entry.options]
