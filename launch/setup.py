@@ -43,8 +43,13 @@ class DataConfig:
         "source code; digits: scikit-learn's; text, mnist or cifar10 with --data.folder",
     )
     folder: str = option("", "source=text, mnist, cifar10: path of the data")
-    label: str = option("", "column of the class; folder: texts lie in one folder for each class")
-    text: tuple[str, ...] = option((), "column of the text, or several that are joined")
+    label: str = option(
+        "",
+        "column of the class, or of lists of tags; folder: texts lie in one folder for each class",
+    )
+    text: tuple[str, ...] = option(
+        (), "column of the text, or several that are joined; or one of lists of words, to be tagged"
+    )
     image: str = option("", "column of the image, or of its path")
     features: tuple[str, ...] = option((), "columns of numbers; the default is all of them")
     client: str = option("", "column of the owners, or a JSON or CSV file that names them")
@@ -268,12 +273,14 @@ class ModelConfig:
 _FITTING: dict[str, tuple[str, ...]] = {  # to data of a kind; the first is "auto"
     "language": ("decoder",),
     "text": ("encoder", "decoder"),
+    "tags": ("encoder",),
     "features": ("mlp",),
     "images": ("cnn", *(family for family in get_args(ImageFamily) if family != "cnn")),
 }
 _KIND_NAMES = {
     "language": "text",
     "text": "labelled text",
+    "tags": "tagged words",
     "features": "columns of numbers",
     "images": "images",
 }
@@ -326,8 +333,8 @@ def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, A
     }  # fmt: skip
     if data.classes:
         text |= {
-            "head": "classify", "num_classes": len(data.classes),
-            "pad_id": padding_id(data.tokenizer),
+            "head": "tag" if kind_of(data.validation) == "tags" else "classify",
+            "num_classes": len(data.classes), "pad_id": padding_id(data.tokenizer),
         }  # fmt: skip
     if family == "decoder":
         return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))

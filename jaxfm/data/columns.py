@@ -17,10 +17,12 @@ import numpy as np
 from jaxfm.data.folders import is_image
 from jaxfm.data.images import as_images, open_image, read_images, stack_images
 from jaxfm.data.tables import Column, Table, names_of
+from jaxfm.data.tags import holds_words, len_of
 
 # How columns are called that need no option to be found.
 _LABELS = ("label", "labels", "class", "target", "targets", "category", "y")
-_TEXTS = ("text", "sentence", "content")
+_TEXTS = ("text", "sentence", "content", "tokens", "words")
+_TAGS = ("ner_tags", "tags", "labels")  # of lists, one for each word
 _IMAGES = ("image", "images", "img", "image_path", "path", "file", "filename", "file_name", "x")
 _CLIENTS = ("client", "client_id")
 _NUMBERS = ("", "id", "index", "unnamed: 0")  # of rows: not features
@@ -53,7 +55,9 @@ def find_roles(table: Table, given: Roles) -> Roles:
       ValueError: a given column does not exist; more than one column could be the input; none can.
     """
     _check_given(table, given)
-    label = given.label or _called(table, _LABELS)
+    label = given.label or _tags(table) or _called(table, _LABELS)
+    if label in given.text:
+        raise ValueError(f"{table.origin}: {label!r} cannot be the text and the label; name both.")
     client = given.client or _called(table, _CLIENTS)
     roles = given._replace(label=label, client=client)
     if roles.text or roles.image or roles.features:
@@ -61,7 +65,8 @@ def find_roles(table: Table, given: Roles) -> Roles:
     taken = {label, client, roles.weight}
     left = {name: column for name, column in table.columns.items() if name not in taken}
     images = [name for name, column in left.items() if _holds_images(column)]
-    texts = [n for n, column in left.items() if n not in images and _holds_text(column, n)]
+    holds_text = lambda name, column: holds_words(column) or _holds_text(column, name)
+    texts = [n for n, column in left.items() if n not in images and holds_text(n, column)]
     if image := _one(images, _IMAGES):
         return roles._replace(image=image)
     others = images + texts
@@ -92,6 +97,15 @@ def _called(table: Table, known: Sequence[str]) -> str | None:
     """Returns the column that has one of the known names; the first known one where several do."""
     found = {name.lower(): name for name in table.columns}
     return next((found[name] for name in known if name in found), None)
+
+
+def _tags(table: Table) -> str | None:
+    """Returns the known column of tags, if another column holds words."""
+    name = _called(table, _TAGS)
+    if name is None or isinstance(table.columns[name], np.ndarray):
+        return None
+    words = any(holds_words(column) for own, column in table.columns.items() if own != name)
+    return name if words and any(map(len_of, table.columns[name])) else None
 
 
 def _one(names: Sequence[str], known: Sequence[str], alone: bool = True) -> str | None:

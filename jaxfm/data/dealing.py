@@ -193,7 +193,7 @@ def take_public(source: Source, share: float, *, seed: int) -> tuple[Source, Exa
     if cut >= size:
         raise ValueError(f"public={share} of {size} training rows leaves none to the clients.")
     public = take_rows(source, np.sort(order[:cut])).examples
-    unlabelled = {name: leaf for name, leaf in public.items() if name != "label"}
+    unlabelled = {name: leaf for name, leaf in public.items() if name not in ("label", "tags")}
     return take_rows(source, np.sort(order[cut:])), unlabelled
 
 

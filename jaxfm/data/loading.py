@@ -22,11 +22,12 @@ from jaxfm.data.owners import Client, owners
 from jaxfm.data.source import Source, checked
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.tables import Table
+from jaxfm.data.tags import holds_words, tagged
 from jaxfm.data.text import Document, corpus, token_rows
 from jaxfm.errors import naming
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer
 
-Kind = Literal["images", "features", "text", "language", "other"]
+Kind = Literal["images", "features", "text", "tags", "language", "other"]
 BUILT_IN = ("stdlib", "digits")
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 SHARE = 0.1  # of rows that validate, and that test, where the data have no such splits
@@ -57,11 +58,14 @@ def kind_of(examples: Mapping[str, np.ndarray]) -> Kind:
     """Returns what a model is given.
 
     "images": leaf "image" [N, H, W, C]; "features": leaf "features" f32[N, D]; "text", to be
-    classified: leaves "tokens" i32[N, T] and "mask" bool[N, T]; "language", to be continued: the
-    leaf "tokens" i32[N, T + 1] alone; "other": none of these.
+    classified: leaves "tokens" i32[N, T] and "mask" bool[N, T]; "tags", whose words are: these and
+    "tags" i32[N, T]; "language", to be continued: the leaf "tokens" i32[N, T + 1] alone; "other":
+    none of these.
     """
     if "image" in examples:
         return "images"
+    if "tags" in examples:
+        return "tags"
     if "tokens" in examples:
         return "text" if "mask" in examples else "language"
     return "features" if "features" in examples else "other"
@@ -85,20 +89,23 @@ def load(
 ) -> DataSet:
     """Returns data from a file, a folder or the Hugging Face hub, checked and split.
 
-    What lies at the path is recognised: a CSV, TSV, JSON, JSONL, Parquet, npz, npy or txt file; a
-    folder of these (also as the hub lays them out, or as `datasets` saved them), of images by
-    class, of texts, or of MNIST's or CIFAR's own files. Files or folders called train, validation
-    and test are splits; where there is no test or no validation split, a tenth of the training rows
-    is drawn for it. Columns are found by name (label, class, target; text; image; client) or by
-    what they hold, and need an option only where that is not enough. All columns of numbers that
-    have no other role are the features, but for "id" and "index".
+    What lies at the path is recognised: a CSV, TSV, JSON, JSONL, Parquet, npz, npy, conll or txt
+    file; a folder of these (also as the hub lays them out, or as `datasets` saved them), of images
+    by class, of texts, or of MNIST's or CIFAR's own files. Files or folders called train,
+    validation and test are splits; where there is no test or no validation split, a tenth of the
+    training rows is drawn for it. Columns are found by name (label, class, target; text; image;
+    client; tokens and ner_tags) or by what they hold, and need an option only where that is not
+    enough. All columns of numbers that have no other role are the features, but for "id" and
+    "index".
 
     Args:
       path_or_name: a path; "digits" or "stdlib"; or a name on the hub, "name:config" where it has
         several configurations.
-      label: column of the class; or "folder" where texts lie in one folder for each class.
+      label: column of the class; or "folder" where texts lie in one folder for each class; or of
+        lists of tags, one for each word.
       text: column of the text, or several, which are joined by line breaks. Without a label the
-        text is to be continued, with one it is classified.
+        text is to be continued, with one it is classified. Or a column of lists of words, which
+        are tagged.
       image: column of paths (counted from the file's folder), encoded images or arrays.
       features: columns of numbers.
       client: column of the owners; or a file or a mapping that says whose each row is, see
@@ -175,6 +182,22 @@ def _labelled(
             f"{table.origin} has no column of labels; say with label which of "
             f"{', '.join(map(repr, table.columns))} it is."
         )
+    examples, classes = _leaves(table, roles, tokenizer, length, image_size)
+    if roles.weight:
+        examples["weight"] = cells.weights(table, roles.weight)
+    source = Source(examples, *owners(table, roles, client), classes)
+    splits = with_splits(_parts(checked(source, table.origin), table), seed=seed)
+    return DataSet(splits, tokenizer if roles.text else None)
+
+
+def _leaves(
+    table: Table, roles: Roles, tokenizer: Tokenizer, length: int,
+    image_size: tuple[int, int] | None,
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:  # fmt: skip
+    """Returns inputs and labels, and the names of the classes."""
+    assert roles.label is not None
+    if len(roles.text) == 1 and holds_words(table.columns[roles.text[0]]):
+        return tagged(table, roles.text[0], roles.label, tokenizer, length)
     label, classes = cells.labels(table, roles.label)
     examples = {"label": label}
     if roles.image:
@@ -184,11 +207,7 @@ def _labelled(
         examples["tokens"], examples["mask"] = token_rows(texts, tokenizer, length)
     else:
         examples["features"] = cells.features(table, roles.features)
-    if roles.weight:
-        examples["weight"] = cells.weights(table, roles.weight)
-    source = Source(examples, *owners(table, roles, client), classes)
-    splits = with_splits(_parts(checked(source, table.origin), table), seed=seed)
-    return DataSet(splits, tokenizer if roles.text else None)
+    return examples, classes
 
 
 def _parts(source: Source, table: Table) -> dict[str, Source]:

@@ -16,7 +16,7 @@ class Source(NamedTuple):
     Attributes:
       examples: leaves [N, ...]: "image" u8 or f32 [N, H, W, C], "features" f32[N, D],
         "label" i32[N], "weight" f32[N], "tokens" i32[N, T + 1], or, where they are labelled,
-        i32[N, T] with "mask" bool[N, T].
+        i32[N, T] with "mask" bool[N, T], and with "tags" i32[N, T] where words are.
       client: i32[N], the owner of each row: a number below len(clients), or -1 for none; None if
         the data has no natural owners. `federation_of` groups by it.
       clients: the owners' names.

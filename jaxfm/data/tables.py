@@ -248,11 +248,30 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
     """Returns the label names that the Hugging Face hub writes into a file's metadata."""
     info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
     features = info.get("features", {})
-    return {
-        name: tuple(feature["names"])
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("names")
-    }
+    own = {name: _element(feature, dict.get) for name, feature in features.items()}
+    names = {name: feature.get("names") for name, feature in own.items() if feature}
+    return {name: tuple(known) for name, known in names.items() if known}
+
+
+def _element(feature: Any, get: Callable[[Any, str], Any]) -> Any:
+    """The feature of a list's elements, as of the tags of words; of no list the feature itself."""
+    return get(feature, "feature") or feature
+
+
+def _conll(path: Path, encoding: str) -> Table:
+    """A word a line with its tag as the last of the columns, an empty line after each sentence."""
+    rows: list[list[list[str]]] = [[]]
+    for number, line in enumerate(path.read_text(encoding=encoding).splitlines()):
+        cells = line.split()
+        if len(cells) == 1:
+            raise ValueError(f"{path}, line {number + 1}: {cells[0]!r} has no tag.")
+        if not cells or cells[0] == "-DOCSTART-":
+            rows += [[]] if rows[-1] else []
+        else:
+            rows[-1].append(cells)
+    rows = [row for row in rows if row]
+    part = lambda at: [[cells[at] for cells in row] for row in rows]
+    return make_table({"tokens": part(0), "tags": part(-1)}, path)
 
 
 def _numpy(path: Path, encoding: str) -> Table:
@@ -309,7 +328,8 @@ def split_arrays(arrays: Mapping[str, np.ndarray], origin: str | Path) -> Table:
 def from_datasets(data: Any, origin: str, split: str) -> Table:
     """Returns a `datasets.Dataset` as a table."""
     features = getattr(data, "features", None) or {}
-    names = {name: getattr(features.get(name), "names", None) for name in data.column_names}
+    get = lambda feature, name: getattr(feature, name, None)
+    names = {name: get(_element(features.get(name), get), "names") for name in data.column_names}
     classes = {name: tuple(known) for name, known in names.items() if known}
     columns = {name: list(data[name]) for name in data.column_names}
     return make_table(columns, origin, split, classes=classes)
@@ -325,6 +345,7 @@ READERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".parquet": _parquet,
+    ".conll": _conll,
     ".npz": _numpy,
     ".npy": _numpy,
 }

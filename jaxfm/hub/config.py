@@ -32,9 +32,11 @@ ARCHITECTURES = {
     "BertModel": ("bert", "pooler"),
     "BertForMaskedLM": ("bert", "masked_lm"),
     "BertForSequenceClassification": ("bert", "classify"),
+    "BertForTokenClassification": ("bert", "tag"),
     "RobertaModel": ("roberta", "pooler"),
     "RobertaForMaskedLM": ("roberta", "masked_lm"),
     "RobertaForSequenceClassification": ("roberta", "classify"),
+    "RobertaForTokenClassification": ("roberta", "tag"),
     "ViTModel": ("vit", "pooler"),
     "ViTForImageClassification": ("vit", "classify"),
 }

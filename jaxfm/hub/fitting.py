@@ -41,6 +41,7 @@ Stored = Mapping[str, StoredTensor]
 _KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # head, configs, and what it is called
     "language": ("causal", (DecoderConfig,), "text to be continued"),
     "text": ("classify", (EncoderConfig, DecoderConfig), "labelled text"),
+    "tags": ("tag", (EncoderConfig,), "tagged words"),
     "images": ("classify", (VitConfig,), "images"),
     "features": ("", (), "columns of numbers"),
 }
@@ -49,6 +50,7 @@ _OTHER_HEADS = {
     "causal": re.compile(r"^(score|classifier|qa_outputs)\b"),
     "classify": re.compile(r"^(lm_head|score|cls|classifier|pooler|qa_outputs)\b"),
 }
+_OTHER_HEADS["tag"] = _OTHER_HEADS["classify"]
 _DRAWN = ("head.score", "head.classifier", "head.pooler")
 
 
@@ -74,10 +76,10 @@ def load_for(
     """Loads a folder's model with the head that the data need.
 
     Labelled text is classified by encoders, from the first token, and by decoders, from the last;
-    decoders continue text; images go to vision transformers and to our own networks. A classifier
-    of the right size is kept, in the order of the data's classes where both name the same ones. One
-    of another size is replaced by a new one. A vision transformer's images, in 0..1, are normalised
-    as its preprocessor_config.json says.
+    words are tagged by encoders; decoders continue text; images go to vision transformers and to
+    our own networks. A classifier of the right size is kept, in the order of the data's classes
+    where both name the same ones. One of another size is replaced by a new one. A vision
+    transformer's images, in 0..1, are normalised as its preprocessor_config.json says.
 
     Args:
       data: whose classes, tokenizer and shapes the model must fit.

@@ -129,6 +129,7 @@ BERT = {
     "classify": _encoder(
         "bert", *_BERT_POOLER, *linear("head.classifier", "classifier", "pc", "c")
     ),
+    "tag": _encoder("bert", *linear("head.classifier", "classifier", "dc", "c")),
 }
 ROBERTA = {
     "none": _encoder("roberta"),
@@ -144,6 +145,7 @@ ROBERTA = {
         *linear("head.pooler", "classifier.dense", "dp", "p"),
         *linear("head.classifier", "classifier.out_proj", "pc", "c"),
     ),
+    "tag": _encoder("roberta", *linear("head.classifier", "classifier", "dc", "c")),
 }
 
 VIT = (

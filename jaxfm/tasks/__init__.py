@@ -4,6 +4,7 @@ from jaxfm.tasks.choose import task_for
 from jaxfm.tasks.classify import classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.tasks.language import causal_lm, masked_lm
+from jaxfm.tasks.tag import tagging
 from jaxfm.tasks.task import Task, prepare_weighted
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "masked_lm",
     "metric_totals",
     "prepare_weighted",
+    "tagging",
     "task_for",
 ]

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "bert": "BertForSequenceClassification", "llama": "LlamaForSequenceClassification",
 }  # fmt: skip
 NAMES = ["bert", pytest.param("llama", marks=pytest.mark.slow)]
+MOODS = ("good", "bad", "dull", "fine")
 
 
 def word_tokenizer(*special, before=(), after=(), **roles):
@@ -129,6 +130,38 @@ def test_transformers_reopens_what_was_trained_with_equal_logits(name, trained):
     model, variables = hub.load(folder)
     output = model.apply(variables, {key: x.numpy() for key, x in given.items()})[0]
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bert_learns_to_tag_words_and_is_reopened_by_transformers(folders, capsys):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    rng, run = np.random.default_rng(0), folders / "run-tags"
+    with (folders / "moods.jsonl").open("w") as file:
+        for _ in range(160):
+            words = rng.choice(WORDS, rng.integers(2, 7)).tolist()
+            tags = ["MOOD" if word in MOODS else "O" for word in words]
+            file.write(json.dumps({"words": words, "mood": tags}) + "\n")
+    federate.main(
+        command(
+            f"--run_dir={run}", f"--data.source={folders / 'moods.jsonl'}", "--data.label=mood",
+            "--data.text=words", f"--model={folders / 'bert'}", "--rounds=5", "--epochs=2",
+            "--local.learning_rate=0.01",
+        )
+    )  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert results["federate"]["test"]["global/accuracy"] > 0.9
+    theirs = transformers.BertForTokenClassification.from_pretrained(run / "model")
+    assert theirs.config.id2label == {0: "MOOD", 1: "O"}
+    inputs = batch(load_tokenizer(run / "model"))
+    given = {key: torch.tensor(inputs[key]) for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = theirs.eval()(**given).logits.numpy()
+    model, variables = hub.load(run / "model")
+    output = model.apply(variables, {key: x.numpy() for key, x in given.items()})[0]
+    seen = inputs["attention_mask"] > 0
+    np.testing.assert_allclose(output[seen], expected[seen], rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_starts_from_the_model_of_another(trained, folders, capsys):

@@ -11,7 +11,7 @@ Sources: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Wang et al. 2020 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -51,8 +51,9 @@ class EncoderConfig:
         "pooler": {"tokens": [B, T, D], "pooled": [B, P]}, the first token's vector through a
           linear map and tanh;
         "masked_lm": logits f32[B, T, V], tied to the embedding;
-        "classify": logits f32[B, num_classes] of the pooled vector.
-      num_classes: of "classify".
+        "classify": logits f32[B, num_classes] of the pooled vector;
+        "tag": logits f32[B, T, num_classes] of each token.
+      num_classes: of "classify" and "tag".
       attention_scale: factor on the scores; None means head_dim ** -0.5. A subnet keeps its
         parent's.
       dtype: of parameters and computation; norms, softmax and logits are float32.
@@ -72,7 +73,7 @@ class EncoderConfig:
     pad_id: int = 0
     activation: str = "gelu"
     norm_eps: float = 1e-12
-    head: Literal["none", "pooler", "masked_lm", "classify"] = "masked_lm"
+    head: Literal["none", "pooler", "masked_lm", "classify", "tag"] = "masked_lm"
     num_classes: int = 2
     attention_scale: float | None = None
     dtype: str = "float32"
@@ -87,7 +88,7 @@ class EncoderConfig:
             positive=("vocab_size", "num_types", "embed_dim", "num_layers", "num_heads", "head_dim",
                       "mlp_dim", "max_len", "num_classes"),
             choices={"activation": tuple(ACTIVATIONS), "family": ("bert", "roberta"),
-                     "head": ("none", "pooler", "masked_lm", "classify")},
+                     "head": ("none", "pooler", "masked_lm", "classify", "tag")},
         )  # fmt: skip
 
 
@@ -164,13 +165,27 @@ class PooledHead(nnx.Module):
         return self.classifier(pooled).astype(jnp.float32) if self.classifies else pooled
 
 
+class TagHead(nnx.Module):
+    """A classifier of each token."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        embed, classes = ("embed", config.embed_dim), ("class", config.num_classes)
+        dtype = jnp.dtype(config.dtype)
+        self.classifier = Linear((embed,), (classes,), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.classifier(x).astype(jnp.float32)
+
+
 class _NoHead(nnx.Module):
     """The head of a model that has none."""
 
 
 def encoder(config: EncoderConfig) -> Model:
     """Returns an encoder: `apply(variables, {"tokens", "mask", "types"}) -> output` of `head`."""
-    heads = {"none": lambda config, rngs: _NoHead(), "masked_lm": MaskedLmHead}
+    heads: dict[str, Callable[..., nnx.Module]] = {
+        "none": lambda config, rngs: _NoHead(), "masked_lm": MaskedLmHead, "tag": TagHead,
+    }  # fmt: skip
     embedding = split(lambda rngs: EncoderEmbedding(config, rngs))
     block = split(lambda rngs: EncoderBlock(config, rngs))
     out = split(lambda rngs: heads.get(config.head, PooledHead)(config, rngs))
