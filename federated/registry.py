@@ -119,6 +119,14 @@ class Entry(NamedTuple):
     breaks: Mapping[str, str]
     options: tuple[Option, ...]
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether the tiers of a run make a difference, directly or by what is supplied."""
+        read = {*inspect.signature(self.factory).parameters}
+        for function in filter(None, self.supply.values()):
+            read |= {*function.__code__.co_names}  # of the setting
+        return not read.isdisjoint(("tiers", "models", "tier_of"))
+
 
 _ENTRIES: dict[str, Entry] = {}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfm.federated.registry import find
 from jaxfm.launch.compare_page import COLUMNS, plus_minus
 from jaxfm.launch.report import write_report
 from jaxfm.log import read_metrics
@@ -46,8 +47,10 @@ def compare(config: Any, run: Callable[[Any], pathlib.Path]) -> pathlib.Path:
 def one_of(config: Any, name: str, seed: int) -> Any:
     """The config of one algorithm with one seed."""
     watched = config.data.local_validation or WATCHED
+    tiers = {} if find(name).has_tiers else {"tiers": type(config).tiers}  # the default
     return dataclasses.replace(
         config,
+        **tiers,
         algorithm=name,
         seed=seed,
         compare=(),

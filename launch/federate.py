@@ -44,15 +44,9 @@ from jaxfm.federated.run import summary
 from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
+from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import (
-    load_data,
-    make_model,
-    make_optimizer,
-    save_classes,
-    use_cores,
-    with_tokenizer,
-)
+from jaxfm.launch.setup import load_data, make_model, save_classes, use_cores
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
@@ -64,7 +58,7 @@ _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same
 
 def ready(config: Any) -> tuple[Data, Model, Prepared]:
     """The data, the full model, and the run before its first round."""
-    data = _load(with_tokenizer(config.data, config.model), config.seed)
+    data = _load(config.data, config.seed, config.model)
     model = make_model(config.model, data)
     prepared = prepare(
         config.algorithm,

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from jaxfm.config import check, check_whole, option
 from jaxfm.federated import DEVICES, fleet
-from jaxfm.federated.registry import entries
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.federated.registry import entries, find
+from jaxfm.launch.optimizers import OptimizerConfig
+from jaxfm.launch.setup import DataConfig, ModelConfig
 from jaxfm.options import config_of, with_options
 from jaxfm.run_folder import RUN_DIR_HELP
 
@@ -20,6 +21,7 @@ _LEAST = {
 
 
 _DEFAULT_TOP_K = 0.1
+_DEFAULT_TIERS = (1.0, 0.5, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class _FederateConfig:
     )
     drop_rate: float = option(0.0, "probability that a drawn client fails to report")
     tiers: tuple[float, ...] = option(
-        (1.0, 0.5, 0.25),
+        _DEFAULT_TIERS,
         "share of each width that the clients of a tier hold, for algorithms with unequal clients",
     )
     profile: tuple[str, ...] = option(
@@ -106,6 +108,13 @@ class _FederateConfig:
             raise ValueError(f"seeds={self.seeds} changes nothing without --compare; give --seed.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):
             raise ValueError(f"tiers={self.tiers}: give shares of the width, above 0 and up to 1.")
+        names = self.compare or (self.algorithm,)
+        if self.tiers != _DEFAULT_TIERS and not any(find(name).has_tiers for name in names):
+            tiered = [name for name, entry in entries().items() if entry.has_tiers]
+            raise ValueError(
+                f"tiers={self.tiers} changes nothing with {', '.join(names)}, whose clients train "
+                f"models of one size; {', '.join(tiered)} have tiers."
+            )
         if self.profile:
             fleet(self.profile, 1)  # raises for unknown names
         elif self.deadline_s:

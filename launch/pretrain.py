@@ -28,18 +28,16 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.local import objective
+from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
     Data,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     load_data,
     make_model,
-    make_optimizer,
     save_classes,
     use_cores,
-    with_tokenizer,
 )
 from jaxfm.log import RunLog, progress
 from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
@@ -157,7 +155,7 @@ def main(config: PretrainConfig) -> None:
     use_cores(config.batch_size)
     config = in_folder(config, "pretrain", config.data.source)
     run_dir = open_run(config, config.run_dir)
-    data = load_data(with_tokenizer(config.data, config.model), config.seed)
+    data = load_data(config.data, config.seed, config.model)
     model = make_model(config.model, data)
     save_classes(run_dir, data)
     state = train(config, data, model)

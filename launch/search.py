@@ -27,18 +27,10 @@ from jaxfm.data.augment import image_transform
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.hub import torch_vision
+from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.search_config import SearchConfig
-from jaxfm.launch.setup import (
-    Data,
-    ModelConfig,
-    load_data,
-    make_model,
-    make_optimizer,
-    save_classes,
-    use_cores,
-    with_tokenizer,
-)
+from jaxfm.launch.setup import Data, ModelConfig, load_data, make_model, save_classes, use_cores
 from jaxfm.model import Model, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
 from jaxfm.run_folder import in_folder, open_run, save_results
@@ -70,7 +62,7 @@ def prepare(config: SearchConfig) -> Setting:
     if config.policy:
         search.load_policy(config.policy)  # refused now, not after the dense training
     source = config.model if pathlib.Path(config.model).is_dir() else config.network.family
-    data = load_data(with_tokenizer(config.data, ModelConfig(family=source)), config.seed)
+    data = load_data(config.data, config.seed, ModelConfig(family=source))
     task, train = _task(config, data), merge(data.train)
     elsewhere = bool(config.weights) or pathlib.Path(config.model).is_dir()
     reward, report = data.validation, data.test

@@ -1,4 +1,4 @@
-"""What the scripts share: data, model and optimizer from typed configs."""
+"""What the scripts share: data and model from typed configs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pathlib
 from typing import Any, Literal, get_args
 
 import jax
-import optax
 
 from jaxfm import hub, tasks
 from jaxfm.config import check, check_whole, option
@@ -64,6 +63,9 @@ class DataConfig:
         "--model that is a folder, else bytes",
     )
     length: int = option(128, "text only: tokens of a row, at most where it is classified")
+    standardize: bool = option(
+        False, "columns of numbers only: mean 0 and deviation 1 in the training rows"
+    )
     partition: Dealing = option(
         "auto",
         "how examples are dealt to clients; natural means by package (stdlib), sub-folder (text), "
@@ -140,6 +142,7 @@ def _check_source(config: DataConfig) -> None:
     own = (*_IN_FOLDER, *BUILT_IN)
     options = (
         *("label", "text", "image", "features", "client", "weight", "columns", "image_size"),
+        "standardize",
     )
     if config.source in own:
         given = {name: getattr(config, name) for name in options}
@@ -159,10 +162,24 @@ def _check_source(config: DataConfig) -> None:
         )
 
 
-def load_data(config: DataConfig, seed: int) -> Data:
-    """Reads the data and deals them out; the same seed gives the same clients."""
+def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -> Data:
+    """Reads the data and deals them out; the same seed gives the same clients.
+
+    Args:
+      config: of the data.
+      seed: of the clients.
+      model: whose folder's tokenizer reads text, where the data's config names none.
+    Raises:
+      FileNotFoundError, ValueError: as of `jaxfm.data.load` and `deal_out`; an option of text for
+        data that are none.
+    """
+    tokenizer = "bytes" if config.tokenizer == "auto" else config.tokenizer
+    if config.tokenizer == "auto" and model and model.folder and hub.reads_text(model.folder):
+        tokenizer = model.folder
     with naming(config.folder or config.source):
-        data_set = _read(config, seed)
+        data_set = _read(config, tokenizer, seed)
+    if data_set.tokenizer is None:
+        _check_no_text(config)
     with naming(f"data.source={config.source}"):
         return deal_out(
             data_set.splits,
@@ -176,11 +193,22 @@ def load_data(config: DataConfig, seed: int) -> Data:
             public=config.public,
             noise=config.synthetic,
             tokenizer=data_set.tokenizer,
+            scale=data_set.scale,
             seed=seed,
         )
 
 
-def _read(config: DataConfig, seed: int) -> DataSet:
+def _check_no_text(config: DataConfig) -> None:
+    """Refuses options of text for data that have none."""
+    for name in ("tokenizer", "length"):
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default:
+            raise ValueError(
+                f"data.{name}={value} changes nothing: data.source={config.source} has no text."
+            )
+
+
+def _read(config: DataConfig, tokenizer_name: str, seed: int) -> DataSet:
     if config.source in ("mnist", "cifar10"):
         images = (
             mnist(config.folder, writers=config.writers or None)
@@ -188,8 +216,8 @@ def _read(config: DataConfig, seed: int) -> DataSet:
             else cifar10(config.folder)
         )
         return DataSet(with_validation(images, seed=seed))
-    is_plain = config.tokenizer in ("auto", "bytes")
-    tokenizer = ByteTokenizer() if is_plain else load_tokenizer(config.tokenizer)
+    is_plain = tokenizer_name == "bytes"
+    tokenizer = ByteTokenizer() if is_plain else load_tokenizer(tokenizer_name)
     largest = config.num_clients if config.partition in ("auto", "natural") else None
     if config.source == "stdlib":
         splits = stdlib(tokenizer, length=config.length, num_clients=largest)
@@ -212,14 +240,16 @@ def _read(config: DataConfig, seed: int) -> DataSet:
         image_size=(height_width[0], height_width[1]) if height_width else None,
         tokenizer=tokenizer,
         length=config.length,
+        standardize=config.standardize,
         seed=seed,
     )
 
 
 def save_classes(run_dir: pathlib.Path, data: Data) -> None:
-    """Writes the names of the classes into the run's results, in the order of the logits."""
+    """Writes the classes' names, in the order of logits, and columns' scale into the results."""
+    scale = {name: x.tolist() for name, x in data.scale._asdict().items()} if data.scale else {}
     if data.classes:
-        save_results(run_dir, "data", {"classes": data.classes})
+        save_results(run_dir, "data", {"classes": data.classes} | scale)
 
 
 _SIZES = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
@@ -286,13 +316,6 @@ _KIND_NAMES = {
 }
 
 
-def with_tokenizer(config: DataConfig, model: ModelConfig) -> DataConfig:
-    """Returns the config of data whose text is read by the tokenizer of a model's folder."""
-    if config.tokenizer == "auto" and model.folder and hub.reads_text(model.folder):
-        return dataclasses.replace(config, tokenizer=model.folder)
-    return config
-
-
 def family_of(config: ModelConfig, data: Data) -> str:
     """Returns the family that "auto" stands for; raises ValueError if it does not fit the data."""
     kind = kind_of(data.validation)
@@ -339,40 +362,6 @@ def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, A
     if family == "decoder":
         return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))
     return encoder(EncoderConfig(max_len=max(512, length), **sizes, **text))
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer of local (or central) training."""
-
-    name: Literal["adam", "sgd"] = option("adam", "adam (b2 = 0.95) or sgd")
-    learning_rate: float = option(0.0, "step size; 0 means 0.002 for adam and 0.1 for sgd")
-    momentum: float = option(0.0, "of sgd")
-    clip_norm: float = option(1.0, "largest norm of a gradient")
-
-    def __post_init__(self):
-        check(self)
-        for name, fits, wanted in (
-            ("learning_rate", 0 <= self.learning_rate < math.inf, "one above 0, or 0 for its own"),
-            ("momentum", 0 <= self.momentum < 1, "a number from 0 and below 1"),
-            ("clip_norm", self.clip_norm > 0, "a norm above 0; inf clips nothing"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)}: give {wanted}.")
-        if self.momentum and self.name == "adam":
-            raise ValueError(
-                f"momentum={self.momentum} changes nothing with adam, which has its own; give "
-                "--local=sgd, or leave it out."
-            )
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns the optax chain of a config."""
-    if config.name == "adam":
-        step = optax.adam(config.learning_rate or 2e-3, b2=0.95)
-    else:
-        step = optax.sgd(config.learning_rate or 0.1, config.momentum or None)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
 
 
 def use_cores(most: int) -> None:

@@ -30,16 +30,10 @@ from jaxfm import hub, search
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
+from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.pretrain import TrainState, train_steps
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import (
-    Data,
-    load_data,
-    make_model,
-    make_optimizer,
-    save_classes,
-    with_tokenizer,
-)
+from jaxfm.launch.setup import Data, load_data, make_model, save_classes
 from jaxfm.launch.supernet_config import SupernetConfig
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.by_name import width_axes
@@ -197,7 +191,7 @@ def main(config: SupernetConfig) -> None:
     """Trains the supernet, chooses its members and writes the report."""
     config = in_folder(config, "supernet", config.data.source)
     run_dir = open_run(config, config.run_dir)
-    data = load_data(with_tokenizer(config.data, config.network), config.seed)
+    data = load_data(config.data, config.seed, config.network)
     model = make_model(config.network, data)
     results = choose(config, data, model, train(config, data, model))
     save_classes(run_dir, data)

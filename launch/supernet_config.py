@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 from jaxfm.config import check, check_whole, option
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.launch.optimizers import OptimizerConfig
+from jaxfm.launch.setup import DataConfig, ModelConfig
 from jaxfm.run_folder import RUN_DIR_HELP
 
 _LEAST = {

@@ -17,6 +17,7 @@ import numpy as np
 from jaxfm.data import partition
 from jaxfm.data.federation import Federation, federate, leading_size
 from jaxfm.data.noise import smooth_noise
+from jaxfm.data.scaling import Scale
 from jaxfm.data.source import Source, class_names
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Data(NamedTuple):
       tokenizer: of text; None for images.
       public: rows that belong to no client, without labels, or noise; None unless asked for.
       classes: the names of the labels, in order; none where text is to be continued.
+      scale: by which columns of numbers were standardised; None if they were not.
     """
 
     train: Federation
@@ -52,6 +54,7 @@ class Data(NamedTuple):
     tokenizer: Tokenizer | None
     public: Examples | None
     classes: tuple[str, ...] = ()
+    scale: Scale | None = None
 
     def check(self) -> None:
         """Raises a ValueError where the task cannot take the examples, or a split has none."""
@@ -89,6 +92,7 @@ def deal_out(
     public: float = 0.0,
     noise: int = 0,
     tokenizer: Tokenizer | None = None,
+    scale: Scale | None = None,
     seed: int = 0,
 ) -> Data:
     """Returns the data of a run; the same seed gives the same clients.
@@ -103,6 +107,7 @@ def deal_out(
       public: share of the training rows that the server gets without labels.
       noise: number of public images of smooth noise, in place of real rows.
       tokenizer: of text.
+      scale: of columns that were standardised.
       seed: of every draw.
     Raises:
       ValueError: as of `deal`; what the task refuses; a split without rows.
@@ -132,6 +137,7 @@ def deal_out(
         tokenizer=tokenizer,
         public=shared,
         classes=class_names(splits),
+        scale=scale,
     )
 
 

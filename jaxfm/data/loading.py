@@ -19,6 +19,7 @@ from jaxfm.data.folders import read_path
 from jaxfm.data.hub_datasets import open_hub
 from jaxfm.data.idx import mnist
 from jaxfm.data.owners import Client, owners
+from jaxfm.data.scaling import Scale, standardized
 from jaxfm.data.source import Source, checked
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.tables import Table
@@ -39,10 +40,12 @@ class DataSet(NamedTuple):
     Attributes:
       splits: "train", "validation" and "test", each with the same classes and clients.
       tokenizer: of text; None for anything else.
+      scale: by which columns of numbers were standardised; None if they were not.
     """
 
     splits: dict[str, Source]
     tokenizer: Tokenizer | None = None
+    scale: Scale | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -85,6 +88,7 @@ def load(
     image_size: tuple[int, int] | None = None,
     tokenizer: Tokenizer | None = None,
     length: int = 128,
+    standardize: bool = False,
     seed: int = 0,
 ) -> DataSet:
     """Returns data from a file, a folder or the Hugging Face hub, checked and split.
@@ -118,6 +122,8 @@ def load(
       tokenizer: of text; bytes by default.
       length: tokens of a row. Longer texts are cut; rows of labelled texts are as long as the
         longest needs.
+      standardize: subtract the mean of each column of numbers and divide by its deviation, both of
+        the training rows; a constant column is 0.
       seed: of the rows that are drawn for splits.
     Raises:
       FileNotFoundError, ValueError: in one sentence that names file, row and column.
@@ -147,8 +153,13 @@ def load(
     with naming(path):
         roles = cells.find_roles(table, given)
         if roles.text and not roles.label:
-            return _language(table, roles, client, tokenizer, length)
-        return _labelled(table, roles, client, tokenizer, length, image_size, seed)
+            data = _language(table, roles, client, tokenizer, length)
+        else:
+            data = _labelled(table, roles, client, tokenizer, length, image_size, seed)
+        if not standardize:
+            return data
+        splits, scale = standardized(data.splits)
+        return data._replace(splits=splits, scale=scale)
 
 
 def _built_in(name: str, tokenizer: Tokenizer, length: int, seed: int) -> DataSet:

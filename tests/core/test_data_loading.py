@@ -511,3 +511,22 @@ def test_labels_and_weights_are_refused_before_anything_is_compiled():
     empty = splits() | {"test": Source({"x": np.zeros((0, 2)), "label": np.zeros(0, np.int32)})}
     with pytest.raises(ValueError, match="The test split is empty; give more data"):
         deal_out(empty, task, num_clients=2, how="iid")
+
+
+def test_standardised_columns_are_numpys_by_the_training_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.normal(5e4, 1e3, 60), rng.normal(0, 1e-4, 60), np.full(60, 0.1)], 1)
+    lines = [f"{a},{b},{c},{'xy'[n % 2]}" for n, (a, b, c) in enumerate(rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,c,label", *lines]))
+    plain = load(tmp_path / "rows.csv")
+    data = load(tmp_path / "rows.csv", standardize=True)
+    train = plain.splits["train"].examples["features"].astype(np.float64)
+    np.testing.assert_allclose(data.scale.mean, train.mean(0), rtol=1e-6)
+    for split, source in data.splits.items():
+        before = plain.splits[split].examples["features"].astype(np.float64)
+        expected = (before - train.mean(0))[:, :2] / train.std(0)[:2]
+        np.testing.assert_allclose(source.examples["features"][:, :2], expected, rtol=1e-5)
+        assert not source.examples["features"][:, 2].any()  # a constant
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *["ab,x", "cd,y"] * 20]))
+    with pytest.raises(ValueError, match="standardize is for columns of numbers; these rows have"):
+        load(tmp_path / "texts.csv", standardize=True)

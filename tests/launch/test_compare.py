@@ -21,7 +21,8 @@ from jaxfm.federated.run import TrainedRun, summary
 from jaxfm.launch import compare, federate
 from jaxfm.launch.compare_page import best_cards
 from jaxfm.launch.federate_config import FederateConfig
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig, load_data
+from jaxfm.launch.optimizers import OptimizerConfig
+from jaxfm.launch.setup import DataConfig, ModelConfig, load_data
 from jaxfm.log import read_metrics
 from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
 from jaxfm.search import save_policy

@@ -37,6 +37,11 @@ FLAGS = {
         --tiers= | tiers=()
         --tiers=0 | tiers=(0.0,)
         --tiers=1,x | tiers='x'
+        --tiers=1,0.5 | tiers=(1.0, 0.5) changes nothing with fed_avg
+        --tiers=1,0.5 --compare=fed_avg,spatl | changes nothing with fed_avg, spatl
+        --data.tokenizer=bytes | data.tokenizer=bytes changes nothing
+        --data.length=64 | data.length=64 changes nothing
+        --data.standardize | data.standardize=True
         --profile=toaster | 'toaster'
         --deadline_s=5 | deadline_s=5.0
         --deadline_s=nan --profile=pi | deadline_s=nan

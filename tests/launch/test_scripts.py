@@ -19,15 +19,8 @@ from jaxfm.data.federation import merge
 from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
-from jaxfm.launch.setup import (
-    FAMILIES,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    load_data,
-    make_model,
-    make_optimizer,
-)
+from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
+from jaxfm.launch.setup import FAMILIES, DataConfig, ModelConfig, load_data, make_model
 from jaxfm.log import read_metrics
 from jaxfm.parallel.generation import generate as decode
 from jaxfm.parallel.loading import DECODERS, load_decoder, load_drafter

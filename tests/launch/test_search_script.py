@@ -11,7 +11,8 @@ import pytest
 from jaxfm import hub
 from jaxfm.data.federation import merge
 from jaxfm.launch import search as script
-from jaxfm.launch.setup import DataConfig, ModelConfig, OptimizerConfig
+from jaxfm.launch.optimizers import OptimizerConfig
+from jaxfm.launch.setup import DataConfig, ModelConfig
 from jaxfm.search import load_pruned, model_network
 from jaxfm.search.trace.cost import counts_of
 
