@@ -37,8 +37,10 @@ every_algorithm = pytest.mark.parametrize("algorithm", entries())
 
 
 def small_run(folder, *options: str, **changes) -> FederateConfig:
+    names = {changes.get("algorithm"), *changes.get("compare", ())}
+    changes = ({"tiers": (1.0, 0.5)} if names & TIERED else {}) | changes
     base = FederateConfig(
-        run_dir=str(folder), tiers=(1.0, 0.5), rounds=2, cohort_size=6, batch_size=16, max_steps=0,
+        run_dir=str(folder), rounds=2, cohort_size=6, batch_size=16, max_steps=0,
         eval_every=1, profile=("pi", "phone"), data=DIGITS, model=ModelConfig(family="mlp"),
         local=OptimizerConfig(name="sgd", learning_rate=0.3),
     )  # fmt: skip
