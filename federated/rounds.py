@@ -352,7 +352,9 @@ def _client_of(people, row: Array) -> tuple[ClientData, Profile]:
     """One client's part of (federation, profiles, index and count of validation rows)."""
     federation, profiles, validation = people
     held = () if validation is None else validation
-    own = [x.padded(row) if isinstance(x, RowIndex) else x[row] for x in (*federation[1:], *held)]
+    own: Any = [
+        x.padded(row) if isinstance(x, RowIndex) else x[row] for x in (*federation[1:], *held)
+    ]
     data = ClientData(federation.examples, *own)
     return data, jax.tree.map(lambda x: x[row], profiles)
 

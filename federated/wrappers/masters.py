@@ -116,16 +116,17 @@ def _bucket(algorithm: Algorithm, own: Bucket, over: Bucket) -> Bucket:
     def shared(server: MasterState) -> Variables:
         return _like(jax.eval_shape(own.shared, state_of(server)), over.shared(server.wide))
 
+    combine, personal = over.combine, over.personal
     return own._replace(
         model=own.model and over.model and own.model._replace(apply=over.model.apply),
         send=send,
         client=client,
         init_client=lambda download, *rest: over.init_client(widened(download), *rest),
         receive=receive,
-        combine=over.combine and (lambda server, *rest: over.combine(server.wide, *rest)),
+        combine=combine and (lambda server, *rest: combine(server.wide, *rest)),
         lift=lambda server, sums: over.lift(server.wide, sums),
         shared=shared,
-        personal=over.personal and (lambda server, *rest: over.personal(server.wide, *rest)),
+        personal=personal and (lambda server, *rest: personal(server.wide, *rest)),
     )
 
 

@@ -99,7 +99,7 @@ def federate(examples: Mapping[str, np.ndarray], partition: Sequence[np.ndarray]
     for number, client in enumerate(rows):
         _check_rows(number, client, num_examples)
     index = row_index(rows)
-    leaves = {name: np.asarray(leaf) for name, leaf in examples.items()}
+    leaves: dict[str, Array] = {name: np.asarray(leaf) for name, leaf in examples.items()}
     return Federation(leaves, index, index.size)
 
 
