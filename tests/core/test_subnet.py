@@ -89,11 +89,14 @@ def subnet_of(family: str, seed: int) -> Subnet:
     return Subnet(keep)
 
 
+# Families of the same blocks as another one are slow tests where a law compiles a lot.
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+BLOCKS = [slow(n) if n in ("gpt2", "classifying encoder") else n for n in FAMILIES]
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_layout = pytest.mark.parametrize("family", ["decoder", "classifying encoder", "vit", "cnn"])
 
 
-@each_family
+@pytest.mark.parametrize("family", BLOCKS)
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(seed=st.integers(0, 10**6))
 def test_a_masked_model_computes_what_the_extracted_one_does(family, seed):
@@ -148,7 +151,7 @@ def test_depth_is_cut_by_naming_layers(family):
     assert not np.allclose(APPLY[family](turned, inputs)[0], APPLY[family](variables, inputs)[0])
 
 
-@pytest.mark.parametrize("family", ["decoder", "gpt2"])
+@pytest.mark.parametrize("family", ["decoder", slow("gpt2")])
 def test_layers_of_unequal_width_obey_the_same_laws(family):
     (model, inputs), variables = FAMILIES[family], drawn(family)
     sizes = axis_sizes(variables, model.axes)

@@ -29,6 +29,7 @@ from jaxfm.subnet import Subnet, embed
 from jaxfm.tasks import classification
 
 MODEL = mlp((6, 8, 3))
+MODEL = MODEL._replace(init=jax.jit(MODEL.init))  # compiled once
 TASK = classification(3, inputs="x")
 LR = 0.1
 LOCAL = Local(optax.sgd(LR), 4, 2)
@@ -48,7 +49,7 @@ class Case(NamedTuple):
 
     name: str
     options: Mapping = MappingProxyType({})
-    tiers: tuple[Subnet, ...] = TIERS
+    tiers: tuple[Subnet, ...] = TIERS[:2]
 
 
 # Options under which a law says more than under the defaults. Every other algorithm of the registry
@@ -67,6 +68,7 @@ SPECIAL = {
     "spatl": Case("spatl", {"keep": 0.6}),
     "adp_federated": Case("adp", {"federated_gates": True}),
     "hetero_fl_1": Case("hetero_fl", {}, (Subnet({}),)),
+    "hetero_fl_3": Case("hetero_fl", {}, TIERS),
 }
 ENTRIES = entries()
 CASES = {name: Case(name) for name in ENTRIES} | SPECIAL
@@ -84,7 +86,7 @@ def setting(
     """A run of six clients, as the registry sees it."""
     model = fixed(model)
     return Setting(
-        model=model, variables=jax.jit(model.init)(jax.random.key(0)), task=task, local=local,
+        model=model, variables=model.init(jax.random.key(0)), task=task, local=local,
         num_clients=6, total_examples=21.0, num_rounds=4, is_last=last_layer(model), tiers=tiers,
         axes=("hidden1",), tier_of=lambda: np.arange(6) % len(tiers), public=PUBLIC,
         some=examples(1), num_classes=3,
@@ -158,11 +160,15 @@ def start(dtype=jnp.float32):
     return jax.tree.map(lambda x: x.astype(dtype), variables)
 
 
-@functools.cache
-def engine(name: str, **options):
+def engine(name: str, *, cohort_size: int = 6, **options):
     """Six clients; calls give it populations with other numbers."""
-    options = {"cohort_size": 6, "public": PUBLIC} | options
-    return compile_rounds(make(name), population(name, federation()), **options)
+    return _engine(name, cohort_size, **options)
+
+
+@functools.cache
+def _engine(name: str, cohort_size: int, **options):
+    people = population(name, federation())
+    return compile_rounds(make(name), people, cohort_size=cohort_size, public=PUBLIC, **options)
 
 
 def run(name: str, people: Population, calls: int = 1, drop_rate: float = 0.0, **options):

@@ -23,6 +23,7 @@ from laws import (
     examples,
     federation,
     make,
+    num_buckets,
     one_step,
     population,
     run,
@@ -45,6 +46,13 @@ from jaxfm.trees import join_tree, split_tree
 # Variants are built of the parts of others: their laws are slow tests.
 slow = lambda name: pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name
 every_algorithm = pytest.mark.parametrize("name", [slow(name) for name in CASES])
+# A law whose runs share no program with others: those of one, of several and of no tiers stand for
+# the rest, which are slow tests.
+REPRESENTATIVES = ("fed_avg", "scaffold", "hetero_fl")
+chosen = lambda name: (
+    name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow)
+)
+representatives = pytest.mark.parametrize("name", [chosen(name) for name in CASES])
 
 
 def all_that_keep(law: str):
@@ -56,9 +64,9 @@ def all_that_keep(law: str):
 @all_that_keep("identical_clients")
 def test_identical_clients_equal_one_client(name):
     data = alike()
-    once, twice = np.array([4, 4, 4, 0, 0, 0]), np.full(6, 4)
-    one, _ = run(name, population(name, data._replace(count=once)))
-    many, _ = run(name, population(name, data._replace(count=twice)))
+    few, all_ = 4 * (np.arange(6) < max(2, num_buckets(name))), np.full(6, 4)
+    one, _ = run(name, population(name, data._replace(count=few)))
+    many, _ = run(name, population(name, data._replace(count=all_)))
     assert_same(one, many)
 
 
@@ -76,11 +84,23 @@ def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(name, tmp_path):
 
 
 @every_algorithm
-def test_an_empty_client_equals_an_absent_one(name):
-    there, _ = run(name, population(name, federation((6, 5, 4, 0, 0, 0))))
-    absent, info = run_new(make(name), population(name, federation((6, 5, 4))))
-    assert_same(there, absent)
-    assert info.counted.sum() == 3
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        # Devices, widths and rounds a call at once, for one program less (their own law is below).
+        ({"mesh": 1, "clients_at_once": 2, "num_rounds": 2}, 1e-5),
+        pytest.param({}, 1e-6, marks=pytest.mark.slow),
+    ],
+    ids=["scanned", "alone"],
+)
+def test_an_empty_client_equals_an_absent_one(name, options, tolerance):
+    if "mesh" in options:
+        options = options | {"mesh": make_mesh(clients=1)}
+    there, _ = run(name, population(name, federation((6, 5, 4, 0, 0, 0))), calls=2)
+    calls = 2 // options.get("num_rounds", 1)
+    absent, info = run_new(make(name), population(name, federation((6, 5, 4))), calls, **options)
+    assert_same(there, absent, tolerance)
+    assert info.counted.sum() == 6
 
 
 @every_algorithm
@@ -100,7 +120,7 @@ def test_a_dropped_client_equals_an_empty_one(name):
 @every_algorithm
 def test_the_order_of_clients_does_not_matter(name):
     people = population(name, federation((4, 1, 4, 3, 2, 2)))  # whole batches: no shuffling
-    order = np.array([3, 4, 2, 0, 1, 5])  # nobody changes the bucket
+    order = np.roll(np.arange(6), num_buckets(name))  # nobody changes the bucket
     index = people.federation.index
     index = dataclasses.replace(index, start=index.start[order], size=index.size[order])
     data = people.federation._replace(index=index, count=people.federation.count[order])
@@ -118,9 +138,18 @@ def test_one_client_and_one_step_is_a_gradient_step(name):
     chex.assert_trees_all_close(state.server.variables.params, expected, rtol=1e-5, atol=1e-6)
 
 
-@every_algorithm
-def test_new_cohorts_counts_and_steps_do_not_compile(name):
-    people, runner = slow_and_fast(name), engine(name, cohort_size=3)
+@pytest.mark.parametrize(
+    ("name", "cohort_size"),
+    [
+        pytest.param(name, size, marks=pytest.mark.slow)
+        if name in VARIANTS or (size == 3 and name not in REPRESENTATIVES)
+        else (name, size)
+        for name in CASES
+        for size in (3, 6)
+    ],
+)
+def test_new_cohorts_counts_and_steps_do_not_compile(name, cohort_size):
+    people, runner = slow_and_fast(name), engine(name, cohort_size=cohort_size)
     state, info = runner.run(runner.init(start(), jax.random.key(0)), people)
     jax.block_until_ready(info)
     others = population(name, federation((1, 6, 2, 5, 0, 4)), max_steps=np.arange(1, 7))
@@ -158,10 +187,14 @@ def in_halves(name: str):
 @every_algorithm
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_dtypes_stay(name, dtype):
-    algorithm = make(name) if dtype == jnp.float32 else in_halves(name)
+    if dtype == jnp.float32:
+        algorithm, rounds = make(name), engine(name)
+    else:
+        algorithm = in_halves(name)
+        rounds = compile_rounds(algorithm, slow_and_fast(name), cohort_size=6, public=PUBLIC)
     before = jax.eval_shape(algorithm.init, start(dtype))
-    rounds = compile_rounds(algorithm, slow_and_fast(name), cohort_size=3, public=PUBLIC)
-    after, _ = jax.eval_shape(rounds.run, rounds.init(start(dtype), jax.random.key(3)))
+    state = jax.eval_shape(rounds.init, start(dtype), jax.random.key(3))
+    after, _ = jax.eval_shape(rounds.run, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after.server)
 
 
@@ -229,7 +262,7 @@ def test_a_round_without_reports_changes_nothing(name, why):
 
 @every_algorithm
 def test_the_state_is_donated_and_the_callers_variables_are_not(name):
-    runner = engine(name, cohort_size=3)
+    runner = engine(name)
     variables, key = start(), jax.random.key(3)
     state = runner.init(variables, key)
     after, _ = runner.run(state)
@@ -241,7 +274,7 @@ def test_the_state_is_donated_and_the_callers_variables_are_not(name):
 
 # All at once on the fast side; one at a time, where a fault can be told from the others, as slow
 # tests.
-@every_algorithm
+@representatives
 @pytest.mark.parametrize(
     "options",
     [

@@ -4,17 +4,16 @@ import chex
 import jax
 import numpy as np
 import pytest
-from laws import federation, make, population, run_new, slow_and_fast, start
+from laws import engine, federation, make, population, run, run_new, slow_and_fast, start
 
 from jaxfm.data.federation import Federation
 from jaxfm.federated import compile_rounds
 
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 HOME = np.array([1, 0, 0, 1, 0, 0])
 
 
-@pytest.mark.parametrize(
-    "name", ["scaffold", "hetero_fl", "adp", pytest.param("fed_kemf", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["scaffold", "hetero_fl", slow("adp"), slow("fed_kemf")])
 def test_rounds_at_home_are_the_same_rounds(name):
     people = slow_and_fast(name)
     reference, expected = run_new(make(name), people, 2, cohort_size=3)
@@ -25,9 +24,12 @@ def test_rounds_at_home_are_the_same_rounds(name):
 
 def test_memories_lie_at_home_in_the_order_of_members():
     people = slow_and_fast("scaffold")
-    plain = compile_rounds(make("scaffold"), people, cohort_size=6)
+    plain = engine("scaffold")
     home = compile_rounds(make("scaffold"), people._replace(home=HOME), cohort_size=6)
-    ends = [engine.run(engine.init(start(), jax.random.key(3)))[0] for engine in (plain, home)]
+    ends = [
+        plain.run(plain.init(start(), jax.random.key(3)), people)[0],
+        home.run(home.init(start(), jax.random.key(3)))[0],
+    ]
     (ids,), (placed,) = plain.members, home.members
     assert placed.tolist() == [1, 2, 4, 5, 0, 3, -1, -1]  # device 0, then device 1 and its padding
     rows = np.array([placed.tolist().index(i) for i in ids])
@@ -44,7 +46,7 @@ def test_memories_lie_at_home_in_the_order_of_members():
 def test_a_device_needs_the_data_of_its_own_clients_only():
     """What other devices would do with wrong rows of clients that live elsewhere is not seen."""
     people = slow_and_fast("fed_avg")
-    reference, _ = run_new(make("fed_avg"), people, cohort_size=6)
+    reference, _ = run("fed_avg", people)
     examples = people.federation.examples
     unused = {name: np.concatenate([leaf, 0 * leaf]) for name, leaf in examples.items()}
     more = people._replace(
@@ -56,7 +58,7 @@ def test_a_device_needs_the_data_of_its_own_clients_only():
 
 def test_a_device_without_clients_idles():
     people = population("fed_avg", federation())
-    reference, _ = run_new(make("fed_avg"), people)
+    reference, _ = run("fed_avg", people)
     state, info = run_new(make("fed_avg"), people._replace(home=np.zeros(6, int)))
     chex.assert_trees_all_close(state.server, reference.server, rtol=1e-5, atol=1e-6)
     assert info.counted.sum() == 6

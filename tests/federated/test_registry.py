@@ -167,8 +167,9 @@ def test_what_is_refused(call, message, monkeypatch):
         call()
 
 
+# Variants have the options of what they vary: theirs are slow tests.
 NUMBERS = [
-    (name, option.name)
+    pytest.param(name, option.name, marks=[pytest.mark.slow] if entry.like else [])
     for name, entry in entries().items()
     for option in entry.options
     if option.annotation is float

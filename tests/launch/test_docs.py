@@ -28,7 +28,12 @@ def blocks(page: pathlib.Path) -> list[str]:
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]
 
 
-@pytest.mark.parametrize("page", CONCEPTS, ids=name)
+# Pages that compile the most are slow tests.
+LONG = {"decoding.md", "own.md"}
+RUN = [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in CONCEPTS]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
 def test_code_runs(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where pages may write
     registry.entries()  # imports the library's own; what a page registers is forgotten

@@ -191,7 +191,7 @@ def test_saved_loaded_exported_fine_tuned_and_pruned_again(tmp_path):
         load_pruned(tmp_path, again.apply, again.params, X)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_groups_of_one_axis_are_saved_apart(tmp_path, fused):
     case = decoder(Shape(2, 2, fused=fused), 0)
     small = prune(case.function, case.params, case.x, budget={"parameters": 0.6})

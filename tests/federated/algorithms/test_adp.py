@@ -95,10 +95,14 @@ def macs(kept) -> float:
     return float(MACS(counts_of(NETWORK, kept)))
 
 
-def test_a_target_of_one_is_fed_avg():
-    full_width = [make(target=1.0, federated=federated)[1] for federated in (False, True)]
+@pytest.mark.parametrize(
+    "federated",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["personal", "federated"],
+)
+def test_a_target_of_one_is_fed_avg(federated):
     ends = []
-    for algorithm in (fed_avg(MODEL, TASK, LOCAL), *full_width):
+    for algorithm in (fed_avg(MODEL, TASK, LOCAL), make(target=1.0, federated=federated)[1]):
         engine = compile_rounds(algorithm, population(), cohort_size=3, num_rounds=RAMP + 2)
         ends.append(engine.run(start(engine))[0].server.variables)
     chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)

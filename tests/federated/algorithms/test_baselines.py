@@ -182,7 +182,9 @@ def test_scaffold_ends_where_fed_avgs_loss_is_least_for_any_sizes(size):
         assert np.abs(path).max() < 20  # nor has it grown on its way
 
 
-@pytest.mark.parametrize("name", ["scaffold", "scaffold_published"])
+@pytest.mark.parametrize(
+    "name", ["scaffold", pytest.param("scaffold_published", marks=pytest.mark.slow)]
+)
 def test_scaffold_of_unequal_clients_follows_numpy(name):
     model, task = springs()
     sizes, pull, aim = uneven(5, "one large")
@@ -229,7 +231,7 @@ def test_with_its_variates_held_at_zero_scaffold_stays_federated_averaging():
     np.testing.assert_allclose(ends["held"], ends["plain"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_fed_nova_weighs_movements_by_their_steps(momentum):
     equal, _ = play(fed_nova, 3, momentum=momentum)
     plain, _ = play(fed_avg, 3, momentum=momentum)

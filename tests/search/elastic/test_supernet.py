@@ -50,6 +50,9 @@ MASKED = {
     for name in FAMILIES
 }
 each = pytest.mark.parametrize("name", FAMILIES)
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+# Depthwise layers are cut as those of the ResNet are: the slow side has them, too.
+few = pytest.mark.parametrize("name", [slow(n) if n == "mobilenet" else n for n in FAMILIES])
 
 
 def test_channels_of_group_norms_keep_their_places():
@@ -67,7 +70,7 @@ def test_order_changes_no_output_and_is_one_of_importance(name):
     assert not all(np.array_equal(a, b) for a, b in leaves)
 
 
-@each
+@few
 def test_masked_members_compute_what_extracted_ones_do(name):
     inputs, net = FAMILIES[name][3], NETS[name]
     for counts in (*np.asarray(net.sample(jax.random.key(0), 1)), net.smallest):
@@ -80,7 +83,7 @@ def test_masked_members_compute_what_extracted_ones_do(name):
     assert MASKED[name]._cache_size() == 1
 
 
-@each
+@few
 def test_every_member_meets_its_budget_and_none_is_empty(name):
     net = NETS[name]
     whole, least = (
@@ -134,7 +137,7 @@ def test_statistics_measured_anew_are_those_of_the_batches():
     np.testing.assert_allclose(evaluated, train, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "decoder"])
+@pytest.mark.parametrize("name", [slow("mobilenet"), "decoder"])
 def test_multiply_adds_of_members_are_those_counted_of_extracted_ones(name):
     model, axes, multiple, inputs = FAMILIES[name]
     # Heads and MLPs of layers may differ; how many layers run is not known to the function.

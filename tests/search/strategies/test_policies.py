@@ -188,7 +188,7 @@ def test_gradients_reach_encoder_decoder_and_policy():
         assert jnp.abs(after.actor[name] - old).max() > 1e-5, name
 
 
-@pytest.mark.parametrize("make", [agmc, agmc_published])
+@pytest.mark.parametrize("make", [agmc, pytest.param(agmc_published, marks=pytest.mark.slow)])
 def test_what_is_sampled_from_the_memory_depends_on_the_key_of_the_search(make):
     made = make(chain(5), batch=16, warm_up=16, updates=2, sample=4)
     before, other = (jax.jit(made.init)(jax.random.key(k)) for k in (0, 1))
