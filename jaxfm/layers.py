@@ -48,6 +48,24 @@ def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
+_FEW = 8
+
+
+def by_row(product: Callable[[Array], Array], x: Array) -> Array:
+    """Returns `product(x)` of few rows x [..., M, K], row by row where that is faster.
+
+    XLA's CPU backend reads the other operand of a single row as it lies in memory. For two rows or
+    more it packs that operand anew, which takes as long as several single rows. Where XLA splits
+    the product over devices, there would be a collective for each row: there it stays whole.
+    """
+    rows, mesh = x.shape[-2], jax.sharding.get_abstract_mesh()
+    split = any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+    if jax.default_backend() != "cpu" or not 1 < rows <= _FEW or split:
+        return product(x)
+    single = [product(x[..., i : i + 1, :]) for i in range(rows)]
+    return jnp.concatenate(single, axis=x.ndim - 2)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias over any number of input and output axes.
 
@@ -80,7 +98,11 @@ class Linear(nnx.Module):
         if n > 1:  # XLA's CPU backend would transpose the kernel to contract several axes
             kernel = kernel.reshape(math.prod(kernel.shape[:n]), -1)
             x = x.reshape(*x.shape[: x.ndim - n], -1)
-        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        multiply = lambda x: lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if x.ndim == 3 and math.prod(x.shape[:2]) <= _FEW:  # tokens, as they are decoded
+            y = by_row(multiply, x.reshape(-1, x.shape[-1]))
+        else:
+            y = multiply(x)
         y = y.reshape(*x.shape[:-1], *outputs)
         if self.has_bias:
             bias = self.bias[...]
@@ -305,6 +327,27 @@ def causal_mask(queries: Array, keys: Array, window: int | None = None) -> Array
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def contained(k: Array, v: Array, also: Array | None = None) -> tuple[Array, Array]:
+    """Returns keys and values with which a number that is not finite harms only who may see it.
+
+    Where one is not, or `also` is false, the key becomes NaN and the value 0: a mask hides the
+    score of a key, but not a value, since 0 * NaN is NaN. Where keys and values differ in size, a
+    whole token is marked.
+
+    Args:
+      k, v: [..., K] and [..., V].
+      also: bool, broadcastable to both.
+    """
+    finite = jnp.isfinite(v)
+    if k.shape != v.shape:
+        finite = finite.all(-1, keepdims=True)
+    finite &= jnp.isfinite(k) if k.shape == v.shape else jnp.isfinite(k).all(-1, keepdims=True)
+    if also is not None:
+        finite &= also
+    nan, zero = jnp.asarray(jnp.nan, k.dtype), jnp.zeros((), v.dtype)
+    return jnp.where(finite, k, nan), jnp.where(finite, v, zero)
+
+
 def attend(
     q: Array, k: Array, v: Array, mask: Array, *, scale: float, past: Past | None = None
 ) -> Array:
@@ -318,16 +361,12 @@ def attend(
       [B, T, G, R, K]. Where a query may see nothing, the mean of the values.
     """
     with jax.named_scope("attention"):
+        if past is not None and q.shape[1] > 1:
+            k, v = contained(k, v)
         scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
         seen = mask
         if past is not None:
-            if q.shape[1] > 1:  # values that are not finite reach only those who see them
-                finite = jnp.isfinite(v).all(-1)
-                v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
-                finite = jnp.swapaxes(finite, 1, 2)[:, :, None, None]
-                scores = jnp.where(finite, scores, jnp.asarray(jnp.nan, jnp.float32))
-            cached = jnp.einsum("btgrk,bsgk->bgrts", q, past.k, preferred_element_type=jnp.float32)
-            scores = jnp.concatenate([cached, scores], axis=-1)
+            scores = jnp.concatenate([_cached_scores(q, past.k), scores], axis=-1)
             batch = max(mask.shape[0], past.mask.shape[0])
             spread = lambda m: jnp.broadcast_to(m, (batch, *m.shape[1:]))
             seen = jnp.concatenate([spread(past.mask), spread(mask)], axis=-1)
@@ -337,8 +376,24 @@ def attend(
         mix = lambda w, values: jnp.einsum("bgrts,bsgk->btgrk", w, values)
         if past is None:
             return mix(weights, v)
-        cells = past.k.shape[1]
-        return mix(weights[..., :cells], past.v) + mix(weights[..., cells:], v)
+        cells = past.k.shape[2]
+        return _cached_values(weights[..., :cells], past.v) + mix(weights[..., cells:], v)
+
+
+def _cached_scores(q: Array, k: Array) -> Array:
+    """Returns f32[B, G, R, T, S] of queries [B, T, G, R, K] and cached keys [B, G, S, K]."""
+    batch, length, groups, per_group, size = q.shape
+    rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
+    product = lambda x: jnp.einsum("bgmk,bgsk->bgms", x, k, preferred_element_type=jnp.float32)
+    return by_row(product, rows).reshape(batch, groups, per_group, length, -1)
+
+
+def _cached_values(weights: Array, v: Array) -> Array:
+    """Returns [B, T, G, R, K], cached values [B, G, S, K] mixed by weights [B, G, R, T, S]."""
+    batch, groups, per_group, length, cells = weights.shape
+    rows = weights.reshape(batch, groups, per_group * length, cells)
+    mixed = by_row(lambda w: jnp.einsum("bgms,bgsk->bgmk", w, v), rows)
+    return mixed.reshape(batch, groups, per_group, length, -1).transpose(0, 3, 1, 2, 4)
 
 
 class Attention(nnx.Module):

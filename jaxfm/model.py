@@ -56,8 +56,8 @@ class Past(NamedTuple):
     """What attention may read besides the tokens it is given: rows of a cache.
 
     Attributes:
-      k: [B, S, G, K] keys.
-      v: [B, S, G, K] values.
+      k: [B, G, S, K] keys; a head's rows lie side by side, as a product with them reads them.
+      v: [B, G, S, K] values.
       mask: bool[B, T, S], which rows each of the T queries may see.
     """
 

@@ -10,10 +10,11 @@ So keeping, dropping and branching are vector operations on these arrays and nev
 keys or values. Decoders of one line of text use bit 0 and the cell whose number is the position;
 `keep` drops later cells, and they are overwritten.
 
-The keys of all layers are one array, and so are the values: a stack, or for layers of unequal shape
-one flat row a token. Blocks only read them and return new rows, which one update a pass writes
-after all layers. So XLA sees every read before the write and updates the donated buffers in place
-(separate arrays for each layer would be copied whole, twice a pass).
+Layers that are stacked have stacked keys and values, layers apart have arrays of their own, of any
+shapes. Blocks only read them and return new rows, which are written after all layers. So XLA sees
+every read before the first write and updates the donated buffers in place. A head's rows lie side
+by side, as products with them read them: XLA's CPU backend would otherwise transpose all of them in
+every pass.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jaxfm.layers import contained
 from jaxfm.model import (
     Array,
     Model,
     Past,
+    PyTree,
     Stages,
     Variables,
     is_stacked,
@@ -70,15 +72,14 @@ class Cache(NamedTuple):
     """Keys and values of tokens already seen.
 
     Attributes:
-      k: [L, B, S, G, K] keys; for layers of unequal shape [B, S, F], where F are the G * K of all
-        layers.
+      k: keys: [L, B, G, S, K] of stacked layers, or a tuple of each layer's [B, G, S, K].
       v: values, likewise.
       positions: i32[B, S] of the token in each cell.
       bits: u32[B, S] branches that each cell belongs to; 0: the cell is free.
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
     positions: Array
     bits: Array
 
@@ -144,18 +145,16 @@ def decoding_layout(variables: Variables) -> Variables:
 def init_cache(lm: CausalModel, variables: Variables, batch: int, cells: int) -> Cache:
     """An empty cache for `batch` sequences of up to `cells` tokens, sized by the parameters."""
 
-    def empty(rows: list[jax.ShapeDtypeStruct]) -> Array:
-        shapes = {row.shape for row in rows}
-        if len(shapes) == 1:
-            return jnp.zeros((len(rows), batch, cells, *shapes.pop()), rows[0].dtype)
-        return jnp.zeros((batch, cells, sum(row.size for row in rows)), rows[0].dtype)
+    def empty(row: jax.ShapeDtypeStruct) -> Array:
+        *stack, heads, size = row.shape
+        return jnp.zeros((*stack, batch, heads, cells, size), row.dtype)
 
-    k, v = (empty(rows) for rows in _row_shapes(lm, variables))
+    k, v = jax.tree.map(empty, _row_shapes(lm, variables))
     return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
 
 
-def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[list, list]:
-    """The shapes [G, K] and dtypes of one token's keys, and of its values, in each layer."""
+def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[PyTree, PyTree]:
+    """The shapes [G, K] and dtypes of one token's keys and values, in the form of a Cache."""
     token = jnp.zeros((1, 1), jnp.int32)
 
     def one(layer: Variables):
@@ -165,11 +164,9 @@ def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[list, list]:
 
     layers = layers_of(variables)
     if is_stacked(layers):
-        first = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], layers)))
-        k, v = ([row] * num_layers(layers) for row in first)
-        return k, v
-    pairs = [jax.eval_shape(one, layer_at(layers, i)) for i in range(num_layers(layers))]
-    return [k for k, _ in pairs], [v for _, v in pairs]
+        return jax.eval_shape(jax.vmap(one), layers)
+    k, v = zip(*(jax.eval_shape(one, layer_at(layers, i)) for i in range(num_layers(layers))))
+    return k, v
 
 
 def visible(
@@ -233,13 +230,13 @@ def through(
     block: Block,
     *,
     empty: bool = False,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Array, tuple[PyTree, PyTree]]:
     """Runs a block of tokens through the layers that `variables` has: a stage's part of a pass.
 
     Returns:
-      x [B, T, D] and the new rows of keys and values, in the form of the cache, not yet written.
-      Where any number of a token is not finite, its x and its keys are NaN: so are the logits of
-      all tokens that see it.
+      x [B, T, D] and the new rows of keys and values, not yet written: [L, B, T, G, K], or a tuple
+      of each layer's [B, T, G, K]. What is not finite makes the logits of all tokens that see it
+      NaN, and harms no others.
     """
     own = block.bits if block.own is None else block.own
     mask = visible(block.positions, block.bits, block.positions, own, lm.window)
@@ -251,64 +248,44 @@ def through(
 
     layers = layers_of(variables)
     if is_stacked(layers):
-        return _marked(*lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v)))
-    ks, vs = (_by_layer(*pair) for pair in zip(cache[:2], _row_shapes(lm, variables)))
-    rows = []
-    for i, past in enumerate(zip(ks, vs, strict=True)):
+        x, rows = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
+        return x, _marked(x, rows)
+    each = []
+    for i, past in enumerate(zip(cache.k, cache.v, strict=True)):
         x, new = step(x, layer_at(layers, i), *past)
-        rows.append(new)
-    k, v = (_together(list(new), old) for new, old in zip(zip(*rows), cache[:2]))
-    return _marked(x, (k, v))
+        each.append(new)
+    k, v = zip(*each)
+    return x, _marked(x, (k, v))
 
 
-def _marked(x: Array, rows: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-    """x and rows with every number of a token that is not finite somewhere made NaN; values 0.
+def _marked(x: Array, rows: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """Rows in which a number that is not finite harms only who sees it.
 
-    Values would harm those who do not see them, too: 0 * NaN is NaN.
-
-    What is written depends on x for another reason: so no write can be scheduled before the last
-    read. Otherwise XLA guards the reads with copies of the cache (barriers do not help).
+    They depend on x for another reason, too: so no write can be scheduled before the last read.
+    Otherwise XLA guards the reads with copies of the cache (barriers do not help).
     """
-    per_token = lambda row: (0, 3, 4) if row.ndim == 5 else -1
-    finite = jnp.isfinite(x).all(-1)
-    for row in rows:
-        finite &= jnp.isfinite(row).all(per_token(row))
-    along = lambda row: finite[None, ..., None, None] if row.ndim == 5 else finite[..., None]
-    nan = lambda row: jnp.asarray(jnp.nan, row.dtype)
-    k, v = rows
-    k, v = jnp.where(along(k), k, nan(k)), jnp.where(along(v), v, jnp.zeros_like(v))
-    return jnp.where(finite[..., None], x, nan(x)), (k, v)
+    finite = jnp.isfinite(x).all(-1)[..., None, None]
+    mark = lambda k, v: contained(k, v, finite if k.ndim == 4 else finite[None])
+    pairs = [mark(k, v) for k, v in zip(*map(jax.tree.leaves, rows), strict=True)]
+    return tuple(jax.tree.unflatten(jax.tree.structure(r), p) for r, p in zip(rows, zip(*pairs)))
 
 
-def store(cache: Cache, block: Block, rows: tuple[Array, Array]) -> Cache:
-    """The cache with a block's rows in its cells."""
+def store(cache: Cache, block: Block, rows: tuple[PyTree, PyTree]) -> Cache:
+    """The cache with a block's rows, as `through` returns them, in its cells."""
     batch = jnp.arange(block.tokens.shape[0])[:, None]
-    write = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
-    write_layers = lambda old, new: (
-        old.at[:, batch, block.cells].set(new, mode="drop") if old.ndim == 5 else write(old, new)
-    )
+
+    def write(old: Array, new: Array) -> Array:
+        if old.ndim == 4:
+            return old.at[batch, :, block.cells].set(new, mode="drop")
+        # Indices that a slice stands between come first: [B, T, L, G, K].
+        return old.at[:, batch, :, block.cells].set(jnp.moveaxis(new, 0, 2), mode="drop")
+
+    put = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
     return Cache(
-        write_layers(cache.k, rows[0]),
-        write_layers(cache.v, rows[1]),
-        write(cache.positions, block.positions),
-        write(cache.bits, block.bits if block.own is None else block.own),
+        *jax.tree.map(write, cache[:2], rows),
+        put(cache.positions, block.positions),
+        put(cache.bits, block.bits if block.own is None else block.own),
     )
-
-
-def _by_layer(rows: Array, shapes: list) -> list[Array]:
-    """The [B, S, G, K] of each layer in an array of a Cache."""
-    if rows.ndim == 5:
-        return [rows[i] for i in range(len(shapes))]
-    ends = np.cumsum([shape.size for shape in shapes])
-    parts = jnp.split(rows, ends[:-1], axis=-1)
-    return [p.reshape(*p.shape[:2], *s.shape) for p, s in zip(parts, shapes, strict=True)]
-
-
-def _together(rows: list[Array], like: Array) -> Array:
-    """The inverse of `_by_layer`."""
-    if like.ndim == 5:
-        return jnp.stack(rows)
-    return jnp.concatenate([row.reshape(*row.shape[:2], -1) for row in rows], axis=-1)
 
 
 def num_cells(cache: Cache) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.model import Array, Variables
+from jaxfm.model import Array, PyTree, Variables
 from jaxfm.parallel.cache import Block, Cache, CausalModel, through
 from jaxfm.parallel.token_tree import Cells
 
@@ -22,23 +23,21 @@ class Rows(NamedTuple):
     """Keys and values of several texts, without an axis of size 1 that XLA could lay out anew.
 
     Attributes:
-      k, v: [L, B * C, G, K]; for layers of unequal shape [B * C, F], as in
-        `jaxfm.parallel.cache.Cache`.
+      k, v: [L, G, B * C, K] of stacked layers, or a tuple of each layer's [G, B * C, K].
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
 
 
 def flat_rows(cache: Cache) -> Rows:
     """The rows of a cache."""
 
     def flat(x: Array) -> Array:
-        if x.ndim == 5:
-            return x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
-        return x.reshape(-1, x.shape[-1])
+        x = jnp.swapaxes(x, -4, -3)
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
-    return Rows(flat(cache.k), flat(cache.v))
+    return Rows(*jax.tree.map(flat, cache[:2]))
 
 
 def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
@@ -49,12 +48,11 @@ def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
     size = cells.positions.shape[0]
 
     def one(x: Array) -> Array:
-        axis = 1 if x.ndim == 4 else 0
-        own = lax.dynamic_slice_in_dim(x, request * size, size, axis=axis)
-        return lax.expand_dims(own, (axis,))
+        own = lax.dynamic_slice_in_dim(x, request * size, size, axis=x.ndim - 2)
+        return lax.expand_dims(own, (x.ndim - 3,))
 
     bits = cells.bits.at[block.cells[0]].set(0, mode="drop")
-    return Cache(one(rows.k), one(rows.v), cells.positions[None], bits[None])
+    return Cache(*jax.tree.map(one, tuple(rows)), cells.positions[None], bits[None])
 
 
 def read_block(
@@ -78,7 +76,7 @@ def read_block(
 
 
 def put_rows(
-    rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[Array, Array]
+    rows: Rows, request: Array, cells: Cells, block: Block, new: tuple[PyTree, PyTree]
 ) -> Rows:
     """The rows with new keys and values in one text's cells.
 
@@ -89,8 +87,8 @@ def put_rows(
     at = request * size + jnp.minimum(block.cells, size - 1)[0]
 
     def write(old: Array, values: Array) -> Array:
-        axis = 1 if old.ndim == 4 else 0  # of cells
-        values = lax.squeeze(values, (axis,))
+        axis = old.ndim - 2  # of cells
+        values = jnp.swapaxes(lax.squeeze(values, (axis - 1,)), -3, -2)
 
         def step(i, old):
             row = lax.dynamic_slice_in_dim(values, i, 1, axis=axis)
@@ -102,4 +100,4 @@ def put_rows(
             old = step(i, old)
         return old
 
-    return Rows(write(rows.k, new[0]), write(rows.v, new[1]))
+    return Rows(*jax.tree.map(write, tuple(rows), new))

@@ -169,14 +169,18 @@ def _functions(
     manual = set(mesh.axis_names) - ({TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set())
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, axis_names=manual)
 
-    def placed(tree, specs):
-        """The tree, placed as a tick leaves it: so the next one finds what it was compiled for."""
+    def placed(state: State, text: Text | None = None):
+        """Both, placed as a tick leaves them: so the next one finds what it was compiled for."""
         if TENSOR in manual:
-            return tree
-        place = lambda spec, part: lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
-        return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+            return state, text
+        pin = lambda part, spec: lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
+        # Layers apart have slots and heads in one axis, stacked ones in two.
+        by_head = lambda x: pin(x, spec(STAGE, TENSOR) if x.ndim == 4 else spec((STAGE, TENSOR)))
+        rows = jax.tree.map(by_head, state.rows)
+        kept = {name: pin(getattr(state, name), getattr(state_spec, name)) for name in others}
+        return State(rows=rows, **kept), pin(text, everywhere)
 
-    kept_spec = state_spec._replace(rows=spec(STAGE, None, TENSOR))
+    others = set(State._fields) - {"rows"}
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
         body = lambda arrays, tokens, length: _start(
@@ -184,15 +188,13 @@ def _functions(
         )
         specs = (arrays_spec, everywhere, everywhere)
         state = sharded(body, in_specs=specs, out_specs=state_spec)(arrays, tokens, length)
-        return placed(state, kept_spec)
+        return placed(state)[0]
 
     def tick(arrays: Arrays, state: State, text: Text, rules: Rules) -> tuple[State, Text]:
         body = functools.partial(one_tick, lm, drafter, shape)
         specs = (arrays_spec, state_spec, everywhere, everywhere)
-        out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))(
-            arrays, state, text, rules
-        )
-        return placed(out, (kept_spec, everywhere))
+        out = sharded(body, in_specs=specs, out_specs=(state_spec, everywhere))
+        return placed(*out(arrays, state, text, rules))
 
     return DecoderFunctions(start, tick, lambda state: state.counters)
 

@@ -58,7 +58,7 @@ class State(NamedTuple):
     """Everything that the pipe holds between two ticks.
 
     Attributes:
-      rows: keys and values; leaves [slots * L, B * C, G, K].
+      rows: keys and values; leaves [slots * L, G, B * C, K], or [slots * G, B * C, K] of a layer.
       draft: the drafter's state, with a leading axis of slots.
       hidden: [slots, K, D] what each slot has received.
       trees, cells: of each text, with a leading axis B.

@@ -30,9 +30,10 @@ def cache_copies(decoder: Decoder, *, cells: int = 128) -> int:
 
 def count_copies(program: str, state: State) -> int:
     """The number of copies of keys or values in what `tick_program` returned."""
-    size = math.prod(state.rows.k.sharding.shard_shape(state.rows.k.shape))
+    leaves = jax.tree.leaves(state.rows)
+    sizes = {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves}
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", program)
-    return sum(math.prod(map(int, shape.split(","))) == size for shape in copied)
+    return sum(math.prod(map(int, shape.split(","))) in sizes for shape in copied)
 
 
 def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, Any]:
@@ -51,3 +52,26 @@ def tick_program(decoder: Decoder, *, cells: int = 128) -> tuple[str, Any]:
     state = start(decoder.functions, decoder.variables, tokens, length, 16, None)
     program = advance.lower(decoder.functions, decoder.variables, state, text, rules, 4).compile()
     return program.as_text() or "", state
+
+
+def count_operations(program: str) -> int:
+    """The number of operations that one tick starts, loops inside it counted once.
+
+    On small models a tick takes about as long as its operations are many, whatever they compute.
+
+    Args:
+      program: of `tick_program`.
+    """
+    bodies = dict(re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", program, re.M | re.S))
+    entry = re.search(r"^ENTRY [^\n]*\{\n(.*?)^\}", program, re.M | re.S)
+    free = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while"}
+
+    def inside(body: str) -> int:
+        loops = re.findall(r" while\(.*body=%?([\w.-]+)", body)
+        kinds = re.findall(r"^ .*? = (?:\(.*?\)|\S+) ([\w-]+)\(", body, re.M)
+        own = sum(kind not in free for kind in kinds)
+        return own + sum(inside(bodies[loop]) for loop in loops)
+
+    assert entry is not None
+    ticks = re.findall(r" while\(.*body=%?([\w.-]+)", entry.group(1))
+    return sum(inside(bodies[loop]) for loop in ticks)

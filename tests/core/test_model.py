@@ -191,7 +191,8 @@ def test_attention_over_a_past_equals_attention_over_all_of_it():
     positions = jnp.arange(6, dtype=jnp.int32)[None]
     mask = causal_mask(positions, positions)
     expected = attend(q, k, v, mask, scale=0.5)
-    past = Past(k[:, :4], v[:, :4], mask[:, 4:, :4])
+    heads_first = lambda x: jnp.swapaxes(x[:, :4], 1, 2)
+    past = Past(heads_first(k), heads_first(v), mask[:, 4:, :4])
     last = attend(q[:, 4:], k[:, 4:], v[:, 4:], mask[:, 4:, 4:], scale=0.5, past=past)
     np.testing.assert_allclose(last, expected[:, 4:], rtol=1e-5, atol=1e-6)
 

@@ -164,10 +164,14 @@ def test_decoders_that_classify_agree_both_ways_on_padded_texts(model_type, side
     )  # fmt: skip
 
 
+# fmt: off
 ENCODERS = {
-    "bert": ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"],
-    "roberta": ["RobertaForMaskedLM", "RobertaForSequenceClassification", "RobertaModel"],
+    "bert": ["BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification",
+             "BertModel"],
+    "roberta": ["RobertaForMaskedLM", "RobertaForSequenceClassification",
+                "RobertaForTokenClassification", "RobertaModel"],
 }
+# fmt: on
 
 
 @pytest.mark.parametrize(

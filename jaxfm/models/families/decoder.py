@@ -25,6 +25,7 @@ from jaxfm.layers import (
     Mlp,
     Norm,
     RopeScaling,
+    by_row,
     causal_mask,
     check_fields,
     check_length,
@@ -206,7 +207,8 @@ class Head(nnx.Module):
             return self.score(x).astype(jnp.float32)
         if table is None:
             return self.out(x).astype(jnp.float32)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        multiply = lambda x: jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
+        return by_row(multiply, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def decoder(config: DecoderConfig) -> Model:

@@ -13,6 +13,7 @@ from jaxfm.testing import random_variables, tiny_decoder
 
 SPLIT = """
 import collections, json, re
+import jax
 from jaxfm.parallel import generate, make_mesh, plain
 from jaxfm.parallel.drafters.model import early_exit_drafter
 from jaxfm.parallel.simulation.xla_copy_probe import count_copies, tick_program
@@ -39,7 +40,7 @@ print(json.dumps({
     "same": got.tokens[0].tolist() == truth.tolist(), "right": int(got.stats.accepted.sum()),
     "ticks": int(got.counters.ticks), "programs": programs,
     "copies": count_copies(text, state), "sent": collections.Counter(sent),
-    "rows": shapes(state.rows.k) + shapes(state.rows.v),
+    "rows": [shapes(leaf) for leaf in jax.tree.leaves(state.rows)],
     "query": shapes(layer["attention"]["q"]["kernel"]),
     "down": shapes(layer["mlp"]["down"]["kernel"]),
 }))
@@ -60,8 +61,8 @@ def test_two_stages_of_two_devices_each():
     assert seen["ticks"] == (24 - seen["right"]) * 2 + seen["right"] + 1
     assert seen["programs"] == 1 and seen["copies"] == 0
     assert seen["sent"] == {"all-reduce": 3 * 2 + 1, "collective-permute": 1}
-    # Places for 3 layers in each of 2 stages; 128 cells of the text and 32 of its tree.
-    assert seen["rows"] == [[6, 160, 2, 4], [3, 160, 1, 4]] * 2
+    # Keys and values of 3 layers: 2 heads in each of 2 stages, 128 cells and 32 of the tree.
+    assert seen["rows"] == [[[4, 160, 4], [1, 160, 4]]] * 3 * 2
     assert seen["query"] == [[2, 16, 2, 2, 4], [1, 16, 1, 2, 4]]
     assert seen["down"] == [[2, 24, 16], [1, 12, 16]]
 
