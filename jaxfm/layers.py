@@ -48,21 +48,24 @@ def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
-_FEW = 8
+_FEW = 8  # rows that are multiplied one by one,
+_SMALL = 2**20  # where the other operand has at most so many bytes
 
 
-def by_row(product: Callable[[Array], Array], x: Array) -> Array:
-    """Returns `product(x)` of few rows x [..., M, K], row by row where that is faster.
+def by_row(product: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
+    """Returns `product(x, other)` of few rows x [..., M, K], row by row where that is faster.
 
     XLA's CPU backend reads the other operand of a single row as it lies in memory. For two rows or
-    more it packs that operand anew, which takes as long as several single rows. Where XLA splits
-    the product over devices, there would be a collective for each row: there it stays whole.
+    more it packs that operand anew, which takes two to four times as long as reading it again from
+    a cache (docs/results/decode.md). Where XLA splits the product over devices, there would be a
+    collective for each row: there it stays whole.
     """
     rows, mesh = x.shape[-2], jax.sharding.get_abstract_mesh()
     split = any(mesh.shape[name] > 1 for name in mesh.auto_axes)
-    if jax.default_backend() != "cpu" or not 1 < rows <= _FEW or split:
-        return product(x)
-    single = [product(x[..., i : i + 1, :]) for i in range(rows)]
+    small = other.size * other.dtype.itemsize <= _SMALL
+    if jax.default_backend() != "cpu" or not 1 < rows <= _FEW or not small or split:
+        return product(x, other)
+    single = [product(x[..., i : i + 1, :], other) for i in range(rows)]
     return jnp.concatenate(single, axis=x.ndim - 2)
 
 
@@ -98,11 +101,11 @@ class Linear(nnx.Module):
         if n > 1:  # XLA's CPU backend would transpose the kernel to contract several axes
             kernel = kernel.reshape(math.prod(kernel.shape[:n]), -1)
             x = x.reshape(*x.shape[: x.ndim - n], -1)
-        multiply = lambda x: lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        multiply = lambda x, w: lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
         if x.ndim == 3 and math.prod(x.shape[:2]) <= _FEW:  # tokens, as they are decoded
-            y = by_row(multiply, x.reshape(-1, x.shape[-1]))
+            y = by_row(multiply, x.reshape(-1, x.shape[-1]), kernel)
         else:
-            y = multiply(x)
+            y = multiply(x, kernel)
         y = y.reshape(*x.shape[:-1], *outputs)
         if self.has_bias:
             bias = self.bias[...]
@@ -384,15 +387,15 @@ def _cached_scores(q: Array, k: Array) -> Array:
     """Returns f32[B, G, R, T, S] of queries [B, T, G, R, K] and cached keys [B, G, S, K]."""
     batch, length, groups, per_group, size = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
-    product = lambda x: jnp.einsum("bgmk,bgsk->bgms", x, k, preferred_element_type=jnp.float32)
-    return by_row(product, rows).reshape(batch, groups, per_group, length, -1)
+    product = lambda q, k: jnp.einsum("bgmk,bgsk->bgms", q, k, preferred_element_type=jnp.float32)
+    return by_row(product, rows, k).reshape(batch, groups, per_group, length, -1)
 
 
 def _cached_values(weights: Array, v: Array) -> Array:
     """Returns [B, T, G, R, K], cached values [B, G, S, K] mixed by weights [B, G, R, T, S]."""
     batch, groups, per_group, length, cells = weights.shape
     rows = weights.reshape(batch, groups, per_group * length, cells)
-    mixed = by_row(lambda w: jnp.einsum("bgms,bgsk->bgmk", w, v), rows)
+    mixed = by_row(lambda w, v: jnp.einsum("bgms,bgsk->bgmk", w, v), rows, v)
     return mixed.reshape(batch, groups, per_group, length, -1).transpose(0, 3, 1, 2, 4)
 
 

@@ -207,8 +207,8 @@ class Head(nnx.Module):
             return self.score(x).astype(jnp.float32)
         if table is None:
             return self.out(x).astype(jnp.float32)
-        multiply = lambda x: jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
-        return by_row(multiply, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        multiply = lambda x, w: jnp.einsum("td,vd->tv", x, w, preferred_element_type=jnp.float32)
+        return by_row(multiply, x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
 
 
 def decoder(config: DecoderConfig) -> Model:
