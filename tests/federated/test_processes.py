@@ -14,10 +14,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [(), pytest.param(("--home",), marks=pytest.mark.slow)],
-    ids=["", "each has only its own clients"],
+    "options", [(), ("--home",)], ids=["all have all", "each has only its own clients"]
 )
 def test_two_processes_agree_with_one(tmp_path, uninterrupted, options):
     joined = tmp_path / "joined.npz"

@@ -8,6 +8,7 @@ import pytest
 from federated_worker import finish, launch
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_bits(tmp_path, uninterrupted):
     moments = random.Random(4)
     out, options = tmp_path / "out.npz", ("--folder", tmp_path / "checkpoints")

@@ -37,6 +37,7 @@ def finish(processes, timeout_s=240):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_stage_a_process_gives_plain_decodings_tokens():
     model = tiny_decoder(num_layers=3)
     variables = random_variables(model)
