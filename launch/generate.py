@@ -80,6 +80,11 @@ class GenerateConfig:
     min_p: float | None = option(
         None, "draw among tokens of at least this share of the largest probability"
     )
+    repetition_penalty: float = option(
+        1.0, "divide the logits of tokens that the text has, prompt included, by this"
+    )
+    presence_penalty: float = option(0.0, "take this from the logits of tokens generated before")
+    frequency_penalty: float = option(0.0, "take this from them for each time")
     stop: tuple[str, ...] = option((), "a string that ends the text", repeat=True)
     report: str = option("", "file for a picture of what each stage of a pipe did in each tick")
     ticks: int = option(16, "passes between two pieces of output")
@@ -124,6 +129,8 @@ def main(config: GenerateConfig) -> None:
         tokenizer=loaded.tokenizer, draft_tokenizer=loaded.draft_tokenizer,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty, presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
         key=jax.random.key(config.seed), stop_strings=config.stop, ticks=ticks,
         stop_tokens=() if config.ignore_end else loaded.stop_tokens,
     )  # fmt: skip

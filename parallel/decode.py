@@ -32,6 +32,7 @@ from jaxfm.parallel.cache import (
     vocab_size,
 )
 from jaxfm.parallel.drafting import Drafter, Proposer, check_vocabulary, no_state
+from jaxfm.parallel.penalties import line_history
 from jaxfm.parallel.verification import Draft, Rules, Text, commit, newest, verify
 
 
@@ -132,7 +133,10 @@ def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> Decode
         live &= ~text.done[:, None]
         x, cache = extend(lm, own, cache, block, text.length - 1, live)
         logits = sample.checked(lm.stages.head(own, x), rules.sampling)
-        verdict = verify(logits, draft, rules.sampling, text.length)
+        places = jnp.arange(block.shape[1], dtype=jnp.int32)
+        history = line_history(text.tokens, text.length, draft.tokens, places)
+        choices = sample.adjusted(logits, rules.sampling, history)
+        verdict = verify(choices, draft, rules.sampling, text.length)
         return (cache, drafter_state), commit(text, verdict, draft.size, rules, logits)
 
     return DecoderFunctions(start, tick)

@@ -34,6 +34,7 @@ from jaxfm.parallel.requests import (
     known_rows,
     listed_stops,
     make_bias,
+    make_penalties,
     make_rules,
     make_sampling,
     make_text,
@@ -106,6 +107,9 @@ def stream(
     seeds: int | Sequence[int] | None = None,
     num_samples: int = 1,
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+    repetition_penalty: float | Sequence[float] | None = None,
+    presence_penalty: float | Sequence[float] | None = None,
+    frequency_penalty: float | Sequence[float] | None = None,
     stop_tokens: int | Sequence[int] | None = (),
     stop_strings: str | Sequence[str] | None = (),
     tokenizer: Tokenizer | None = None,
@@ -134,6 +138,8 @@ def stream(
       num_samples: texts for each prompt, one after the other; settings may then be one for each.
       logit_bias: numbers added to the logits of some tokens, -inf for never; one mapping for all
         texts or one for each. `logprobs` do not have them.
+      repetition_penalty, presence_penalty, frequency_penalty: one for all or each; None is off.
+        Nor do `logprobs` have these. See `jaxfm.parallel.penalties`.
       stop_tokens: a text ends with the first of these; one or several.
       stop_strings: a text ends before the first of these; one or several. They need a tokenizer.
       tokenizer: of the model.
@@ -163,9 +169,11 @@ def stream(
     cells = check_room(lengths, limits, cells, decoder.positions)
     known = known_rows(tokenizer, decoder.vocab_size)
     bias = make_bias(logit_bias, batch, decoder.vocab_size)
+    penalties = make_penalties(lengths, repetition_penalty, presence_penalty, frequency_penalty)
     sampling = make_sampling(
-        batch, temperature, top_k, top_p, min_p, key, known=known, bias=bias, seeds=seeds
-    )
+        batch, temperature, top_k, top_p, min_p, key,
+        known=known, bias=bias, penalties=penalties, seeds=seeds,
+    )  # fmt: skip
     token_bytes = _bytes_of_rows(tokenizer, decoder.vocab_size)
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
     text = make_text(ids, limits, cells, decoder.draft_length, logprobs)

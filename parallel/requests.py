@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxfm.model import Array, Key
 from jaxfm.parallel.cache import Positions
+from jaxfm.parallel.penalties import Penalties
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
 from jaxfm.parallel.verification import Rules, Stats, Text
@@ -178,7 +179,8 @@ def whole_number(name: str, value, *, at_least: int = 1) -> int:
 
 def make_sampling(
     batch: int, temperature, top_k, top_p, min_p, key: Key | None, *,
-    known: np.ndarray | None = None, bias: Array | None = None, seeds=None,
+    known: np.ndarray | None = None, bias: Array | None = None,
+    penalties: Penalties | None = None, seeds=None,
 ) -> Sampling:  # fmt: skip
     """How each request draws its tokens; greedy without a temperature above 0.
 
@@ -188,6 +190,7 @@ def make_sampling(
       key: typed key; None where all are greedy.
       known: bool[V], which rows of the model are tokens; None: all.
       bias: f32[B, V] of `make_bias`, or None.
+      penalties: of `make_penalties`, or None.
       seeds: number of each request's random draws, one for all or each; None: its place.
     Raises:
       ValueError: a setting out of range, or a temperature without a key.
@@ -208,7 +211,7 @@ def make_sampling(
     if seeds is not None:
         request = jnp.asarray(per_request("seeds", seeds, batch, np.int32, at_least=0))
     rows = None if known is None else jnp.asarray(known)
-    greedy = Sampling(jax.random.key(0), request, known=rows, bias=bias)
+    greedy = Sampling(jax.random.key(0), request, known=rows, bias=bias, penalties=penalties)
     if not heat.any():
         return greedy
     return greedy._replace(
@@ -240,6 +243,33 @@ def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
     if not (bias < np.inf).all():
         raise ValueError("A bias of logit_bias is nan or inf; give a number, or -inf for never.")
     return jnp.asarray(bias)
+
+
+def make_penalties(lengths: np.ndarray, repetition, presence, frequency) -> Penalties | None:
+    """The penalties of each request, one for all or each; None where all are off.
+
+    Args:
+      lengths: i32[B] of the prompts.
+      repetition: from 0.01 to 100; 1 or None is off.
+      presence, frequency: from -2 to 2; 0 or None is off.
+    Raises:
+      TypeError, ValueError: as `per_request`, with the name of the setting.
+    """
+
+    def optional(name: str, value, off: float, least: float, most: float) -> Array | None:
+        if value is None:
+            return None
+        name = f"{name}_penalty"
+        each = per_request(name, value, len(lengths), np.float32, at_least=least, at_most=most)
+        return None if (each == off).all() else jnp.asarray(each)
+
+    penalties = Penalties(
+        begin=jnp.asarray(lengths),
+        repetition=optional("repetition", repetition, 1, 0.01, 100),
+        presence=optional("presence", presence, 0, -2, 2),
+        frequency=optional("frequency", frequency, 0, -2, 2),
+    )
+    return None if all(penalty is None for penalty in penalties[1:]) else penalties
 
 
 def _one_key(key) -> Key:

@@ -69,6 +69,7 @@ def read_block(
     assert block.own is not None
     at = block.cells[0]
     cells = cells._replace(
+        tokens=cells.tokens.at[at].set(block.tokens[0], mode="drop"),
         positions=cells.positions.at[at].set(block.positions[0], mode="drop"),
         bits=cells.bits.at[at].set(block.own[0], mode="drop"),
     )

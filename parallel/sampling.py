@@ -2,7 +2,8 @@
 
 The order and the definitions are those of Hugging Face's `transformers`, so settings carry over:
 
-    0. bias: what the caller adds to the logits of some tokens
+    0. bias: what the caller adds to the logits of some tokens, then the penalties for tokens that
+       the text already has (`jaxfm.parallel.penalties`)
     1. temperature: logits / temperature; 0 means greedy: all mass on the largest logit
     2. top-k: tokens below the k-th largest are removed
     3. top-p: of the rest, in descending order, a token stays while the mass before it is < top_p
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Array, Key
+from jaxfm.parallel.penalties import History, Penalties, penalized
 
 # Purposes of draws at one position.
 PROPOSE, ACCEPT, CHOOSE = 0, 1, 2
@@ -44,6 +46,7 @@ class Sampling(NamedTuple):
       min_p: f32[B] in [0, 1]; 0: off.
       known: bool[V], which rows of the model are tokens; None: all.
       bias: f32[B, V], added to the logits before all else; -inf: never this token.
+      penalties: for tokens that the text already has.
     """
 
     key: Key
@@ -54,6 +57,7 @@ class Sampling(NamedTuple):
     min_p: Array | None = None
     known: Array | None = None
     bias: Array | None = None
+    penalties: Penalties | None = None
 
 
 def checked(logits: Array, sampling: Sampling) -> Array:
@@ -72,20 +76,30 @@ def known_only(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(sampling.known[None, None], logits, -jnp.inf)
 
 
-def biased(logits: Array, sampling: Sampling) -> Array:
-    """f32[B, T, V], the logits that tokens are chosen by."""
-    return logits if sampling.bias is None else logits + sampling.bias[:, None]
+def adjusted(logits: Array, sampling: Sampling, history: History) -> Array:
+    """f32[B, T, V], the logits that tokens are chosen by: with bias and penalties.
+
+    Args:
+      logits: f32[B, T, V] of the model.
+      sampling: bias and penalties.
+      history: what comes before each of the T places; it is read where there are penalties.
+    """
+    if sampling.bias is not None:
+        logits = logits + sampling.bias[:, None]
+    if sampling.penalties is None:
+        return logits
+    return penalized(logits, sampling.penalties, history)
 
 
 def failed(logits: Array) -> Array:
-    """bool[B, T], where `checked` logits f32[B, T, V] are not finite."""
+    """bool[B, T], where `checked` (and `adjusted`) logits f32[B, T, V] are not finite."""
     return jnp.isnan(logits[..., 0])
 
 
 def choose(logits: Array, sampling: Sampling, positions: Array) -> Array:
-    """i32[B, T], the target's own tokens at positions i32[B, T], from `checked` logits."""
+    """i32[B, T], the target's own tokens at positions i32[B, T], from `adjusted` logits."""
     if sampling.temperature is None:
-        tokens = biased(logits, sampling).argmax(-1).astype(jnp.int32)
+        tokens = logits.argmax(-1).astype(jnp.int32)
     else:
         tokens = draw(log_probs(logits, sampling), keys(sampling, positions, CHOOSE))
     return jnp.where(failed(logits), FAILED, tokens)
@@ -95,7 +109,7 @@ def log_probs(logits: Array, sampling: Sampling) -> Array:
     """The logarithms of the distribution that is drawn from; -inf for tokens that were removed.
 
     Args:
-      logits: f32[B, T, V].
+      logits: f32[B, T, V], `adjusted`.
       sampling: with a temperature.
     Returns:
       f32[B, T, V], normalised.
@@ -103,7 +117,6 @@ def log_probs(logits: Array, sampling: Sampling) -> Array:
     along = lambda setting: setting[:, None, None]
     assert sampling.temperature is not None
     temperature = along(sampling.temperature)
-    logits = biased(logits, sampling)
     # What is divided is the distance from the largest, which is exact near it.
     scores = logits - logits.max(-1, keepdims=True)
     scores = scores / jnp.where(temperature > 0, temperature, 1)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.model import Array
-from jaxfm.parallel.cache import TRUTH
+from jaxfm.parallel.cache import TRUTH, visible
+from jaxfm.parallel.penalties import History
 
 NONE = 0  # the node slot that is never used: bit 0 is the truth
 
@@ -94,6 +95,18 @@ def init_cells(tokens: Array, length: Array, num_cells: int, words: int) -> Cell
     truth = jnp.zeros((words,), jnp.uint32).at[0].set(TRUTH)
     bits = jnp.where(known[:, None], truth[None], jnp.uint32(0))
     return Cells(padded, jnp.where(known, places, 0), bits, known)
+
+
+def history(cells: Cells, positions: Array, bits: Array) -> History:
+    """The tokens that nodes see, themselves included: what comes before the tokens after them.
+
+    Args:
+      cells: of the text.
+      positions: i32[1, K] of the nodes.
+      bits: u32[1, K, W] that they see by.
+    """
+    own, its_bits = cells.positions[None], cells.bits[None]
+    return History(cells.tokens[None], own, visible(positions, bits, own, its_bits, window=None))
 
 
 def init_tree(num_nodes: int) -> Tree:

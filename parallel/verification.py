@@ -120,7 +120,7 @@ def verify(logits: Array, draft: Draft, sampling: Sampling, length: Array) -> Ve
 
     Args:
       logits: f32[B, g + 1, V] of the target, after the newest token and after each draft, as
-        `jaxfm.parallel.sampling.checked` returns them.
+        `jaxfm.parallel.sampling` checks and adjusts them.
       draft: g proposals.
       sampling: as the drafts were drawn.
       length: i32[B] of the texts: the position of the first draft.

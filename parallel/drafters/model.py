@@ -21,9 +21,10 @@ from jaxfm.parallel.cache import (
     vocab_size,
 )
 from jaxfm.parallel.drafting import Answer, Drafter, Proposals, Proposer, Question
+from jaxfm.parallel.penalties import line_history
 from jaxfm.parallel.rows import Rows, flat_rows, read_block
 from jaxfm.parallel.sampling import Sampling
-from jaxfm.parallel.token_tree import NONE, bit
+from jaxfm.parallel.token_tree import NONE, bit, history
 from jaxfm.parallel.verification import Draft, Rules, Text, newest, room
 
 
@@ -87,15 +88,17 @@ def _chain(lm: CausalModel) -> Proposer:
 
     def propose(variables, cache: Cache, text: Text, rules: Rules, length: int):
         count = room(text, length)
+        nothing = jnp.zeros((text.length.shape[0], length), jnp.int32)
 
-        def choose(x: Array, place: Array) -> tuple[Array, Array | None]:
-            """The draft's next token i32[B, 1] at `place` i32[B], and its distribution."""
+        def choose(x: Array, drafts: Array, i: Array) -> tuple[Array, Array | None]:
+            """The draft's token i32[B, 1] after its first i i32[], and its distribution."""
             logits = sample.known_only(lm.stages.head(variables, x), rules.sampling)
+            history = line_history(text.tokens, text.length, drafts, i[None])
+            logits = sample.adjusted(logits, rules.sampling, history)
             if rules.sampling.temperature is None:
-                best = sample.biased(logits, rules.sampling).argmax(-1)
-                return best.astype(jnp.int32), None
+                return logits.argmax(-1).astype(jnp.int32), None
             logp = sample.log_probs(logits, rules.sampling)
-            keys = sample.keys(rules.sampling, place[:, None], sample.PROPOSE)
+            keys = sample.keys(rules.sampling, (text.length + i)[:, None], sample.PROPOSE)
             return sample.draw(logp, keys), jnp.exp(logp)[:, 0]
 
         # When all drafts were accepted, the draft model has not read the last of them: it always
@@ -103,18 +106,19 @@ def _chain(lm: CausalModel) -> Proposer:
         first = text.length - 2
         live = (first[:, None] + jnp.arange(2)[None] >= 0) & ~text.done[:, None]
         x, cache = extend(lm, variables, cache, newest(text, 2), first, live)
-        token, probs = choose(x[:, 1:], text.length)
+        token, probs = choose(x[:, 1:], nothing, jnp.int32(0))
 
         def step(carry, i):
-            cache, token = carry
+            cache, drafts = carry
+            token = lax.dynamic_slice_in_dim(drafts, i - 1, 1, axis=1)
             live = (i <= count)[:, None] & ~text.done[:, None]
             x, cache = extend(lm, variables, cache, token, text.length - 1 + i, live)
-            following, probs = choose(x, text.length + i)
-            return (cache, following), (following[:, 0], probs)
+            following, probs = choose(x, drafts, i)
+            return (cache, lax.dynamic_update_slice_in_dim(drafts, following, i, axis=1)), probs
 
+        drafts = nothing.at[:, :1].set(token)
         order = jnp.arange(1, length, dtype=jnp.int32)
-        (cache, _), (later, later_probs) = lax.scan(step, (cache, token), order)
-        tokens = jnp.concatenate([token, later.T], axis=1)
+        (cache, tokens), later_probs = lax.scan(step, (cache, drafts), order)
         if probs is not None:
             probs = jnp.concatenate([probs[:, None], jnp.swapaxes(later_probs, 0, 1)], axis=1)
         return Draft(tokens, count, probs), cache
@@ -146,7 +150,9 @@ def _tree(lm: CausalModel) -> Proposer:
             x, state, cells = read_block(lm, variables, state, ask.request, cells, block)
             logits = lm.stages.head(variables, x[:, -width:])[0]
             after = positions[-width:] + 1
-            ranked = _perturbed(logits, question.sampling, after)
+            seen = history(cells, positions[None, -width:], bits[None, -width:])
+            choices = sample.adjusted(logits[None], question.sampling, seen)[0]
+            ranked = _perturbed(choices, question.sampling, after)
             logq, token = lax.top_k(ranked, width)
             best, flat = lax.top_k((scores[:, None] + logq).reshape(-1), width)
             parents = (flat // width).astype(jnp.int32)
@@ -165,9 +171,9 @@ def _tree(lm: CausalModel) -> Proposer:
 
 
 def _perturbed(logits: Array, sampling: Sampling, positions: Array) -> Array:
-    """f32[T, V] normalised log-scores, ranked as the target's own draw ranks its tokens."""
+    """f32[T, V] log-scores of adjusted logits, ranked as the target's own draw ranks its tokens."""
     if sampling.temperature is None:
-        return jax.nn.log_softmax(sample.biased(logits[None], sampling)[0], axis=-1)
+        return jax.nn.log_softmax(logits, axis=-1)
     logp = sample.log_probs(logits[None], sampling)[0]
     keys = sample.keys(sampling, positions[None], sample.CHOOSE)[0]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)

@@ -22,7 +22,7 @@ from jaxfm.parallel.pipe.pipeline import STAGE, local
 from jaxfm.parallel.pipe.state import Message, Shape, State, pass_on, stage_of, take
 from jaxfm.parallel.rows import Rows, past_of, put_rows
 from jaxfm.parallel.sampling import Sampling
-from jaxfm.parallel.token_tree import NONE, Cells, Tree, bit, has
+from jaxfm.parallel.token_tree import NONE, Cells, Tree, bit, has, history
 from jaxfm.parallel.verification import Rules, Text
 
 
@@ -111,7 +111,8 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
         x = jnp.where(stage == 0, embedded, x[:, :places])
         x, new = through(lm, own, x, past_of(rows, request, cells, block), some)
         last = (stage == shape.stages - 1).astype(jnp.int32)
-        picked = lax.switch(last, [_pick_nothing, _picker(lm, own, sampling)], x, some.positions)
+        ways = [_pick_nothing, _picker(lm, own, sampling, cells)]
+        picked = lax.switch(last, ways, x, (some.positions, some.bits))
         return x, new, *picked, jnp.ones((), jnp.int32)
 
     whole = functools.partial(run, shape.packet)
@@ -131,23 +132,25 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
     return state._replace(rows=rows), x, answers, logprobs, executed
 
 
-def _picker(lm: CausalModel, own: Variables, sampling: Sampling):
-    """`(x [1, K, D], positions i32[1, K]) -> (tokens i32[K], log-probabilities f32[K])`.
+def _picker(lm: CausalModel, own: Variables, sampling: Sampling, cells: Cells):
+    """`(x [1, K, D], places) -> (tokens i32[K], log-probabilities f32[K])`.
 
-    The draw at each position is the one that plain decoding makes there.
+    The places are positions i32[1, K] and bits u32[1, K, W]. The draw at each position is the one
+    that plain decoding makes there.
     """
 
-    def pick(x: Array, positions: Array) -> tuple[Array, Array]:
+    def pick(x: Array, places: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = sample.checked(lm.stages.head(own, x), sampling)
-        tokens = sample.choose(logits, sampling, positions + 1)
+        choices = sample.adjusted(logits, sampling, history(cells, *places))
+        tokens = sample.choose(choices, sampling, places[0] + 1)
         logp = jax.nn.log_softmax(logits, axis=-1)
         return tokens[0], jnp.take_along_axis(logp, tokens[..., None], axis=-1)[0, :, 0]
 
     return pick
 
 
-def _pick_nothing(x: Array, positions: Array) -> tuple[Array, Array]:
-    return jnp.zeros(positions.shape[1], jnp.int32), jnp.zeros(positions.shape[1])
+def _pick_nothing(x: Array, places: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jnp.zeros(x.shape[1], jnp.int32), jnp.zeros(x.shape[1])
 
 
 def _nothing(variables, state, question, levels: int, width: int):
