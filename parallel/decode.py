@@ -44,11 +44,13 @@ class DecoderFunctions(NamedTuple):
         `chunk` are static (`jaxfm.parallel.cache.prefill`).
       tick: `(variables, state, text, rules) -> (state, text)`.
       counters: `(state) -> counts` that the decoder keeps; None: it keeps none.
+      whole_model: every device runs the whole model, so ticks keep `Text.top`.
     """
 
     start: Callable[..., Any]
     tick: Callable[..., tuple[Any, Text]]
     counters: Callable[[Any], Any] | None = None
+    whole_model: bool = False
 
 
 class Policy(NamedTuple):
@@ -139,7 +141,7 @@ def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> Decode
         verdict = verify(choices, draft, rules.sampling, text.length)
         return (cache, drafter_state), commit(text, verdict, draft.size, rules, logits)
 
-    return DecoderFunctions(start, tick)
+    return DecoderFunctions(start, tick, whole_model=True)
 
 
 def _propose_nothing(variables, state, text: Text, rules: Rules, length: int) -> tuple[Draft, None]:

@@ -40,10 +40,11 @@ from jaxfm.parallel.requests import (
     make_text,
     per_request,
     prompt_ids,
+    top_count,
     whole_number,
 )
 from jaxfm.parallel.stop import HIT, Detokenizer
-from jaxfm.parallel.verification import Rules, Stats, Text
+from jaxfm.parallel.verification import Rules, Stats, Text, Top
 from jaxfm.tokenizer import Tokenizer
 
 
@@ -73,6 +74,7 @@ class Generation(NamedTuple):
       counters: the decoder's own counts; None where it keeps none.
       decoder: the decoder afterwards. If it has a policy, what this has measured is in it: give it
         to the next call.
+      top: likely tokens i32[T, n] and their log-softmax f32[T, n]; None unless asked for.
     """
 
     tokens: list[np.ndarray]
@@ -82,6 +84,7 @@ class Generation(NamedTuple):
     stats: Stats
     counters: Any = None
     decoder: Decoder | None = None
+    top: list[Top] | None = None
 
 
 def generate(decoder: Decoder, prompts: Sequence, **settings: Any) -> Generation:
@@ -115,6 +118,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     draft_tokenizer: Tokenizer | None = None,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     ticks: int = 16,
     cells: int | None = None,
     prefill_chunk: int | None = None,
@@ -145,6 +149,8 @@ def stream(
       tokenizer: of the model.
       draft_tokenizer: of the drafting model; its vocabulary is compared with `tokenizer`'s.
       logprobs: whether to return the tokens' log-probabilities.
+      top_logprobs: how many of the most likely tokens to return for each generated one; not with a
+        pipe.
       ticks: passes between pieces.
       cells: tokens that the cache holds of each text; None: just enough, in steps of 128.
       prefill_chunk: tokens of the prompts read in one pass, to bound memory; None: all.
@@ -163,6 +169,7 @@ def stream(
     prefill_chunk, cells = (
         None if x is None else whole_number(name, x) for name, x in given.items()
     )
+    top = top_count(top_logprobs, decoder)
     batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
@@ -176,7 +183,7 @@ def stream(
     )  # fmt: skip
     token_bytes = _bytes_of_rows(tokenizer, decoder.vocab_size)
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
-    text = make_text(ids, limits, cells, decoder.draft_length, logprobs)
+    text = make_text(ids, limits, cells, drafts=decoder.draft_length, logprobs=logprobs, top=top)
     writers = None if tokenizer is None else [Detokenizer(token_bytes, stop_strings) for _ in ids]
     width = min(bucket(lengths.max()), cells)
     return _run(decoder, text, rules, width, ticks, prefill_chunk, writers)
@@ -242,6 +249,7 @@ def _run(
         stats=final.stats,
         counters=counters and jax.device_get(counters(state)),
         decoder=decoder,
+        top=final.top and [Top(*(part[i, a:b] for part in final.top)) for i, a, b in spans],
     )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxfm.model import Array, Key
 from jaxfm.parallel.cache import Positions
+from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.penalties import Penalties
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
-from jaxfm.parallel.verification import Rules, Stats, Text
+from jaxfm.parallel.verification import Rules, Stats, Text, Top
 from jaxfm.tokenizer import Tokenizer, same_vocabulary, token_ids, utf8
 
 _MOST = 2**30  # of whole numbers, so that their sums are int32
@@ -294,6 +295,23 @@ def known_rows(tokenizer: Tokenizer | None, rows: int) -> np.ndarray | None:
     return None if known.all() else known
 
 
+def top_count(value, decoder: Decoder) -> int:
+    """How many likely tokens are kept at each place.
+
+    Raises:
+      TypeError: the value is no whole number.
+      ValueError: it is not from 0 to the vocabulary's size, or the decoder keeps none.
+    """
+    most = decoder.vocab_size
+    count = int(per_request("top_logprobs", value, 1, np.int32, at_least=0, at_most=most)[0])
+    if count and not decoder.functions.whole_model:
+        raise ValueError(
+            "A pipe keeps no top_logprobs, since its stages tell each other the chosen tokens "
+            "only; use plain, lookup or speculative."
+        )
+    return count
+
+
 def make_rules(
     sampling: Sampling, stop_tokens: Sequence[int], stop_strings: Sequence[str],
     token_bytes: list[bytes], vocab_size: int,
@@ -304,9 +322,9 @@ def make_rules(
 
 
 def make_text(
-    ids: list[list[int]], limits: np.ndarray, cells: int, drafts: int, logprobs: bool
+    ids: list[list[int]], limits: np.ndarray, cells: int, *, drafts: int, logprobs: bool, top: int
 ) -> Text:
-    """The prompts as texts that may grow up to `limits`."""
+    """The prompts as texts that may grow up to `limits`; `top` likely tokens are kept of each."""
     batch = len(ids)
     tokens = np.zeros((batch, cells), np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
@@ -321,6 +339,7 @@ def make_text(
         stats=Stats(zeros(), zeros(drafts), zeros(drafts)),
         failed=jnp.zeros((batch,), bool),
         logprobs=jnp.zeros((batch, cells)) if logprobs else None,
+        top=Top(zeros(cells, top), jnp.zeros((batch, cells, top))) if top else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxfm.model import Array
 from jaxfm.parallel import sampling as sample
@@ -33,6 +34,18 @@ class Stats(NamedTuple):
     accepted: Array
 
 
+class Top(NamedTuple):
+    """The n most likely tokens at each place, the most likely first.
+
+    Attributes:
+      tokens: i32[..., n].
+      logprobs: f32[..., n], the log-softmax of the model's logits at these.
+    """
+
+    tokens: Array
+    logprobs: Array
+
+
 class Text(NamedTuple):
     """A batch of texts, prompts included.
 
@@ -45,6 +58,7 @@ class Text(NamedTuple):
       stats: counts.
       failed: bool[B], the text ended because the logits of its next token were not finite.
       logprobs: f32[B, N] log-softmax of the model's logits at each generated token, or None.
+      top: [B, N, n] the most likely tokens at the place of each, or None.
     """
 
     tokens: Array
@@ -55,6 +69,7 @@ class Text(NamedTuple):
     stats: Stats
     failed: Array
     logprobs: Array | None = None
+    top: Top | None = None
 
 
 class Rules(NamedTuple):
@@ -180,13 +195,19 @@ def commit(
       verdict: of `verify`.
       drafted: i32[B] how many drafts were checked.
       rules: where texts end.
-      logits: f32[B, g + 1, V] of the target, needed where `text.logprobs` is kept.
+      logits: f32[B, g + 1, V] of the target, needed where `text.logprobs` or `text.top` is
+        kept.
     """
-    logprobs = None
+    logprobs = top = None
     if text.logprobs is not None:
         assert logits is not None
         logprobs = chosen(logits, verdict.tokens)
-    after, count = append(text, verdict.tokens, verdict.accepted + 1, rules, logprobs)
+    if text.top is not None:
+        assert logits is not None
+        top = most_likely(logits, text.top.tokens.shape[-1])
+    after, count = append(
+        text, verdict.tokens, verdict.accepted + 1, rules, logprobs=logprobs, top=top
+    )
     order = jnp.arange(verdict.tokens.shape[1] - 1, dtype=jnp.int32)[None]
     number = lambda limit: (order < limit[:, None]).astype(jnp.int32)
     running = ~text.done
@@ -204,9 +225,16 @@ def chosen(logits: Array, tokens: Array) -> Array:
     return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
 
 
+def most_likely(logits: Array, count: int) -> Top:
+    """The `count` most likely tokens by logits f32[B, T, V]."""
+    logprobs, tokens = lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
+    return Top(tokens.astype(jnp.int32), logprobs)
+
+
 def append(
-    text: Text, new: Array, meant: Array, rules: Rules, logprobs: Array | None = None
-) -> tuple[Text, Array]:
+    text: Text, new: Array, meant: Array, rules: Rules, *, logprobs: Array | None = None,
+    top: Top | None = None,
+) -> tuple[Text, Array]:  # fmt: skip
     """The texts with tokens appended, up to their limits and the first stop among the tokens.
 
     The token that stops a text is part of it; FAILED is none, and stops it before. Texts that are
@@ -218,6 +246,7 @@ def append(
       meant: i32[B] how many of them to append; the first ones.
       rules: where texts end.
       logprobs: f32[B, n], needed where `text.logprobs` is kept.
+      top: of [B, n, ...], needed where `text.top` is kept.
     Returns:
       The texts, and i32[B] how many tokens each of them took.
     """
@@ -244,16 +273,14 @@ def append(
 
     places = jnp.where(takes, text.length[:, None] + order, text.tokens.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
-    tokens = text.tokens.at[rows, places].set(new, mode="drop")
-    kept = text.logprobs
-    if kept is not None:
-        assert logprobs is not None
-        kept = kept.at[rows, places].set(logprobs, mode="drop")
+    put = lambda old, new: old.at[rows, places].set(new, mode="drop")
+    kept = jax.tree.map(put, (text.logprobs, text.top), (logprobs, top))
     reached = text.progress
     if rules.automaton is not None:
         states = jnp.stack(progress, axis=1)
         reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
     text = text._replace(
-        tokens=tokens, length=length, done=done, failed=failed, progress=reached, logprobs=kept
-    )
+        tokens=put(text.tokens, new), length=length, done=done, failed=failed, progress=reached,
+        logprobs=kept[0], top=kept[1],
+    )  # fmt: skip
     return text, count

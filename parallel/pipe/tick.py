@@ -75,7 +75,9 @@ def _settle(
     spread = lambda x: jnp.broadcast_to(x, (batch, *x.shape))
     running = ~text.done
     kept = spread(new.logprobs) if text.logprobs is not None else None
-    text, count = append(text, spread(new.tokens), jnp.where(mine, new.size, 0), rules, kept)
+    text, count = append(
+        text, spread(new.tokens), jnp.where(mine, new.size, 0), rules, logprobs=kept
+    )
     some = lambda x: jnp.where(mine & (count > 0), x, 0)
     stats = text.stats._replace(
         passes=text.stats.passes + running.astype(jnp.int32),

@@ -65,6 +65,7 @@ class OtherBytes(ByteTokenizer):
         ([[1]], {"logit_bias": {3: float("inf")}}, "is nan or inf; give a number, or -inf"),
         ([[1]], {"logit_bias": [{}, {3: 1}]}, "logit_bias has 2 mappings; give one, or 1"),
         ([[1], [2]], {"seeds": [1, 2, 3]}, "seeds has shape .*; give one value, or 2"),
+        ([[1]], {"top_logprobs": 261}, "top_logprobs must be from 0 to 260, got 261"),
         ([[1]], {"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ([[1]], {"ticks": 0}, "ticks must be at least 1, got 0"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
@@ -217,6 +218,30 @@ def test_a_bias_is_added_to_the_logits_by_every_decoder(heat):
         logits[:, [7, 9]] += 30
         logits[:, 11] = -np.inf
         assert first == logits.argmax(-1).tolist()
+
+
+def test_the_most_likely_tokens_are_those_of_the_uncached_model():
+    decoders = (
+        plain(SHORT, WEIGHTS),
+        lookup(SHORT, WEIGHTS, length=3),
+        speculative(SHORT, WEIGHTS, OTHER, length=2),
+    )
+    bias, prompts = {7: 30.0}, [[1, 2], [3, 4, 3, 4]]
+    for made in decoders:
+        result = generate(
+            made, prompts, max_new_tokens=[8, 5], logit_bias=bias, top_logprobs=3, ticks=3
+        )
+        for prompt, tokens, top in zip(prompts, result.tokens, result.top, strict=True):
+            inputs = np.array([[*prompt, *tokens]], np.int32)
+            logits = SHORT.apply(WEIGHTS, inputs)[0][0, len(prompt) - 1 : -1]
+            logp = np.asarray(jax.nn.log_softmax(logits))
+            best = np.argsort(-logp, axis=-1)[:, :3]
+            assert top.tokens.tolist() == best.tolist()
+            np.testing.assert_allclose(
+                top.logprobs, np.take_along_axis(logp, best, axis=-1), atol=1e-4
+            )
+    with pytest.raises(ValueError, match="A pipe keeps no top_logprobs"):
+        generate(pipeinfer(SHORT, WEIGHTS, None), prompts, top_logprobs=3)
 
 
 def test_samples_of_a_prompt_and_seeds_of_a_request():
