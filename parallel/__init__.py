@@ -19,6 +19,7 @@ from jaxfm.parallel.pipe.adapt import adapt
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.pipe.scheduler import Limits, limits
 from jaxfm.parallel.pipe.speed import Pipe, choose, linear_cost
+from jaxfm.parallel.prefix import Prefix, read_prefix
 from jaxfm.parallel.simulation.heads import Head, RoundHead
 from jaxfm.parallel.simulation.simulator import Timing, best_speculative, draw_ranks, simulate
 
@@ -28,6 +29,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     "stream",
     "Generation",
     "TextPiece",
+    "read_prefix",
+    "Prefix",
     # decoders
     "Decoder",
     "plain",

@@ -84,6 +84,18 @@ class Cache(NamedTuple):
     bits: Array
 
 
+class Prior(NamedTuple):
+    """What was read before of a text with which several begin.
+
+    Attributes:
+      state: of a decoder, of a drafter, or a Cache; of one text, its first `first` tokens at least.
+      first: i32[], position of the first token that is still to be read.
+    """
+
+    state: PyTree
+    first: Array
+
+
 class Block(NamedTuple):
     """Tokens to be read in one pass.
 
@@ -151,6 +163,22 @@ def init_cache(lm: CausalModel, variables: Variables, batch: int, cells: int) ->
 
     k, v = jax.tree.map(empty, _row_shapes(lm, variables))
     return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
+
+
+def copies(cache: Cache, batch: int, cells: int) -> Cache:
+    """The cache of one text, copied for `batch` texts of `cells` cells.
+
+    Args:
+      cache: whose cells are free from `cells` on.
+    """
+
+    def copy(x: Array, axis: int, batch_axis: int) -> Array:
+        own = lax.slice_in_dim(x, 0, min(cells, x.shape[axis]), axis=axis)
+        pads = [(0, cells - own.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        return jnp.repeat(jnp.pad(own, pads), batch, axis=batch_axis)
+
+    k, v = jax.tree.map(lambda x: copy(x, x.ndim - 2, x.ndim - 4), cache[:2])
+    return Cache(k, v, copy(cache.positions, 1, 0), copy(cache.bits, 1, 0))
 
 
 def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[PyTree, PyTree]:
@@ -318,22 +346,28 @@ def prefill(
     length: Array,
     cells: int,
     chunk: int | None = None,
+    prior: Prior | None = None,
 ) -> Cache:
     """A cache of the first `length` tokens of each text.
 
     Args:
       lm, variables: the model.
-      tokens: i32[B, P], right-padded.
+      tokens: i32[B, P], right-padded, from the first that is to be read.
       length: i32[B].
       cells: S of the cache, at least P.
       chunk: tokens a pass, to bound the memory of the scores; None: all at once.
+      prior: the cache of what all texts begin with; None: nothing was read.
     """
     batch, width = tokens.shape
-    cache = init_cache(lm, variables, batch, cells)
-    live = jnp.arange(width)[None] < length[:, None]
-    start = jnp.zeros((batch,), jnp.int32)
+    if prior is None:
+        start, cache = jnp.zeros((batch,), jnp.int32), init_cache(lm, variables, batch, cells)
+    else:
+        start = jnp.broadcast_to(prior.first, (batch,))
+        cache = keep(copies(prior.state, batch, cells), start)
+    live = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None] < length[:, None]
     if chunk is None or chunk >= width:
-        return read(lm, variables, cache, line(tokens, start, live, cells), empty=True)[1]
+        block = line(tokens, start, live, cells)
+        return read(lm, variables, cache, block, empty=prior is None)[1]
 
     chunks = -(-width // chunk)
     to_whole = lambda x: jnp.pad(x, ((0, 0), (0, chunks * chunk - width)))

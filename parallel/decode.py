@@ -24,6 +24,7 @@ from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.cache import (
     CausalModel,
     Positions,
+    Prior,
     causal_model,
     decoding_layout,
     extend,
@@ -44,7 +45,8 @@ class DecoderFunctions(NamedTuple):
         `chunk` are static (`jaxfm.parallel.cache.prefill`).
       tick: `(variables, state, text, rules) -> (state, text)`.
       counters: `(state) -> counts` that the decoder keeps; None: it keeps none.
-      whole_model: every device runs the whole model, so ticks keep `Text.top`.
+      whole_model: every device runs the whole model, so ticks keep `Text.top`, and
+        `start` takes a `Prior` of its own states as a last argument.
     """
 
     start: Callable[..., Any]
@@ -121,10 +123,14 @@ def draft_and_verify(
 def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> DecoderFunctions:
     """Cached, so that the same parts give equal functions."""
 
-    def start(variables, tokens: Array, length: Array, cells: int, chunk: int | None):
+    def start(
+        variables, tokens: Array, length: Array, cells: int, chunk: int | None,
+        prior: Prior | None = None,
+    ):  # fmt: skip
         own, drafters = variables
-        cache = prefill(lm, own, tokens, length - 1, cells, chunk)
-        return cache, proposer.start(drafters, tokens, length, cells, chunk)
+        part = lambda i: prior and prior._replace(state=prior.state[i])
+        cache = prefill(lm, own, tokens, length - 1, cells, chunk, part(0))
+        return cache, proposer.start(drafters, tokens, length, cells, chunk, part(1))
 
     def tick(variables, state, text: Text, rules: Rules):
         own, drafters = variables

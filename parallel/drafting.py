@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxfm.model import Array, PyTree
+from jaxfm.parallel.cache import Prior
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.token_tree import Cells, Tree
 
@@ -32,7 +33,8 @@ class Proposer(NamedTuple):
 
     Attributes:
       start: `(variables, tokens i32[B, P], length i32[B], cells, chunk) -> state` after the
-        prompts; `cells` and `chunk` are static (`jaxfm.parallel.cache.prefill`).
+        prompts; `cells` and `chunk` are static (`jaxfm.parallel.cache.prefill`). A chain's takes a
+        `Prior` of its own state as well.
       propose: the answer and the new state; the numbers are static.
         chain: `(variables, state, text, rules, length) -> (Draft, state)`.
         tree: `(variables, state, question, levels, width) -> (Answer, state)`.
@@ -135,8 +137,9 @@ class Answer(NamedTuple):
 
 
 def no_state(
-    variables: PyTree, tokens: Array, length: Array, cells: int, chunk: int | None
-) -> None:
+    variables: PyTree, tokens: Array, length: Array, cells: int, chunk: int | None,
+    prior: Prior | None = None,
+) -> None:  # fmt: skip
     """The `start` of a proposer without a state."""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.model import Key
+from jaxfm.parallel.cache import Prior
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
 from jaxfm.parallel.mesh import put
+from jaxfm.parallel.prefix import Prefix, check_prefix
 from jaxfm.parallel.requests import (
     bucket,
     check_room,
@@ -122,6 +124,7 @@ def stream(
     ticks: int = 16,
     cells: int | None = None,
     prefill_chunk: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[TextPiece]:
     """Continues prompts: yields a TextPiece after every `ticks` passes, returns a Generation.
 
@@ -154,6 +157,7 @@ def stream(
       ticks: passes between pieces.
       cells: tokens that the cache holds of each text; None: just enough, in steps of 128.
       prefill_chunk: tokens of the prompts read in one pass, to bound memory; None: all.
+      prefix: what all prompts continue, of `read_prefix`; the results are those of the whole.
     Raises:
       TypeError: prompts, tokens or settings of another type; a key that is not typed.
       ValueError: an empty prompt, a token outside the vocabulary, a text longer than the cache or
@@ -161,7 +165,11 @@ def stream(
     """
     num_samples = whole_number("num_samples", num_samples)
     ids = prompt_ids(prompts, tokenizer, decoder.vocab_size)
-    ids = [prompt for prompt in ids for _ in range(num_samples)]
+    before: tuple[int, ...] = ()
+    if prefix is not None:
+        check_prefix(prefix, decoder)
+        before = prefix.tokens
+    ids = [[*before, *prompt] for prompt in ids for _ in range(num_samples)]
     stop_tokens, stop_strings = listed_stops(stop_tokens, stop_strings, decoder.vocab_size)
     check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
     ticks = whole_number("ticks", ticks)
@@ -185,8 +193,13 @@ def stream(
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
     text = make_text(ids, limits, cells, drafts=decoder.draft_length, logprobs=logprobs, top=top)
     writers = None if tokenizer is None else [Detokenizer(token_bytes, stop_strings) for _ in ids]
-    width = min(bucket(lengths.max()), cells)
-    return _run(decoder, text, rules, width, ticks, prefill_chunk, writers)
+    prior = prefix and prefix.prior
+    # Of a prefix the last token is read once more.
+    width = min(bucket(lengths.max() - max(len(before) - 1, 0)), cells)
+    begin = lambda text: start(
+        decoder.functions, decoder.variables, text.tokens, text.length, width, prefill_chunk, prior
+    )
+    return _run(decoder, text, rules, begin, ticks, writers)
 
 
 def _bytes_of_rows(tokenizer: Tokenizer | None, vocab_size: int) -> list[bytes]:
@@ -198,7 +211,7 @@ def _bytes_of_rows(tokenizer: Tokenizer | None, vocab_size: int) -> list[bytes]:
 
 
 def _run(
-    decoder: Decoder, text: Text, rules: Rules, width: int, ticks: int, chunk: int | None,
+    decoder: Decoder, text: Text, rules: Rules, begin: Callable[[Text], Any], ticks: int,
     writers: list[Detokenizer] | None,
 ):  # fmt: skip
     """The pieces of checked requests, then the Generation."""
@@ -209,9 +222,7 @@ def _run(
     stops = set(np.asarray(rules.stop_tokens).tolist())
     whole = [""] * len(seen)
     counters = decoder.functions.counters
-    state = start(
-        decoder.functions, decoder.variables, text.tokens, text.length, width, chunk,
-    )  # fmt: skip
+    state = begin(text)
     finished = False
     while not finished:
         began = time.perf_counter()
@@ -275,9 +286,19 @@ def _write(
 
 
 @functools.partial(jax.jit, static_argnames=("functions", "width", "chunk"))
-def start(functions: DecoderFunctions, variables, tokens, length, width: int, chunk: int | None):
-    """The decoder's state after the prompts, which are in the first `width` tokens of the texts."""
-    return functions.start(variables, tokens[:, :width], length, tokens.shape[1], chunk)
+def start(
+    functions: DecoderFunctions, variables, tokens, length, width: int, chunk: int | None,
+    prior: Prior | None = None,
+):  # fmt: skip
+    """The decoder's state after the prompts.
+
+    These are in the first `width` tokens of the texts, from where those of a prior end.
+    """
+    if prior is None:
+        return functions.start(variables, tokens[:, :width], length, tokens.shape[1], chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, width)))
+    new = lax.dynamic_slice_in_dim(padded, prior.first, width, axis=1)
+    return functions.start(variables, new, length, tokens.shape[1], chunk, prior)
 
 
 @functools.partial(jax.jit, static_argnames="functions", donate_argnames=("state", "text"))

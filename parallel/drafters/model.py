@@ -14,6 +14,7 @@ from jaxfm.parallel.cache import (
     Block,
     Cache,
     CausalModel,
+    Prior,
     causal_model,
     decoding_layout,
     extend,
@@ -83,8 +84,11 @@ def early_exit_drafter(model: Model, variables: Variables, layers: int) -> Draft
 
 @functools.cache
 def _chain(lm: CausalModel) -> Proposer:
-    def start(variables, tokens: Array, text_length: Array, cells: int, chunk: int | None) -> Cache:
-        return prefill(lm, variables, tokens, text_length - 2, cells, chunk)
+    def start(
+        variables, tokens: Array, text_length: Array, cells: int, chunk: int | None,
+        prior: Prior | None = None,
+    ) -> Cache:  # fmt: skip
+        return prefill(lm, variables, tokens, text_length - 2, cells, chunk, prior)
 
     def propose(variables, cache: Cache, text: Text, rules: Rules, length: int):
         count = room(text, length)
