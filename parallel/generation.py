@@ -183,7 +183,7 @@ def stream(
     limits = lengths + per_request("max_new_tokens", max_new_tokens, batch, np.int32, at_least=1)
     cells = check_room(lengths, limits, cells, decoder.positions)
     known = known_rows(tokenizer, decoder.vocab_size)
-    bias = make_bias(logit_bias, batch, decoder.vocab_size)
+    bias = make_bias(logit_bias, batch, decoder.vocab_size, known)
     penalties = make_penalties(lengths, repetition_penalty, presence_penalty, frequency_penalty)
     sampling = make_sampling(
         batch, temperature, top_k, top_p, min_p, key,

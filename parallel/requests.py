@@ -19,6 +19,9 @@ from jaxfm.parallel.verification import Rules, Stats, Text, Top
 from jaxfm.tokenizer import Tokenizer, same_vocabulary, token_ids, utf8
 
 _MOST = 2**30  # of whole numbers, so that their sums are int32
+# All tokens are equally likely here; the reciprocal of a higher temperature is 0, where numbers too
+# small are taken for it, and 0 times the -inf of a token that was removed is NaN.
+_HOTTEST = np.float32(1e30)
 
 
 def prompt_ids(prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
@@ -200,6 +203,7 @@ def make_sampling(
     heat = np.where(heat < np.finfo(np.float32).tiny, np.float32(0), heat)
     if not np.isfinite(heat).all():
         raise ValueError(f"temperature must be finite, got {heat.max()}.")
+    heat = np.minimum(heat, _HOTTEST)
     optional = lambda name, value, dtype, **limits: (
         None if value is None else jnp.asarray(per_request(name, value, batch, dtype, **limits))
     )
@@ -220,16 +224,20 @@ def make_sampling(
     )
 
 
-def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
+def make_bias(
+    logit_bias, batch: int, vocab_size: int, known: np.ndarray | None = None
+) -> Array | None:
     """f32[B, V], what is added to the logits of each request; None where nothing is.
 
     Args:
       logit_bias: a mapping from tokens to numbers for all requests, or one for each; None: none.
       batch: number of requests.
       vocab_size: tokens are below this.
+      known: bool[V], which rows of the model are tokens; None: all.
     Raises:
       TypeError: something else than mappings, or tokens that are no whole numbers.
-      ValueError: another number of mappings, an unknown token, or a bias that is nan or inf.
+      ValueError: another number of mappings, an unknown token, a bias that is nan or inf, or no
+        token is left to choose.
     """
     if not logit_bias:
         return None
@@ -243,6 +251,12 @@ def make_bias(logit_bias, batch: int, vocab_size: int) -> Array | None:
         row[token_ids(list(one), "The tokens of logit_bias", vocab_size)] = list(one.values())
     if not (bias < np.inf).all():
         raise ValueError("A bias of logit_bias is nan or inf; give a number, or -inf for never.")
+    left = bias > -np.inf if known is None else (bias > -np.inf) & known
+    if not left.any(1).all():
+        raise ValueError(
+            f"logit_bias is -inf for every token of text {np.flatnonzero(~left.any(1))[0]}; leave "
+            "one at least."
+        )
     return jnp.asarray(bias)
 
 

@@ -155,7 +155,8 @@ def _tree(lm: CausalModel) -> Proposer:
             logits = lm.stages.head(variables, x[:, -width:])[0]
             after = positions[-width:] + 1
             seen = history(cells, positions[None, -width:], bits[None, -width:])
-            choices = sample.adjusted(logits[None], question.sampling, seen)[0]
+            logits = sample.known_only(logits[None], question.sampling)
+            choices = sample.adjusted(logits, question.sampling, seen)[0]
             ranked = _perturbed(choices, question.sampling, after)
             logq, token = lax.top_k(ranked, width)
             best, flat = lax.top_k((scores[:, None] + logq).reshape(-1), width)

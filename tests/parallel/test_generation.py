@@ -34,6 +34,14 @@ class OtherBytes(ByteTokenizer):
         return vocab
 
 
+class Letter(ByteTokenizer):
+    """One token."""
+
+    @property
+    def vocab(self):
+        return {"a": 97}
+
+
 @pytest.mark.parametrize(
     "prompts, settings, message",
     [
@@ -63,6 +71,8 @@ class OtherBytes(ByteTokenizer):
         ([[1]], {"stop_tokens": [300]}, r"Stop tokens must be in 0\.\.259; got 300"),
         ([[1]], {"logit_bias": {300: 1.0}}, r"tokens of logit_bias must be in 0\.\.259; got 300"),
         ([[1]], {"logit_bias": {3: float("inf")}}, "is nan or inf; give a number, or -inf"),
+        ([[1], [2]], {"logit_bias": [{}, {97: -np.inf}], "tokenizer": Letter()},
+         "logit_bias is -inf for every token of text 1; leave one"),
         ([[1]], {"logit_bias": [{}, {3: 1}]}, "logit_bias has 2 mappings; give one, or 1"),
         ([[1], [2]], {"seeds": [1, 2, 3]}, "seeds has shape .*; give one value, or 2"),
         ([[1]], {"top_logprobs": 261}, "top_logprobs must be from 0 to 260, got 261"),

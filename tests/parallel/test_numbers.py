@@ -1,5 +1,7 @@
 """Laws over the whole range of numbers: extreme logits and temperatures, and what is not finite."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
-from jaxfm.parallel.drafters.model import model_drafter
+from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.lookup import lookup_drafter
+from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
 from jaxfm.parallel.generation import generate
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
@@ -169,6 +173,70 @@ def test_another_text_of_the_batch_goes_on():
         result = generate(plain(MODEL, variables), [PROMPT, [7]], max_new_tokens=NEW)
     assert result.finish == ["length", "not finite"] and result.tokens[0].tolist() == TEXT
     assert len(result.tokens[1]) == 0
+
+
+HEATS = [0.0, float(np.finfo(np.float32).tiny), 1e-12, 1.0, 1e4, 3e38]
+CUTS = [  # top_k, top_p, min_p; all but the first two leave the most likely token only
+    (0, 1.0, 0.0), (288, 1.0, 0.0), (1, 1.0, 0.0), (0, 1e-37, 0.0), (0, 1.0, 1.0), (1, 1e-37, 1.0),
+]  # fmt: skip
+ENDS = [(heat, *cut) for heat in HEATS for cut in CUTS]
+# The last row of the prompt's beginning is no token, so lookup drafts one that must not be chosen.
+COPIED = [97, 98, 287, 99, 97, 98]
+PADDED = tiny_decoder(vocab_size=288, num_heads=2, embed_dim=8)
+
+
+@functools.cache
+def padded():
+    """Weights with which rows beyond the tokenizer have the largest logits."""
+    variables = random_variables(PADDED)
+    table = np.array(variables.params["embed"]["tokens"]["table"])
+    table[260:] *= 30
+    params = {**variables.params, "embed": {"tokens": {"table": jnp.asarray(table)}}}
+    return variables._replace(params=params)
+
+
+DRAFTED = {
+    "plain": plain,
+    "lookup": lambda model, variables: lookup(model, variables, length=3),
+    "exit": lambda model, variables: speculative(
+        model, variables, early_exit_drafter(model, variables, 1), length=2
+    ),
+    "pipe": lambda model, variables: pipeinfer(
+        model, variables,
+        composite_drafter(lookup_drafter(), early_exit_drafter(model, variables, 1)),
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def at_the_ends(name):
+    heat, k, p, least = (list(values) for values in zip(*ENDS))
+    return generate(
+        DRAFTED[name](PADDED, padded()), [COPIED] * len(ENDS), temperature=heat, top_k=k, top_p=p,
+        min_p=least, max_new_tokens=5, key=jax.random.key(2), logprobs=True,
+        tokenizer=ByteTokenizer(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+def test_settings_at_their_ends_give_tokens_in_every_decoder(name):
+    """Known tokens and finite log-probabilities everywhere, greedy ones where a setting says so."""
+    result, alone = at_the_ends(name), at_the_ends("plain")
+    tokens = np.stack(result.tokens)
+    assert tokens.max() < 260 and result.finish == ["length"] * len(ENDS)
+    assert np.isfinite(np.stack(result.logprobs)).all()
+    best = tokens[0].tolist()
+    for row, (heat, *cut) in zip(tokens, ENDS, strict=True):
+        if heat <= 1e-12 or tuple(cut) in CUTS[2:]:
+            assert row.tolist() == best, (heat, cut)
+    assert best == alone.tokens[0].tolist()
+    if name == "pipe":
+        assert (tokens == np.stack(alone.tokens)).all()
+    hot = tokens[[heat >= 1e4 and tuple(cut) in CUTS[:2] for heat, *cut in ENDS]]
+    assert len(np.unique(hot)) > 10  # of 20 draws among all tokens
+    inputs = np.array([[*COPIED, *best]], np.int32)
+    logits = np.array(PADDED.apply(padded(), inputs)[0])[0, len(COPIED) - 1 : -1]
+    assert (logits.argmax(-1) >= 260).all() and logits[:, :260].argmax(-1).tolist() == best
 
 
 def test_rows_beyond_the_tokenizer_are_never_chosen():
