@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
@@ -70,9 +71,40 @@ def test_every_decoder_counts_the_tokens_before_each_place():
         np.testing.assert_allclose(result.logprobs[0], logprobs, atol=1e-4)
     assert results["pipe"].tokens[1].tolist() == results["plain"].tokens[1].tolist()
     # A draft with the same penalties foresees what they do.
-    stats = results["itself"].stats
-    assert (stats.accepted[0] == stats.drafted[0]).all() and stats.drafted[0].sum() > 0
+    counts = results["itself"].stats
+    assert (counts.accepted[0] == counts.drafted[0]).all() and counts.drafted[0].sum() > 0
     assert len(set(tokens)) > len(set(greedy(PROMPTS[0], 1, 0, 0)[0]))
+
+
+@pytest.mark.slow
+def test_speculative_texts_have_the_penalized_distribution():
+    """Chi-square of all three-token texts; the second and third are chosen after drafts."""
+    small = tiny_decoder(vocab_size=5, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1)
+    target, draft = (
+        jax.tree.map(lambda x: x * 2, random_variables(small, seed=i)) for i in range(2)
+    )
+    made, settings = (
+        speculative(small, target, model_drafter(small, draft), length=2),
+        (1.5, 0.4, 0.8),
+    )
+    prompt, requests = [1, 2, 1], 60_000
+    result = generate(
+        made, [prompt] * requests, max_new_tokens=3, cells=8, temperature=1.0,
+        key=jax.random.key(4), **dict(zip(PENALTIES, settings)),
+    )  # fmt: skip
+    every = np.stack(np.meshgrid(*[np.arange(5)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    inputs = np.concatenate([np.tile(prompt, (125, 1)), every], axis=1)
+    logits = np.asarray(small.apply(target, jnp.asarray(inputs, jnp.int32))[0])[:, 2:5]
+    expected = np.full(125, float(requests))
+    for row, text in enumerate(every.tolist()):
+        for place in range(3):
+            scores = adjusted(logits[row, place], prompt, text[:place], *settings)
+            expected[row] *= np.exp(scores[text[place]]) / np.exp(scores).sum()
+    seen = np.bincount(np.stack(result.tokens) @ [25, 5, 1], minlength=125)
+    often = expected >= 5
+    seen, expected = (np.append(x[often], x[~often].sum()) for x in (seen, expected))
+    assert stats.chisquare(seen, expected * (requests / expected.sum())).pvalue > 1e-3
+    assert 0.1 < result.stats.accepted.sum() / result.stats.drafted.sum() < 0.95
 
 
 def test_penalties_of_random_logits_are_numpys():
