@@ -113,16 +113,18 @@ def _chain(lm: CausalModel) -> Proposer:
         token, probs = choose(x[:, 1:], nothing, jnp.int32(0))
 
         def step(carry, i):
-            cache, drafts = carry
-            token = lax.dynamic_slice_in_dim(drafts, i - 1, 1, axis=1)
+            cache, token, drafts = carry
             live = (i <= count)[:, None] & ~text.done[:, None]
             x, cache = extend(lm, variables, cache, token, text.length - 1 + i, live)
             following, probs = choose(x, drafts, i)
-            return (cache, lax.dynamic_update_slice_in_dim(drafts, following, i, axis=1)), probs
+            drafts = lax.dynamic_update_slice_in_dim(drafts, following, i, axis=1)
+            return (cache, following, drafts), (following[:, 0], probs)
 
-        drafts = nothing.at[:, :1].set(token)
+        # The drafts are carried for the penalties; without these nothing reads them.
+        carry = cache, token, nothing.at[:, :1].set(token)
         order = jnp.arange(1, length, dtype=jnp.int32)
-        (cache, tokens), later_probs = lax.scan(step, (cache, drafts), order)
+        (cache, _, _), (later, later_probs) = lax.scan(step, carry, order)
+        tokens = jnp.concatenate([token, later.T], axis=1)
         if probs is not None:
             probs = jnp.concatenate([probs[:, None], jnp.swapaxes(later_probs, 0, 1)], axis=1)
         return Draft(tokens, count, probs), cache
