@@ -16,7 +16,7 @@ SETUP = command -v $(PYTHON) > /dev/null || { \
 	$(PYTHON) tools/bootstrap.py --venv $(VENV)
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test test-all test-fast smoke lint format types bench clean
+.PHONY: help venv demo test test-long test-all test-fast smoke lint format types bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,9 +27,13 @@ demo: venv  ## federate a model, cut a draft out of it, decode with both, write 
 venv:  ## the environment alone
 	@$(SETUP)
 
-test:  ## all but the slow tests (ARGS="-k name" picks, WORKERS=1 takes less memory)
+test:  ## all but the long and the slow tests (ARGS="-k name" picks, WORKERS=1 takes less memory)
 	@$(SETUP) --parity
 	$(PYTEST) $(ARGS)
+
+test-long:  ## those that take longer (tests/long.txt); CI runs them after `make test`
+	@$(SETUP) --parity
+	$(PYTEST) -m "long and not slow" $(ARGS)
 
 test-all:  ## all tests
 	@$(SETUP) --parity

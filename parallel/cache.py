@@ -276,17 +276,18 @@ def through(
 
     layers = layers_of(variables)
     if is_stacked(layers):
-        x, rows = lax.scan(lambda x, lkv: step(x, *lkv), x, (layers, cache.k, cache.v))
-        return x, _marked(x, rows)
+        over: PyTree = (layers, cache.k, cache.v)
+        x, (k, v) = lax.scan(lambda x, one: step(x, one[0], one[1], one[2]), x, over)
+        return x, _marked(x, k, v)
     each = []
     for i, past in enumerate(zip(cache.k, cache.v, strict=True)):
         x, new = step(x, layer_at(layers, i), *past)
         each.append(new)
     k, v = zip(*each)
-    return x, _marked(x, (k, v))
+    return x, _marked(x, k, v)
 
 
-def _marked(x: Array, rows: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+def _marked(x: Array, k: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
     """Rows in which a number that is not finite harms only who sees it.
 
     They depend on x for another reason, too: so no write can be scheduled before the last read.
@@ -294,8 +295,7 @@ def _marked(x: Array, rows: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     """
     finite = jnp.isfinite(x).all(-1)[..., None, None]
     mark = lambda k, v: contained(k, v, finite if k.ndim == 4 else finite[None])
-    pairs = [mark(k, v) for k, v in zip(*map(jax.tree.leaves, rows), strict=True)]
-    return tuple(jax.tree.unflatten(jax.tree.structure(r), p) for r, p in zip(rows, zip(*pairs)))
+    return jax.tree.transpose(jax.tree.structure(k), None, jax.tree.map(mark, k, v))
 
 
 def store(cache: Cache, block: Block, rows: tuple[PyTree, PyTree]) -> Cache:
@@ -309,11 +309,9 @@ def store(cache: Cache, block: Block, rows: tuple[PyTree, PyTree]) -> Cache:
         return old.at[:, batch, :, block.cells].set(jnp.moveaxis(new, 0, 2), mode="drop")
 
     put = lambda old, new: old.at[batch, block.cells].set(new, mode="drop")
-    return Cache(
-        *jax.tree.map(write, cache[:2], rows),
-        put(cache.positions, block.positions),
-        put(cache.bits, block.bits if block.own is None else block.own),
-    )
+    k, v = jax.tree.map(write, cache[:2], rows)
+    bits = block.bits if block.own is None else block.own
+    return Cache(k, v, put(cache.positions, block.positions), put(cache.bits, bits))
 
 
 def num_cells(cache: Cache) -> int:

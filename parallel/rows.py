@@ -52,7 +52,8 @@ def past_of(rows: Rows, request: Array, cells: Cells, block: Block) -> Cache:
         return lax.expand_dims(own, (x.ndim - 3,))
 
     bits = cells.bits.at[block.cells[0]].set(0, mode="drop")
-    return Cache(*jax.tree.map(one, tuple(rows)), cells.positions[None], bits[None])
+    k, v = jax.tree.map(one, tuple(rows))
+    return Cache(k, v, cells.positions[None], bits[None])
 
 
 def read_block(

@@ -57,6 +57,16 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 _PROCESS = pathlib.Path("/proc/self")
+LONG_TESTS = pathlib.Path(__file__).with_name("long.txt")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Marks the tests that long.txt names."""
+    names = set(LONG_TESTS.read_text().splitlines())
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in names:
+            item.add_marker("long")
 
 
 @pytest.fixture(autouse=True)
