@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfm.layers import RopeScaling
 from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig
 from jaxfm.models.families.decoder import gpt2_config
+from jaxfm.rotary import RopeScaling
 
 Config = DecoderConfig | EncoderConfig | VitConfig
 

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxfm import hub
 from jaxfm.hub.metadata import stop_tokens
-from jaxfm.layers import RopeScaling
 from jaxfm.model import from_nnx, layers_of, unstack, with_layers
 from jaxfm.models import build, mlp
+from jaxfm.rotary import RopeScaling
 from jaxfm.subnet import Subnet, axis_sizes, extract, mask, width
 from jaxfm.testing import (
     random_variables,

@@ -4,8 +4,8 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.hub import config as hub_config
-from jaxfm.layers import RopeScaling
 from jaxfm.models.families.decoder import DecoderConfig
+from jaxfm.rotary import RopeScaling
 from jaxfm.testing import random_variables, tiny_decoder
 
 QWEN = {

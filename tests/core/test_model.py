@@ -10,11 +10,8 @@ from flax import nnx
 from jaxfm.layers import (
     GroupNorm,
     Norm,
-    RopeScaling,
     attend,
     causal_mask,
-    rotary_frequencies,
-    rotate,
 )
 from jaxfm.model import (
     Past,
@@ -27,6 +24,7 @@ from jaxfm.model import (
     unstack,
     with_layers,
 )
+from jaxfm.rotary import RopeScaling, rotary_frequencies, rotate
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,

@@ -24,12 +24,10 @@ from jaxfm.layers import (
     Linear,
     Mlp,
     Norm,
-    RopeScaling,
     by_row,
     causal_mask,
     check_fields,
     check_length,
-    rotary_frequencies,
 )
 from jaxfm.model import (
     Array,
@@ -44,6 +42,7 @@ from jaxfm.model import (
     split,
 )
 from jaxfm.models.families.token_inputs import read_inputs
+from jaxfm.rotary import RopeScaling, rotary_frequencies
 
 Config = TypeVar("Config", bound=Any)
 
