@@ -109,6 +109,7 @@ class Entry(NamedTuple):
       supply: by parameter, `(setting, **options) -> value`.
       like: the algorithm that this one is a variant of, from the same parts; None: of none.
       breaks: by name of a law (`LAWS`), why this algorithm does not keep it.
+      has_tiers: whether the tiers of a run make a difference.
       options: the plain keywords of the factory and of what is supplied.
     """
 
@@ -117,15 +118,8 @@ class Entry(NamedTuple):
     supply: Mapping[str, Callable[..., Any] | None]
     like: str | None
     breaks: Mapping[str, str]
+    has_tiers: bool
     options: tuple[Option, ...]
-
-    @property
-    def has_tiers(self) -> bool:
-        """Whether the tiers of a run make a difference, directly or by what is supplied."""
-        read = {*inspect.signature(self.factory).parameters}
-        for function in filter(None, self.supply.values()):
-            read |= {*function.__code__.co_names}  # of the setting
-        return not read.isdisjoint(("tiers", "models", "tier_of"))
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -136,6 +130,7 @@ def register(
     *,
     like: str | None = None,
     breaks: Mapping[str, str] | None = None,
+    has_tiers: bool | None = None,
     **supply: Callable[..., Any] | None,
 ) -> Any:
     """Registers the factory of an algorithm under its own name; a decorator.
@@ -144,13 +139,15 @@ def register(
       factory: of keyword parameters; see the module.
       like: the algorithm of which it is a variant.
       breaks: laws of the contract that it does not keep, each with the reason.
+      has_tiers: whether the tiers of a run make a difference; None: if the factory takes "tiers" or
+        "models". Needed where only a function of `supply` reads them.
       **supply: functions of the `Setting` for parameters that it does not offer by name; None
         leaves a parameter at its default.
     Raises:
       ValueError: an unknown law, a supplied parameter that the factory lacks, one option twice.
     """
     if factory is None:
-        return functools.partial(register, like=like, breaks=breaks, **supply)
+        return functools.partial(register, like=like, breaks=breaks, has_tiers=has_tiers, **supply)
     name, breaks = factory.__name__, dict(breaks or {})
     unknown = [law for law in breaks if law not in LAWS]
     if unknown:
@@ -167,7 +164,9 @@ def register(
     twice = [option for option in names if names.count(option) > 1]
     if twice:
         raise ValueError(f"{name} has the option {twice[0]!r} twice; rename one.")
-    _ENTRIES[name] = Entry(name, factory, supply, like, breaks, tuple(options))
+    if has_tiers is None:
+        has_tiers = not {"tiers", "models"}.isdisjoint(parameters)
+    _ENTRIES[name] = Entry(name, factory, supply, like, breaks, has_tiers, tuple(options))
     return factory
 
 

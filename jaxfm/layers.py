@@ -48,27 +48,6 @@ def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
-_FEW = 8  # rows that are multiplied one by one,
-_SMALL = 2**20  # where the other operand has at most so many bytes
-
-
-def by_row(product: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
-    """Returns `product(x, other)` of few rows x [..., M, K], row by row where that is faster.
-
-    XLA's CPU backend reads the other operand of a single row as it lies in memory. For two rows or
-    more it packs that operand anew, which takes two to four times as long as reading it again from
-    a cache (docs/results/decode.md). Where XLA splits the product over devices, there would be a
-    collective for each row: there it stays whole.
-    """
-    rows, mesh = x.shape[-2], jax.sharding.get_abstract_mesh()
-    split = any(mesh.shape[name] > 1 for name in mesh.auto_axes)
-    small = other.size * other.dtype.itemsize <= _SMALL
-    if jax.default_backend() != "cpu" or not 1 < rows <= _FEW or not small or split:
-        return product(x, other)
-    single = [product(x[..., i : i + 1, :], other) for i in range(rows)]
-    return jnp.concatenate(single, axis=x.ndim - 2)
-
-
 class Linear(nnx.Module):
     """y = x @ kernel + bias over any number of input and output axes.
 
@@ -101,11 +80,7 @@ class Linear(nnx.Module):
         if n > 1:  # XLA's CPU backend would transpose the kernel to contract several axes
             kernel = kernel.reshape(math.prod(kernel.shape[:n]), -1)
             x = x.reshape(*x.shape[: x.ndim - n], -1)
-        multiply = lambda x, w: lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-        if x.ndim == 3 and math.prod(x.shape[:2]) <= _FEW:  # tokens, as they are decoded
-            y = by_row(multiply, x.reshape(-1, x.shape[-1]), kernel)
-        else:
-            y = multiply(x, kernel)
+        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         y = y.reshape(*x.shape[:-1], *outputs)
         if self.has_bias:
             bias = self.bias[...]
@@ -271,10 +246,10 @@ def contained(k: Array, v: Array, also: Array | None = None) -> tuple[Array, Arr
       k, v: [..., K] and [..., V].
       also: bool, broadcastable to both.
     """
-    finite = jnp.isfinite(v)
+    good = [jnp.isfinite(x) for x in (k, v)]
     if k.shape != v.shape:
-        finite = finite.all(-1, keepdims=True)
-    finite &= jnp.isfinite(k) if k.shape == v.shape else jnp.isfinite(k).all(-1, keepdims=True)
+        good = [x.all(-1, keepdims=True) for x in good]
+    finite = good[0] & good[1]
     if also is not None:
         finite &= also
     nan, zero = jnp.asarray(jnp.nan, k.dtype), jnp.zeros((), v.dtype)
@@ -317,15 +292,15 @@ def _cached_scores(q: Array, k: Array) -> Array:
     """Returns f32[B, G, R, T, S] of queries [B, T, G, R, K] and cached keys [B, G, S, K]."""
     batch, length, groups, per_group, size = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
-    product = lambda q, k: jnp.einsum("bgmk,bgsk->bgms", q, k, preferred_element_type=jnp.float32)
-    return by_row(product, rows, k).reshape(batch, groups, per_group, length, -1)
+    scores = jnp.einsum("bgmk,bgsk->bgms", rows, k, preferred_element_type=jnp.float32)
+    return scores.reshape(batch, groups, per_group, length, -1)
 
 
 def _cached_values(weights: Array, v: Array) -> Array:
     """Returns [B, T, G, R, K], cached values [B, G, S, K] mixed by weights [B, G, R, T, S]."""
     batch, groups, per_group, length, cells = weights.shape
     rows = weights.reshape(batch, groups, per_group * length, cells)
-    mixed = by_row(lambda w, v: jnp.einsum("bgms,bgsk->bgmk", w, v), rows, v)
+    mixed = jnp.einsum("bgms,bgsk->bgmk", rows, v)
     return mixed.reshape(batch, groups, per_group, length, -1).transpose(0, 3, 1, 2, 4)
 
 

@@ -114,7 +114,7 @@ def members_for(setting: Setting) -> Members:
 _SUPERNET = {"statistics": "Members belong to a supernet, which has statistics of its own."}
 
 
-@register(members=members_for, distill=distill_for, vote=vote_for, breaks=_SUPERNET)
+@register(has_tiers=True, members=members_for, distill=distill_for, vote=vote_for, breaks=_SUPERNET)
 def rafl(
     model: Model,
     task: Task,
@@ -145,7 +145,9 @@ def rafl(
     return algorithm._replace(assignment=members.assignment)
 
 
-@register(like="fed_kemf", members=members_for, distill=distill_for, breaks=_SUPERNET)
+@register(
+    like="fed_kemf", has_tiers=True, members=members_for, distill=distill_for, breaks=_SUPERNET
+)
 def rafl_published(
     model: Model, task: Task, local: Local, members: Members, distill: Distill, *,
     mutual: float = 1.0,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxfm.data.tables import Column, Table
-from jaxfm.tokenizer import Tokenizer, frame, padding_id
+from jaxfm.data.text import framed
+from jaxfm.tokenizer import Tokenizer, frame
 
 IGNORED = -100  # the tag of a token that has none
 
@@ -46,36 +47,20 @@ def tagged(
     """
     _check(table, words, tags)
     numbers, classes = _numbered(table, tags)
-    before, after = frame(tokenizer)
-    room = length - len(before) - len(after)
-    if room < 1:
-        raise ValueError(
-            f"length={length} leaves no room for words beside {len(before) + len(after)} special "
-            "tokens; give more."
-        )
     space = _space(tokenizer)
-    rows = []
+    rows, marks = [], []
     for own, row in zip(table.columns[words], numbers, strict=True):
-        tokens: list[int] = []
-        marks: list[int] = []
-        for place, (word, tag) in enumerate(zip(own, row, strict=True)):
-            pieces = tokenizer.encode(space + word if place else word)
-            tokens += pieces
-            marks += [tag, *[IGNORED] * (len(pieces) - 1)][: len(pieces)]
-        blank = [IGNORED] * len(before), [IGNORED] * len(after)
-        rows.append(([*before, *tokens[:room], *after], [*blank[0], *marks[:room], *blank[1]]))
-    width = max(len(tokens) for tokens, _ in rows)
-    shape = (len(rows), width)
-    leaves = {
-        "tokens": np.full(shape, padding_id(tokenizer), np.int32),
-        "mask": np.zeros(shape, bool),
-        "tags": np.full(shape, IGNORED, np.int32),
-    }
-    for number, (tokens, marks) in enumerate(rows):
-        leaves["tokens"][number, : len(tokens)] = tokens
-        leaves["mask"][number, : len(tokens)] = True
-        leaves["tags"][number, : len(marks)] = marks
-    return leaves, classes
+        pieces = [tokenizer.encode(space + word if i else word) for i, word in enumerate(own)]
+        rows.append([token for piece in pieces for token in piece])
+        first = [[tag, *[IGNORED] * len(piece)][: len(piece)] for tag, piece in zip(row, pieces)]
+        marks.append([mark for piece in first for mark in piece])
+    tokens, mask = framed(rows, tokenizer, length)
+    before, after = map(len, frame(tokenizer))
+    leaf = np.full(tokens.shape, IGNORED, np.int32)
+    for number, row in enumerate(marks):
+        kept = row[: length - before - after]
+        leaf[number, before : before + len(kept)] = kept
+    return {"tokens": tokens, "mask": mask, "tags": leaf}, classes
 
 
 def _check(table: Table, words: str, tags: str) -> None:

@@ -164,6 +164,17 @@ def token_rows(
     >>> tokens.tolist(), mask.sum(1).tolist()
     ([[256, 97, 98, 257], [256, 97, 257, 258]], [4, 3])
     """
+    return framed([tokenizer.encode(text) for text in texts], tokenizer, length)
+
+
+def framed(
+    rows: Sequence[Sequence[int]], tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of ids as `token_rows` returns texts.
+
+    Raises:
+      ValueError: a length that the special tokens alone fill.
+    """
     before, after = frame(tokenizer)
     room = length - len(before) - len(after)
     if room < 1:
@@ -171,11 +182,11 @@ def token_rows(
             f"length={length} leaves no room for text beside {len(before) + len(after)} special "
             "tokens; give more."
         )
-    rows = [[*before, *tokenizer.encode(text)[:room], *after] for text in texts]
-    width = max(map(len, rows), default=0)
-    tokens = np.full((len(rows), width), padding_id(tokenizer), np.int32)
+    whole = [[*before, *row[:room], *after] for row in rows]
+    width = max(map(len, whole), default=0)
+    tokens = np.full((len(whole), width), padding_id(tokenizer), np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(whole):
         tokens[number, : len(row)] = row
         mask[number, : len(row)] = True
     return tokens, mask

@@ -169,6 +169,8 @@ def _functions(
     manual = set(mesh.axis_names) - ({TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set())
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, axis_names=manual)
 
+    others = set(State._fields) - {"rows"}
+
     def placed(state: State, text: Text | None = None):
         """Both, placed as a tick leaves them: so the next one finds what it was compiled for."""
         if TENSOR in manual:
@@ -179,8 +181,6 @@ def _functions(
         rows = jax.tree.map(by_head, state.rows)
         kept = {name: pin(getattr(state, name), getattr(state_spec, name)) for name in others}
         return State(rows=rows, **kept), pin(text, everywhere)
-
-    others = set(State._fields) - {"rows"}
 
     def start(arrays: Arrays, tokens: Array, length: Array, cells: int, chunk: int | None) -> State:
         body = lambda arrays, tokens, length: _start(

@@ -142,7 +142,7 @@ def test_no_tick_copies_the_cache(form):
         assert all(math.prod(map(int, shape.split(","))) < size for shape in moved)
 
 
-@pytest.mark.parametrize("draft, most", [(0, 170), (3, 600)])
+@pytest.mark.parametrize("draft, most", [(0, 150), (3, 310)])
 def test_a_tick_starts_few_operations(draft, most):
     """On a small model a tick takes as long as its operations are many, so their number is held."""
     decoder = plain(MODEL, VARIABLES)

@@ -24,7 +24,6 @@ from jaxfm.layers import (
     Linear,
     Mlp,
     Norm,
-    by_row,
     causal_mask,
     check_fields,
     check_length,
@@ -206,8 +205,7 @@ class Head(nnx.Module):
             return self.score(x).astype(jnp.float32)
         if table is None:
             return self.out(x).astype(jnp.float32)
-        multiply = lambda x, w: jnp.einsum("td,vd->tv", x, w, preferred_element_type=jnp.float32)
-        return by_row(multiply, x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
 def decoder(config: DecoderConfig) -> Model:
