@@ -41,12 +41,12 @@ from jaxfm.federated.outcome import NothingLearned
 from jaxfm.federated.placement import capped_epochs, describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
-from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import load_data, make_model, save_classes, use_cores
+from jaxfm.launch.wrapping import wrapped
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
@@ -67,12 +67,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         local_training(config),
         num_rounds=config.rounds,
         options=chosen_options(config, "algorithm"),
-        wrap=functools.partial(
-            named_compression,
-            upload=config.upload,
-            download=config.download,
-            top_share=config.top_k,
-        ),
+        wrap=wrapped(config, len(data.names)),
         widths=config.tiers,
         axes=width_axes(model),
         machines=fleet(config.profile, len(data.names)) if config.profile else None,
