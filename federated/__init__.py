@@ -95,6 +95,8 @@ from jaxfm.federated.saving import TrainedModel, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
+from jaxfm.federated.wrappers.quorum import with_quorum
+from jaxfm.federated.wrappers.sparse import sparse
 
 __all__ = [
     "DEVICES",
@@ -177,6 +179,7 @@ __all__ = [
     "scaled",
     "simulated",
     "slice_bucket",
+    "sparse",
     "statistics",
     "three_metrics",
     "top_k",
@@ -189,6 +192,7 @@ __all__ = [
     "wire_bytes",
     "with_compression",
     "with_masters",
+    "with_quorum",
     "worst_decile",
 ]
 

@@ -28,7 +28,7 @@ class Local(NamedTuple):
     """How a client trains in one round.
 
     Attributes:
-      optimizer: starts anew in every round.
+      optimizer: starts anew in every round, if the algorithm does not say that clients keep it.
       batch_size: examples a step; the last batch of an epoch may be short and is weighted so.
       epochs: passes over the client's data, as far as its profile's `max_steps` allows.
     """
@@ -64,6 +64,18 @@ class _Carry(NamedTuple):
     count: Array  # type: ignore[assignment]  # hides a method of tuple
 
 
+class ContinuedFit(NamedTuple):
+    """Local training whose optimizer goes on where the client's last round left it.
+
+    Attributes:
+      start: `(variables) -> opt_state`, before the first round.
+      fit: `(variables, opt_state, data, max_steps, key) -> (variables, opt_state, info: Info)`.
+    """
+
+    start: Callable[[Variables], PyTree]
+    fit: Callable[..., tuple[Variables, PyTree, Info]]
+
+
 def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) -> Callable:
     """Returns `fit(variables, data, max_steps, key) -> (variables, info: Info)`.
 
@@ -76,12 +88,26 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
     Raises:
       ValueError: batch_size or epochs below 1.
     """
+    start, fit = continued_fit(loss, local, grad_hook)
+
+    def anew(variables: Variables, data: ClientData, max_steps: Array, key: Key):
+        trained, _, info = fit(variables, start(variables), data, max_steps, key)
+        return trained, info
+
+    return anew
+
+
+def continued_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) -> ContinuedFit:
+    """As `local_fit`, for clients that keep their optimizer's state from round to round."""
     size = local.batch_size
     if size < 1 or local.epochs < 1:
         raise ValueError(f"batch_size and epochs must be at least 1, got {size}, {local.epochs}.")
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def fit(variables: Variables, data: ClientData, max_steps: Array, key: Key):
+    def start(variables: Variables) -> PyTree:
+        return local.optimizer.init(jax.tree.map(full_width, variables.params))
+
+    def fit(variables: Variables, opt_state: PyTree, data: ClientData, max_steps: Array, key: Key):
         steps_per_epoch = (data.count + size - 1) // size
         dtypes = jax.tree.map(lambda x: x.dtype, variables.params)
         narrow = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
@@ -112,8 +138,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
 
         zero = jnp.zeros((), jnp.float32)
         masters = jax.tree.map(full_width, variables.params)
-        start = variables._replace(params=masters)
-        carry = _Carry(start, local.optimizer.init(masters), zero, zero)
+        carry = _Carry(variables._replace(params=masters), opt_state, zero, zero)
         if local.epochs == 1:
             carry = epoch(0, carry)
         else:  # as many as there is time for
@@ -121,9 +146,10 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
             carry = lax.fori_loop(0, epochs, epoch, carry)
         steps = jnp.minimum(max_steps, local.epochs * steps_per_epoch).astype(jnp.float32)
         trained = carry.variables._replace(params=narrow(carry.variables.params))
-        return trained, Info(Spent(steps), examples_of(data), carry.total, carry.count)
+        info = Info(Spent(steps), examples_of(data), carry.total, carry.count)
+        return trained, carry.opt_state, info
 
-    return fit
+    return ContinuedFit(start, fit)
 
 
 def examples_of(data: ClientData) -> Array:

@@ -16,7 +16,7 @@ from jaxfm.run_folder import RUN_DIR_HELP
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
     "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
-    "seed": 0,
+    "seed": 0, "quorum": 0,
 }  # fmt: skip
 
 
@@ -58,11 +58,16 @@ class _FederateConfig:
         "long as half of the clients need for the largest model that they can hold, if no steps of "
         "the others are cut by it; inf: memory alone decides",
     )
-    upload: Literal["full", "8bit", "4bit", "top_k"] = option(
-        "full", "how uploads travel: floats, randomly rounded, or only the largest, in 8 bits"
+    upload: Literal["full", "8bit", "4bit", "2bit", "top_k", "sparse"] = option(
+        "full",
+        "how uploads travel: floats; randomly rounded; only the largest, in 8 bits; or only the "
+        "largest of each 4,096, in 2 bits",
     )
-    top_k: float = option(_DEFAULT_TOP_K, "upload=top_k: share of the entries of each array")
+    top_k: float = option(
+        _DEFAULT_TOP_K, "upload=top_k, sparse: share of the entries of each array that travel"
+    )
     download: Literal["full", "8bit", "4bit"] = option("full", "how downloads travel")
+    quorum: int = option(0, "reports that a round needs to count; 0: any number")
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
@@ -102,8 +107,14 @@ class _FederateConfig:
                 f"cohort_size={self.cohort_size}: there are only "
                 f"data.num_clients={self.data.num_clients}."
             )
-        if self.upload != "top_k" and self.top_k != _DEFAULT_TOP_K:
-            raise ValueError(f"top_k={self.top_k} changes nothing: give --upload=top_k, too.")
+        if self.quorum > self.cohort_size:
+            raise ValueError(
+                f"quorum={self.quorum}: a round has only cohort_size={self.cohort_size} clients."
+            )
+        if self.upload not in ("top_k", "sparse") and self.top_k != _DEFAULT_TOP_K:
+            raise ValueError(
+                f"top_k={self.top_k} changes nothing: give --upload=top_k or sparse, too."
+            )
         if self.seeds > 1 and not self.compare:
             raise ValueError(f"seeds={self.seeds} changes nothing without --compare; give --seed.")
         if not self.tiers or any(not 0 < tier <= 1 for tier in self.tiers):

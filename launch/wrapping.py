@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.wrappers.compression import named_compression
+from jaxfm.federated.wrappers.quorum import with_quorum
 
 
 def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
@@ -19,8 +20,9 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
     del num_clients
 
     def wrap(algorithm: Algorithm) -> Algorithm:
-        return named_compression(
+        algorithm = named_compression(
             algorithm, upload=config.upload, download=config.download, top_share=config.top_k
         )
+        return with_quorum(algorithm, config.quorum) if config.quorum else algorithm
 
     return wrap

@@ -22,7 +22,7 @@ from jaxfm.model import Key, Model, PyTree, Variables
 from jaxfm.optimizer import update
 from jaxfm.tasks import Task
 
-_OWN_STEP = {"one_step": "The server's optimizer makes another step of the mean movement."}
+OWN_STEP = {"one_step": "The server's optimizer makes another step of the mean movement."}
 
 
 class FedOptState(NamedTuple):
@@ -38,11 +38,11 @@ def adagrad(setting: Setting, *, learning_rate: float = 0.1) -> optax.GradientTr
     Args:
       learning_rate: of the server's steps.
     """
-    _check(learning_rate=learning_rate)
+    check_rates(learning_rate=learning_rate)
     return optax.adagrad(learning_rate, initial_accumulator_value=0.0, eps=1e-3)
 
 
-@register(like="fed_adam", breaks=_OWN_STEP, optimizer=adagrad)
+@register(like="fed_adam", breaks=OWN_STEP, optimizer=adagrad)
 def fed_opt(
     model: Model, task: Task, local: Local, optimizer: optax.GradientTransformation
 ) -> Algorithm:
@@ -81,7 +81,7 @@ def server_optimizer(optimizer: optax.GradientTransformation):
     return init, server
 
 
-@register(breaks=_OWN_STEP)
+@register(breaks=OWN_STEP)
 def fed_adam(
     model: Model, task: Task, local: Local, *,
     learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3,
@@ -96,12 +96,12 @@ def fed_adam(
     Raises:
       ValueError: a value out of range.
     """
-    _check(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
+    check_rates(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
     adam = optax.chain(_moments(b1, b2, tau, _adam_v), optax.scale(-learning_rate))
     return fed_opt(model, task, local, adam)
 
 
-@register(like="fed_adam", breaks=_OWN_STEP)
+@register(like="fed_adam", breaks=OWN_STEP)
 def fed_yogi(
     model: Model, task: Task, local: Local, *,
     learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3,
@@ -116,7 +116,7 @@ def fed_yogi(
     Raises:
       ValueError: a value out of range.
     """
-    _check(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
+    check_rates(learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
     yogi = optax.chain(_moments(b1, b2, tau, _yogi_v), optax.scale(-learning_rate))
     return fed_opt(model, task, local, yogi)
 
@@ -134,11 +134,12 @@ def fed_avg_m(
     Raises:
       ValueError: a value out of range.
     """
-    _check(learning_rate=learning_rate, momentum=momentum)
+    check_rates(learning_rate=learning_rate, momentum=momentum)
     return fed_opt(model, task, local, optax.sgd(learning_rate, momentum))
 
 
-def _check(*, learning_rate: float, tau: float = 1.0, **decays: float) -> None:
+def check_rates(*, learning_rate: float, tau: float = 1.0, **decays: float) -> None:
+    """Raises ValueError for a rate that is not above 0 or a decay that is not in [0, 1)."""
     for name, value in {"learning_rate": learning_rate, "tau": tau}.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be a number above 0.")

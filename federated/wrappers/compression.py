@@ -4,7 +4,8 @@
 
 with u what the algorithm uploads and e_i what the client remembers of the rest (error feedback):
 all that it has sent plus e_i is the sum of its uploads. C keeps the largest entries of a leaf
-(`top_k`), or rounds at random to few bits (`quantised`), unbiased and without a memory:
+(`top_k`) or of each of its chunks (`sparse`), or rounds at random to few bits (`quantised`),
+unbiased and without a memory:
 
     Q(x) = s floor(x / s + U[0, 1)),   s = max |x| / (2^(bits - 1) - 1),   E Q(x) = x
 
@@ -18,12 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxfm.cost import num_bytes
 from jaxfm.federated.algorithm import (
@@ -35,22 +34,9 @@ from jaxfm.federated.algorithm import (
     Profile,
     wire_bytes,
 )
+from jaxfm.federated.wrappers.methods import Method, quantised, top_k
+from jaxfm.federated.wrappers.sparse import sparse
 from jaxfm.model import Array, Key, PyTree, Variables
-
-
-class Method(NamedTuple):
-    """How one leaf is compressed.
-
-    Attributes:
-      pack: `(x float[n] of 32 bits or more, the leaf's own dtype, key) -> payload that travels`;
-        rounding without a key is to the nearest.
-      unpack: `(payload, n) -> float[n]`.
-      feedback: whether clients keep what a round left out.
-    """
-
-    pack: Callable[[Array, Any, Key | None], PyTree]
-    unpack: Callable[[PyTree, int], Array]
-    feedback: bool
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +70,7 @@ def with_compression(
     Args:
       algorithm: any; clients draw the same random numbers as without compression. With feedback
         its uploads should be movements: what is left out comes later.
-      method: `top_k` or `quantised`; None: uploads stay the same.
+      method: `top_k`, `sparse` or `quantised`; None: uploads stay the same.
       down: 8 or 4, bits of downloaded values; what clients know already and what is exact is left
         alone. None: downloads stay the same.
       block: values of a download that share a step.
@@ -104,73 +90,6 @@ def with_compression(
     return algorithm._replace(buckets=buckets)
 
 
-def top_k(fraction: float, bits: int | None = None) -> Method:
-    """The entries of largest magnitude of each leaf and their i32 places, with error feedback.
-
-    Args:
-      fraction: of the entries of a leaf, in (0, 1]; k = max(1, round(fraction * n)).
-      bits: 8 or 4, to round what is sent as `quantised` does; e_i takes that error in. None: no.
-    Raises:
-      ValueError: fraction out of range; other bits.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction}.")
-    inner = quantised(bits) if bits is not None else None
-    count = lambda n: max(1, round(fraction * n))
-
-    def pack(x: Array, dtype, key: Key | None) -> tuple[PyTree, Array]:
-        index = lax.top_k(jnp.abs(x), count(x.size))[1]
-        return inner.pack(x[index], dtype, key) if inner else x[index].astype(dtype), index
-
-    def unpack(payload: tuple[PyTree, Array], n: int) -> Array:
-        values, index = payload
-        values = inner.unpack(values, count(n)) if inner else values
-        return jnp.zeros(n, values.dtype).at[index].set(values, unique_indices=True)
-
-    return Method(pack, unpack, feedback=True)
-
-
-def quantised(bits: int, block: int | None = None) -> Method:
-    """Unbiased random rounding to whole multiples of an f32 step.
-
-    Args:
-      bits: 8 (codes -127..127, i8[n]) or 4 (codes -7..7 plus 8, u8[ceil(n / 2)], low half first).
-      block: entries that share a step, so that one does not coarsen all; None: a whole leaf.
-    Raises:
-      ValueError: other bits; block below 1.
-    """
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 8 or 4, got {bits}.")
-    if block is not None and block < 1:
-        raise ValueError(f"block must be at least 1, or None for a whole leaf, got {block}.")
-    largest = 2 ** (bits - 1) - 1
-
-    def in_blocks(x: Array) -> Array:
-        size = block or x.size
-        return jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
-
-    def pack(x: Array, dtype, key: Key | None) -> tuple[Array, Array]:
-        rows = in_blocks(x)
-        step = (jnp.abs(rows).max(1) / largest).astype(jnp.float32)
-        levels = rows / jnp.where(step > 0, step, 1).astype(x.dtype)[:, None]
-        shift = 0.5 if key is None else jax.random.uniform(key, rows.shape, x.dtype)
-        codes = jnp.floor(levels + shift)
-        # The sum of the largest level and a number just below 1 may have been rounded up.
-        codes = jnp.clip(codes, -largest, largest).astype(jnp.int8).reshape(-1)[: x.size]
-        if bits == 4:
-            low, high = jnp.pad(codes + 8, (0, x.size % 2)).astype(jnp.uint8).reshape(-1, 2).T
-            codes = low | (high << 4)
-        return codes, step
-
-    def unpack(payload: tuple[Array, Array], n: int) -> Array:
-        codes, step = payload
-        if bits == 4:
-            codes = jnp.stack([codes & 15, codes >> 4], 1).reshape(-1)[:n].astype(jnp.int8) - 8
-        return (in_blocks(codes).astype(jnp.float32) * step[:, None]).reshape(-1)[:n]
-
-    return Method(pack, unpack, feedback=False)
-
-
 def named_compression(
     algorithm: Algorithm, *, upload: str = "full", download: str = "full", top_share: float = 0.1
 ) -> Algorithm:
@@ -178,15 +97,18 @@ def named_compression(
 
     Args:
       algorithm: any.
-      upload: "full", "8bit", "4bit", or "top_k": only the largest entries, in 8 bits.
+      upload: "full", "8bit", "4bit", "2bit"; "top_k": only the largest entries, in 8 bits; or
+        "sparse": only the largest entries of each chunk, in 2 bits (`sparse`).
       download: "full", "8bit" or "4bit".
-      top_share: the share of entries that "top_k" sends.
+      top_share: the share of entries that "top_k" and "sparse" send.
     """
-    bits = {"full": None, "8bit": 8, "4bit": 4}
+    bits = {"full": None, "8bit": 8, "4bit": 4, "2bit": 2}
     if upload == download == "full":
         return algorithm
     if upload == "top_k":
         method: Method | None = top_k(top_share, bits=8)
+    elif upload == "sparse":
+        method = sparse(top_share)
     else:
         width = bits[upload]
         method = None if width is None else quantised(width, block=256)
@@ -208,7 +130,7 @@ def _compressed(bucket: Bucket, method: Method) -> Bucket:
         for number, i in enumerate(_chosen(method, upload)):
             x = leaves[i]
             left = memory.residual[number] if method.feedback else jnp.zeros((), _wide(x))
-            whole = jnp.where(data.count > 0, x.astype(_wide(x)) + left, 0)
+            whole = jnp.where(data.count > 0, x.astype(_wide(x)) + method.decay * left, 0)
             payload = method.pack(whole.reshape(-1), x.dtype, jax.random.fold_in(key, i))
             leaves[i] = Packed(payload, x.shape, x.dtype)
             if method.feedback:

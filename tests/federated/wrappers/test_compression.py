@@ -134,8 +134,7 @@ def test_clients_at_a_time_do_not_matter():
     chex.assert_trees_all_close(many.server, added_by(name)[0].server, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (4, None), (4, 4), (2, 4)])
 def test_rounding_is_unbiased(bits, block):
     """The mean of N draws lies within 5 standard deviations, each at most step / 2 / sqrt(N)."""
     method, draws = quantised(bits, block), 4096
@@ -182,6 +181,7 @@ SIZES = (8, 48, 3, 24)  # leaves of the mlp
     [
         (quantised(8), lambda n: n + 4),
         (quantised(4), lambda n: -(-n // 2) + 4),
+        (quantised(2), lambda n: -(-n // 4) + 4),
         (quantised(8, block=16), lambda n: n + 4 * -(-n // 16)),
         (top_k(0.1), lambda n: 8 * max(1, round(0.1 * n))),
         (top_k(0.1, bits=8), lambda n: 4 + 5 * max(1, round(0.1 * n))),
@@ -348,8 +348,8 @@ def test_eight_bits_go_where_full_floats_go(name):
         (lambda: top_k(0.0), r"fraction must be in \(0, 1\], got 0.0"),
         (lambda: top_k(1.5), r"fraction must be in \(0, 1\], got 1.5"),
         (lambda: top_k(float("nan")), "fraction must be in"),
-        (lambda: top_k(0.1, bits=2), "bits must be 8 or 4, got 2"),
-        (lambda: quantised(16), "bits must be 8 or 4, got 16"),
+        (lambda: top_k(0.1, bits=3), "bits must be 8, 4 or 2, got 3"),
+        (lambda: quantised(16), "bits must be 8, 4 or 2, got 16"),
         (lambda: quantised(8, block=0), "block must be at least 1, .* got 0"),
     ],
 )
