@@ -85,6 +85,9 @@ class GenerateConfig:
     )
     presence_penalty: float = option(0.0, "take this from the logits of tokens generated before")
     frequency_penalty: float = option(0.0, "take this from them for each time")
+    logit_bias: tuple[str, ...] = option(
+        (), "ID:NUMBER, several with commas: added to the logits of these tokens; -inf: never"
+    )
     stop: tuple[str, ...] = option((), "a string that ends the text", repeat=True)
     report: str = option("", "file for a picture of what each stage of a pipe did in each tick")
     ticks: int = option(16, "passes between two pieces of output")
@@ -105,11 +108,30 @@ class GenerateConfig:
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
         if self.system and not self.chat:
             raise ValueError("--system requires --chat: it is a part of the chat template.")
+        biases(self.logit_bias)
         check_draft(self.decoder, self.draft)
         if self.report and self.decoder != "pipeinfer":
             raise ValueError("--report requires --decoder=pipeinfer: it shows a pipe's stages.")
         if chosen_options(self, "decoder").get("adapt") and self.draft in ("", "none"):
             raise ValueError("--pipeinfer.adapt requires --draft: it chooses how much to draft.")
+
+
+def biases(pairs: tuple[str, ...]) -> dict[int, float]:
+    """What is added to the logits of tokens, of texts such as "72:-2.5"; ValueError for others."""
+    found: dict[int, float] = {}
+    for pair in pairs:
+        token, _, number = pair.partition(":")
+        try:
+            id, bias = int(token), float(number)
+        except ValueError:
+            raise ValueError(
+                f"logit_bias={pair!r}: write the number of a token, a colon and what is added to "
+                "its logit, as 72:-2.5."
+            ) from None
+        if id in found:
+            raise ValueError(f"logit_bias={pair!r}: token {id} has {found[id]} already.")
+        found[id] = bias
+    return found
 
 
 _RECORDED = 512  # ticks that a report shows
@@ -130,7 +152,7 @@ def main(config: GenerateConfig) -> None:
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         repetition_penalty=config.repetition_penalty, presence_penalty=config.presence_penalty,
-        frequency_penalty=config.frequency_penalty,
+        frequency_penalty=config.frequency_penalty, logit_bias=biases(config.logit_bias),
         key=jax.random.key(config.seed), stop_strings=config.stop, ticks=ticks,
         stop_tokens=() if config.ignore_end else loaded.stop_tokens,
     )  # fmt: skip

@@ -208,6 +208,11 @@ FLAGS = {
         --temperature=1 --top_k=-1 | top_k must be at least 0, got -1
         --temperature=1 --top_p=2 | top_p must be from 0 to 1, got 2.0
         --temperature=1 --min_p=nan | min_p must be from 0 to 1, got nan
+        --logit_bias=x:1 | 'x:1'
+        --logit_bias=72 | '72'
+        --logit_bias=72:1,72:2 | '72:2'
+        --logit_bias=72:inf | logit_bias
+        --logit_bias={HUGE}:1 | logit_bias
         --stop= | ['']
         --ticks=0 | ticks=0
         --seed=-1 | seed=-1

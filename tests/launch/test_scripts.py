@@ -308,6 +308,12 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_biased_tokens_are_chosen(saved_model, capsys):
+    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=6)
+    generate.main(dataclasses.replace(base, logit_bias=("121:-inf", "120:1e4")))
+    assert capsys.readouterr().out == "def f(xxxxxx\n"
+
+
 def test_a_text_ends_where_the_folder_says(saved_model, capsys, tmp_path):
     loaded = load_decoder(str(saved_model))
     free = decode(loaded.decoder, [list(b"def f(")], max_new_tokens=12).tokens[0].tolist()
