@@ -117,16 +117,7 @@ def train(
         model is not finite, or nobody reported in the whole run.
     """
     _check(num_rounds, eval_every)
-    if isinstance(algorithm, Prepared):
-        variables = algorithm.variables if variables is None else variables
-        placement = algorithm.placement if placement is None else placement
-        algorithm = algorithm.algorithm
-    variables = _start(algorithm, seed) if variables is None else variables
-    if placement is None:
-        placement = place(
-            algorithm, data.train, variables, public=data.public,
-            local_validation=data.local_validation,
-        )  # fmt: skip
+    algorithm, variables, placement = _resolved(algorithm, data, variables, placement, seed)
     population = Population(data.train, placement.profiles, placement.bucket, data.local_validation)
     engine = compile_rounds(
         algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
@@ -152,6 +143,27 @@ def train(
     )  # fmt: skip
     _say_what_is_missing(result, data, count_parameters(variables.params))
     return result
+
+
+def _resolved(
+    algorithm: Algorithm | Prepared,
+    data: Data,
+    variables: Variables | None,
+    placement: Placement | None,
+    seed: int,
+) -> tuple[Algorithm, Variables, Placement]:
+    """What a run begins with: what was given, else what `prepare` made, else the defaults."""
+    if isinstance(algorithm, Prepared):
+        variables = algorithm.variables if variables is None else variables
+        placement = algorithm.placement if placement is None else placement
+        algorithm = algorithm.algorithm
+    variables = _start(algorithm, seed) if variables is None else variables
+    if placement is None:
+        placement = place(
+            algorithm, data.train, variables, public=data.public,
+            local_validation=data.local_validation,
+        )  # fmt: skip
+    return algorithm, variables, placement
 
 
 def _say_what_is_missing(result: TrainedRun, data: Data, full: int) -> None:

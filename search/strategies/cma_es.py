@@ -90,12 +90,9 @@ def cma_es(num_groups: int, *, batch: int = 16, sigma: float = 0.7) -> Strategy:
         covariance = covariance + c_1 * jnp.outer(path_c, path_c)
         covariance = covariance + c_mu * (y.T * weights[None]) @ y  # 47
         return CmaState(
-            mean=state.mean + state.sigma * y_mean,
-            sigma=jnp.clip(sigma, 1e-4, 5.0),
+            mean=state.mean + state.sigma * y_mean, sigma=jnp.clip(sigma, 1e-4, 5.0),
             covariance=0.5 * (covariance + covariance.T),
-            path_sigma=path_sigma,
-            path_c=path_c,
-            generation=generation,
-        )
+            path_sigma=path_sigma, path_c=path_c, generation=generation,
+        )  # fmt: skip
 
     return Strategy(init, ask, tell, batch)
