@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxfm.kernels import times
 from jaxfm.model import Array, Live, Past
 from jaxfm.rotary import rotate
 
@@ -43,15 +44,16 @@ def check_length(length: int, max_len: int) -> None:
         )
 
 
-def param(value: Array, names: tuple[str | None, ...]) -> nnx.Param:
-    """Returns a trained leaf with logical axis names."""
-    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+def param(value: Array, names: tuple[str | None, ...], **more: Any) -> nnx.Param:
+    """Returns a trained leaf with logical axis names, and what else is to be known of it."""
+    return nnx.Param(value, out_sharding=names, eager_sharding=False, **more)
 
 
 class Linear(nnx.Module):
     """y = x @ kernel + bias over any number of input and output axes.
 
-    The kernel has shape `(*inputs, *outputs)` and is drawn from N(0, scale² / fan_in).
+    The kernel has shape `(*inputs, *outputs)` and is drawn from N(0, scale² / fan_in). It may be
+    given in factored form (`jaxfm.kernels`).
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class Linear(nnx.Module):
         names, shape = zip(*inputs, *outputs, strict=True)
         fan_in = math.prod(size for _, size in inputs)
         stddev = scale / math.sqrt(fan_in)
-        self.kernel = param((jax.random.normal(rngs.params(), shape) * stddev).astype(dtype), names)
+        kernel = (jax.random.normal(rngs.params(), shape) * stddev).astype(dtype)
+        self.kernel = param(kernel, names, num_inputs=len(inputs))
         if bias:
             names, shape = zip(*outputs, strict=True)
             self.bias = param(jnp.zeros(shape, dtype), names)
@@ -76,12 +79,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, n = self.kernel[...], self.num_inputs
-        outputs = kernel.shape[n:]
-        if n > 1:  # XLA's CPU backend would transpose the kernel to contract several axes
-            kernel = kernel.reshape(math.prod(kernel.shape[:n]), -1)
-            x = x.reshape(*x.shape[: x.ndim - n], -1)
-        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-        y = y.reshape(*x.shape[:-1], *outputs)
+        flat = x.reshape(*x.shape[: x.ndim - n], -1) if n > 1 else x
+        y = times(kernel, flat, n).reshape(*flat.shape[:-1], *kernel.shape[n:])
         if self.has_bias:
             bias = self.bias[...]
             y = y + lax.broadcast_in_dim(bias, y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))

@@ -94,6 +94,9 @@ class Model(NamedTuple):
         without a name.
       config: the frozen dataclass that the model was made from, where there is one.
       stages: the parts of a causal language model; None for other models.
+      kernels: by path of the kernel of a linear map, how many of its axes are inputs. `apply`
+        takes these in factored form, too (`jaxfm.kernels`).
+      adapter: what was put around the model (`jaxfm.adapters`); None: nothing.
     """
 
     init: Callable[[Key], Variables]
@@ -101,6 +104,8 @@ class Model(NamedTuple):
     axes: Variables
     config: Any = None
     stages: Stages | None = None
+    kernels: Mapping[tuple[str, ...], int] = _EMPTY
+    adapter: Any = None
 
 
 class Live(nnx.Variable):
@@ -121,11 +126,13 @@ class Split(NamedTuple):
       init: `(key) -> Variables`.
       call: `(variables, *args, train=False, key=None) -> (output, stats)`.
       axes: like the Variables, tuples of names.
+      kernels: as `Model.kernels`.
     """
 
     init: Callable[[Key], Variables]
     call: Callable[..., tuple[Any, PyTree]]
     axes: Variables
+    kernels: Mapping[tuple[str, ...], int]
 
 
 def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
@@ -195,7 +202,9 @@ def split(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Split:
         return output, values(nnx.state(module)).stats
 
     names = {path: _axis_names(leaf) for path, leaf in leaves.items() if path in homes}
-    return Split(init, call, gather(names))
+    inputs = {path: leaf.get_metadata().get("num_inputs") for path, leaf in leaves.items()}
+    kernels = {homes[path][1:]: n for path, n in inputs.items() if n is not None}
+    return Split(init, call, gather(names), kernels)
 
 
 def _collection(path: tuple, leaf: Any) -> str:
@@ -234,12 +243,12 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       ValueError: the module holds variables other than parameters (trained or frozen), batch
         statistics and random streams.
     """
-    init, call, axes = split(make_module)
+    init, call, axes, kernels = split(make_module)
 
     def apply(variables: Variables, inputs, *, train: bool = False, key: Key | None = None):
         return call(variables, inputs, train=train, key=key)
 
-    return Model(init, apply, axes)
+    return Model(init, apply, axes, kernels=kernels)
 
 
 def _fetch(tree, home: tuple[str, ...]):
@@ -333,8 +342,8 @@ def part_of(variables: Variables, name: str) -> Variables:
 
 def assemble(
     embed: Split, block: Split, head: Split, num_layers: int
-) -> tuple[Callable[[Key], Variables], Variables]:
-    """Returns `init` and `axes` of an embedding, `num_layers` equal layers and a head."""
+) -> tuple[Callable[[Key], Variables], Variables, dict[tuple[str, ...], int]]:
+    """Returns `init`, `axes` and `kernels` of an embedding, equal layers and a head."""
 
     def join(*parts: Variables) -> Variables:
         named = list(zip(("embed", "layers", "head"), parts, strict=True))
@@ -350,4 +359,6 @@ def assemble(
         return join(embed.init(keys[0]), layers, head.init(keys[2]))
 
     stacked = jax.tree.map(lambda names: ("layer", *names), block.axes, is_leaf=is_axes)
-    return init, join(embed.axes, stacked, head.axes)
+    named = {"embed": embed, "layers": block, "head": head}
+    kernels = {(name, *path): n for name, part in named.items() for path, n in part.kernels.items()}
+    return init, join(embed.axes, stacked, head.axes), kernels

@@ -217,7 +217,7 @@ def decoder(config: DecoderConfig) -> Model:
     block = split(lambda rngs: Block(config, rngs))
     out = split(lambda rngs: Head(config, rngs))
 
-    init, axes = assemble(embedding, block, out, config.num_layers)
+    init, axes, kernels = assemble(embedding, block, out, config.num_layers)
 
     def embed(variables: Variables, tokens: Array, positions: Array) -> Array:
         with jax.named_scope("embed"):
@@ -257,8 +257,8 @@ def decoder(config: DecoderConfig) -> Model:
         return head(variables, chosen), variables.stats
 
     if config.head == "classify":
-        return Model(init, classify, axes, config)
-    return Model(init, apply, axes, config, Stages(embed, run_block, head))
+        return Model(init, classify, axes, config, kernels=kernels)
+    return Model(init, apply, axes, config, Stages(embed, run_block, head), kernels)
 
 
 def _last(tokens: Array, seen: Array, pad_id: int | None) -> Array:

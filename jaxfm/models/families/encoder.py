@@ -189,7 +189,7 @@ def encoder(config: EncoderConfig) -> Model:
     embedding = split(lambda rngs: EncoderEmbedding(config, rngs))
     block = split(lambda rngs: EncoderBlock(config, rngs))
     out = split(lambda rngs: heads.get(config.head, PooledHead)(config, rngs))
-    init, axes = assemble(embedding, block, out, config.num_layers)
+    init, axes, kernels = assemble(embedding, block, out, config.num_layers)
     spare = config.pad_id + 1 if config.family == "roberta" else 0
 
     def run_block(layer: Variables, x: Array, mask: Array) -> Array:
@@ -219,4 +219,4 @@ def encoder(config: EncoderConfig) -> Model:
             y = out.call(part_of(variables, "head"), x, *more)[0]
         return {"tokens": x, "pooled": y} if config.head == "pooler" else y
 
-    return Model(init, apply, axes, config)
+    return Model(init, apply, axes, config, kernels=kernels)

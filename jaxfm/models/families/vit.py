@@ -164,7 +164,7 @@ def vit(config: VitConfig) -> Model:
     embedding = split(lambda rngs: PatchEmbedding(config, rngs))
     block = split(lambda rngs: VitBlock(config, rngs))
     out = split(lambda rngs: VitHead(config, rngs))
-    init, axes = assemble(embedding, block, out, config.num_layers)
+    init, axes, kernels = assemble(embedding, block, out, config.num_layers)
     expected = (*config.image_size, config.num_channels)
 
     def run_block(layer: Variables, x: Array) -> Array:
@@ -184,4 +184,4 @@ def vit(config: VitConfig) -> Model:
         with jax.named_scope("head"):
             return out.call(part_of(variables, "head"), x)[0], variables.stats
 
-    return Model(init, apply, axes, config)
+    return Model(init, apply, axes, config, kernels=kernels)

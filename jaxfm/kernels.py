@@ -1,0 +1,203 @@
+"""Kernels of linear maps in factored form: what stands where a layer expects one array.
+
+    y = x W                            Array
+    y = x W + s (x A) B                LowRank
+    y = x W + f(x U) V                 Bottleneck
+    y = x deq(codes, steps)            Quantized
+
+`Linear` calls `times(kernel, x, num_inputs)`, so none of these is multiplied out: the gradient with
+respect to A needs no gradient with respect to W, and a kernel of 4 bits stays one in memory.
+Leaves of stacked layers have one more axis in front, as the kernel has; a scan over layers takes it
+away. Shapes below are of one layer, with `inputs` and `outputs` any number of axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfm.model import Array
+
+
+class Kernel:
+    """A kernel [*inputs, *outputs] that is not one array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __getitem__(self, index: Any) -> Kernel:
+        """The kernel itself: what `nnx.Param` reads by `[...]`."""
+        return self
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        """Returns [..., fan_out] of x [..., fan_in], axes of inputs and outputs flattened."""
+        raise NotImplementedError
+
+    def whole(self) -> Array:
+        """Returns the kernel as one array, or one array for each of stacked layers.
+
+        Raises:
+          ValueError: no array does what this kernel does.
+        """
+        raise NotImplementedError
+
+
+def times(kernel: Array | Kernel, x: Array, num_inputs: int) -> Array:
+    """Returns [..., fan_out] of x [..., fan_in] by a kernel [*inputs, *outputs] of either form."""
+    if isinstance(kernel, Kernel):
+        return kernel.times(x, num_inputs)
+    return flat_product(x, kernel, num_inputs)
+
+
+def whole(kernel: Array | Kernel) -> Array:
+    """Returns the kernel as one array."""
+    return kernel.whole() if isinstance(kernel, Kernel) else kernel
+
+
+def flat_product(x: Array, w: Array, num_inputs: int) -> Array:
+    """x [..., fan_in] by w [*inputs, *outputs], both flattened: [..., fan_out].
+
+    Contracting several axes at once would make XLA's CPU backend transpose the kernel.
+    """
+    if w.ndim != 2:
+        w = w.reshape(math.prod(w.shape[:num_inputs]), -1)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _kernel(cls: type) -> type:
+    """A frozen dataclass that is a pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field that is part of the tree's structure."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class _Around(Kernel):
+    """A kernel around another one, which has its shape and dtype."""
+
+    kernel: Array | Kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> Any:  # type: ignore[override]
+        return self.kernel.dtype
+
+
+@_kernel
+class LowRank(_Around):
+    """W + scale A B (Hu et al. 2021, section 4.1).
+
+    Attributes:
+      kernel: W, in any form.
+      a: [*inputs, rank].
+      b: [rank, *outputs].
+      key: of the dropout of x in front of A; None: nothing is dropped.
+      scale: s.
+      dropout: probability.
+    """
+
+    kernel: Array | Kernel
+    a: Array
+    b: Array
+    key: Array | None = None
+    scale: float = static(1.0)
+    dropout: float = static(0.0)
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        y = times(self.kernel, x, num_inputs)
+        return y + self.moved(x, num_inputs).astype(y.dtype)
+
+    def moved(self, x: Array, num_inputs: int) -> Array:
+        """s (x A) B: what the adapter adds."""
+        if self.key is not None and self.dropout:
+            kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
+        x = flat_product(x.astype(self.a.dtype), self.a, num_inputs)
+        return flat_product(x, self.b, 1) * self.scale
+
+    def whole(self) -> Array:
+        w = whole(self.kernel)
+        return (w.astype(self.a.dtype) + self.scale * product(self.a, self.b, w.ndim)).astype(
+            w.dtype
+        )
+
+
+@_kernel
+class Dora(_Around):
+    """m (W + s A B) / ‖W + s A B‖, with the norm over inputs (Liu et al. 2024, equations 5 and 11).
+
+    The gradient takes the norm as a constant (section 4.3).
+
+    Attributes:
+      low: W + s A B.
+      magnitude: m [*outputs].
+    """
+
+    low: LowRank
+    magnitude: Array
+
+    @property
+    def kernel(self) -> Array | Kernel:  # type: ignore[override]
+        return self.low
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        kept = dataclasses.replace(self.low, key=None).whole()
+        norm = jnp.sqrt(jnp.square(kept.astype(jnp.float32)).sum(range(num_inputs)))
+        share = self.magnitude / lax.stop_gradient(norm).astype(self.magnitude.dtype)
+        y = self.low.times(x, num_inputs)
+        return y * share.reshape(-1).astype(y.dtype)
+
+    def whole(self) -> Array:
+        w, m = self.low.whole(), self.magnitude
+        stacked = _is_stacked(self.low.a, self.low.b, w.ndim)
+        inputs = range(stacked, w.ndim - (m.ndim - stacked))
+        wide = w.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.square(wide).sum(inputs, keepdims=True))
+        return (wide / norm * jnp.expand_dims(m, inputs).astype(jnp.float32)).astype(w.dtype)
+
+
+@_kernel
+class Bottleneck(_Around):
+    """A small network beside a linear map: x W + f(x U + c) V (He et al. 2022, table 1: parallel).
+
+    Attributes:
+      kernel: W, in any form.
+      down: U [*inputs, size].
+      down_bias: c [size].
+      up: V [size, *outputs].
+    """
+
+    kernel: Array | Kernel
+    down: Array
+    down_bias: Array
+    up: Array
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        y = times(self.kernel, x, num_inputs)
+        inner = flat_product(x.astype(self.down.dtype), self.down, num_inputs)
+        inner = jax.nn.gelu(inner + self.down_bias.reshape((1,) * (x.ndim - 1) + (-1,)))
+        return y + flat_product(inner, self.up, 1).astype(y.dtype)
+
+    def whole(self) -> Array:
+        raise ValueError("A bottleneck adapter is not linear: it cannot be merged into a kernel.")
+
+
+def product(a: Array, b: Array, ndim: int) -> Array:
+    """A B [*inputs, *outputs], of a kernel with `ndim` axes; for each layer of stacked ones."""
+    multiply = lambda a, b: jnp.tensordot(a, b, 1)
+    return jax.vmap(multiply)(a, b) if _is_stacked(a, b, ndim) else multiply(a, b)
+
+
+def _is_stacked(a: Array, b: Array, ndim: int) -> bool:
+    """Whether a and b, and the kernel of `ndim` axes, have an axis of layers in front."""
+    return a.ndim + b.ndim - ndim == 3
