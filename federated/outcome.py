@@ -92,6 +92,7 @@ def add_round(
         "clients/absent": spent["absent"],
         "clients/steps": float(info.spent.steps.sum()),
     }
+    line |= {f"server/{name}": float(np.mean(x)) for name, x in info.server.items()}
     line |= {f"total/{name}": x for name, x in totals_by_name(after, placement).items()}
     return after, line
 
@@ -105,7 +106,12 @@ def warn(number: int, info: RoundInfo, names: Sequence[str]) -> None:
             f"Round {number}: {'the update' if one else 'the updates'} of {counted(who, names)} "
             f"{'was' if one else 'were'} not finite and left out."
         )
-    elif not info.counted.sum():
+    if (clipped := np.sum(info.server.get("secure_clipped", 0))) > 0:
+        _say(
+            f"Round {number}: {clipped:.0f} entries of uploads were beyond the limit of secure "
+            "sums and clipped; give a larger --secure.limit."
+        )
+    if not len(who) and not info.counted.sum():
         _say(f"Round {number}: none of the {info.selected.sum():.0f} clients drawn reported.")
 
 

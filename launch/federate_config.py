@@ -10,6 +10,7 @@ from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.registry import entries, find
 from jaxfm.launch.optimizers import OptimizerConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig
+from jaxfm.launch.wrapping import SecureConfig
 from jaxfm.options import config_of, with_options
 from jaxfm.run_folder import RUN_DIR_HELP
 
@@ -76,6 +77,7 @@ class _FederateConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     local: OptimizerConfig = OptimizerConfig()
+    secure: SecureConfig = SecureConfig()
 
     retired: ClassVar[dict[str, Any]] = {
         "cohort": "cohort_size",

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jaxfm.config import check, check_whole, option
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.federated.wrappers.quorum import with_quorum
+from jaxfm.federated.wrappers.secure import with_secure_sums
+
+_LIMIT, _THRESHOLD = 2.0**14, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SecureConfig:
+    """Secure sums: the server reads the sum of the uploads, and none of them."""
+
+    on: bool = option(False, "sum uploads as words modulo 2^32, to which clients can add masks")
+    limit: float = option(
+        _LIMIT,
+        "largest magnitude of what one client adds to a sum, such as examples times movement; "
+        "what is larger is clipped, and a smaller limit makes finer steps",
+    )
+    threshold: int = option(
+        _THRESHOLD, "fewest clients whose sum is read; a round of fewer is lost"
+    )
+
+    def __post_init__(self):
+        check(self)
+        check_whole(self, {"threshold": 1}, "secure.")
+        if not self.on and (self.limit, self.threshold) != (_LIMIT, _THRESHOLD):
+            raise ValueError("secure.limit and secure.threshold change nothing without --secure.")
 
 
 def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
@@ -19,7 +45,18 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
     """
     del num_clients
 
+    secure = config.secure
+    if secure.on and config.upload != "full":
+        raise ValueError(
+            f"upload={config.upload} cannot be combined with --secure: compressed uploads cannot "
+            "be added up before they are restored; leave out --upload."
+        )
+
     def wrap(algorithm: Algorithm) -> Algorithm:
+        if secure.on:  # around clipping, noise and other aggregations; downloads are not hidden
+            algorithm = with_secure_sums(
+                algorithm, config.cohort_size, limit=secure.limit, threshold=secure.threshold
+            )
         algorithm = named_compression(
             algorithm, upload=config.upload, download=config.download, top_share=config.top_k
         )

@@ -1,1 +1,1 @@
-"""Wrappers around any algorithm: compression of uploads and downloads."""
+"""Wrappers around any algorithm: compression of uploads and downloads, secure sums."""

@@ -47,6 +47,9 @@ FLAGS = {
         --deadline_s=nan --profile=pi | deadline_s=nan
         --deadline_s=1e-12 --profile=pi | deadline_s=1e-12
         --upload=9bit | upload='9bit'
+        --secure=maybe | secure
+        --secure --secure.threshold=0 | secure.threshold=0
+        --secure.limit=2 | change nothing without --secure
         --top_k=0.2 | top_k=0.2
         --upload=top_k --top_k=nan | top_k=nan
         --download=top_k | download='top_k'

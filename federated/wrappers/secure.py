@@ -1,0 +1,236 @@
+"""Secure sums, around any algorithm: the server learns what clients upload together, not apart.
+
+A client writes each number as a multiple of a step, in a word modulo 2^32; the words of all clients
+are added up modulo 2^32, and the server reads their sum back:
+
+    w_i = round(x_i / step) mod 2^32;    sum_i x_i ~ step * signed(sum_i w_i mod 2^32)
+
+with the smallest step at which the sum cannot wrap (`jaxfm.federated.wrappers.fixed_point` derives
+it and bounds the error). Masks that add up to zero modulo 2^32 change nothing of this, so that the
+compiled round leaves them out; `jaxfm.federated.secure` is the protocol with which real clients add
+them, and its sums are the same words bit for bit.
+
+The order of wrappers is: clip, then noise or encode, then mask, then aggregate. What is clipped or
+noised stands inside (`with_secure_sums(private(algorithm))`), where numbers are still readable.
+Sources: Bonawitz et al. 2017 (Practical secure aggregation), section 4; the reports of clients
+(`Info`: examples, losses) are figures of a run and stay readable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Profile,
+)
+from jaxfm.federated.wrappers.compression import Packed
+from jaxfm.federated.wrappers.fixed_point import FixedPoint, decode, encode, fixed_point
+from jaxfm.model import Array, Key, PyTree
+
+
+class SecureUpload(NamedTuple):
+    """What one client sends; all of it is added up modulo 2^32.
+
+    Attributes:
+      words: what the server would have received, with `Words` for leaves.
+      clipped: u32[], entries beyond the limit.
+      clients: u32[], one.
+    """
+
+    words: PyTree
+    clipped: Array
+    clients: Array
+
+
+class SecureMemory(NamedTuple):
+    """The algorithm's memory, and f32[] zero.
+
+    A client that has computed a NaN must not send it, and words cannot show it: it puts a NaN here,
+    and the engine leaves it out as any other client with a number that is not finite.
+    """
+
+    own: PyTree
+    fault: Array
+
+
+class SecureTotals(NamedTuple):
+    """The algorithm's totals; f32[], clipped entries and buckets that fell short."""
+
+    own: PyTree
+    clipped: Array
+    lost: Array
+
+
+class _Origin(NamedTuple):
+    """What of the server's state and public data a download holds unchanged.
+
+    Attributes:
+      tree: the structure of (server state, public data).
+      shapes: of its leaves.
+      places: for each leaf, its place among the leaves of the download; None: it is not there.
+    """
+
+    tree: Any
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    places: tuple[int | None, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """A download, and where its leaves come from."""
+
+    own: PyTree
+    origin: _Origin = dataclasses.field(metadata={"static": True})
+
+
+def with_secure_sums(
+    algorithm: Algorithm, cohort_size: int, *, limit: float = 2.0**14, threshold: int = 2
+) -> Algorithm:
+    """The algorithm whose uploads are summed as words modulo 2^32; its server sees only sums.
+
+    What the server makes of one upload (`Bucket.receive`), the client makes itself before it
+    encodes. Clients of one bucket are summed together. A bucket of which fewer than `threshold`
+    report is lost for the round, as if nobody in it had reported. Uploads are four bytes an entry,
+    and the figures of a round tell of `secure_clipped` entries and `secure_lost` buckets.
+
+    Args:
+      algorithm: one whose uploads are added up.
+      cohort_size: n, the most clients that report in one round.
+      limit: of one client's summands (weight * movement, say), in magnitude; larger ones are
+        clipped. The step grows with it, see the module.
+      threshold: the fewest clients of a bucket whose sum is read.
+    Raises:
+      ValueError: a setting out of range; an algorithm whose server needs more of uploads than
+        their sum. One that needs more of an upload to receive it raises when it is first traced.
+    """
+    if not 1 <= threshold <= cohort_size:
+        raise ValueError(
+            f"threshold={threshold} must be at least 1 and at most cohort_size={cohort_size}; "
+            "with more, no round would ever be read."
+        )
+    for number, bucket in enumerate(algorithm.buckets):
+        _check(bucket, number)
+    fixed = fixed_point(cohort_size, limit)
+    buckets = tuple(_secure(b, fixed, cohort_size, threshold) for b in algorithm.buckets)
+
+    def server(state, totals: SecureTotals, public, key: Key):
+        state, figures = algorithm.server(state, totals.own, public, key)
+        own = {"secure_clipped": totals.clipped, "secure_lost": totals.lost}
+        return state, figures | own
+
+    return algorithm._replace(buckets=buckets, server=server)
+
+
+def _secure(bucket: Bucket, fixed: FixedPoint, most: int, threshold: int) -> Bucket:
+    def send(server, public) -> _Sent:
+        return _Sent(bucket.send(server, public), _origin(bucket, server, public))
+
+    def init_client(download: _Sent, *rest) -> SecureMemory:
+        return SecureMemory(bucket.init_client(download.own, *rest), jnp.zeros(()))
+
+    def client(download: _Sent, memory: SecureMemory, data: ClientData, profile: Profile, key: Key):
+        upload, own, info = bucket.client(download.own, memory.own, data, profile, key)
+        received = _received(bucket, download, upload)
+        words, clipped = encode(fixed, received)
+        floats = [x for x in jax.tree.leaves(received) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        finite = jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+        fault = jnp.where(finite, 0.0, jnp.nan)
+        sent = SecureUpload(words, clipped, jnp.ones((), jnp.uint32))
+        return sent, SecureMemory(own, fault), info.measured(bytes_up=None)
+
+    def lift(server, sums: SecureUpload) -> SecureTotals:
+        enough = (sums.clients >= threshold) & (sums.clients <= most)
+        read = jax.tree.map(
+            lambda x: jnp.where(enough, x, jnp.zeros((), x.dtype)), decode(fixed, sums.words)
+        )
+        lost = (sums.clients > 0) & ~enough
+        return SecureTotals(
+            bucket.lift(server, read),
+            jnp.where(enough, sums.clipped.astype(jnp.float32), 0),
+            lost.astype(jnp.float32),
+        )
+
+    personal = bucket.personal
+    return bucket._replace(
+        send=send,
+        client=client,
+        init_client=init_client,
+        receive=Bucket._field_defaults["receive"],
+        lift=lift,
+        personal=personal and (lambda server, memory: personal(server, memory.own)),
+    )
+
+
+def _check(bucket: Bucket, number: int) -> None:
+    """Raises ValueError where the server does more with uploads than add them up."""
+    why = None
+    if bucket.combine is not None:
+        why = (
+            "sets uploads side by side (Bucket.combine), as a median or a vote does, and secure "
+            "sums hide all but their sum; use an aggregation that adds up"
+        )
+    elif bucket.travels is not None:
+        why = (
+            "sends another part of its upload from each client (Bucket.travels), and masks cover "
+            "all entries or none; use an algorithm whose clients all send the same entries"
+        )
+    if why is not None:
+        raise ValueError(f"Secure sums do not fit: bucket {number} of this algorithm {why}.")
+
+
+def _origin(bucket: Bucket, server: PyTree, public: PyTree) -> _Origin:
+    jaxpr = jax.make_jaxpr(bucket.send)(server, public).jaxpr
+    places = {id(x): place for place, x in enumerate(jaxpr.outvars)}
+    shapes, tree = jax.tree.flatten(jax.eval_shape(lambda *x: x, server, public))
+    return _Origin(tree, tuple(shapes), tuple(places.get(id(x)) for x in jaxpr.invars))
+
+
+def _received(bucket: Bucket, download: _Sent, upload: PyTree) -> PyTree:
+    """What the server would receive, as the client itself makes it, from what it downloaded."""
+    if any(isinstance(x, Packed) for x in jax.tree.leaves(upload, is_leaf=_is_packed)):
+        raise ValueError(
+            "Secure sums do not fit compressed uploads: codes of clients with steps or places of "
+            "their own cannot be added up before they are restored; leave uploads whole."
+        )
+    if bucket.receive is Bucket._field_defaults["receive"]:
+        return upload
+    origin, leaves = download.origin, jax.tree.leaves(download.own)
+    # A rounded download has other leaves; their places are the same.
+    known = [
+        jnp.zeros(shape.shape, shape.dtype) if place is None else leaves[place]
+        for place, shape in zip(origin.places, origin.shapes, strict=True)
+    ]
+    server, public = jax.tree.unflatten(origin.tree, known)
+    needed = _needed(jax.make_jaxpr(bucket.receive)(server, public, upload).jaxpr)
+    paths = jax.tree_util.tree_leaves_with_path((server, public))
+    for (path, _), place, is_needed in zip(paths, origin.places, needed):
+        if is_needed and place is None:
+            what = "the public data" if path[0].idx else "its state"
+            raise ValueError(
+                f"Secure sums do not fit: the server needs {what} "
+                f"({jax.tree_util.keystr(path[1:]) or 'all'}), which clients do not have, to read "
+                "each upload by itself (Bucket.receive), as where it predicts with every client's "
+                "model; use an algorithm that only adds uploads up."
+            )
+    return bucket.receive(server, public, upload)
+
+
+def _needed(jaxpr: Any) -> list[bool]:
+    """Which inputs of a jaxpr its outputs depend on."""
+    wanted = {id(x) for x in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(x) in wanted for x in equation.outvars):
+            wanted |= {id(x) for x in equation.invars}
+    return [id(x) in wanted for x in jaxpr.invars]
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
