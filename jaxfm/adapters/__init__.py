@@ -1,7 +1,7 @@
 """Adapters: models around a model, of which only a few parameters are trained."""
 
 from jaxfm.adapters.adapter import Adapter, adapter_of, attach, detach, merge
-from jaxfm.adapters.bottleneck import BottleneckConfig, bottleneck
+from jaxfm.adapters.houlsby import BottleneckConfig, bottleneck
 from jaxfm.adapters.low_rank import LowRankConfig, dora, lora, pairs
 from jaxfm.adapters.parts import PartsConfig, bitfit, head_only, only
 from jaxfm.adapters.targets import PRESETS, choose
