@@ -117,6 +117,7 @@ class Contender(NamedTuple):
 
 
 def load(config: Config) -> Work:
+    """Splits the training rows into public, validation and private ones."""
     data = mnist(config.data_dir) if config.data_dir else digits()
     rng = np.random.default_rng(0)
     train = data["train"].examples
@@ -240,6 +241,7 @@ def measure(
 
 
 def measured(config: Config) -> dict[str, Any]:
+    """Each contender at its best learning rate, and what the others were."""
     began = time.perf_counter()
     if config.quick:
         config = dataclasses.replace(config, num_rounds=min(config.num_rounds, 10), num_seeds=1)

@@ -88,6 +88,7 @@ def build(rate_mbit: int) -> None:
 
 
 def remove() -> None:
+    """Takes away the namespaces that an earlier run may have left."""
     for space in SPACES:
         subprocess.run(["ip", "netns", "del", space], capture_output=True)
         folder = pathlib.Path("/etc/netns") / space
@@ -105,6 +106,7 @@ def crossed(space: str, cable: str) -> int:
 
 
 def result_of(printed: str):
+    """The figures in what the last stage printed; RuntimeError where there are none."""
     lines = [line for line in printed.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"A process ended without a result:\n{printed[-3000:]}")
@@ -112,6 +114,7 @@ def result_of(printed: str):
 
 
 def measure(rate_mbit: int, sizes: list[str]) -> dict:
+    """Figures of one text over links of a rate, with what crossed them."""
     remove()
     build(rate_mbit)
     try:

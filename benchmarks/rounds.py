@@ -112,6 +112,7 @@ def load(config: Config) -> dict[str, np.ndarray]:
 
 
 def make_work(name: str, data: dict[str, np.ndarray], quick: bool) -> Work:
+    """The clients and the model of a comparison."""
     size = len(data["label"])
     if name == "cnn":
         num_clients, cohort_size = (20, 2) if quick else (100, 10)

@@ -94,6 +94,7 @@ def rows(data: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray
 
 
 def load(config: Config) -> Work:
+    """The trained network and its data; a narrow one, trained here, with --quick."""
     rng = np.random.default_rng(0)
     if config.quick:
         parts = {k: dict(v.examples) for k, v in digits().items()}

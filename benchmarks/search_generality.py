@@ -161,6 +161,7 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
 
 
 def draw_cut(net: Any, seed: int) -> tuple[np.ndarray, ...]:
+    """A random choice of what is kept of each group, at least a third."""
     rng, kept = np.random.default_rng(seed), []
     for group in net.groups:
         count = int(rng.integers(max(1, group.size // 3), group.size + 1))
@@ -170,6 +171,7 @@ def draw_cut(net: Any, seed: int) -> tuple[np.ndarray, ...]:
 
 
 def look(name: str, function: Callable, params: Any, inputs: Any, seed: int) -> dict[str, Any]:
+    """What a network's reading took, and how exact a random cut of it is."""
     began = time.perf_counter()
     net = network(function, params, inputs)
     traced = time.perf_counter() - began

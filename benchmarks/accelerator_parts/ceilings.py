@@ -79,6 +79,7 @@ def cases(setting: Setting) -> dict[str, Case]:
 
 
 def ratio(figures: dict[str, Figures]) -> float | None:
+    """Floating-point operations of a bfloat16 product in the time that copying a byte takes."""
     both = figures.get("products", {}), figures.get("copies", {})
     if not all(both):
         return None

@@ -129,6 +129,7 @@ def widths(clients: int, dry: bool) -> tuple[int, ...]:
 
 
 def measure(name: str, setting: Setting, note) -> Figures:
+    """A round's time by clients side by side, then ours and the loops in turn."""
     sides = Sides(name, setting)
     seconds: dict[int, float] = {}
     figures: Figures = {"clients": sides.work.cohort_size}
@@ -169,6 +170,7 @@ def cases(setting: Setting) -> dict[str, Case]:
 
 
 def ratio(figures: dict[str, Figures]) -> float | None:
+    """How many times as fast as the jitted loop a round of tiny clients is."""
     return figures.get("tiny", {}).get("vs_loop")
 
 

@@ -201,6 +201,7 @@ def width_case(who: Callable[[], Contender], rows: Callable[[], Rows], setting: 
 
 
 def _short_round(who: Contender, people: Population, width: int, setting: Setting) -> float:
+    """Seconds of the faster of two rounds that follow the one that compiles."""
     engine = engine_of(who, people, width)
     variables = who.start.init(jax.random.key(setting.seed))
     state = engine.init(variables, jax.random.key(setting.seed))

@@ -66,6 +66,7 @@ def cases(setting: Setting) -> dict[str, Case]:
 
 
 def ratio(figures: dict[str, Figures]) -> float | None:
+    """How many times fewer bytes a round FedKEMF sends than FedAvg."""
     return figures.get("rounds", {}).get("fed_kemf", {}).get("bytes_a_round_saving")
 
 

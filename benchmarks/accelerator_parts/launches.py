@@ -48,6 +48,7 @@ def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _called(text: str, *kinds: str) -> list[str]:
+    """The computations that an instruction's text names in attributes of some kinds."""
     return [
         part.strip().lstrip("%")
         for kind, names in _CALLED.findall(text)

@@ -43,6 +43,7 @@ def cases(setting: Setting) -> dict[str, Case]:
 
 
 def ratio(figures: dict[str, Figures]) -> float | None:
+    """How many times fewer bytes SPATL with personal heads needs than FedAvg."""
     return figures.get("rounds", {}).get("spatl_personal", {}).get("bytes_saving")
 
 

@@ -118,5 +118,6 @@ def _stands_alone(entry: Entry, setting: Setting) -> bool:
 
 
 def _low_tiers(setting: Setting) -> Any:
+    """Tiers of the narrow widths that `LOW_RATIOS` names."""
     sizes = axis_sizes(setting.variables, setting.model.axes)
     return make_tiers(sizes, setting.axes, LOW_RATIOS)
