@@ -85,6 +85,7 @@ def make_step(conv: Callable, pool: Callable) -> Callable:
 
 def scanned(step: Callable) -> Callable:
     """All batches one after another, in one compiled loop."""
+
     def run(weights, batches):
         return lax.scan(lambda w, batch: (step(w, *batch), None), weights, batches)[0]
 
