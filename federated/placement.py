@@ -101,10 +101,11 @@ def capped_epochs(placement: Placement, train: Federation, local: Local) -> str:
     early = wanted > allowed
     if not early.any():
         return ""
+    fewest, most = allowed[early].min(), wanted[early].max()
     return (
-        f"{early.sum()} of {len(wanted)} clients take fewer local steps a round ({allowed.min()} "
-        f"and more) than their epochs={local.epochs} would make (up to {wanted.max()}): max_steps "
-        "or the deadline ends them early."
+        f"Local epochs end early for {early.sum()} of {len(wanted)} clients, after {fewest} steps a "
+        f"round or more where epochs={local.epochs} would make up to {most}: max_steps or the "
+        "deadline ends them."
     )
 
 

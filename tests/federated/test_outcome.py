@@ -130,9 +130,14 @@ def test_epochs_that_end_early_are_mentioned():
     )
     assert capped_epochs(placed(1000), DATA.train, local) == ""
     wanted = 3 * -(-int(DATA.train.count.max()) // 16)
-    sentence = capped_epochs(placed(8), DATA.train, local)
-    assert sentence.startswith("4 of 4 clients take fewer local steps a round (8 and more)")
-    assert f"epochs=3 would make (up to {wanted})" in sentence
+    capped = placed(8)
+    sentence = capped_epochs(capped, DATA.train, local)
+    assert sentence.startswith("Local epochs end early for 4 of 4 clients, after 8 steps a round")
+    assert f"epochs=3 would make up to {wanted}:" in sentence
+    most = np.where(DATA.train.count == DATA.train.count.max(), wanted - 1, 10 * wanted)
+    most[DATA.train.count.argmin()] = 3 * -(-int(DATA.train.count.min()) // 16)  # just enough
+    one = capped._replace(profiles=capped.profiles._replace(max_steps=most))
+    assert f"for 1 of 4 clients, after {wanted - 1} steps" in capped_epochs(one, DATA.train, local)
 
 
 def test_words():
