@@ -103,8 +103,8 @@ def capped_epochs(placement: Placement, train: Federation, local: Local) -> str:
         return ""
     fewest, most = allowed[early].min(), wanted[early].max()
     return (
-        f"Local epochs end early for {early.sum()} of {len(wanted)} clients, after {fewest} steps a "
-        f"round or more where epochs={local.epochs} would make up to {most}: max_steps or the "
+        f"Local epochs end early for {early.sum()} of {len(wanted)} clients, after {fewest} steps "
+        f"a round or more where epochs={local.epochs} would make up to {most}: max_steps or the "
         "deadline ends them."
     )
 
