@@ -34,6 +34,7 @@ from jaxfm.federated.accounting.resources import (
 # The contract, and what authors of algorithms build on.
 from jaxfm.federated.algorithm import (
     Algorithm,
+    Aside,
     Bucket,
     ClientData,
     Exact,
@@ -102,6 +103,7 @@ from jaxfm.federated.wrappers.sparse import sparse
 __all__ = [
     "DEVICES",
     "Algorithm",
+    "Aside",
     "Bucket",
     "ClientCost",
     "ClientData",

@@ -123,6 +123,19 @@ class Known(NamedTuple):
     value: PyTree
 
 
+class Aside(NamedTuple):
+    """A part of a download that a client takes as far as it has missed earlier downloads.
+
+    It has no bytes of its own: clients report how many downloads they caught up on
+    (`Spent.caught_up`), each of which costs as much as one of this round.
+
+    Attributes:
+      value: what there is to catch up on.
+    """
+
+    value: PyTree
+
+
 class Exact(NamedTuple):
     """A part of an upload or download that no wrapper may round or leave out.
 
@@ -151,11 +164,14 @@ class Spent(NamedTuple):
         counts them by steps.
       bytes_up: f32[], bytes of the upload, where they depend on the data; None: the ledger counts
         them by shape.
+      caught_up: f32[], whole number of earlier downloads that it took as well, since it had missed
+        them (`Aside`); None: none.
     """
 
     steps: Array
     flops: Array | None = None
     bytes_up: Array | None = None
+    caught_up: Array | None = None
 
 
 class Info(NamedTuple):
@@ -250,6 +266,8 @@ class Bucket(NamedTuple):
         needs, where a mask in the upload leaves some out; None: all of it.
       sends_predictions: the upload holds predictions, in which small entries matter as much as
         large ones, and not movements, whose rest may be sent later.
+      changes_places: the entries of an upload stand for other parameters in every round, so that
+        what is left out of one cannot be sent with the next.
     """
 
     model: Model | None
@@ -263,6 +281,7 @@ class Bucket(NamedTuple):
     personal: Callable[[PyTree, PyTree], Variables] | None = None
     travels: Callable[[PyTree], PyTree] | None = None
     sends_predictions: bool = False
+    changes_places: bool = False
 
 
 def client_variables(bucket: Bucket, server: PyTree, memory: PyTree) -> Variables:

@@ -47,8 +47,7 @@ class RoundInfo(NamedTuple):
       selected: f32[R, buckets], clients drawn.
       counted: f32[R, buckets], clients whose update counted.
       non_finite: f32[R, buckets], clients whose update was left out.
-      spent: f32[R, buckets], the work of both; `flops` and `bytes_up` are 0 where a bucket leaves
-        them to the ledger.
+      spent: f32[R, buckets], the work of both; what a bucket leaves to the ledger is 0.
       examples, loss_total, loss_count: f32[R, buckets], sums over clients that counted.
       extra: f32[R] by name, the algorithm's own sums over clients.
       cohort: columns [R, cohort_size], a client each.
@@ -180,7 +179,7 @@ def joined(
     extra: dict[str, Array] = {}
     for own, report in zip(slots, reports, strict=True):
         if own is None or report is None:
-            columns.append((jnp.zeros((), jnp.float32),) * 9)
+            columns.append((jnp.zeros((), jnp.float32),) * 10)
             continue
         info, spent = report.info, report.info.spent
         status = Status.COUNTED * report.counted + Status.NON_FINITE * report.non_finite
@@ -193,7 +192,7 @@ def joined(
         optional = lambda x: jnp.zeros(()) if x is None else x
         columns.append(tuple(x.sum(dtype=jnp.float32) for x in (
             own.taken, report.counted, report.non_finite,
-            spent.steps, optional(spent.flops), optional(spent.bytes_up),
+            *map(optional, spent),
             info.examples, info.loss_total, info.loss_count,
         )))  # fmt: skip
         for name, value in (info.extra or {}).items():
@@ -203,10 +202,10 @@ def joined(
         selected=table[0],
         counted=table[1],
         non_finite=table[2],
-        spent=Spent(steps=table[3], flops=table[4], bytes_up=table[5]),
-        examples=table[6],
-        loss_total=table[7],
-        loss_count=table[8],
+        spent=Spent(*table[3:7]),
+        examples=table[7],
+        loss_total=table[8],
+        loss_count=table[9],
         extra=extra,
         cohort=cohort,
         server=figures,

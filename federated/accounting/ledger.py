@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.cost import count_flops, loop_bytes, loop_flops, num_bytes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Known, client_variables
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Aside,
+    Bucket,
+    ClientData,
+    Known,
+    client_variables,
+)
 from jaxfm.federated.cohort import RoundInfo, Status
 from jaxfm.federated.population import Population
 from jaxfm.model import PyTree, Variables, count_parameters
@@ -98,7 +105,7 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
     own = jax.eval_shape(lambda s, m: client_variables(bucket, s, m), server, memory)
     structure = (own.live, own.frozen, own.masks)
     a_step = loop_flops(bucket.client, *args)
-    is_part = lambda x: isinstance(x, Variables | Known)
+    is_part = lambda x: isinstance(x, Variables | Known | Aside)
     parts = jax.tree.leaves(download, is_leaf=is_part)
     sent = jax.tree.map(_travels, download, is_leaf=is_part)
     return ClientCost(
@@ -114,7 +121,7 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
 
 def _travels(part: Any) -> Any:
     """What of a part of a download goes over the wire in every round."""
-    if isinstance(part, Known):
+    if isinstance(part, Known | Aside):
         return ()
     # Masks are structure, known to both sides; frozen parameters are sent once.
     return (part.params, part.stats) if isinstance(part, Variables) else part
@@ -170,7 +177,7 @@ def _spent(costs: tuple[ClientCost, ...], info: RoundInfo) -> Work:
     flops = flops + reported * [cost.flops_per_round for cost in costs]
     sent = reported * [cost.bytes_up for cost in costs]
     return Work(
-        bytes_down=selected * [cost.bytes_down for cost in costs],
+        bytes_down=(selected + measured.caught_up) * [cost.bytes_down for cost in costs],
         flops=np.where(measured.flops > 0, measured.flops, flops),
         bytes_up=np.where(measured.bytes_up > 0, measured.bytes_up, sent),
     )
@@ -179,8 +186,9 @@ def _spent(costs: tuple[ClientCost, ...], info: RoundInfo) -> Work:
 def client_work(costs: tuple[ClientCost, ...], bucket: np.ndarray, info: RoundInfo) -> Work:
     """Deals what `round_costs` says of one round out to its clients.
 
-    Operations go by local steps, those of `flops_per_round` and uploads evenly; a client that fails
-    has downloaded in vain. The sums over clients are those of `round_costs`.
+    Operations go by local steps; those of `flops_per_round`, uploads and what was caught up on go
+    evenly; a client that fails has downloaded in vain. The sums over clients are those of
+    `round_costs`.
 
     Args:
       costs: by bucket.
@@ -204,6 +212,8 @@ def client_work(costs: tuple[ClientCost, ...], bucket: np.ndarray, info: RoundIn
         work.bytes_down[drawn[mine]] = cost.bytes_down
         worked = mine & (status != Status.ABSENT)
         if worked.any():
+            missed = spent.bytes_down[b] - mine.sum() * cost.bytes_down
+            work.bytes_down[drawn[worked]] += missed / worked.sum()
             each = 0 if measured[b] else cost.flops_per_round
             by_step = spent.flops[b] - each * worked.sum()
             share = steps[worked] / max(steps[worked].sum(), 1e-30)

@@ -75,12 +75,19 @@ def with_compression(
         alone. None: downloads stay the same.
       block: values of a download that share a step.
     Raises:
-      ValueError: other bits; block below 1; feedback for uploads of predictions.
+      ValueError: other bits; block below 1; feedback for uploads of predictions, or of another
+        part of the model in every round.
     """
     if method and method.feedback and any(bucket.sends_predictions for bucket in algorithm.buckets):
         raise ValueError(
             "This algorithm uploads predictions, whose small entries matter as much as the others; "
             "top_k, which sends them later, is for movements. Use quantised, or no method."
+        )
+    if method and method.feedback and any(bucket.changes_places for bucket in algorithm.buckets):
+        raise ValueError(
+            "This algorithm uploads another part of the model in every round; top_k and sparse, "
+            "which send what they leave out with the next upload, would add it to the wrong part. "
+            "Use quantised, or no method."
         )
     buckets = algorithm.buckets
     if method is not None:
