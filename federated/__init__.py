@@ -98,7 +98,7 @@ from jaxfm.federated.wrappers.compression import quantised, top_k, with_compress
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
 from jaxfm.federated.wrappers.quorum import with_quorum
 from jaxfm.federated.wrappers.secure import with_secure_sums
-from jaxfm.federated.wrappers.sparse import sparse
+from jaxfm.federated.wrappers.sparse_codes import sparse
 
 __all__ = [
     "DEVICES",

@@ -35,7 +35,7 @@ from jaxfm.federated.algorithm import (
     wire_bytes,
 )
 from jaxfm.federated.wrappers.methods import Method, quantised, top_k
-from jaxfm.federated.wrappers.sparse import sparse
+from jaxfm.federated.wrappers.sparse_codes import sparse
 from jaxfm.model import Array, Key, PyTree, Variables
 
 

@@ -11,7 +11,7 @@ from jaxfm.federated.accounting.ledger import client_costs
 from jaxfm.federated.algorithm import Info, Spent
 from jaxfm.federated.client import client_data
 from jaxfm.federated.wrappers.compression import with_compression
-from jaxfm.federated.wrappers.sparse import sparse
+from jaxfm.federated.wrappers.sparse_codes import sparse
 
 
 def expected(x: np.ndarray, fraction: float, chunk: int) -> np.ndarray:
