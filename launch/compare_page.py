@@ -25,8 +25,12 @@ def plus_minus(values: Sequence[float]) -> str:
     """Mean and, of several seeds, their standard deviation (ddof = 1)."""
     if not values:
         return "–"
-    mean = f"{np.mean(values):.4g}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.4g}"
+    spread = np.std(values, ddof=1)
+    spread = 0.0 if spread < 1e-9 * abs(mean) else spread  # the rounding of sums of equal figures
+    return f"{mean:.4g} ± {spread:.2g}"
 
 
 def best_cards(part: Mapping[str, Any], lower_is_better: bool) -> list[Card]:

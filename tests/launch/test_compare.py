@@ -256,6 +256,7 @@ def test_curves_are_means_over_seeds():
     }  # fmt: skip
     assert compare.plus_minus([1.0, 3.0]) == "2 ± 1.4"
     assert compare.plus_minus([1.0]) == "1"
+    assert compare.plus_minus([724.9, 724.9 + 1.2e-13, 724.9]) == "724.9 ± 0"
 
 
 def test_cards_name_who_comes_first():
