@@ -155,7 +155,7 @@ class Dora(_Around):
         norm = jnp.sqrt(jnp.square(kept.astype(jnp.float32)).sum(range(num_inputs)))
         share = self.magnitude / lax.stop_gradient(norm).astype(self.magnitude.dtype)
         y = self.low.times(x, num_inputs)
-        return y * share.reshape(-1).astype(y.dtype)
+        return y * _last(share, y.ndim).astype(y.dtype)
 
     def whole(self) -> Array:
         w, m = self.low.whole(), self.magnitude
@@ -185,11 +185,16 @@ class Bottleneck(_Around):
     def times(self, x: Array, num_inputs: int) -> Array:
         y = times(self.kernel, x, num_inputs)
         inner = flat_product(x.astype(self.down.dtype), self.down, num_inputs)
-        inner = jax.nn.gelu(inner + self.down_bias.reshape((1,) * (x.ndim - 1) + (-1,)))
+        inner = jax.nn.gelu(inner + _last(self.down_bias, inner.ndim))
         return y + flat_product(inner, self.up, 1).astype(y.dtype)
 
     def whole(self) -> Array:
         raise ValueError("A bottleneck adapter is not linear: it cannot be merged into a kernel.")
+
+
+def _last(x: Array, ndim: int) -> Array:
+    """x flattened along the last of `ndim` axes."""
+    return x.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def product(a: Array, b: Array, ndim: int) -> Array:

@@ -112,6 +112,8 @@ def _low_rank(
     model: Model, kind: str, rank: int, targets, alpha, dropout, rank_stabilized, ranks, trained
 ) -> Model:
     sites = choose(model, targets)
+    for site in sites:
+        _check_rank(site, rank_at(site, rank, dict(ranks)))
     alpha = float(rank if alpha is None else alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha}: give a finite number above 0.")
@@ -121,8 +123,6 @@ def _low_rank(
         if not any(matches(dotted(site.path), pattern) for site in sites):
             names = ", ".join(dotted(site.path) for site in sites)
             raise ValueError(f"ranks has {pattern!r}, which matches none of the targets {names}.")
-    for site in sites:
-        _check_rank(site, rank_at(site, rank, dict(ranks)))
     config = LowRankConfig(
         kind=kind, rank=rank, alpha=alpha, targets=tuple(dotted(site.path) for site in sites),
         ranks=dict(ranks), rank_stabilized=rank_stabilized, dropout=dropout,
