@@ -58,6 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfm.federated.accounting.privacy import Privacy
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 
 # Of the path of a leaf, ("classifier", "bias"): whether it stays with the clients.
@@ -268,6 +269,8 @@ class Bucket(NamedTuple):
         large ones, and not movements, whose rest may be sent later.
       changes_places: the entries of an upload stand for other parameters in every round, so that
         what is left out of one cannot be sent with the next.
+      privacy: uploads are clipped, and who adds noise to their sum, "server" or "clients"; nothing
+        may carry the rest of one over to a later round. None: nobody.
     """
 
     model: Model | None
@@ -282,6 +285,7 @@ class Bucket(NamedTuple):
     travels: Callable[[PyTree], PyTree] | None = None
     sends_predictions: bool = False
     changes_places: bool = False
+    privacy: str | None = None
 
 
 def client_variables(bucket: Bucket, server: PyTree, memory: PyTree) -> Variables:
@@ -313,6 +317,7 @@ class Algorithm(NamedTuple):
         nobody trains what lies outside the largest one that has clients.
       assignment: i32[C], the bucket of each client, where the algorithm itself has planned it;
         None: any client may be in any bucket.
+      privacy: what its rounds promise and cost (`with_privacy`); None: nothing.
     """
 
     init: Callable[[Variables], PyTree]
@@ -323,3 +328,4 @@ class Algorithm(NamedTuple):
     needs_public: bool = False
     is_nested: bool = False
     assignment: np.ndarray | None = None
+    privacy: Privacy | None = None

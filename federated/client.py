@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Info, Profile
-from jaxfm.federated.cohort import draw, round_keys
+from jaxfm.federated.cohort import cohorts_of, draw, round_keys
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import RunState, wide
 from jaxfm.model import Key, PyTree
@@ -160,13 +160,14 @@ def python_round(
       its upload or memory counts for nothing.
     """
     number, bucket_of = int(state.round), np.asarray(population.bucket)
-    drawn, reports = draw(state.key, number, len(bucket_of), cohort_size, drop_rate)
+    places, rate = cohorts_of(algorithm, len(bucket_of), cohort_size)
+    drawn, reports = draw(state.key, number, len(bucket_of), places, drop_rate, rate)
     memories, found, totals = dict(memories), [], None
     for b, bucket in enumerate(algorithm.buckets):
         if not (bucket_of == b).any():
             continue
         download, received = send(bucket, state.server, public), []
-        present = [int(i) for i in drawn if bucket_of[i] == b and reports[i]]
+        present = [int(i) for i in drawn if i >= 0 and bucket_of[i] == b and reports[i]]
         for client in present:
             data, profile = client_data(population, client)
             if not data.count:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxfm.federated.algorithm import Info, Spent
+from jaxfm.federated.algorithm import Algorithm, Info, Spent
 from jaxfm.model import Array, Key
 
 
@@ -26,7 +28,7 @@ class Cohort(NamedTuple):
     """The clients of a round, in the order drawn; leaves [cohort_size], or [R, cohort_size].
 
     Attributes:
-      client: i32, who.
+      client: i32, who; -1 in a place that Poisson sampling left empty.
       status: i32, a `Status`.
       steps: f32, local steps; also of those whose update was left out.
       examples, loss_total, loss_count: f32, as in `Info`; 0 where the update was left out.
@@ -116,8 +118,9 @@ def round_keys(key: Key, number: Array | int) -> Array:
 
 
 def draw(
-    key: Key, number: Array | int, num_clients: int, cohort_size: int, drop_rate: Array | float
-) -> tuple[Array, Array]:
+    key: Key, number: Array | int, num_clients: int, cohort_size: int, drop_rate: Array | float,
+    rate: float | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Draws the clients of a round without replacement, as a function of the run's key.
 
     Args:
@@ -125,13 +128,43 @@ def draw(
       number: i32[], of the round; the first is 0.
       num_clients, cohort_size: how many there are, and how many are drawn.
       drop_rate: probability with which a client fails to report.
+      rate: probability with which each is drawn by itself (Poisson sampling), for at most
+        `cohort_size` places, which go to a random part of more; None: all places are taken.
     Returns:
-      The clients drawn, i32[cohort_size], and bool[num_clients], who reports if drawn (and has
-      data).
+      The clients drawn, i32[cohort_size], -1 in empty places, and bool[num_clients], who reports
+      if drawn (and has data).
     """
     choose_key, report_key, _, _ = round_keys(key, number)
     reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
-    return lax.top_k(jax.random.bits(choose_key, (num_clients,)), cohort_size)[1], reports
+    order = jax.random.bits(choose_key, (num_clients,))
+    if rate is None:
+        return lax.top_k(order, cohort_size)[1], reports
+    chosen = jax.random.bernoulli(jax.random.fold_in(choose_key, 1), rate, (num_clients,))
+    drawn = lax.top_k(jnp.where(chosen, order, jnp.uint32(0)), cohort_size)[1]
+    return jnp.where(chosen[drawn], drawn, -1), reports
+
+
+def cohorts_of(
+    algorithm: Algorithm, num_clients: int, cohort_size: int
+) -> tuple[int, float | None]:
+    """How many places a cohort has, and the rate of Poisson sampling; as `draw` takes them.
+
+    Args:
+      algorithm: whose privacy, if it has any, says how cohorts are drawn.
+      num_clients: all that there are.
+      cohort_size: clients drawn a round.
+    Raises:
+      ValueError: the privacy accounts for other cohorts.
+    """
+    if algorithm.privacy is None:
+        return cohort_size, None
+    sampling = algorithm.privacy.sampling
+    if (num_clients, cohort_size) != (sampling.num_clients, sampling.cohort_size):
+        raise ValueError(
+            f"This run draws {cohort_size} of {num_clients} clients, but its privacy accounts for "
+            f"{sampling.cohort_size} of {sampling.num_clients}; give the same numbers to both."
+        )
+    return sampling.places, sampling.rate if sampling.kind == "poisson" else None
 
 
 def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, past: int) -> Slots:
@@ -141,14 +174,14 @@ def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, pas
     turn.
 
     Args:
-      drawn: i32[cohort_size].
+      drawn: i32[cohort_size]; -1: nobody.
       where: the tables of all clients.
       b: the number of the bucket.
       count: slots on all devices together.
       devices: along the mesh axis "clients".
       past: a row past the end of the bucket's memories.
     """
-    mine = where.bucket[drawn] == b
+    mine = (where.bucket[drawn] == b) & (drawn >= 0)
     if where.home is None:
         first = _fitted(jnp.argsort(~mine, stable=True), count)
         place = first.reshape(-1, devices)[:, :: (-1) ** b].T.reshape(-1)
@@ -162,6 +195,18 @@ def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, pas
     client = drawn[place]
     memory = jnp.where(taken, where.memory[client], past)
     return Slots(client, taken, place, where.row[client], memory)
+
+
+def count_slots(
+    cohort_size: int, ids: np.ndarray, devices: int, at_once: int | None, lives_at_home: bool
+) -> tuple[int, int]:
+    """(slots of a bucket on all devices, clients at once): whole groups on every device."""
+    if lives_at_home:  # all that are drawn may live on one device
+        per_device = max(1, min(cohort_size, len(ids) // devices))
+    else:
+        per_device = max(1, math.ceil(min(cohort_size, len(ids)) / devices))
+    at_once = per_device if at_once is None else min(at_once, per_device)
+    return math.ceil(per_device / at_once) * at_once * devices, at_once
 
 
 def _fitted(order: Array, count: int) -> Array:

@@ -8,7 +8,6 @@ data are arrays, so a new cohort never compiles anew.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ from jaxfm.federated.cohort import (
     RoundInfo,
     Slots,
     Whereabouts,
+    cohorts_of,
+    count_slots,
     deal,
     draw,
     joined,
@@ -92,6 +93,7 @@ class _Engine(NamedTuple):
     cohort_size: int
     num_rounds: int
     lives_at_home: bool
+    rate: float | None  # of Poisson sampling, for `cohort_size` places
 
 
 def compile_rounds(
@@ -107,8 +109,10 @@ def compile_rounds(
 ) -> Rounds:
     """Compiles `num_rounds` rounds of an algorithm into one function.
 
-    Each round draws `cohort_size` clients without replacement. A client that drops out, has no
-    data or comes back with a non-finite upload counts for nothing, and its memory stays as it was.
+    Each round draws `cohort_size` clients without replacement; where an algorithm is private by
+    Poisson sampling (`Sampling.kind`), each by itself, `cohort_size` on average. A client that
+    drops out, has no data or comes back with a non-finite upload counts for nothing, and its memory
+    stays as it was.
 
     Args:
       algorithm: what is run.
@@ -120,8 +124,9 @@ def compile_rounds(
       mesh: with an axis "clients"; None: all devices.
       clients_at_once: clients that one device runs side by side; None: chosen per backend.
     Raises:
-      ValueError: the cohort exceeds the population, arrays disagree on the number of clients, or a
-        bucket, a home, a row of a client or an example does not exist.
+      ValueError: the cohort exceeds the population, arrays disagree on the number of clients, a
+        bucket, a home, a row of a client or an example does not exist, or the cohorts are not those
+        that the algorithm's privacy accounts for.
     """
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
     at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
@@ -134,7 +139,8 @@ def compile_rounds(
         devices=mesh.shape["clients"],
     )
     check(population)
-    engine, where = _engine(algorithm, population, mesh, cohort_size, num_rounds, at_once)
+    cohort_size, rate = cohorts_of(algorithm, len(population.bucket), cohort_size)
+    engine, where = _engine(algorithm, population, mesh, cohort_size, num_rounds, at_once, rate)
     everywhere = NamedSharding(mesh, P())
     place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
     given = homes.settle(population, mesh)
@@ -168,11 +174,11 @@ def compile_rounds(
 
 def _engine(
     algorithm: Algorithm, population: Population, mesh: Mesh, cohort_size: int, num_rounds: int,
-    at_once: int | None,
+    at_once: int | None, rate: float | None,
 ) -> tuple[_Engine, Whereabouts]:  # fmt: skip
     devices, lives_at_home = mesh.shape["clients"], population.home is not None
     where, members = homes.find(population, len(algorithm.buckets), devices)
-    slots = tuple(_slots(cohort_size, ids, devices, at_once, lives_at_home) for ids in members)
+    slots = tuple(count_slots(cohort_size, ids, devices, at_once, lives_at_home) for ids in members)
     engine = _Engine(
         algorithm=algorithm,
         mesh=mesh,
@@ -182,6 +188,7 @@ def _engine(
         cohort_size=cohort_size,
         num_rounds=num_rounds,
         lives_at_home=lives_at_home,
+        rate=rate,
     )
     return engine, where
 
@@ -199,7 +206,7 @@ def _one_round(engine: _Engine, state: RunState, constants) -> tuple[RunState, R
     algorithm, devices = engine.algorithm, engine.mesh.shape["clients"]
     _, _, client_key, server_key = round_keys(state.key, state.round)
     drawn, reporting = draw(
-        state.key, state.round, engine.num_clients, engine.cohort_size, drop_rate
+        state.key, state.round, engine.num_clients, engine.cohort_size, drop_rate, engine.rate
     )
     totals, memories = None, list(state.memories)
     slots: list[Slots | None] = [None] * len(algorithm.buckets)
@@ -369,18 +376,6 @@ def wide(x: Array) -> Array:
     if x.dtype.itemsize >= 4:
         return x
     return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
-
-
-def _slots(
-    cohort_size: int, ids: np.ndarray, devices: int, at_once: int | None, lives_at_home: bool
-) -> tuple[int, int]:
-    """(slots of a bucket on all devices, clients at once): whole groups on every device."""
-    if lives_at_home:  # all that are drawn may live on one device
-        per_device = max(1, min(cohort_size, len(ids) // devices))
-    else:
-        per_device = max(1, math.ceil(min(cohort_size, len(ids)) / devices))
-    at_once = per_device if at_once is None else min(at_once, per_device)
-    return math.ceil(per_device / at_once) * at_once * devices, at_once
 
 
 def _check_options(mesh: Mesh, num_rounds: int, at_once: int | None) -> None:

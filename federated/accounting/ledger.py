@@ -162,6 +162,7 @@ def first_downloads(
       f64[buckets], those clients by bucket, for `round_costs`, and the new `served`.
     """
     drawn = np.unique(np.asarray(info.cohort.client))
+    drawn = drawn[drawn >= 0]
     new = drawn[~served[drawn]]
     now = served.copy()
     now[new] = True
@@ -208,7 +209,7 @@ def client_work(costs: tuple[ClientCost, ...], bucket: np.ndarray, info: RoundIn
     spent, work = _spent(costs, info), Work(*np.zeros((3, len(bucket))))
     measured = column(info.spent.flops) > 0
     for b, cost in enumerate(costs):
-        mine = bucket[drawn] == b
+        mine = (bucket[drawn] == b) & (drawn >= 0)
         work.bytes_down[drawn[mine]] = cost.bytes_down
         worked = mine & (status != Status.ABSENT)
         if worked.any():

@@ -75,8 +75,8 @@ def with_compression(
         alone. None: downloads stay the same.
       block: values of a download that share a step.
     Raises:
-      ValueError: other bits; block below 1; feedback for uploads of predictions, or of another
-        part of the model in every round.
+      ValueError: other bits; block below 1; feedback for uploads of predictions, of another part of
+        the model in every round, or of a private algorithm; rounding of noise that clients add.
     """
     if method and method.feedback and any(bucket.sends_predictions for bucket in algorithm.buckets):
         raise ValueError(
@@ -89,12 +89,27 @@ def with_compression(
             "which send what they leave out with the next upload, would add it to the wrong part. "
             "Use quantised, or no method."
         )
+    _check_privacy(algorithm, method)
     buckets = algorithm.buckets
     if method is not None:
         buckets = tuple(_compressed(b, method) for b in buckets)
     if down is not None:
         buckets = tuple(_narrow(b, quantised(down, block)) for b in buckets)
     return algorithm._replace(buckets=buckets)
+
+
+def _check_privacy(algorithm: Algorithm, method: Method | None) -> None:
+    for bucket in algorithm.buckets:
+        if method and bucket.privacy and method.feedback:
+            raise ValueError(
+                "top_k sends later what it left out of an upload, and so tells who was drawn "
+                "before; uploads of a private algorithm can be rounded (quantised), or stay."
+            )
+        if method and bucket.privacy == "clients":
+            raise ValueError(
+                "Rounding an upload after its client has added noise would change the noise of the "
+                "sum; leave noise to the server, or uploads as they are."
+            )
 
 
 def named_compression(
