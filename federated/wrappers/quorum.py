@@ -39,10 +39,15 @@ def with_quorum(algorithm: Algorithm, least: int) -> Algorithm:
       algorithm: any, with or without other wrappers.
       least: reports that a round needs, at least 1.
     Raises:
-      ValueError: least below 1.
+      ValueError: least below 1; a private algorithm.
     """
     if least < 1:
         raise ValueError(f"quorum={least}: a round needs at least 1 report; give a number from 1.")
+    if algorithm.privacy is not None:
+        raise ValueError(
+            f"quorum={least}: how many clients report depends on their data, so a private round "
+            "counts whoever reports; leave the quorum out."
+        )
 
     def server(state: PyTree, totals: Counted, public: PyTree, key: Key):
         new, figures = algorithm.server(state, totals.own, public, key)

@@ -32,6 +32,7 @@ from jaxfm.federated.registry import find
 from jaxfm.federated.registry import make as make_entry
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.private import Quantile, keeps_memories, with_privacy
+from jaxfm.federated.wrappers.quorum import with_quorum
 
 ALL = Sampling(6, 6)
 CLIP = 0.05
@@ -286,6 +287,7 @@ REFUSED = {
         lambda: with_compression(private(1.0, noise_of="clients"), quantised(8)),
         "would change the noise",
     ),
+    "quorum": (lambda: with_quorum(private(), 3), "depends on their data"),
     "clip": (lambda: private(clip=0.0), "clip=0.0 must be a norm above 0"),
     "noise": (lambda: private(noise_of="nobody"), "noise='nobody': it is of the 'server'"),
     "least": (lambda: private(least_reports=2), "least_reports=2 is for noise of the clients"),
