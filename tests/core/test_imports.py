@@ -28,6 +28,7 @@ INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
         ("algorithm", "cohort", "local", "population", "rounds"), ()
     ),
     "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
+    "federated.secure": ((), ()),
     "federated.wrappers": (("algorithm",), ("federated.accounting", "federated.parts")),
     "federated.algorithms": (
         ("algorithm", "averaging", "local", "partition", "registry", "slices"),

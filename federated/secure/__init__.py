@@ -1,0 +1,1 @@
+"""Secure aggregation: a server learns the sum of its clients' words, and none of them."""
