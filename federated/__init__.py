@@ -97,6 +97,7 @@ from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
 from jaxfm.federated.wrappers.quorum import with_quorum
+from jaxfm.federated.wrappers.robust import with_robust
 from jaxfm.federated.wrappers.secure import with_secure_sums
 from jaxfm.federated.wrappers.sparse_codes import sparse
 
@@ -196,6 +197,7 @@ __all__ = [
     "with_compression",
     "with_masters",
     "with_quorum",
+    "with_robust",
     "with_secure_sums",
     "worst_decile",
 ]

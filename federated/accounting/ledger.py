@@ -6,6 +6,7 @@ costs are those times who took part, as the round itself reports.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,8 @@ def client_costs(
     Args:
       variables: arrays or shapes of the full model.
       public: as given to `compile_rounds`.
+    Raises:
+      ValueError: what the aggregation of a bucket (`Bucket.combine`) refuses of its uploads.
     """
     server = jax.eval_shape(algorithm.init, variables)
     return tuple(_cost(bucket, population, server, public) for bucket in algorithm.buckets)
@@ -102,6 +105,8 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
     args = client_shapes(bucket, population, server, public)
     download, memory = args[:2]
     upload, _, _ = jax.eval_shape(bucket.client, *args)
+    if bucket.combine is not None:
+        jax.eval_shape(functools.partial(_combined, bucket), server, public, upload)
     own = jax.eval_shape(lambda s, m: client_variables(bucket, s, m), server, memory)
     structure = (own.live, own.frozen, own.masks)
     a_step = loop_flops(bucket.client, *args)
@@ -117,6 +122,13 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
         flops_per_round=count_flops(bucket.client, *args) - a_step,
         bytes_once=num_bytes([part.frozen for part in parts if isinstance(part, Variables)]),
     )
+
+
+def _combined(bucket: Bucket, server: PyTree, public: PyTree, upload: PyTree) -> PyTree:
+    """What a bucket with a `combine` makes of one upload."""
+    assert bucket.combine is not None
+    received = jax.tree.map(lambda x: x[None], bucket.receive(server, public, upload))
+    return bucket.combine(server, received, jnp.ones(1, bool))
 
 
 def _travels(part: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Wrappers around any algorithm: compression of uploads and downloads, secure sums."""
+"""Wrappers around any algorithm: compression, quorums, secure sums, robust rules."""
