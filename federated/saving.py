@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxfm import hub
+from jaxfm.adapters import merge
 from jaxfm.data.dealing import Data
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.run import TrainedRun
@@ -45,11 +46,14 @@ def save_model(
 ) -> None:
     """Writes the trained model, its tokenizer and its classes' names as `jaxfm.hub.save` does.
 
-    Of several processes the first one writes. `jaxfm.hub.load_for(data, folder)` starts from it.
+    An adapter is merged into the model. Of several processes the first one writes.
+    `jaxfm.hub.load_for(data, folder)` starts from it.
 
     Raises:
       TypeError, ValueError: as of `trained_model` and `jaxfm.hub.save`.
     """
     model, variables = trained_model(algorithm, result)
+    if model.adapter is not None:
+        model, variables = merge(model, variables)
     if jax.process_index() == 0:
         hub.save(model, variables, folder, data.tokenizer, classes=data.classes)

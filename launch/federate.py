@@ -41,6 +41,7 @@ from jaxfm.federated.outcome import NothingLearned
 from jaxfm.federated.placement import capped_epochs, describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
+from jaxfm.launch.adapters import adapted
 from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.optimizers import make_optimizer
@@ -59,7 +60,7 @@ _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same
 def ready(config: Any) -> tuple[Data, Model, Prepared]:
     """The data, the full model, and the run before its first round."""
     data = _load(config.data, config.seed, config.model)
-    model = make_model(config.model, data)
+    model = adapted(config.adapter, make_model(config.model, data), data)
     prepared = prepare(
         config.algorithm,
         model,
@@ -107,7 +108,8 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         mesh=make_mesh(clients=len(jax.devices())),
         clients_at_once=config.clients_at_once or None,
     )
-    full = jax.eval_shape(model.init, jax.random.key(0))
+    root = model if model.adapter is None else model.adapter.root  # what it would be without
+    full = jax.eval_shape(root.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
     part["full_model"]["parameters"] = count_parameters(full.params)

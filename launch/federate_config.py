@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from jaxfm.config import check, check_whole, option
 from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.registry import entries, find
+from jaxfm.launch.adapters import AdapterConfig
 from jaxfm.launch.optimizers import OptimizerConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig
 from jaxfm.launch.wrapping import SecureConfig
@@ -76,6 +77,7 @@ class _FederateConfig:
     seed: int = option(0, "of data, parameters and rounds")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     local: OptimizerConfig = OptimizerConfig()
     secure: SecureConfig = SecureConfig()
 
