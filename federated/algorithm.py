@@ -267,6 +267,7 @@ class Bucket(NamedTuple):
         needs, where a mask in the upload leaves some out; None: all of it.
       sends_predictions: the upload holds predictions, in which small entries matter as much as
         large ones, and not movements, whose rest may be sent later.
+      most_caught_up: of `Spent.caught_up` of one client in one round.
       changes_places: the entries of an upload stand for other parameters in every round, so that
         what is left out of one cannot be sent with the next.
       privacy: uploads are clipped, and who adds noise to their sum, "server" or "clients"; nothing
@@ -284,6 +285,7 @@ class Bucket(NamedTuple):
     personal: Callable[[PyTree, PyTree], Variables] | None = None
     travels: Callable[[PyTree], PyTree] | None = None
     sends_predictions: bool = False
+    most_caught_up: int = 0
     changes_places: bool = False
     privacy: str | None = None
 

@@ -125,10 +125,9 @@ def say_line(number: int, num_rounds: int, line: Mapping[str, float]) -> None:
         return
     shown = [name for name in line if re.fullmatch(r"(train|validation|personal)/[^/]+", name)]
     figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown)
-    _say(
-        f"Round {number} of {num_rounds}: {line['clients/reported']:.0f} clients reported"
-        f"{', ' * bool(figures)}{figures}."
-    )
+    reported = line.get("clients/reported")
+    who = "trained on public rows" if reported is None else f"{reported:.0f} clients reported"
+    _say(f"Round {number} of {num_rounds}: {who}{', ' * bool(figures)}{figures}.")
 
 
 def check_progress(

@@ -12,10 +12,8 @@ split is looked at once, at the end.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,32 +21,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.dealing import Data, subsample
-from jaxfm.federated.accounting.metrics import client_metrics, global_metrics, three_metrics
+from jaxfm.federated.accounting.budget import ByteBudget
+from jaxfm.federated.accounting.metrics import client_metrics
 from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.measuring import EVAL_BATCH, final_metrics, trained_bucket, validation
 from jaxfm.federated.outcome import (
     Account,
     add_round,
-    check_progress,
-    check_reports,
     counted,
     left_out,
     no_account,
     numbers,
-    say_line,
     totals_by_name,
     untrained_rest,
     warn,
 )
 from jaxfm.federated.placement import Placement, place
+from jaxfm.federated.playing import Played, Script, play
 from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
-from jaxfm.log import RunLog, progress
 from jaxfm.model import Variables, count_parameters
-
-_EVAL_BATCH = 32
 
 
 class TrainedRun(NamedTuple):
@@ -66,6 +60,7 @@ class TrainedRun(NamedTuple):
         models of their own, the means of these on their own test sets.
       clients: f64[C] by metric, of each client's model on its own test set.
       failures: i64[C], updates of each client that were not finite and were left out.
+      ended: a sentence where the byte budget ended the run before its last round; else empty.
       scored: the bucket whose model stands for the global one in `test`, the largest that anybody
         trains; None: the global model itself.
     """
@@ -79,6 +74,7 @@ class TrainedRun(NamedTuple):
     clients: dict[str, np.ndarray]
     failures: np.ndarray
     scored: int | None = None
+    ended: str = ""
 
 
 def train(
@@ -91,6 +87,7 @@ def train(
     placement: Placement | None = None,
     seed: int = 0,
     drop_rate: float = 0.0,
+    byte_budget: int | None = None,
     eval_every: int = 5,
     eval_examples: int = 512,
     test_examples: int = 0,
@@ -107,41 +104,112 @@ def train(
       variables: that the run starts from; None: `algorithm.model.init`.
       placement: who trains what (`place`); None: clients without limits take turns.
       seed: of parameters and rounds.
+      byte_budget: bytes of all uploads and downloads together, which no round exceeds: before one
+        that may, the run ends. None: all rounds are run.
       eval_every: rounds between evaluations and checkpoints.
       eval_examples, test_examples: validation rows looked at while training, and test rows looked
         at in the end; 0: all.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
     Raises:
-      ValueError: settings out of range, or no variables where the algorithm has no global model.
+      ValueError: settings out of range, a byte budget that is too small for the first round, or no
+        variables where the algorithm has no global model.
       NothingLearned: no update of a whole stretch between two evaluations was finite, the global
         model is not finite, or nobody reported in the whole run.
     """
     _check(num_rounds, eval_every)
+    setup = set_up(
+        algorithm, data, cohort_size=cohort_size, variables=variables, placement=placement,
+        seed=seed, drop_rate=drop_rate, byte_budget=byte_budget, eval_examples=eval_examples,
+        mesh=mesh, clients_at_once=clients_at_once,
+    )  # fmt: skip
+    script = Script(
+        advance=lambda number, state, account: one_round(setup, number, state, account),
+        watch=setup.watch,
+        server=lambda state: state.server,
+        ends=functools.partial(budget_ends, setup.budget),
+    )
+    played = play(
+        script, setup.state, no_account(len(data.names)), length=num_rounds, eval_every=eval_every,
+        names=data.names, run_dir=run_dir,
+    )  # fmt: skip
+    return finished(setup, played, played.state, test_examples)
+
+
+class Setup(NamedTuple):
+    """What stands before the first step of a run.
+
+    Attributes:
+      algorithm, data, placement, budget: of the run.
+      engine: one round a call.
+      state: of the engine.
+      measure: of `client_metrics`.
+      watch: `(state) -> figures`, of an evaluation on validation rows.
+      full: parameters of the global model.
+    """
+
+    algorithm: Algorithm
+    data: Data
+    placement: Placement
+    budget: ByteBudget | None
+    engine: Rounds
+    state: RunState
+    measure: Callable
+    watch: Callable[[RunState], dict[str, float]]
+    full: int
+
+
+def set_up(
+    algorithm: Algorithm | Prepared,
+    data: Data,
+    *,
+    cohort_size: int,
+    variables: Variables | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+    drop_rate: float = 0.0,
+    byte_budget: int | None = None,
+    eval_examples: int = 512,
+    mesh: Mesh | None = None,
+    clients_at_once: int | None = None,
+) -> Setup:
+    """Compiles the rounds of a run and its evaluations; arguments as of `train`."""
     algorithm, variables, placement = _resolved(algorithm, data, variables, placement, seed)
     population = Population(data.train, placement.profiles, placement.bucket, data.local_validation)
     engine = compile_rounds(
         algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
         mesh=mesh, clients_at_once=clients_at_once,
     )  # fmt: skip
-    measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=_EVAL_BATCH)
-    state = engine.init(variables, jax.random.key(seed + 1))
-    account = no_account(len(data.train.count))
+    measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=EVAL_BATCH)
     watch = functools.partial(
         validation, algorithm, data=data, examples=subsample(data.validation, eval_examples),
         measure=measure, bucket_of=placement.bucket,
     )  # fmt: skip
-    state, account, history = _play(
-        engine, state, account, placement, data, num_rounds, eval_every, watch, run_dir
-    )
+    budget = None
+    if byte_budget is not None:
+        budget = ByteBudget(
+            byte_budget, placement.costs, placement.bucket, np.asarray(data.train.count),
+            cohort_size, drop_rate,
+        )  # fmt: skip
+    return Setup(
+        algorithm=algorithm, data=data, placement=placement, budget=budget, engine=engine,
+        state=engine.init(variables, jax.random.key(seed + 1)), measure=measure,
+        watch=lambda state: watch(state=state), full=count_parameters(variables.params),
+    )  # fmt: skip
+
+
+def finished(setup: Setup, played: Played, state: RunState, test_examples: int) -> TrainedRun:
+    """Measures a played run on the test sets, and says what is missing."""
+    algorithm, data, placement = setup.algorithm, setup.data, setup.placement
     test, buckets, clients = final_metrics(
-        algorithm, state, data, placement.bucket, measure, test_examples
+        algorithm, state, data, placement.bucket, setup.measure, test_examples
     )
     result = TrainedRun(
-        state=state, placement=placement, totals=totals_by_name(account, placement),
-        history=history, test=test, buckets=buckets, clients=clients, failures=account.failures,
-        scored=trained_bucket(algorithm, placement.bucket),
+        state=state, placement=placement, totals=totals_by_name(played.account, placement),
+        history=played.history, test=test, buckets=buckets, clients=clients,
+        failures=played.account.failures,
+        scored=trained_bucket(algorithm, placement.bucket), ended=played.ended,
     )  # fmt: skip
-    _say_what_is_missing(result, data, count_parameters(variables.params))
+    _say_what_is_missing(result, data, setup.full)
     return result
 
 
@@ -166,129 +234,36 @@ def _resolved(
     return algorithm, variables, placement
 
 
+def one_round(
+    setup: Setup, number: int, state: RunState, account: Account
+) -> tuple[RunState, Account, dict[str, float]]:
+    """A `Script.advance`: one round of the engine, counted; with a warning where updates failed."""
+    state, info = setup.engine.run(state)
+    info = jax.device_get(info)
+    account, line = add_round(account, setup.placement, info)
+    warn(number, info, setup.data.names)
+    return state, account, line
+
+
+def budget_ends(budget: ByteBudget | None, state: RunState, account: Account) -> str:
+    """A `Script.ends`: why the next round cannot be run; empty where it can."""
+    if budget is None:
+        return ""
+    taken = account.total("bytes_down") + account.total("bytes_up")
+    return budget.ends(state.key, state.round, account.served, taken)
+
+
 def _say_what_is_missing(result: TrainedRun, data: Data, full: int) -> None:
     """Prints what of the model nobody trained, and which clients were left out or diverged."""
     scored, costs = result.scored, result.placement.costs
     sentences = (
+        result.ended,
         untrained_rest(full if scored is None else costs[scored].parameters, full),
         left_out(result.totals, result.failures, data.names),
         _diverged(result.clients, data.names),
     )
     for sentence in filter(None, sentences):
         print(sentence)
-
-
-def _play(
-    engine: Rounds, state: RunState, account: Account, placement: Placement, data: Data,
-    num_rounds: int, eval_every: int, watch: Callable[..., dict[str, float]],
-    run_dir: str | os.PathLike[str] | None,
-) -> tuple[RunState, Account, list[dict[str, float]]]:  # fmt: skip
-    """The rounds that are left, with their log and checkpoints.
-
-    Args:
-      watch: `(state=...) -> figures`, of an evaluation.
-    """
-    done, history = 0, []
-    with contextlib.ExitStack() as stack:
-        checkpoints = log = None
-        if run_dir is not None:
-            folder = pathlib.Path(run_dir)
-            checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
-            if checkpoints.latest_step() is not None:
-                done, (state, account) = checkpoints.restore(like=(state, account))
-                if done > num_rounds:
-                    raise ValueError(
-                        f"num_rounds={num_rounds}: the run in {folder} has {done} rounds behind it;"
-                        " give at least as many, or another folder."
-                    )
-                print(f"Going on after round {done}, from {checkpoints.folder}.")
-            log = stack.enter_context(RunLog(folder, resume_step=done or None))
-        if log is not None and not done:
-            log.write(0, watch(state=state))
-        evaluated = account
-        for number in progress(range(done + 1, num_rounds + 1), "rounds"):
-            state, info = engine.run(state)
-            info = jax.device_get(info)
-            account, line = add_round(account, placement, info)
-            warn(number, info, data.names)
-            is_due = number % eval_every == 0 or number == num_rounds
-            line |= watch(state=state) if is_due else {}
-            history.append({"round": float(number)} | line)
-            if log is not None:
-                log.write(number, line)
-            if not is_due:
-                continue
-            say_line(number, num_rounds, line)
-            check_progress(number, evaluated, account, state.server.variables, data.names)
-            evaluated = account
-            if checkpoints is not None:
-                checkpoints.save(number, (state, account))
-    check_reports(account)
-    return state, account, history
-
-
-def trained_bucket(algorithm: Algorithm, bucket_of: np.ndarray) -> int | None:
-    """The bucket whose model stands for the global one; None: the global model itself.
-
-    Where buckets hold nested slices (`Algorithm.is_nested`), what lies outside the largest one that
-    has clients is never trained, and the full model would be scored as it was drawn.
-    """
-    return int(np.min(bucket_of)) if algorithm.is_nested else None
-
-
-def validation(
-    algorithm: Algorithm,
-    state: RunState,
-    data: Data,
-    examples: Mapping,
-    measure: Callable,
-    bucket_of: np.ndarray,
-) -> dict[str, float]:
-    """Metrics of the shared models on validation rows, and of clients' own on theirs.
-
-    Args:
-      examples: validation rows of the server.
-      bucket_of: i32[C], who trains what.
-      measure: of `client_metrics`.
-    """
-    line: dict[str, float] = {}
-    buckets: list[int | None] = [
-        b for b, bucket in enumerate(algorithm.buckets) if bucket.personal is None
-    ]
-    first = trained_bucket(algorithm, bucket_of) or 0
-    for b in buckets or ([None] if algorithm.model else []):
-        if b is not None and b < first:
-            continue  # nobody trains it
-        prefix = f"validation/bucket{b}" if b and b != first else "validation"
-        metrics = _on_server(algorithm, state, data, examples, b)
-        line |= {f"{prefix}/{name}": value for name, value in metrics.items()}
-    if data.local_validation is not None:
-        own = three_metrics(measure(state, data.local_validation), {}, data.task.higher_is_better)
-        line |= {name: value for name, value in own.items() if name.startswith("personal/")}
-    return line
-
-
-def final_metrics(
-    algorithm: Algorithm,
-    state: RunState,
-    data: Data,
-    bucket_of: np.ndarray,
-    measure: Callable,
-    test_examples: int = 0,
-) -> tuple[dict[str, float], list[dict[str, float]], dict[str, np.ndarray]]:
-    """The three metrics on the test sets, those of each bucket, and those of each client."""
-    test = subsample(data.test, test_examples)
-    own = measure(state, data.local_test)
-
-    def of_bucket(b: int) -> dict[str, float]:
-        if algorithm.buckets[b].personal is None:
-            return _on_server(algorithm, state, data, test, b)
-        return {name: _mean(values[bucket_of == b]) for name, values in own.items()}
-
-    buckets = [of_bucket(b) for b in range(len(algorithm.buckets))]
-    first = trained_bucket(algorithm, bucket_of)
-    overall = _on_server(algorithm, state, data, test, first) if algorithm.model else {}
-    return three_metrics(own, overall, data.task.higher_is_better), buckets, own
 
 
 def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...] = ()) -> dict:
@@ -311,6 +286,7 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
         "higher_is_better": {name: data.task.higher_is_better(name) for name in result.clients},
         "totals": totals,
         "scored": result.scored,
+        "ended": result.ended,
         "left_out": left_out(totals, result.failures, data.names),
         "diverged": _diverged(result.clients, data.names),
         "full_model": {
@@ -329,14 +305,6 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
             for i, name in enumerate(data.names)
         ],
     }
-
-
-def _on_server(
-    algorithm: Algorithm, state: RunState, data: Data, examples: Mapping, bucket: int | None
-) -> dict[str, float]:
-    return global_metrics(
-        algorithm, state, data.task, examples, batch_size=_EVAL_BATCH, bucket=bucket
-    )
 
 
 def _diverged(clients: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
@@ -358,8 +326,3 @@ def _check(num_rounds: int, eval_every: int) -> None:
     for name, value in (("num_rounds", num_rounds), ("eval_every", eval_every)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-
-
-def _mean(values: np.ndarray) -> float:
-    some = values[~np.isnan(values)]
-    return float(some.mean()) if some.size else float("nan")

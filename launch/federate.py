@@ -101,6 +101,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         cohort_size=config.cohort_size,
         seed=config.seed,
         drop_rate=config.drop_rate,
+        byte_budget=config.byte_budget or None,
         eval_every=config.eval_every,
         eval_examples=config.eval_examples,
         test_examples=config.test_examples,

@@ -18,7 +18,7 @@ from jaxfm.run_folder import RUN_DIR_HELP
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
     "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
-    "seed": 0, "quorum": 0,
+    "seed": 0, "quorum": 0, "byte_budget": 0,
 }  # fmt: skip
 
 
@@ -70,6 +70,11 @@ class _FederateConfig:
     )
     download: Literal["full", "8bit", "4bit"] = option("full", "how downloads travel")
     quorum: int = option(0, "reports that a round needs to count; 0: any number")
+    byte_budget: int = option(
+        0,
+        "bytes of all uploads and downloads together, which the run never exceeds: it ends before "
+        "a round that may; 0: no budget",
+    )
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")

@@ -38,6 +38,7 @@ class ClientCost(NamedTuple):
       flops_per_step: of one local step.
       flops_per_round: beside them, once a round: a search, predictions on public data.
       bytes_once: of frozen parameters, which only a client's first download holds.
+      most_caught_up: earlier downloads that it may take as well in one round, having missed them.
     """
 
     bytes_down: int
@@ -47,6 +48,7 @@ class ClientCost(NamedTuple):
     flops_per_step: int
     flops_per_round: int = 0
     bytes_once: int = 0
+    most_caught_up: int = 0
 
 
 class Work(NamedTuple):
@@ -121,6 +123,7 @@ def _cost(bucket: Bucket, population: Population, server: PyTree, public: PyTree
         flops_per_step=a_step,
         flops_per_round=count_flops(bucket.client, *args) - a_step,
         bytes_once=num_bytes([part.frozen for part in parts if isinstance(part, Variables)]),
+        most_caught_up=bucket.most_caught_up,
     )
 
 

@@ -183,7 +183,9 @@ def streaming_diloco(
         came = anybody(totals.den)
         return jax.tree.map(lambda a, b: jnp.where(came, a, b), new, state), {}
 
-    bucket = Bucket(model, send, client, init_client, changes_places=True)
+    bucket = Bucket(
+        model, send, client, init_client, most_caught_up=fragments - 1, changes_places=True
+    )
     return Algorithm(init, (bucket,), server, model)
 
 

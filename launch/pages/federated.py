@@ -79,7 +79,7 @@ def _sentences(part: Mapping) -> str:
     if part.get("scored") is not None and part["full_model"].get("parameters"):
         own = part["tiers"][part["scored"]]["parameters"]
         said.append(untrained_rest(own, part["full_model"]["parameters"]))
-    said += [part.get("left_out", ""), part.get("diverged", "")]
+    said += [part.get("ended", ""), part.get("left_out", ""), part.get("diverged", "")]
     return " ".join(filter(None, said))
 
 

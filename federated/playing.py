@@ -1,0 +1,125 @@
+"""A run as a sequence of steps with evaluations, a log, checkpoints and an end.
+
+What one step is (a round, a stretch of central training) the run's script says; here is what all
+runs share: they go on where they were stopped, are looked at now and then, and stop where nothing
+is learned or what they may spend is spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxfm.checkpoint import Checkpointer
+from jaxfm.federated.outcome import Account, check_progress, check_reports, say_line
+from jaxfm.log import RunLog, progress
+from jaxfm.model import PyTree
+
+Line = dict[str, float]  # figures of the log by name
+
+
+class Script(NamedTuple):
+    """What a run does.
+
+    Attributes:
+      advance: `(number, state, account) -> (state, account, line)`, step `number` from 1 on.
+      watch: `(state) -> line`, of an evaluation.
+      server: `(state) -> server_state`, whose `variables` are the global model.
+      ends: `(state, account) -> sentence`, why the next step cannot be taken; empty where it can.
+      check: `(number, state) -> None`, of a state that was restored after `number` steps; raises
+        ValueError where it is not that of this script.
+    """
+
+    advance: Callable[[int, PyTree, Account], tuple[PyTree, Account, Line]]
+    watch: Callable[[PyTree], Line]
+    server: Callable[[PyTree], Any]
+    ends: Callable[[PyTree, Account], str] = lambda state, account: ""
+    check: Callable[[int, PyTree], None] = lambda number, state: None
+
+
+class Played(NamedTuple):
+    """A run after its last step.
+
+    Attributes:
+      state, account: as the script left them.
+      history: a line for each step of this call, with its number as "round".
+      ended: why the run ended before its last step; empty where it did not.
+    """
+
+    state: PyTree
+    account: Account
+    history: list[Line]
+    ended: str
+
+
+def play(
+    script: Script,
+    state: PyTree,
+    account: Account,
+    *,
+    length: int,
+    eval_every: int,
+    names: Sequence[str],
+    run_dir: str | os.PathLike[str] | None = None,
+    due: Callable[[int], bool] = lambda number: False,
+) -> Played:
+    """Takes all steps, or those that an earlier process has left.
+
+    Args:
+      script: what a step is.
+      state, account: before the first step.
+      length: steps in all.
+      eval_every: steps between evaluations and checkpoints.
+      names: of the clients.
+      run_dir: folder for metrics and checkpoints; None: nothing is written.
+      due: `(number) -> bool`, whether a step is followed by an evaluation in any case.
+    Raises:
+      ValueError: the folder holds a run of more steps or of another script; the run ends before
+        its first step.
+      NothingLearned: as of `check_progress` and `check_reports`.
+    """
+    done, history, ended = 0, [], ""
+    with contextlib.ExitStack() as stack:
+        checkpoints = log = None
+        if run_dir is not None:
+            folder = pathlib.Path(run_dir)
+            checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
+            if checkpoints.latest_step() is not None:
+                done, (state, account) = checkpoints.restore(like=(state, account))
+                if done > length:
+                    raise ValueError(
+                        f"num_rounds={length}: the run in {folder} has {done} rounds behind it; "
+                        "give at least as many, or another folder."
+                    )
+                script.check(done, state)
+                print(f"Going on after round {done}, from {checkpoints.folder}.")
+            log = stack.enter_context(RunLog(folder, resume_step=done or None))
+        if log is not None and not done:
+            log.write(0, script.watch(state))
+        ends = lambda: script.ends(state, account) if number < length else ""
+        evaluated, number = account, done
+        if (ended := ends()) and not done:
+            raise ValueError(f"There is not enough for a single round. {ended}")
+        for number in progress(range(done + 1, length + 1), "rounds"):
+            if ended:
+                break
+            state, account, line = script.advance(number, state, account)
+            ended = ends()
+            is_due = number % eval_every == 0 or number == length or bool(ended) or due(number)
+            line |= script.watch(state) if is_due else {}
+            history.append({"round": float(number)} | line)
+            if log is not None:
+                log.write(number, line)
+            if not is_due:
+                continue
+            say_line(number, length, line)
+            check_progress(number, evaluated, account, script.server(state).variables, names)
+            evaluated = account
+            if checkpoints is not None:
+                checkpoints.save(number, (state, account))
+    if account.total("selected"):
+        check_reports(account)
+    return Played(state, account, history, ended)
