@@ -290,7 +290,7 @@ def test_public_and_held_rows_belong_to_nobody_else():
         ({"profile": ("toaster",)}, "must name some of pi"),
         ({"profile": (), "deadline_s": 1.0}, "requires --profile"),
         ({"seeds": 0}, "seeds=0: give at least 1"),
-        ({"upload": "2bit"}, "2bit"),
+        ({"upload": "3bit"}, "3bit"),
         ({"top_k": 0.0}, "top_k=0.0: give a share"),
         ({"top_k": 0.2}, "top_k=0.2 changes nothing: give --upload=top_k"),
         ({"seeds": 2}, "seeds=2 changes nothing without --compare"),
