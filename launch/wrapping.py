@@ -10,6 +10,8 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.federated.wrappers.quorum import with_quorum
+from jaxfm.federated.wrappers.robust import BY_FRACTION, RuleName, named_robust
+from jaxfm.federated.wrappers.robust_rules import check_fraction
 from jaxfm.federated.wrappers.secure import with_secure_sums
 
 _LIMIT, _THRESHOLD = 2.0**14, 2
@@ -36,6 +38,38 @@ class SecureConfig:
             raise ValueError("secure.limit and secure.threshold change nothing without --secure.")
 
 
+_FRACTION = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustConfig:
+    """How uploads of which some are false become one."""
+
+    rule: RuleName = option(
+        "none",
+        "in the place of the mean, for algorithms whose uploads are means, with one kind of client",
+    )
+    fraction: float = option(
+        _FRACTION, "share of adversaries that trimmed_mean, krum and multi_krum hold, below 0.5"
+    )
+    bound: float = option(0.0, "largest norm of a movement, for norm_bound; 0: their median")
+
+    def __post_init__(self):
+        check(self)
+        check_fraction(self.fraction, "robust.")
+        if not 0 <= self.bound < float("inf"):
+            raise ValueError(f"robust.bound={self.bound}: give a norm above 0, or 0.")
+        for name, default, rules in (
+            ("fraction", _FRACTION, BY_FRACTION),
+            ("bound", 0.0, ("norm_bound",)),
+        ):
+            if getattr(self, name) != default and self.rule not in rules:
+                raise ValueError(
+                    f"robust.{name}={getattr(self, name)} changes nothing with "
+                    f"robust={self.rule}: it is for {', '.join(rules)}."
+                )
+
+
 def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
     """Returns what puts a run's wrappers around its algorithm, the innermost first.
 
@@ -51,8 +85,14 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
             f"upload={config.upload} cannot be combined with --secure: compressed uploads cannot "
             "be added up before they are restored; leave out --upload."
         )
+    robust = config.robust
+    if robust.rule in BY_FRACTION[1:] and config.cohort_size < 3:
+        raise ValueError(f"robust={robust.rule} needs cohort_size of at least 3.")
 
     def wrap(algorithm: Algorithm) -> Algorithm:
+        algorithm = named_robust(
+            algorithm, rule=robust.rule, fraction=robust.fraction, bound=robust.bound
+        )
         if secure.on:  # around clipping, noise and other aggregations; downloads are not hidden
             algorithm = with_secure_sums(
                 algorithm, config.cohort_size, limit=secure.limit, threshold=secure.threshold

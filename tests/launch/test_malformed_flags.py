@@ -34,6 +34,14 @@ FLAGS = {
         --max_steps=-1 | max_steps=-1
         --drop_rate=1 | drop_rate=1.0
         --drop_rate=nan | drop_rate=nan
+        --robust=mean | robust.rule='mean' is not a choice
+        --robust=krum --robust.fraction=0.5 | robust.fraction=0.5
+        --robust=median --robust.fraction=0.2 | robust.fraction=0.2 changes nothing
+        --robust.bound=1 | robust.bound=1.0 changes nothing
+        --robust=krum --cohort_size=2 | robust=krum needs cohort_size
+        --robust=median --algorithm=hetero_fl | takes clients of one kind
+        --robust=median --algorithm=scaffold --local=sgd | outside of a mean
+        --robust=median --secure | Secure sums do not fit
         --tiers= | tiers=()
         --tiers=0 | tiers=(0.0,)
         --tiers=1,x | tiers='x'
