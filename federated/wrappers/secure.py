@@ -19,10 +19,12 @@ Sources: Bonawitz et al. 2017 (Practical secure aggregation), section 4; the rep
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfm.federated.algorithm import (
     Algorithm,
@@ -127,6 +129,28 @@ def with_secure_sums(
         return state, figures | own
 
     return algorithm._replace(buckets=buckets, server=server)
+
+
+def flat_words(upload: SecureUpload) -> np.ndarray:
+    """u32[m]: all words of an upload one after another, as real clients mask them; on the host."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(upload))])
+
+
+def upload_of(words: np.ndarray, like: SecureUpload) -> SecureUpload:
+    """The inverse of `flat_words`, also of sums, for `Bucket.lift`.
+
+    Args:
+      words: u32[m].
+      like: arrays or shapes of one upload.
+    Raises:
+      ValueError: m is another number.
+    """
+    leaves, tree = jax.tree.flatten(like)
+    ends = np.cumsum([math.prod(x.shape) for x in leaves])
+    if words.shape != (ends[-1],):
+        raise ValueError(f"An upload has {ends[-1]} words; there are {list(words.shape)}.")
+    parts = np.split(words, ends[:-1])
+    return jax.tree.unflatten(tree, [part.reshape(x.shape) for part, x in zip(parts, leaves)])
 
 
 def _secure(bucket: Bucket, fixed: FixedPoint, most: int, threshold: int) -> Bucket:
