@@ -2,6 +2,7 @@
 
     y = x W                            Array
     y = x W + s (x A) B                LowRank
+    y = x W + s (x A_i) B_i            ManyLowRank, with i of each row of a batch
     y = x W + f(x U) V                 Bottleneck
     y = x deq(codes, steps)            Quantized
 
@@ -190,6 +191,84 @@ class Bottleneck(_Around):
 
     def whole(self) -> Array:
         raise ValueError("A bottleneck adapter is not linear: it cannot be merged into a kernel.")
+
+
+@_kernel
+class ManyLowRank(_Around):
+    """W + scale A_i B_i, where each row of a batch has an adapter of its own.
+
+    Attributes:
+      kernel: W, in any form.
+      a: [n, *inputs, rank] of n adapters.
+      b: [n, rank, *outputs].
+      ids: i32[B], which of them each row of x [B, ..., fan_in] is multiplied by.
+      scale: s.
+    """
+
+    kernel: Array | Kernel
+    a: Array
+    b: Array
+    ids: Array
+    scale: float = static(1.0)
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        y = times(self.kernel, x, num_inputs)
+        count, rank = self.a.shape[0], self.a.shape[-1]
+        a = self.a.reshape(count, -1, rank)[self.ids]
+        b = self.b.reshape(count, rank, -1)[self.ids]
+        rows = x.reshape(x.shape[0], -1, x.shape[-1]).astype(a.dtype)
+        moved = jnp.einsum("btr,bro->bto", jnp.einsum("bti,bir->btr", rows, a), b) * self.scale
+        return y + moved.reshape(y.shape).astype(y.dtype)
+
+    def whole(self) -> Array:
+        raise ValueError(
+            "Adapters of many clients cannot be merged into one kernel; merge each by itself."
+        )
+
+
+@_kernel
+class Quantized(Kernel):
+    """A kernel of 4 or 8 bits a number, in groups of inputs with a step each.
+
+    Attributes:
+      codes: u8[rows, fan_out], or u8[rows / 2, fan_out] of 4 bits, even rows in the low half; the
+        fan_in is filled up to a whole number of groups.
+      steps: f32[groups, fan_out].
+      levels: f32[16] that codes of 4 bits stand for; None: codes of 8 bits are multiples of the
+        step, 128 being zero.
+      sizes: of the kernel.
+      number: dtype of the kernel.
+    """
+
+    codes: Array
+    steps: Array
+    levels: Array | None
+    sizes: tuple[int, ...] = static()
+    number: Any = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.codes.shape[:-2], *self.sizes)
+
+    @property
+    def dtype(self) -> Any:  # type: ignore[override]
+        return self.number
+
+    def times(self, x: Array, num_inputs: int) -> Array:
+        return flat_product(x, self.whole(), num_inputs)
+
+    def whole(self) -> Array:
+        if self.codes.ndim == 3:  # of stacked layers
+            return jax.vmap(Quantized.whole)(self)
+        fan_out = self.codes.shape[-1]
+        if self.levels is None:
+            values = self.codes.astype(jnp.float32) - 128
+        else:
+            halves = jnp.stack([self.codes & 15, self.codes >> 4], axis=1)
+            values = self.levels[halves.reshape(-1, fan_out)]
+        groups = values.reshape(self.steps.shape[0], -1, fan_out) * self.steps[:, None]
+        fan_in = math.prod(self.sizes) // fan_out
+        return groups.reshape(-1, fan_out)[:fan_in].reshape(self.sizes).astype(self.number)
 
 
 def _last(x: Array, ndim: int) -> Array:

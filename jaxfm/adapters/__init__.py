@@ -1,9 +1,11 @@
 """Adapters: models around a model, of which only a few parameters are trained."""
 
 from jaxfm.adapters.adapter import Adapter, adapter_of, attach, detach, merge
+from jaxfm.adapters.backbone import QuantizedConfig, quantized
 from jaxfm.adapters.houlsby import BottleneckConfig, bottleneck
 from jaxfm.adapters.low_rank import LowRankConfig, dora, lora, pairs
 from jaxfm.adapters.parts import PartsConfig, bitfit, head_only, only
+from jaxfm.adapters.serving import for_requests, together
 from jaxfm.adapters.targets import PRESETS, choose
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "BottleneckConfig",
     "LowRankConfig",
     "PartsConfig",
+    "QuantizedConfig",
     "adapter_of",
     "attach",
     "bitfit",
@@ -19,9 +22,12 @@ __all__ = [
     "choose",
     "detach",
     "dora",
+    "for_requests",
     "head_only",
     "lora",
     "merge",
     "only",
     "pairs",
+    "quantized",
+    "together",
 ]

@@ -118,12 +118,12 @@ def adapt(
     by_path = {site.path: site for site in sites}
 
     def attach(variables: Variables, key: Key) -> Variables:
-        whole_tree = thaw(variables).params
+        kernels = join_below(variables, None).params
         frozen = freeze_variables(thaw(variables), keep)
         if kind is None:
             return frozen
         own = {
-            site.path: kind.fresh(site, fetch(whole_tree, site.path), jax.random.fold_in(key, i))
+            site.path: kind.fresh(site, fetch(kernels, site.path), jax.random.fold_in(key, i))
             for i, site in enumerate(sites)
         }
         return frozen._replace(params=join_tree(frozen.params, beside(own, kind.name)))
@@ -144,15 +144,13 @@ def adapt(
             return joined
         return joined._replace(params=_with_nodes(joined.params, kind, by_path, key))
 
-    def on_joined(function: Callable) -> Callable:
-        return lambda variables, *args, **kw: function(join(variables), *args, **kw)
-
     def apply(variables: Variables, inputs, *, train: bool = False, key: Key | None = None):
         joined = join(variables, key if train else None)
         known = joined._replace(params=_known_to(root, joined.params))
         return root.apply(known, inputs, train=train, key=key)
 
-    stages = None if root.stages is None else Stages(*map(on_joined, root.stages))
+    seams = root.stages
+    stages = None if seams is None else Stages(*(on_joined(f, join) for f in seams))
     axes = freeze_variables(thaw(model.axes), keep)
     if kind is not None:
         own_axes = {site.path: kind.axes(site) for site in sites}
@@ -164,6 +162,11 @@ def adapt(
         stages=stages,
         adapter=Adapter(model, root, attach, detach, join, config),
     )
+
+
+def on_joined(function: Callable, join: Callable[[Variables], Variables]) -> Callable:
+    """Returns `function` called with joined variables."""
+    return lambda variables, *args, **kw: function(join(variables), *args, **kw)
 
 
 def attach(model: Model, variables: Variables, key: Key) -> Variables:
@@ -253,7 +256,7 @@ def _with_nodes(
             out[name] = value
         elif kind.name in value:
             rest = {part: x for part, x in value.items() if part != kind.name}
-            site = _find(sites, (*here, "kernel"))
+            site = find(sites, (*here, "kernel"))
             node = kind.node(site, rest["kernel"], value[kind.name], own)
             out[name] = rest | {"kernel": node}
         else:
@@ -271,14 +274,14 @@ def _known_to(model: Model, params: PyTree) -> PyTree:
             if isinstance(value, Mapping):
                 out[name] = walk(value, here)
             else:
-                is_known = _find(model.kernels, here) is not None
+                is_known = find(model.kernels, here) is not None
                 out[name] = value if is_known else whole(value)
         return out
 
     return walk(params, ())
 
 
-def _find(by_path: Mapping[Path, Any], path: Path) -> Any:
+def find(by_path: Mapping[Path, Any], path: Path) -> Any:
     """The value at a path, which may be one within a single layer, or of unequal layers."""
     for place in (path, ("layers", *path), ("layers", *path[2:])):
         if place in by_path:

@@ -113,7 +113,7 @@ def _low_rank(
 ) -> Model:
     sites = choose(model, targets)
     for site in sites:
-        _check_rank(site, rank_at(site, rank, dict(ranks)))
+        _check_rank(site, rank_at(site, rank, ranks))
     alpha = float(rank if alpha is None else alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha}: give a finite number above 0.")
@@ -135,7 +135,7 @@ def _kind(config: LowRankConfig) -> Kind:
     has_norms = config.kind == "dora"
 
     def rank_of(site: Site) -> int:
-        return rank_at(site, config.rank, dict(config.ranks))
+        return rank_at(site, config.rank, config.ranks)
 
     def axes(site: Site) -> dict[str, tuple]:
         layers, inputs, outputs = site.parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -34,8 +34,9 @@ def sites_of(model: Model) -> dict[str, Site]:
     the name "layers.attention.q". Where a model does not say which axes are inputs, the last one is
     the output.
     """
-    axes = thaw(model.axes).params
-    shapes = thaw(jax.eval_shape(model.init, jax.random.key(0))).params
+    root = model if model.adapter is None else model.adapter.root
+    axes = thaw(root.axes).params
+    shapes = thaw(jax.eval_shape(root.init, jax.random.key(0))).params
     sites = {}
     for path in leaf_paths(axes):
         names = fetch(axes, path)
@@ -43,7 +44,7 @@ def sites_of(model: Model) -> dict[str, Site]:
         if path[-1] != "kernel" or len(names) - stacked < 2:
             continue
         leaf = fetch(shapes, path)
-        inputs = model.kernels.get(path, len(names) - stacked - 1)
+        inputs = root.kernels.get(path, len(names) - stacked - 1)
         sites[".".join(path[:-1])] = Site(path, names, leaf.shape, leaf.dtype, inputs)
     return sites
 
@@ -101,9 +102,9 @@ def is_trained_by(model: Model, patterns: Sequence[str]) -> Callable[[Path], boo
     return lambda path: path in chosen
 
 
-def rank_at(site: Site, rank: int, ranks: dict[str, int] | None) -> int:
+def rank_at(site: Site, rank: int, ranks: Mapping[str, int]) -> int:
     """The rank at a site: that of the first pattern that matches it, else `rank`."""
-    for pattern, own in (ranks or {}).items():
+    for pattern, own in ranks.items():
         if matches(dotted(site.path), pattern):
             return own
     return rank
