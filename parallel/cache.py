@@ -161,7 +161,7 @@ def init_cache(lm: CausalModel, variables: Variables, batch: int, cells: int) ->
         *stack, heads, size = row.shape
         return jnp.zeros((*stack, batch, heads, cells, size), row.dtype)
 
-    k, v = jax.tree.map(empty, _row_shapes(lm, variables))
+    k, v = jax.tree.map(empty, _row_shapes(lm, variables, batch))
     return Cache(k, v, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), jnp.uint32))
 
 
@@ -181,9 +181,9 @@ def copies(cache: Cache, batch: int, cells: int) -> Cache:
     return Cache(k, v, copy(cache.positions, 1, 0), copy(cache.bits, 1, 0))
 
 
-def _row_shapes(lm: CausalModel, variables: Variables) -> tuple[PyTree, PyTree]:
+def _row_shapes(lm: CausalModel, variables: Variables, batch: int) -> tuple[PyTree, PyTree]:
     """The shapes [G, K] and dtypes of one token's keys and values, in the form of a Cache."""
-    token = jnp.zeros((1, 1), jnp.int32)
+    token = jnp.zeros((batch, 1), jnp.int32)
 
     def one(layer: Variables):
         x = lm.stages.embed(variables, token, token)
