@@ -123,7 +123,9 @@ def say_line(number: int, num_rounds: int, line: Mapping[str, float]) -> None:
     """
     if sys.stderr.isatty():
         return
-    shown = [name for name in line if re.fullmatch(r"(train|validation|personal)/[^/]+", name)]
+    shown = [
+        name for name in line if re.fullmatch(r"(train|validation|personal|private)/[^/]+", name)
+    ]
     figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown)
     reported = line.get("clients/reported")
     who = "trained on public rows" if reported is None else f"{reported:.0f} clients reported"

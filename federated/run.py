@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 from jaxfm.data.dealing import Data, subsample
 from jaxfm.federated.accounting.budget import ByteBudget
 from jaxfm.federated.accounting.metrics import client_metrics
+from jaxfm.federated.accounting.privacy import Privacy, check_same_noise, epsilon_line
 from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.cohort import cohorts_of
 from jaxfm.federated.measuring import EVAL_BATCH, final_metrics, trained_bucket, validation
 from jaxfm.federated.outcome import (
     Account,
@@ -60,9 +62,10 @@ class TrainedRun(NamedTuple):
         models of their own, the means of these on their own test sets.
       clients: f64[C] by metric, of each client's model on its own test set.
       failures: i64[C], updates of each client that were not finite and were left out.
-      ended: a sentence where the byte budget ended the run before its last round; else empty.
+      ended: a sentence where a budget ended the run before its last round; else empty.
       scored: the bucket whose model stands for the global one in `test`, the largest that anybody
         trains; None: the global model itself.
+      privacy: what the rounds of a private algorithm have cost (`Privacy.report`); else None.
     """
 
     state: RunState
@@ -75,6 +78,7 @@ class TrainedRun(NamedTuple):
     failures: np.ndarray
     scored: int | None = None
     ended: str = ""
+    privacy: dict[str, Any] | None = None
 
 
 def train(
@@ -126,7 +130,8 @@ def train(
         advance=lambda number, state, account: one_round(setup, number, state, account),
         watch=setup.watch,
         server=lambda state: state.server,
-        ends=functools.partial(budget_ends, setup.budget),
+        ends=functools.partial(budget_ends, setup.budget, privacy=setup.algorithm.privacy),
+        check=lambda number, state: check_same_noise(setup.algorithm.privacy, state.server),
     )
     played = play(
         script, setup.state, no_account(len(data.names)), length=num_rounds, eval_every=eval_every,
@@ -188,12 +193,13 @@ def set_up(
     if byte_budget is not None:
         budget = ByteBudget(
             byte_budget, placement.costs, placement.bucket, np.asarray(data.train.count),
-            cohort_size, drop_rate,
+            *cohorts_of(algorithm, len(data.names), cohort_size), drop_rate,
         )  # fmt: skip
     return Setup(
         algorithm=algorithm, data=data, placement=placement, budget=budget, engine=engine,
         state=engine.init(variables, jax.random.key(seed + 1)), measure=measure,
-        watch=lambda state: watch(state=state), full=count_parameters(variables.params),
+        watch=lambda state: watch(state=state) | epsilon_line(algorithm.privacy, state.server),
+        full=count_parameters(variables.params),
     )  # fmt: skip
 
 
@@ -208,6 +214,7 @@ def finished(setup: Setup, played: Played, state: RunState, test_examples: int) 
         history=played.history, test=test, buckets=buckets, clients=clients,
         failures=played.account.failures,
         scored=trained_bucket(algorithm, placement.bucket), ended=played.ended,
+        privacy=algorithm.privacy and algorithm.privacy.report(int(state.server.released)),
     )  # fmt: skip
     _say_what_is_missing(result, data, setup.full)
     return result
@@ -245,8 +252,12 @@ def one_round(
     return state, account, line
 
 
-def budget_ends(budget: ByteBudget | None, state: RunState, account: Account) -> str:
+def budget_ends(
+    budget: ByteBudget | None, state: RunState, account: Account, privacy: Privacy | None = None
+) -> str:
     """A `Script.ends`: why the next round cannot be run; empty where it can."""
+    if privacy is not None and (sentence := privacy.ends(int(state.server.released))):
+        return sentence
     if budget is None:
         return ""
     taken = account.total("bytes_down") + account.total("bytes_up")
@@ -285,6 +296,7 @@ def summary(result: TrainedRun, data: Data, full_bytes: int, mix: tuple[str, ...
         ],
         "higher_is_better": {name: data.task.higher_is_better(name) for name in result.clients},
         "totals": totals,
+        "privacy": result.privacy,
         "scored": result.scored,
         "ended": result.ended,
         "left_out": left_out(totals, result.failures, data.names),

@@ -11,7 +11,7 @@ from jaxfm.federated.registry import entries, find
 from jaxfm.launch.adapters import AdapterConfig
 from jaxfm.launch.optimizers import OptimizerConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig
-from jaxfm.launch.wrapping import RobustConfig, SecureConfig
+from jaxfm.launch.wrapping import PrivateConfig, RobustConfig, SecureConfig
 from jaxfm.options import config_of, with_options
 from jaxfm.run_folder import RUN_DIR_HELP
 
@@ -85,6 +85,7 @@ class _FederateConfig:
     adapter: AdapterConfig = AdapterConfig()
     local: OptimizerConfig = OptimizerConfig()
     robust: RobustConfig = RobustConfig()
+    private: PrivateConfig = PrivateConfig()
     secure: SecureConfig = SecureConfig()
 
     retired: ClassVar[dict[str, Any]] = {

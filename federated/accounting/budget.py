@@ -24,7 +24,8 @@ class ByteBudget(NamedTuple):
       costs: of one client, by bucket.
       bucket: i32[C], of each client.
       count: i32[C], their rows.
-      cohort_size, drop_rate: as in `compile_rounds`.
+      cohort_size, rate: as of `cohorts_of`.
+      drop_rate: as in `compile_rounds`.
     """
 
     limit: int
@@ -33,6 +34,7 @@ class ByteBudget(NamedTuple):
     # This name hides a method of tuple that nobody needs here.
     count: np.ndarray  # type: ignore[assignment]
     cohort_size: int
+    rate: float | None = None
     drop_rate: float = 0.0
 
     def next_round(self, key: Array, number: Array, served: np.ndarray) -> int:
@@ -43,10 +45,13 @@ class ByteBudget(NamedTuple):
           served: bool[C], who was drawn before.
         """
         drawn, reports = jax.device_get(
-            draw(key, number, len(self.count), self.cohort_size, np.float32(self.drop_rate))
-        )
+            draw(
+                key, number, len(self.count), self.cohort_size, np.float32(self.drop_rate),
+                self.rate,
+            )
+        )  # fmt: skip
         total = 0
-        for client in drawn:
+        for client in drawn[drawn >= 0]:
             cost = self.costs[self.bucket[client]]
             sends = bool(reports[client]) and self.count[client] > 0
             downloads = 1 + cost.most_caught_up * sends

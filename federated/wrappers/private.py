@@ -166,7 +166,7 @@ def with_privacy(
         if privacy.rounds is not None:
             goes_on &= state.released < privacy.rounds
         if noise == "clients":
-            goes_on &= _reports(totals.own) >= least
+            goes_on &= _reports(totals.own) > least - 0.5  # secure sums round
         new = jax.tree.map(lambda a, b: jnp.where(goes_on, a, b), new, state)
         deviation = of_sums * state.clip / cohort
         return new, figures | {"private/clip": state.clip, "private/deviation": deviation}

@@ -139,6 +139,11 @@ def _check(algorithm: Algorithm, rule: rules.Rule, root, root_steps: int) -> Non
             f"{len(algorithm.buckets)}: in a small tier a few adversaries would be the majority. "
             "Give one tier, --tiers=1.0."
         )
+    if algorithm.privacy is not None:
+        raise ValueError(
+            "A private algorithm bounds what a client adds to a sum; how far it moves another "
+            "aggregation has no such bound. Leave the robust rule or privacy out."
+        )
     if algorithm.buckets[0].combine is not None:
         raise ValueError(
             "These uploads are already combined in another way (by another rule or secure "

@@ -79,8 +79,22 @@ def _sentences(part: Mapping) -> str:
     if part.get("scored") is not None and part["full_model"].get("parameters"):
         own = part["tiers"][part["scored"]]["parameters"]
         said.append(untrained_rest(own, part["full_model"]["parameters"]))
-    said += [part.get("ended", ""), part.get("left_out", ""), part.get("diverged", "")]
+    said += [_privacy(part.get("privacy")), part.get("ended", "")]
+    said += [part.get("left_out", ""), part.get("diverged", "")]
     return " ".join(filter(None, said))
+
+
+def _privacy(private: Mapping | None) -> str:
+    """What a private run promises."""
+    if not private:
+        return ""
+    drawn = "each drawn by itself" if private["kind"] == "poisson" else "so many a round"
+    return (
+        f"The model, after each of {private['rounds']} rounds, hardly tells whether any one client "
+        f"took part: {private['cohort_size']} of {private['num_clients']} clients a round "
+        f"({drawn}), noise of {private['noise_multiplier']:.3g} clipping norms on their sum. "
+        "Losses and counts of single clients, as a simulation logs them, are not covered."
+    )
 
 
 @figures("federate")
@@ -105,6 +119,10 @@ def client_figures(part: Mapping) -> list[Card]:
     if totals.get("absent") or totals.get("non_finite"):
         lost = f"of {totals['selected']:.0f} drawn; {totals['non_finite']:.0f} not finite"
         cards.append(Card("updates lost", totals["absent"] + totals["non_finite"], lost))
+    if private := part.get("privacy"):
+        budget = "no budget" if private["budget"] is None else f"of {private['budget']:g}"
+        note = f"{budget}, at a delta of {private['delta']:g}; clients; lower is more private"
+        cards.append(Card("epsilon", private["epsilon"], note))
     if "seconds" in totals:
         note = f"{totals['joules']:,.0f} J of all clients, simulated; lower is better"
         cards.append(Card("hours", totals["seconds"] / 3600, note))

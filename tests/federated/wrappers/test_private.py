@@ -33,6 +33,8 @@ from jaxfm.federated.registry import make as make_entry
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.private import Quantile, keeps_memories, with_privacy
 from jaxfm.federated.wrappers.quorum import with_quorum
+from jaxfm.federated.wrappers.robust import with_robust
+from jaxfm.federated.wrappers.robust_rules import median
 
 ALL = Sampling(6, 6)
 CLIP = 0.05
@@ -281,6 +283,7 @@ REFUSED = {
         ),
         "aggregation is no sum",
     ),
+    "rule": (lambda: with_robust(private(), median), "bounds what a client adds to a sum"),
     "memories": (lambda: private(name="fed_per", sampling=SECRET), "keep memories that tell"),
     "top_k": (lambda: with_compression(private(), top_k(0.1)), "tells who was drawn"),
     "rounded shares": (
