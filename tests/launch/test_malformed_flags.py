@@ -63,7 +63,7 @@ FLAGS = {
         --private.noise_multiplier=1 --quorum=2 | quorum=2
         --private.noise_multiplier=1 --private.delta=0 | delta=0.0
         --private.noise_multiplier=1 --algorithm=hetero_fl | one kind of client
-        --private.noise_multiplier=1 --algorithm=scaffold | means of movements
+        --private.noise_multiplier=1 --algorithm=fed_nova | means of movements
         --top_k=0.2 | top_k=0.2
         --upload=top_k --top_k=nan | top_k=nan
         --download=top_k | download='top_k'
