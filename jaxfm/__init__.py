@@ -13,7 +13,7 @@ Text: Tokenizer, ByteTokenizer, load_tokenizer, train_bpe.
 
 import importlib
 
-from jaxfm import data, hub, models, tasks
+from jaxfm import adapters, data, hub, models, tasks
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.distillation import distill
 from jaxfm.frozen import freeze, freeze_variables, thaw
@@ -36,6 +36,7 @@ __all__ = [
     "Task",
     "Tokenizer",
     "Variables",
+    "adapters",
     "axis_sizes",
     "count_parameters",
     "cover",
