@@ -5,7 +5,8 @@ data, tasks, checkpoints. On it stand `jaxfm.parallel` (decoding), `jaxfm.search
 `jaxfm.federated` (training over clients) and `jaxfm.launch` (scripts).
 
 Models: Model, Variables, Stages, Past, Frozen, from_nnx, from_linen, count_parameters; families in
-`models`, pretrained ones through `hub`; freeze, freeze_variables and thaw hold parameters fixed.
+`models`, pretrained ones through `hub`; freeze, freeze_variables and thaw hold parameters fixed;
+`adapters` are trained around what is fixed.
 Subnets: Subnet, axis_sizes, width, extract, mask, embed, cover.
 Training: `data`, `tasks`, Task, evaluate, distill, Checkpointer.
 Text: Tokenizer, ByteTokenizer, load_tokenizer, train_bpe.
