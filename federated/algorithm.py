@@ -244,6 +244,29 @@ def _global_variables(server: Any) -> Variables:
     return server.variables
 
 
+def with_variables(server: Any, variables: Variables) -> Any:
+    """A server's state with another global model in the place of its own, as of central training.
+
+    What else the state holds (momentum, control variates) stays. A state that keeps more of the
+    model than its `variables` has a method of this name; wrappers hold the state of an algorithm as
+    `own`.
+
+    Raises:
+      ValueError: a state that has none of these.
+    """
+    fields = getattr(server, "_fields", ())
+    if hasattr(server, "with_variables"):
+        return server.with_variables(variables)
+    if "variables" in fields:
+        return server._replace(variables=variables)
+    if "own" in fields:
+        return server._replace(own=with_variables(server.own, variables))
+    raise ValueError(
+        f"A {type(server).__name__} cannot take a model that was trained centrally; give it a "
+        "field 'variables', or a method with_variables(variables)."
+    )
+
+
 class Bucket(NamedTuple):
     """Clients that run the same program.
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 
 from jaxfm.data.dealing import Data, subsample
 from jaxfm.federated.accounting.metrics import global_metrics, three_metrics
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.rounds import RunState
+from jaxfm.model import Key
+from jaxfm.tasks import Task
 
 EVAL_BATCH = 32
+
+
+def evaluation_key(task: Task) -> Key | None:
+    """The key that a task evaluates with, the same each time; None where it draws nothing."""
+    return jax.random.key(0) if task.draws else None
 
 
 def trained_bucket(algorithm: Algorithm, bucket_of: np.ndarray) -> int | None:
@@ -82,8 +90,9 @@ def _on_server(
     algorithm: Algorithm, state: RunState, data: Data, examples: Mapping, bucket: int | None
 ) -> dict[str, float]:
     return global_metrics(
-        algorithm, state, data.task, examples, batch_size=EVAL_BATCH, bucket=bucket
-    )
+        algorithm, state, data.task, examples, batch_size=EVAL_BATCH, bucket=bucket,
+        key=evaluation_key(data.task),
+    )  # fmt: skip
 
 
 def _mean(values: np.ndarray) -> float:

@@ -91,6 +91,7 @@ def add_round(
         "clients/non_finite": failed,
         "clients/absent": spent["absent"],
         "clients/steps": float(info.spent.steps.sum()),
+        "clients/targets": float(info.loss_count.sum()),
     }
     line |= {f"server/{name}": float(np.mean(x)) for name, x in info.server.items()}
     line |= {f"total/{name}": x for name, x in totals_by_name(after, placement).items()}

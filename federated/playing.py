@@ -28,7 +28,8 @@ class Script(NamedTuple):
       advance: `(number, state, account) -> (state, account, line)`, step `number` from 1 on.
       watch: `(state) -> line`, of an evaluation.
       server: `(state) -> server_state`, whose `variables` are the global model.
-      ends: `(state, account) -> sentence`, why the next step cannot be taken; empty where it can.
+      ends: `(number, state, account) -> sentence`, why step `number`, the next one, cannot be
+        taken; empty where it can.
       check: `(number, state) -> None`, of a state that was restored after `number` steps; raises
         ValueError where it is not that of this script.
     """
@@ -36,7 +37,7 @@ class Script(NamedTuple):
     advance: Callable[[int, PyTree, Account], tuple[PyTree, Account, Line]]
     watch: Callable[[PyTree], Line]
     server: Callable[[PyTree], Any]
-    ends: Callable[[PyTree, Account], str] = lambda state, account: ""
+    ends: Callable[[int, PyTree, Account], str] = lambda number, state, account: ""
     check: Callable[[int, PyTree], None] = lambda number, state: None
 
 
@@ -99,7 +100,7 @@ def play(
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:
             log.write(0, script.watch(state))
-        ends = lambda: script.ends(state, account) if number < length else ""
+        ends = lambda: script.ends(number + 1, state, account) if number < length else ""
         evaluated, number = account, done
         if (ended := ends()) and not done:
             raise ValueError(f"There is not enough for a single round. {ended}")

@@ -24,10 +24,16 @@ from jax.sharding import Mesh
 from jaxfm.data.dealing import Data, subsample
 from jaxfm.federated.accounting.budget import ByteBudget
 from jaxfm.federated.accounting.metrics import client_metrics
-from jaxfm.federated.accounting.privacy import Privacy, check_same_noise, epsilon_line
+from jaxfm.federated.accounting.privacy import check_same_noise, epsilon_line
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.cohort import cohorts_of
-from jaxfm.federated.measuring import EVAL_BATCH, final_metrics, trained_bucket, validation
+from jaxfm.federated.measuring import (
+    EVAL_BATCH,
+    evaluation_key,
+    final_metrics,
+    trained_bucket,
+    validation,
+)
 from jaxfm.federated.outcome import (
     Account,
     add_round,
@@ -130,7 +136,7 @@ def train(
         advance=lambda number, state, account: one_round(setup, number, state, account),
         watch=setup.watch,
         server=lambda state: state.server,
-        ends=functools.partial(budget_ends, setup.budget, privacy=setup.algorithm.privacy),
+        ends=lambda number, state, account: budget_ends(setup, state, account),
         check=lambda number, state: check_same_noise(setup.algorithm.privacy, state.server),
     )
     played = play(
@@ -184,7 +190,10 @@ def set_up(
         algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
         mesh=mesh, clients_at_once=clients_at_once,
     )  # fmt: skip
-    measure = client_metrics(algorithm, placement.bucket, data.task, batch_size=EVAL_BATCH)
+    measure = client_metrics(
+        algorithm, placement.bucket, data.task, batch_size=EVAL_BATCH,
+        key=evaluation_key(data.task),
+    )  # fmt: skip
     watch = functools.partial(
         validation, algorithm, data=data, examples=subsample(data.validation, eval_examples),
         measure=measure, bucket_of=placement.bucket,
@@ -252,10 +261,9 @@ def one_round(
     return state, account, line
 
 
-def budget_ends(
-    budget: ByteBudget | None, state: RunState, account: Account, privacy: Privacy | None = None
-) -> str:
-    """A `Script.ends`: why the next round cannot be run; empty where it can."""
+def budget_ends(setup: Setup, state: RunState, account: Account) -> str:
+    """Why a budget, of bytes or of privacy, forbids the next round; empty where none does."""
+    budget, privacy = setup.budget, setup.algorithm.privacy
     if privacy is not None and (sentence := privacy.ends(int(state.server.released))):
         return sentence
     if budget is None:

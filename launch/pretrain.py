@@ -13,13 +13,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm import config as configs
 from jaxfm import hub
@@ -27,7 +24,7 @@ from jaxfm.checkpoint import Checkpointer
 from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
-from jaxfm.federated.local import objective
+from jaxfm.federated.foundation.central import TrainState, train_steps
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
@@ -40,11 +37,10 @@ from jaxfm.launch.setup import (
     use_cores,
 )
 from jaxfm.log import RunLog, progress
-from jaxfm.model import Array, Key, Model, PyTree, Variables, count_parameters
-from jaxfm.optimizer import apply_gradients
+from jaxfm.model import Model, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
-from jaxfm.tasks import Task, evaluate
+from jaxfm.tasks import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,52 +61,6 @@ class PretrainConfig:
         check(self)
         least = {"steps": 1, "batch_size": 1, "eval_every": 1, "eval_examples": 0, "seed": 0}
         check_whole(self, least)
-
-
-class TrainState(NamedTuple):
-    """All that training needs to continue."""
-
-    variables: Variables
-    opt_state: PyTree
-    step: Array
-    key: Key
-
-
-def train_steps(
-    model: Model,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    steps: int,
-    mesh: Mesh,
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Array]]:
-    """Returns `(state, examples) -> (state, losses f32[steps])`, one compiled scan; state donated.
-
-    Batches are drawn with replacement from keys folded by step, so a resumed run sees the same;
-    each is split over the mesh axis "data".
-    """
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    loss = objective(model, task)
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def step(state: TrainState, examples) -> tuple[TrainState, Array]:
-        size = next(iter(examples.values())).shape[0]
-        rows_key, batch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        rows = jax.random.randint(rows_key, (batch_size,), 0, size)
-        batch = {name: leaf[rows] for name, leaf in examples.items()}
-        batch = jax.lax.with_sharding_constraint(batch, split)
-        variables = state.variables
-        (value, (stats, _, _)), grads = gradient(
-            variables.params, variables, batch, jnp.ones(batch_size), batch_key
-        )
-        params, opt_state = apply_gradients(optimizer, grads, state.opt_state, variables.params)
-        new = variables._replace(params=params, stats=stats)
-        return TrainState(new, opt_state, state.step + 1, state.key), value
-
-    def run(state: TrainState, examples):
-        return jax.lax.scan(lambda s, _: step(s, examples), state, length=steps)
-
-    return jax.jit(run, donate_argnums=0)
 
 
 def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:

@@ -61,6 +61,11 @@ class StreamingState(NamedTuple):
     momentum: PyTree
     turn: Array
 
+    def with_variables(self, variables: Variables) -> StreamingState:
+        """See `jaxfm.federated.algorithm.with_variables`; everybody has missed all fragments."""
+        pieces = jax.tree.leaves(self.momentum)[0].shape[0]
+        return self._replace(variables=variables, turn=self.turn + 2 * pieces)
+
 
 class StreamingDownload(NamedTuple):
     """What a client gets.

@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile, full_width
+from jaxfm.federated.algorithm import (
+    Algorithm,
+    Bucket,
+    ClientData,
+    Profile,
+    full_width,
+    with_variables,
+)
 from jaxfm.model import Key, Model, PyTree, Variables
 
 
@@ -33,6 +40,12 @@ class MasterState(NamedTuple):
 
     variables: Variables
     wide: PyTree
+
+    def with_variables(self, variables: Variables) -> MasterState:
+        """See `jaxfm.federated.algorithm.with_variables`."""
+        return MasterState(
+            _like(self.variables, variables), with_variables(self.wide, widened(variables))
+        )
 
 
 def has_halves(variables: Variables) -> bool:

@@ -86,7 +86,7 @@ def masked_lm(
             "accuracy": count_correct(outputs, targets, weight),
         }
 
-    return Task(prepare, cross_entropy, metrics)
+    return Task(prepare, cross_entropy, metrics, draws=True)
 
 
 def cross_entropy(logits: Array, targets: Array, weight: Array) -> Ratio:

@@ -51,6 +51,7 @@ class Task(NamedTuple):
       metrics: (outputs, targets, weight) -> dict of (total, count), each the mean total / count.
       check: (examples) -> None; raises a ValueError for examples that the task cannot take, before
         anything is compiled. What is on a device already is not looked at.
+      draws: whether `prepare` needs a key in evaluation, too.
       higher_is_better: (name of a metric) -> bool, or None where it has no better way; of a task
         with metrics of its own `{"recall@5": True}.get`, say.
     """
@@ -60,6 +61,7 @@ class Task(NamedTuple):
     metrics: Callable[[Any, Array, Array], dict[str, Ratio]]
     check: Callable[[Mapping[str, Any]], None] = check_weights
     higher_is_better: Callable[[str], bool | None] = higher_is_better
+    draws: bool = False
 
 
 def prepare_weighted(
