@@ -27,7 +27,7 @@ INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "federated.accounting": (
         ("algorithm", "cohort", "local", "population", "rounds"), ()
     ),
-    "federated.foundation": (None, ("federated.wrappers",)),
+    "federated.foundation": (None, ("federated.accounting", "federated.wrappers")),
     "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
     "federated.secure": ((), ()),
     "federated.wrappers": (("algorithm",), ("federated.accounting", "federated.parts")),
