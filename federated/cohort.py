@@ -167,6 +167,15 @@ def cohorts_of(
     return sampling.places, sampling.rate if sampling.kind == "poisson" else None
 
 
+def times_drawn(
+    key: Key, rounds: int, num_clients: int, cohort_size: int, rate: float | None = None
+) -> np.ndarray:
+    """In how many of the first `rounds` rounds each client was drawn: i64[C], as `draw` has it."""
+    one = lambda number: draw(key, number, num_clients, cohort_size, 0.0, rate)[0]
+    drawn = np.asarray(lax.map(jax.jit(one), jnp.arange(rounds)))
+    return np.bincount(drawn[drawn >= 0], minlength=num_clients)
+
+
 def deal(drawn: Array, where: Whereabouts, b: int, count: int, devices: int, past: int) -> Slots:
     """Deals the drawn clients of bucket b to `count` slots.
 

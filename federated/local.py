@@ -16,6 +16,12 @@ import optax
 from jax import lax
 
 from jaxfm.federated.algorithm import ClientData, Info, Spent, full_width
+from jaxfm.federated.parts.private_gradient import (
+    ExamplePrivacy,
+    places,
+    poisson_batch,
+    private_gradient,
+)
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.optimizer import apply_gradients
 from jaxfm.tasks import Task, prepare_weighted
@@ -31,11 +37,14 @@ class Local(NamedTuple):
       optimizer: starts anew in every round, if the algorithm does not say that clients keep it.
       batch_size: examples a step; the last batch of an epoch may be short and is weighted so.
       epochs: passes over the client's data, as far as its profile's `max_steps` allows.
+      private: gradients that are differentially private by example, of batches by Poisson sampling,
+        `batch_size` on average; None: plain gradients of shuffled batches.
     """
 
     optimizer: optax.GradientTransformation
     batch_size: int
     epochs: int = 1
+    private: ExamplePrivacy | None = None
 
 
 # (params, variables, batch, real f32[B], key) -> (loss, (stats, total, count)); `real` is 0 for
@@ -86,7 +95,7 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
     as many steps as the longest, and those that are done keep their values.
 
     Raises:
-      ValueError: batch_size or epochs below 1.
+      ValueError: batch_size or epochs below 1; settings of `local.private` out of range.
     """
     start, fit = continued_fit(loss, local, grad_hook)
 
@@ -102,7 +111,22 @@ def continued_fit(loss: Objective, local: Local, grad_hook: GradHook | None = No
     size = local.batch_size
     if size < 1 or local.epochs < 1:
         raise ValueError(f"batch_size and epochs must be at least 1, got {size}, {local.epochs}.")
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    private = local.private
+    if private is not None:
+        private.check()
+        gradient = private_gradient(loss, private, size)
+    else:
+        gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def batch_of(data: ClientData, i: Array, order: Array, key: Key) -> tuple[Array, Array]:
+        """The rows of a step, and 1 for those that are real."""
+        if private is not None:
+            room = places(size, data.index.shape[0], private.chunk)
+            return poisson_batch(data, size, room, jax.random.fold_in(key, i))
+        place = i * size + jnp.arange(size)
+        # A short batch is filled up with rows of the same client: batch norm sees them.
+        rows = data.index[order[place % data.count]]
+        return rows, (place < data.count).astype(jnp.float32)
 
     def start(variables: Variables) -> PyTree:
         return local.optimizer.init(jax.tree.map(full_width, variables.params))
@@ -113,10 +137,7 @@ def continued_fit(loss: Objective, local: Local, grad_hook: GradHook | None = No
         narrow = lambda params: jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
 
         def step(i, carry: _Carry, order, key) -> _Carry:
-            place = i * size + jnp.arange(size)
-            real = (place < data.count).astype(jnp.float32)
-            # A short batch is filled up with rows of the same client: batch norm sees them.
-            rows = data.index[order[place % data.count]]
+            rows, real = batch_of(data, i, order[0], order[1])
             batch = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), dict(data.examples))
             params = carry.variables.params
             seen = narrow(params)
@@ -132,7 +153,7 @@ def continued_fit(loss: Objective, local: Local, grad_hook: GradHook | None = No
 
         def epoch(e, carry: _Carry) -> _Carry:
             order_key, step_key = jax.random.split(jax.random.fold_in(key, e))
-            order = _shuffled(order_key, data)
+            order = (_shuffled(order_key, data), order_key)
             steps = jnp.clip(max_steps - e * steps_per_epoch, 0, steps_per_epoch)
             return lax.fori_loop(0, steps, lambda i, c: step(i, c, order, step_key), carry)
 

@@ -81,7 +81,8 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
 
 def local_training(config: Any) -> Local:
     """How clients train."""
-    return Local(make_optimizer(config.local), config.batch_size, config.epochs)
+    private = config.examples.gradients()
+    return Local(make_optimizer(config.local), config.batch_size, config.epochs, private)
 
 
 def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedRun:
@@ -113,6 +114,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     full = jax.eval_shape(root.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
+    part["examples"] = config.examples.report(prepared, data, local, result, config.cohort_size)
     part["full_model"]["parameters"] = count_parameters(full.params)
     save_results(pathlib.Path(config.run_dir), "federate", facts(config, prepared) | part)
     return result

@@ -10,8 +10,9 @@ from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.registry import entries, find
 from jaxfm.launch.adapters import AdapterConfig
 from jaxfm.launch.optimizers import OptimizerConfig
+from jaxfm.launch.privacy import ExamplesConfig, PrivateConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig
-from jaxfm.launch.wrapping import PrivateConfig, RobustConfig, SecureConfig
+from jaxfm.launch.wrapping import RobustConfig, SecureConfig
 from jaxfm.options import config_of, with_options
 from jaxfm.run_folder import RUN_DIR_HELP
 
@@ -86,6 +87,7 @@ class _FederateConfig:
     local: OptimizerConfig = OptimizerConfig()
     robust: RobustConfig = RobustConfig()
     private: PrivateConfig = PrivateConfig()
+    examples: ExamplesConfig = ExamplesConfig()
     secure: SecureConfig = SecureConfig()
 
     retired: ClassVar[dict[str, Any]] = {

@@ -192,6 +192,34 @@ def epsilon_of(
     return epsilon
 
 
+def example_epsilons(
+    counts: np.ndarray,
+    steps: np.ndarray,
+    *,
+    batch_size: int,
+    noise_multiplier: float,
+    delta: float,
+    accountant: Accountant = "rdp",
+) -> np.ndarray:
+    """What DP-SGD on clients has cost the examples of each: f64[C], at delta.
+
+    Args:
+      counts: i[C], rows of each client.
+      steps: i[C], its local steps in the whole run.
+      batch_size, noise_multiplier: of `Local` and its `private`.
+      delta, accountant: as in `epsilon_of`.
+    """
+
+    @functools.cache
+    def cost(count: int, steps: int) -> float:
+        if not count or not steps:
+            return 0.0
+        sampling = Sampling(count, min(batch_size, count), "poisson")
+        return epsilon_of(noise_multiplier, steps, delta, sampling, accountant=accountant)
+
+    return np.array([cost(int(n), int(k)) for n, k in zip(counts, steps, strict=True)])
+
+
 def epsilon_line(privacy: Privacy | None, server: Any) -> dict[str, float]:
     """The epsilon of a private algorithm's state for the log; nothing where it has none."""
     if privacy is None:

@@ -119,6 +119,10 @@ def client_figures(part: Mapping) -> list[Card]:
     if totals.get("absent") or totals.get("non_finite"):
         lost = f"of {totals['selected']:.0f} drawn; {totals['non_finite']:.0f} not finite"
         cards.append(Card("updates lost", totals["absent"] + totals["non_finite"], lost))
+    if examples := part.get("examples"):
+        middle = f"{examples['median']:.3g} for the client in the middle"
+        note = f"of examples, at a delta of {examples['delta']:g}; {middle}"
+        cards.append(Card("largest epsilon", examples["largest"], note))
     if private := part.get("privacy"):
         budget = "no budget" if private["budget"] is None else f"of {private['budget']:g}"
         note = f"{budget}, at a delta of {private['delta']:g}; clients; lower is more private"

@@ -59,11 +59,12 @@ FLAGS = {
         --secure --secure.threshold=0 | secure.threshold=0
         --secure.limit=2 | change nothing without --secure
         --private.epsilon=-1 | private.epsilon=-1
+        --examples.clip=2 | examples.clip=2.0 changes nothing
+        --examples.noise_multiplier=-1 | examples.noise_multiplier=-1
         --private.clip=2 | private.clip=2.0 changes nothing
         --private.noise_multiplier=1 --quorum=2 | quorum=2
         --private.noise_multiplier=1 --private.delta=0 | delta=0.0
         --private.noise_multiplier=1 --algorithm=hetero_fl | one kind of client
-        --private.noise_multiplier=1 --algorithm=fed_nova | means of movements
         --top_k=0.2 | top_k=0.2
         --upload=top_k --top_k=nan | top_k=nan
         --download=top_k | download='top_k'

@@ -9,6 +9,8 @@ import pytest
 from jaxfm import tasks
 from jaxfm.config import override
 from jaxfm.federated import Local, fed_avg, fed_per
+from jaxfm.federated.parts.private_gradient import ExamplePrivacy
+from jaxfm.launch.federate import local_training
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.wrapping import wrapped
 from jaxfm.models import mlp
@@ -39,6 +41,14 @@ def test_clients_with_memories_are_accounted_for_without_sampling():
     algorithm = fed_per(MODEL, TASK, LOCAL, is_personal=lambda path: path[0] == "dense2")
     sampling = wrap("private.noise_multiplier=2", algorithm=algorithm).privacy.sampling
     assert not sampling.secret and sampling.kind == "fixed"
+
+
+def test_examples_are_private_by_settings_of_their_own():
+    config = override(FederateConfig(), "examples.noise_multiplier=1.5", "examples.clip=0.5")
+    assert local_training(config).private == ExamplePrivacy(0.5, 1.5, 8)
+    assert local_training(FederateConfig()).private is None
+    with pytest.raises(ValueError, match=r"examples\.clip=2\.0 changes nothing without"):
+        override(FederateConfig(), "examples.clip=2")
 
 
 def test_secure_sums_of_clipped_uploads_have_fine_steps():

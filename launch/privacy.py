@@ -1,0 +1,158 @@
+"""The privacy of a run, of its clients or of their examples, from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxfm.config import check, check_whole, option
+from jaxfm.data.dealing import Data
+from jaxfm.federated.accounting.privacy import Sampling, example_epsilons, plan_privacy
+from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.cohort import cohorts_of, times_drawn
+from jaxfm.federated.local import Local
+from jaxfm.federated.parts.private_gradient import ExamplePrivacy
+from jaxfm.federated.placement import wanted_steps
+from jaxfm.federated.preparation import Prepared
+from jaxfm.federated.run import TrainedRun
+from jaxfm.federated.wrappers.private import Quantile, keeps_memories, with_privacy
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateConfig:
+    """Differential privacy of clients, around algorithms that average movements."""
+
+    epsilon: float = option(
+        0.0, "budget of the whole run, which is never exceeded; 0: no privacy, or none set"
+    )
+    delta: float = option(1e-5, "probability with which epsilon may not hold")
+    noise_multiplier: float = option(
+        0.0, "deviation of the noise over the clipping norm; 0: as the budget asks for"
+    )
+    clip: float = option(1.0, "largest norm of a client's movement; with a quantile, the first one")
+    quantile: float = option(
+        0.0, "share of clients that are not clipped, which the norm then follows; 0: it stays"
+    )
+    sampling: Literal["poisson", "fixed"] = option(
+        "poisson",
+        "how a cohort is drawn: each client by itself, cohort_size on average, or cohort_size of "
+        "them, which costs more",
+    )
+    noise: Literal["server", "clients"] = option(
+        "server", "who adds it: the server once, or each client a share (for --secure)"
+    )
+    least_reports: int = option(
+        0, "noise=clients: reports that hold enough noise, and without which a round is lost; "
+        "0: cohort_size"
+    )  # fmt: skip
+    accountant: Literal["pld", "rdp"] = option(
+        "pld", "how rounds add up: loss distributions, or Renyi divergences, which say more"
+    )
+
+    def __post_init__(self):
+        check(self)
+        check_whole(
+            self,
+            {"epsilon": 0, "noise_multiplier": 0, "quantile": 0, "least_reports": 0},
+            "private.",
+        )
+        if self.quantile >= 1:
+            raise ValueError(f"private.quantile={self.quantile}: give a share below 1.")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.on:
+            raise ValueError(
+                f"private.{given[0]}={getattr(self, given[0])} changes nothing without "
+                "--private.epsilon or --private.noise_multiplier."
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is private."""
+        return self.epsilon > 0 or self.noise_multiplier > 0
+
+    def limit(self, algorithm: Algorithm) -> float:
+        """The largest magnitude that an upload of the private algorithm has, but for 1e-15."""
+        assert algorithm.privacy is not None
+        clip = 16 * self.clip if self.quantile else self.clip
+        if self.noise == "server":
+            return max(1.0, clip)
+        least = self.least_reports or algorithm.privacy.sampling.cohort_size
+        share = algorithm.privacy.noise_multiplier * clip / math.sqrt(least)
+        return max(1.0, clip + 8 * share)
+
+    def around(self, algorithm: Algorithm, config: Any, num_clients: int) -> Algorithm:
+        """The private algorithm of a run."""
+        secret = not keeps_memories(algorithm)
+        kind: Literal["poisson", "fixed"] = self.sampling if secret else "fixed"
+        if self.noise == "clients":
+            kind = "fixed"  # so many shares of noise
+        privacy = plan_privacy(
+            Sampling(num_clients, config.cohort_size, kind, secret),
+            delta=self.delta, epsilon=self.epsilon or math.inf,
+            noise_multiplier=self.noise_multiplier, rounds=config.rounds,
+            accountant=self.accountant,
+        )  # fmt: skip
+        return with_privacy(
+            algorithm, privacy, clip=self.clip, noise=self.noise,
+            adapt=Quantile(self.quantile) if self.quantile else None,
+            least_reports=self.least_reports,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplesConfig:
+    """Differential privacy of a client's examples: DP-SGD in its local training."""
+
+    noise_multiplier: float = option(
+        0.0, "deviation of the noise over the clipping norm of an example's gradient; 0: no privacy"
+    )
+    clip: float = option(1.0, "largest norm of an example's gradient")
+    chunk: int = option(8, "examples whose gradients are in memory at the same time")
+    delta: float = option(1e-5, "probability with which the epsilon that is reported may not hold")
+
+    def __post_init__(self):
+        check(self)
+        check_whole(self, {"noise_multiplier": 0, "chunk": 1}, "examples.")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.noise_multiplier:
+            raise ValueError(
+                f"examples.{given[0]}={getattr(self, given[0])} changes nothing without "
+                "--examples.noise_multiplier."
+            )
+        if not 0 < self.delta < 1:
+            raise ValueError(f"examples.delta={self.delta} must be a probability above 0.")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"examples.clip={self.clip}: give a norm above 0.")
+
+    def gradients(self) -> ExamplePrivacy | None:
+        """What local training takes."""
+        if not self.noise_multiplier:
+            return None
+        return ExamplePrivacy(self.clip, self.noise_multiplier, self.chunk)
+
+    def report(
+        self, prepared: Prepared, data: Data, local: Local, result: TrainedRun, cohort_size: int
+    ) -> dict[str, float] | None:
+        """What the run has cost the examples of its clients, from the rounds that each was in.
+
+        Returns:
+          Epsilon, at delta, of the client in the middle and of the largest; None: no privacy.
+        """
+        if not self.noise_multiplier:
+            return None
+        places, rate = cohorts_of(prepared.algorithm, len(data.names), cohort_size)
+        rounds, key = int(result.state.round), result.state.key
+        drawn = times_drawn(key, rounds, len(data.names), places, rate)
+        a_round = wanted_steps(data.train, local)
+        steps = np.minimum(a_round, np.asarray(result.placement.profiles.max_steps)) * drawn
+        spent = example_epsilons(
+            np.asarray(data.train.count), steps, batch_size=local.batch_size,
+            noise_multiplier=self.noise_multiplier, delta=self.delta,
+        )  # fmt: skip
+        return {
+            "median": float(np.median(spent)), "largest": float(spent.max()),
+            "delta": self.delta, "noise_multiplier": self.noise_multiplier,
+        }  # fmt: skip
