@@ -21,6 +21,7 @@ from jax import lax
 from jaxfm.kernels import times
 from jaxfm.model import Array, Live, Past
 from jaxfm.rotary import rotate
+from jaxfm.virtual_tokens import with_prefix
 
 Axis = tuple[str | None, int]  # a logical name, None for an axis without one, and a size
 
@@ -35,12 +36,13 @@ def check_fields(config: Any, positive: tuple[str, ...], choices: Mapping[str, t
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
 
 
-def check_length(length: int, max_len: int) -> None:
-    """Raises ValueError if a sequence has more tokens than there are positions."""
-    if length > max_len:
+def check_length(length: int, max_len: int, virtual: int = 0) -> None:
+    """Raises ValueError if tokens, after virtual ones, are more than there are positions."""
+    if length + virtual > max_len:
+        after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(
-            f"The inputs have {length} tokens, but the model has {max_len} positions; cut the "
-            "inputs, or build the model with a larger max_len."
+            f"The inputs have {length} tokens{after}, but the model has {max_len} positions; cut "
+            "the inputs, or build the model with a larger max_len."
         )
 
 
@@ -261,8 +263,8 @@ def attend(
     """Computes softmax attention with grouped queries; the softmax is in float32.
 
     Args:
-      q: [B, T, G, R, K]; k, v: [B, T, G, K].
-      mask: bool[B, T, T] over the tokens given (leading axis may be 1).
+      q: [B, T, G, R, K]; k, v: [B, S, G, K]: of the T tokens, and of a prefix before them.
+      mask: bool[B, T, S] over the keys given (leading axis may be 1).
       past: cached rows attended to as well, under one softmax.
     Returns:
       [B, T, G, R, K]. Where a query may see nothing, the mean of the values.
@@ -329,13 +331,17 @@ class Attention(nnx.Module):
         self.factor = 1.0 if rotary is None else rotary[1]
 
     def __call__(
-        self, x: Array, mask: Array, positions: Array | None = None, past: Past | None = None
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the mixed tokens [B, T, D] and the new rows of keys and values [B, T, G, K]."""
+        self, x: Array, mask: Array, positions: Array | None = None, past: Past | None = None,
+        prefix: Mapping[str, Array] | None = None,
+    ) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
+        """Returns the mixed tokens [B, T, D] and the new rows of keys and values [B, T, G, K].
+
+        The mask is one of the tokens, or of the rows of a prefix and the tokens.
+        """
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.frequencies is not None:
             assert positions is not None
             frequencies = np.asarray(self.frequencies)
             q, k = (rotate(y, positions, frequencies, self.factor) for y in (q, k))
-        mixed = attend(q, k, v, mask, scale=self.scale, past=past)
+        mixed = attend(q, *with_prefix(prefix, k, v), mask, scale=self.scale, past=past)
         return self.o(mixed), (k, v)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.adapters.prompts import num_virtual
 from jaxfm.layers import contained
 from jaxfm.model import (
     Array,
@@ -135,8 +136,9 @@ def vocab_size(model: Model, variables: Variables) -> int:
 
 
 def positions_of(model: Model) -> Positions:
-    """How many positions a model has."""
+    """How many positions a model has for tokens, after those of its prompts."""
     number = getattr(model.config, "max_len", None)
+    number = None if number is None else number - num_virtual(model)
     return Positions(number, getattr(model.config, "positions", None) == "learned")
 
 

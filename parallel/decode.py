@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxfm.adapters.prompts import read_prompts
 from jaxfm.model import Array, Model, PyTree, Variables
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.cache import (
@@ -103,6 +104,7 @@ def draft_and_verify(
       ValueError: the model is not a causal language model, the drafter knows another number of
         tokens, or it continues trees only.
     """
+    model, variables = read_prompts(model, variables)
     tokens = vocab_size(model, variables)
     proposer = _NOTHING
     if drafter is not None:

@@ -6,6 +6,15 @@ from jaxfm.adapters.houlsby import BottleneckConfig, bottleneck
 from jaxfm.adapters.low_rank import LowRankConfig, dora, lora, pairs
 from jaxfm.adapters.parts import PartsConfig, bitfit, head_only, only
 from jaxfm.adapters.serving import for_requests, together
+from jaxfm.adapters.prompts import (
+    PrefixConfig,
+    PromptConfig,
+    num_virtual,
+    prefix_tuning,
+    read_prompts,
+    settled,
+    soft_prompt,
+)
 from jaxfm.adapters.targets import PRESETS, choose
 
 __all__ = [
@@ -15,6 +24,8 @@ __all__ = [
     "LowRankConfig",
     "PartsConfig",
     "QuantizedConfig",
+    "PrefixConfig",
+    "PromptConfig",
     "adapter_of",
     "attach",
     "bitfit",
@@ -26,8 +37,13 @@ __all__ = [
     "head_only",
     "lora",
     "merge",
+    "num_virtual",
     "only",
     "pairs",
     "quantized",
     "together",
+    "prefix_tuning",
+    "read_prompts",
+    "settled",
+    "soft_prompt",
 ]

@@ -23,6 +23,7 @@ from jaxfm.frozen import freeze_variables, thaw
 from jaxfm.kernels import Kernel, whole
 from jaxfm.model import Array, Key, Model, PyTree, Stages, Variables
 from jaxfm.trees import Path, join_tree, split_tree
+from jaxfm.virtual_tokens import VIRTUAL, prefix_length
 
 
 class Adapter(NamedTuple):
@@ -94,6 +95,22 @@ class Kind(NamedTuple):
     node: Callable[[Site, Any, Mapping[str, Array], Key | None], Kernel]
 
 
+class Part(NamedTuple):
+    """Parameters that an adapter adds to those of a model.
+
+    Attributes:
+      axes: names of their axes, in the places that the parameters have in the tree.
+      fresh: `(parameters of the base, key) -> parameters`.
+      is_own: of the path of a parameter, whether it is one of these.
+      join: `(parameters of all, key or None) -> parameters` that the root takes.
+    """
+
+    axes: PyTree
+    fresh: Callable[[PyTree, Key], PyTree]
+    is_own: Callable[[Path], bool]
+    join: Callable[[PyTree, Key | None], PyTree]
+
+
 def adapt(
     model: Model,
     kind: Kind | None,
@@ -110,28 +127,53 @@ def adapt(
       is_trained: of the path of a parameter of the model's own, whether it is trained, too.
       config: see `Adapter`.
     """
+    if kind is None:
+        return surround(model, None, is_trained, config)
+    by_path = {site.path: site for site in sites}
+
+    def fresh(params: PyTree, key: Key) -> PyTree:
+        own = {
+            site.path: kind.fresh(site, fetch(params, site.path), jax.random.fold_in(key, i))
+            for i, site in enumerate(sites)
+        }
+        return beside(own, kind.name)
+
+    part = Part(
+        axes=beside({site.path: kind.axes(site) for site in sites}, kind.name),
+        fresh=fresh,
+        is_own=lambda path: kind.name in path,
+        join=lambda params, key: _with_nodes(params, kind, by_path, key),
+    )
+    return surround(model, part, is_trained, config)
+
+
+def surround(
+    model: Model, part: Part | None, is_trained: Callable[[Path], bool], config: Any = None
+) -> Model:
+    """Returns the model with more parameters, and all else frozen.
+
+    Args:
+      model: plain or adapted.
+      part: what is added; None: nothing, only parts of the model itself are trained.
+      is_trained, config: as in `adapt`.
+    """
     below = model.adapter
     root = model if below is None else below.root
     plain = lambda variables, key: thaw(variables)
     join_below = plain if below is None else below.join
     keep = lambda path: not is_trained(path)
-    by_path = {site.path: site for site in sites}
 
     def attach(variables: Variables, key: Key) -> Variables:
-        kernels = join_below(variables, None).params
         frozen = freeze_variables(thaw(variables), keep)
-        if kind is None:
+        if part is None:
             return frozen
-        own = {
-            site.path: kind.fresh(site, fetch(kernels, site.path), jax.random.fold_in(key, i))
-            for i, site in enumerate(sites)
-        }
-        return frozen._replace(params=join_tree(frozen.params, beside(own, kind.name)))
+        own = part.fresh(join_below(variables, None).params, key)
+        return frozen._replace(params=join_tree(frozen.params, own))
 
     def detach(variables: Variables) -> Variables:
         params = variables.params
-        if kind is not None:
-            params = split_tree(params, lambda path: kind.name in path)[0]
+        if part is not None:
+            params = split_tree(params, part.is_own)[0]
         joined = thaw(variables._replace(params=params))
         if model.axes.frozen:
             kept = set(leaf_paths(model.axes.frozen))
@@ -140,9 +182,7 @@ def adapt(
 
     def join(variables: Variables, key: Key | None = None) -> Variables:
         joined = join_below(variables, key)
-        if kind is None:
-            return joined
-        return joined._replace(params=_with_nodes(joined.params, kind, by_path, key))
+        return joined if part is None else joined._replace(params=part.join(joined.params, key))
 
     def apply(variables: Variables, inputs, *, train: bool = False, key: Key | None = None):
         joined = join(variables, key if train else None)
@@ -152,9 +192,8 @@ def adapt(
     seams = root.stages
     stages = None if seams is None else Stages(*(on_joined(f, join) for f in seams))
     axes = freeze_variables(thaw(model.axes), keep)
-    if kind is not None:
-        own_axes = {site.path: kind.axes(site) for site in sites}
-        axes = axes._replace(params=join_tree(axes.params, beside(own_axes, kind.name)))
+    if part is not None:
+        axes = axes._replace(params=join_tree(axes.params, part.axes))
     return model._replace(
         init=lambda key: attach(model.init(key), jax.random.fold_in(key, 1)),
         apply=apply,
@@ -202,6 +241,11 @@ def merge(model: Model, variables: Variables) -> tuple[Model, Variables]:
     """
     adapter = adapter_of(model)
     joined = adapter.join(variables, None)
+    if VIRTUAL in joined.params or prefix_length(joined):
+        raise ValueError(
+            "Prompts are no part of a plain model and cannot be merged into it: evaluate, decode "
+            "or save the adapted one."
+        )
     is_kernel = lambda x: isinstance(x, Kernel)
     params = jax.tree.map(whole, joined.params, is_leaf=is_kernel)
     return adapter.root, joined._replace(params=params)

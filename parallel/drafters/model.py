@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.adapters.prompts import read_prompts
 from jaxfm.model import Array, Model, Variables, is_stacked, layers_of, num_layers
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.cache import (
@@ -42,6 +43,7 @@ def model_drafter(
     Raises:
       ValueError: the model is not a causal language model.
     """
+    model, variables = read_prompts(model, variables)
     tokens = vocab_size(model, variables) if target_tokens is None else target_tokens
     lm = _with_rows(causal_model(model), tokens)
     return Drafter(_chain(lm), _tree(lm), decoding_layout(variables), tokens)

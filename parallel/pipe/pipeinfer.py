@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxfm.adapters.prompts import read_prompts
 from jaxfm.model import Array, Model, Variables, layers_of, num_layers
 from jaxfm.parallel.cache import CausalModel, causal_model, init_cache, positions_of, vocab_size
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
@@ -98,6 +99,7 @@ def pipeinfer(
         raise ValueError(f"record={record}: give the number of ticks to keep, or 0.")
     mesh = make_mesh() if mesh is None else mesh
     split = _split(variables, mesh, split, own_slot)
+    model, variables = read_prompts(model, variables)
     tokens = vocab_size(model, variables)
     proposer = NO_DRAFT
     if drafter is not None:

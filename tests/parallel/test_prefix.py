@@ -4,14 +4,16 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfm.adapters import prefix_tuning, soft_prompt
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
 from jaxfm.parallel.drafters.model import model_drafter
 from jaxfm.parallel.generation import generate, start
-from jaxfm.parallel.pipe.pipeinfer import pipeinfer
+from jaxfm.parallel.mesh import make_mesh
+from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
 from jaxfm.parallel.prefix import read_prefix
-from jaxfm.testing import random_variables, tiny_decoder
+from jaxfm.testing import random_variables, tiny_decoder, tiny_gpt2
 from jaxfm.tokenizer import ByteTokenizer
 
 MODEL = tiny_decoder(vocab_size=260, num_layers=1, sliding_window=9)
@@ -68,3 +70,55 @@ def test_a_prefix_is_its_decoders_own():
         generate(DECODERS["plain"], [[1]], prefix=[1, 2])
     with pytest.raises(ValueError, match="A pipe cannot share a prefix"):
         read_prefix(pipeinfer(MODEL, VARIABLES, None), [1, 2])
+
+
+PROMPTED = {
+    "soft": soft_prompt(MODEL, 5),
+    "prefix": prefix_tuning(MODEL, 5),
+    "network": prefix_tuning(MODEL, 4, hidden=3),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_trained_prompts_are_read_once_and_decode_as_the_whole_model_does(kind):
+    """Each decoder's greedy tokens against those of the adapted model on the whole text."""
+    model = PROMPTED[kind]
+    variables = random_variables(model, seed=3)
+    text = [1, 2, 3, 1, 2]
+    apply = jax.jit(model.apply)
+    whole = np.zeros((1, 14), np.int32)
+    whole[0, :5] = text
+    for end in range(5, 14):
+        whole[0, end] = apply(variables, whole)[0][0, end - 1].argmax()
+    unprompted = model_drafter(MODEL, VARIABLES)
+    decoders = {
+        "soft": [lookup(model, variables, length=3),
+                 speculative(model, variables, model_drafter(model, variables), length=2)],
+        "prefix": [speculative(model, variables, unprompted, length=2)],
+        "network": [plain(model, variables)],
+    }  # fmt: skip
+    for decoder in decoders[kind]:
+        result = generate(decoder, [text, text[:1]], max_new_tokens=9)
+        assert result.tokens[0].tolist() == whole[0, 5:].tolist()
+    read = read_prefix(decoder, text[:3])
+    result = generate(decoder, [text[3:]], max_new_tokens=9, prefix=read)
+    assert result.tokens[0].tolist() == whole[0, 5:].tolist()
+
+
+def test_a_pipe_reads_trained_prompts_too():
+    model = soft_prompt(tiny_decoder(), 5)
+    variables = random_variables(model, seed=3)
+    ours = generate(
+        pipelined(model, variables, mesh=make_mesh(stage=2)), [[1, 2, 3]], max_new_tokens=6
+    )
+    assert ours.tokens[0].tolist() == (
+        generate(plain(model, variables), [[1, 2, 3]], max_new_tokens=6).tokens[0].tolist()
+    )
+
+
+def test_prompts_take_positions_of_the_model():
+    model = soft_prompt(tiny_gpt2(vocab_size=260), 60)
+    decoder = plain(model, random_variables(model))
+    assert decoder.positions.number == 4
+    with pytest.raises(ValueError, match="positions for 4, and one"):
+        generate(decoder, [[1, 2, 3]], max_new_tokens=3)

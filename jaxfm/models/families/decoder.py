@@ -42,6 +42,16 @@ from jaxfm.model import (
 )
 from jaxfm.models.families.token_inputs import read_inputs
 from jaxfm.rotary import RopeScaling, rotary_frequencies
+from jaxfm.virtual_tokens import (
+    after,
+    before,
+    length_of,
+    padded_before,
+    prefix_length,
+    prefix_of,
+    seeing_prefix,
+    virtual_vectors,
+)
 
 Config = TypeVar("Config", bound=Any)
 
@@ -151,8 +161,8 @@ class TokenEmbedding(nnx.Module):
             self.positions = Embedding(("position", config.max_len), embed, dtype=dtype, rngs=rngs)
         self.learned = config.positions == "learned"
 
-    def __call__(self, tokens: Array, positions: Array) -> Array:
-        x = self.tokens(tokens)
+    def __call__(self, tokens: Array, positions: Array, virtual: Array | None = None) -> Array:
+        x = before(virtual, self.tokens(tokens))
         return x + self.positions(positions) if self.learned else x
 
 
@@ -179,8 +189,11 @@ class Block(nnx.Module):
             bias=config.mlp_bias, out_scale=out_scale, dtype=dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x: Array, positions: Array, mask: Array, past: Past | None = None):
-        mixed, rows = self.attention(self.attention_norm(x), mask, positions, past)
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, past: Past | None = None,
+        prefix: Mapping[str, Array] | None = None,
+    ):  # fmt: skip
+        mixed, rows = self.attention(self.attention_norm(x), mask, positions, past, prefix)
         x = x + mixed
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x)), rows
@@ -219,14 +232,22 @@ def decoder(config: DecoderConfig) -> Model:
 
     init, axes, kernels = assemble(embedding, block, out, config.num_layers)
 
-    def embed(variables: Variables, tokens: Array, positions: Array) -> Array:
+    def embed(
+        variables: Variables, tokens: Array, positions: Array, virtual: Array | None = None
+    ) -> Array:
+        if ahead := prefix_length(variables):
+            positions = positions + ahead
         with jax.named_scope("embed"):
-            return embedding.call(part_of(variables, "embed"), tokens, positions)[0]
+            return embedding.call(part_of(variables, "embed"), tokens, positions, virtual)[0]
 
     def run_block(
         layer: Variables, x: Array, positions: Array, mask: Array, past: Past | None = None
     ):
-        return block.call(layer, x, positions, mask, past)[0]
+        prefix = prefix_of(layer)
+        if prefix is not None:
+            mask = seeing_prefix(prefix, mask, positions, config.sliding_window)
+            positions = positions + prefix["k"].shape[-3]
+        return block.call(layer, x, positions, mask, past, prefix)[0]
 
     def head(variables: Variables, x: Array) -> Array:
         shares = config.tied and config.head == "causal"
@@ -237,14 +258,20 @@ def decoder(config: DecoderConfig) -> Model:
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
     def stream(variables: Variables, tokens: Array, seen: Array | None = None) -> Array:
+        virtual = virtual_vectors(variables, tokens.shape[0])
+        ahead, past = length_of(virtual), prefix_length(variables)
         if config.positions == "learned":
-            check_length(tokens.shape[1], config.max_len)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            check_length(tokens.shape[1], config.max_len, ahead + past)
+        positions = jnp.arange(ahead + tokens.shape[1], dtype=jnp.int32)[None]
         mask = causal_mask(positions, positions, config.sliding_window)
         if seen is not None:
+            seen = padded_before(seen, ahead, True)
             mask = mask & seen[:, None]
+            if ahead or past:  # tokens follow virtual ones, though padding stands between
+                positions = jnp.maximum(jnp.cumsum(seen, axis=1, dtype=jnp.int32) - 1, 0)
         step = lambda x, layer, _: (one_block(layer, x, positions, mask)[0], None)
-        return fold_layers(step, embed(variables, tokens, positions), layers_of(variables))[0]
+        x = embed(variables, tokens, positions, virtual)
+        return after(virtual, fold_layers(step, x, layers_of(variables))[0])
 
     def apply(variables: Variables, tokens: Array, *, train: bool = False, key=None):
         return head(variables, stream(variables, tokens)), variables.stats

@@ -31,6 +31,16 @@ from jaxfm.layers import (
 )
 from jaxfm.model import Array, Model, Variables, assemble, fold_layers, layers_of, part_of, split
 from jaxfm.models.families.token_inputs import read_inputs
+from jaxfm.virtual_tokens import (
+    after,
+    before,
+    length_of,
+    padded_before,
+    prefix_length,
+    prefix_of,
+    seeing_prefix,
+    virtual_vectors,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +113,11 @@ class EncoderEmbedding(nnx.Module):
         self.types = Embedding(("type", config.num_types), embed, **kw)
         self.norm = Norm(embed, kind="layer", eps=config.norm_eps, dtype=dtype)
 
-    def __call__(self, tokens: Array, positions: Array, types: Array) -> Array:
-        return self.norm(self.tokens(tokens) + self.types(types) + self.positions(positions))
+    def __call__(
+        self, tokens: Array, positions: Array, types: Array, virtual: Array | None = None
+    ) -> Array:
+        x = before(virtual, self.tokens(tokens))
+        return self.norm(x + self.types(types) + self.positions(positions))
 
 
 class EncoderBlock(nnx.Module):
@@ -125,8 +138,8 @@ class EncoderBlock(nnx.Module):
         )  # fmt: skip
         self.mlp_norm = Norm(embed, **norm)
 
-    def __call__(self, x: Array, mask: Array) -> Array:
-        x = self.attention_norm(x + self.attention(x, mask)[0])
+    def __call__(self, x: Array, mask: Array, prefix: Mapping[str, Array] | None = None) -> Array:
+        x = self.attention_norm(x + self.attention(x, mask, prefix=prefix)[0])
         with jax.named_scope("mlp"):
             return self.mlp_norm(x + self.mlp(x))
 
@@ -193,22 +206,27 @@ def encoder(config: EncoderConfig) -> Model:
     spare = config.pad_id + 1 if config.family == "roberta" else 0
 
     def run_block(layer: Variables, x: Array, mask: Array) -> Array:
-        return block.call(layer, x, mask)[0]
+        prefix = prefix_of(layer)
+        return block.call(layer, x, seeing_prefix(prefix, mask), prefix)[0]
 
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
     def apply(variables: Variables, inputs: Mapping[str, Array], *, train=False, key=None):
         tokens, seen, types = read_inputs(inputs)
-        check_length(tokens.shape[1], config.max_len - spare)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        virtual = virtual_vectors(variables, tokens.shape[0])
+        ahead, past = length_of(virtual), prefix_length(variables)
+        check_length(tokens.shape[1], config.max_len - spare, ahead + past)
+        positions = jnp.arange(past, past + ahead + tokens.shape[1], dtype=jnp.int32)[None]
         if config.family == "roberta":
-            real = (tokens != config.pad_id).astype(jnp.int32)
+            real = padded_before((tokens != config.pad_id).astype(jnp.int32), ahead, 1)
             positions = jnp.cumsum(real, axis=1) * real + config.pad_id
+            positions = positions + past * real if past else positions
+        seen, types = padded_before(seen, ahead, True), padded_before(types, ahead, 0)
         with jax.named_scope("embed"):
-            x = embedding.call(part_of(variables, "embed"), tokens, positions, types)[0]
+            x = embedding.call(part_of(variables, "embed"), tokens, positions, types, virtual)[0]
         step = lambda x, layer, _: (one_block(layer, x, seen[:, None]), None)
         x, _ = fold_layers(step, x, layers_of(variables))
-        return head(variables, x), variables.stats
+        return head(variables, after(virtual, x)), variables.stats
 
     def head(variables: Variables, x: Array):
         if config.head == "none":

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxfm.layers import ACTIVATIONS, Attention, Linear, Mlp, Norm, check_fields, param
 from jaxfm.model import Array, Model, Variables, assemble, fold_layers, layers_of, part_of, split
+from jaxfm.virtual_tokens import after, before, prefix_of, seeing_prefix, virtual_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,9 @@ class VitBlock(nnx.Module):
             out_scale=out_scale, dtype=dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.attention(self.attention_norm(x), jnp.ones((1, 1, x.shape[1]), bool))[0]
+    def __call__(self, x: Array, prefix: Mapping[str, Array] | None = None) -> Array:
+        mask = seeing_prefix(prefix, jnp.ones((1, 1, x.shape[1]), bool))
+        x = x + self.attention(self.attention_norm(x), mask, prefix=prefix)[0]
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x))
 
@@ -168,7 +170,7 @@ def vit(config: VitConfig) -> Model:
     expected = (*config.image_size, config.num_channels)
 
     def run_block(layer: Variables, x: Array) -> Array:
-        return block.call(layer, x)[0]
+        return block.call(layer, x, prefix_of(layer))[0]
 
     one_block = jax.checkpoint(run_block) if config.remat else run_block
 
@@ -180,8 +182,10 @@ def vit(config: VitConfig) -> Model:
             )
         with jax.named_scope("embed"):
             x = embedding.call(part_of(variables, "embed"), images)[0]
+        virtual = virtual_vectors(variables, images.shape[0])
+        x = before(virtual, x)
         x, _ = fold_layers(lambda x, layer, _: (one_block(layer, x), None), x, layers_of(variables))
         with jax.named_scope("head"):
-            return out.call(part_of(variables, "head"), x)[0], variables.stats
+            return out.call(part_of(variables, "head"), after(virtual, x))[0], variables.stats
 
     return Model(init, apply, axes, config, kernels=kernels)
