@@ -5,7 +5,7 @@ from jaxfm.adapters.backbone import QuantizedConfig, quantized
 from jaxfm.adapters.houlsby import BottleneckConfig, bottleneck
 from jaxfm.adapters.low_rank import LowRankConfig, dora, lora, pairs
 from jaxfm.adapters.parts import PartsConfig, bitfit, head_only, only
-from jaxfm.adapters.serving import for_requests, together
+from jaxfm.adapters.pool import PoolConfig, prompt_pool
 from jaxfm.adapters.prompts import (
     PrefixConfig,
     PromptConfig,
@@ -15,6 +15,7 @@ from jaxfm.adapters.prompts import (
     settled,
     soft_prompt,
 )
+from jaxfm.adapters.serving import for_requests, together
 from jaxfm.adapters.targets import PRESETS, choose
 
 __all__ = [
@@ -23,9 +24,10 @@ __all__ = [
     "BottleneckConfig",
     "LowRankConfig",
     "PartsConfig",
-    "QuantizedConfig",
+    "PoolConfig",
     "PrefixConfig",
     "PromptConfig",
+    "QuantizedConfig",
     "adapter_of",
     "attach",
     "bitfit",
@@ -40,10 +42,11 @@ __all__ = [
     "num_virtual",
     "only",
     "pairs",
-    "quantized",
-    "together",
     "prefix_tuning",
+    "prompt_pool",
+    "quantized",
     "read_prompts",
     "settled",
     "soft_prompt",
+    "together",
 ]

@@ -23,7 +23,7 @@ from jaxfm.frozen import freeze_variables, thaw
 from jaxfm.kernels import Kernel, whole
 from jaxfm.model import Array, Key, Model, PyTree, Stages, Variables
 from jaxfm.trees import Path, join_tree, split_tree
-from jaxfm.virtual_tokens import VIRTUAL, prefix_length
+from jaxfm.virtual_tokens import prefix_length
 
 
 class Adapter(NamedTuple):
@@ -148,7 +148,11 @@ def adapt(
 
 
 def surround(
-    model: Model, part: Part | None, is_trained: Callable[[Path], bool], config: Any = None
+    model: Model,
+    part: Part | None,
+    is_trained: Callable[[Path], bool],
+    config: Any = None,
+    root: Model | None = None,
 ) -> Model:
     """Returns the model with more parameters, and all else frozen.
 
@@ -156,9 +160,10 @@ def surround(
       model: plain or adapted.
       part: what is added; None: nothing, only parts of the model itself are trained.
       is_trained, config: as in `adapt`.
+      root: what takes the joined parameters in the place of the plain model; None: that itself.
     """
     below = model.adapter
-    root = model if below is None else below.root
+    root = root or root_of(model)
     plain = lambda variables, key: thaw(variables)
     join_below = plain if below is None else below.join
     keep = lambda path: not is_trained(path)
@@ -241,7 +246,7 @@ def merge(model: Model, variables: Variables) -> tuple[Model, Variables]:
     """
     adapter = adapter_of(model)
     joined = adapter.join(variables, None)
-    if VIRTUAL in joined.params or prefix_length(joined):
+    if joined.params.keys() - thaw(adapter.root.axes).params.keys() or prefix_length(joined):
         raise ValueError(
             "Prompts are no part of a plain model and cannot be merged into it: evaluate, decode "
             "or save the adapted one."
@@ -249,6 +254,11 @@ def merge(model: Model, variables: Variables) -> tuple[Model, Variables]:
     is_kernel = lambda x: isinstance(x, Kernel)
     params = jax.tree.map(whole, joined.params, is_leaf=is_kernel)
     return adapter.root, joined._replace(params=params)
+
+
+def root_of(model: Model) -> Model:
+    """Returns the model within all adapters."""
+    return model if model.adapter is None else model.adapter.root
 
 
 def adapter_of(model: Model) -> Adapter:

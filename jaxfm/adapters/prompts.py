@@ -102,7 +102,7 @@ def soft_prompt(
     Raises:
       ValueError: settings out of range, or a model without a place for prompts.
     """
-    shapes = _shapes_of(model, num_tokens)
+    shapes = check_room(model, num_tokens)
     if name in thaw(model.axes).params:
         raise ValueError(f"name={name!r} is taken in the parameters of the model; give another.")
     has_table = not isinstance(_fetched(shapes, _TABLE), dict)
@@ -110,7 +110,7 @@ def soft_prompt(
         init = "normal"
     init = init if isinstance(init, str) else tuple(int(token) for token in init)
     _check_init(init, shapes, has_table)
-    width, dtype = _stream(shapes)
+    width, dtype = stream_of(shapes)
 
     def fresh(params: PyTree, key: Key) -> PyTree:
         if init == "normal":
@@ -168,13 +168,13 @@ def prefix_tuning(
     Raises:
       ValueError: settings out of range, or a model without a place for a prefix.
     """
-    shapes = _shapes_of(model, num_tokens)
+    shapes = check_room(model, num_tokens)
     if hidden < 0:
         raise ValueError(f"hidden={hidden}: give a width, or 0 for no network.")
     tops = thaw(model.axes).params
     if PREFIX in tops["layers"] or _NETWORK in tops:
         raise ValueError("The model has a prefix already; give that one more tokens.")
-    width, dtype = _stream(shapes)
+    width, dtype = stream_of(shapes)
     dtype = jnp.promote_types(dtype, jnp.float32)
     sizes = {name: _rows_shape(shapes, path) for name, path in _ROWS.items()}
     names = {name: _rows_names(tops, path) for name, path in _ROWS.items()}
@@ -326,7 +326,7 @@ def _read(root: Model, joined: Variables) -> PyTree:
     return {str(i): {PREFIX: own(i)} for i in range(num_layers(layers))}
 
 
-def _shapes_of(model: Model, num_tokens: int) -> PyTree:
+def check_room(model: Model, num_tokens: int) -> PyTree:
     """The shapes of a model's parameters, which is one that has a place for prompts."""
     shapes = thaw(jax.eval_shape(model.init, jax.random.key(0))).params
     if isinstance(_fetched(shapes, _KEYS), dict) or model.config is None:
@@ -354,7 +354,7 @@ def _check_init(init: str | tuple[int, ...], shapes: PyTree, has_table: bool) ->
         raise ValueError(f"init={init}: give ids of tokens from 0 to {size - 1}.")
 
 
-def _stream(shapes: PyTree) -> tuple[int, jnp.dtype]:
+def stream_of(shapes: PyTree) -> tuple[int, jnp.dtype]:
     """The width of the residual stream, and its dtype."""
     kernel = fetch(shapes, _KEYS)
     return kernel.shape[1], kernel.dtype
