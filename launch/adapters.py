@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxfm.adapters import bitfit, bottleneck, dora, head_only, lora
+from jaxfm.adapters import bitfit, bottleneck, dora, head_only, lora, prefix_tuning, soft_prompt
 from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import Data
 from jaxfm.model import Model
@@ -16,6 +16,7 @@ _READ_BY = {  # options that not every kind of adapter reads
     "alpha": ("lora", "dora"),
     "dropout": ("lora", "dora"),
     "rank_stabilized": ("lora", "dora"),
+    "tokens": ("prompt", "prefix"),
 }
 
 
@@ -23,10 +24,13 @@ _READ_BY = {  # options that not every kind of adapter reads
 class AdapterConfig:
     """What is trained of a model; the rest is frozen, sent once and never uploaded."""
 
-    kind: Literal["none", "lora", "dora", "bottleneck", "bitfit", "head"] = option(
-        "none",
-        "none: all of the model; lora or dora: low-rank matrices beside kernels; bottleneck: small "
-        "networks beside them; bitfit: biases; head: the last layer",
+    kind: Literal["none", "lora", "dora", "bottleneck", "bitfit", "head", "prompt", "prefix"] = (
+        option(
+            "none",
+            "none: all of the model; lora or dora: low-rank matrices beside kernels; bottleneck: "
+            "small networks beside them; bitfit: biases; head: the last layer; prompt: vectors "
+            "before the tokens; prefix: keys and values before them in every layer",
+        )
     )
     rank: int = option(8, "lora, dora: the rank; bottleneck: the width")
     alpha: float = option(0.0, "lora, dora: alpha / rank is the factor of the matrices; 0: 1")
@@ -37,6 +41,7 @@ class AdapterConfig:
     )
     dropout: float = option(0.0, "lora, dora: of their inputs in training")
     rank_stabilized: bool = option(False, "lora, dora: divide alpha by the square root of the rank")
+    tokens: int = option(20, "prompt, prefix: how many stand before each input")
     trained: tuple[str, ...] = option(
         (), "beginnings of names of the model's own parameters that are trained, too; none given: "
         "the head of a classifier"
@@ -44,7 +49,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         check(self)
-        check_whole(self, {"rank": 1, "alpha": 0}, "adapter.")
+        check_whole(self, {"rank": 1, "alpha": 0, "tokens": 1}, "adapter.")
         for field in dataclasses.fields(self):
             given = getattr(self, field.name) != field.default
             readers = _READ_BY.get(field.name, ())
@@ -71,6 +76,9 @@ def adapted(config: AdapterConfig, model: Model, data: Data) -> Model:
     trained = config.trained or tuple(heads)
     if config.kind == "bitfit":
         return bitfit(model, trained=trained)
+    if config.kind in ("prompt", "prefix"):
+        put = soft_prompt if config.kind == "prompt" else prefix_tuning
+        return put(model, config.tokens, trained=trained)
     where: dict[str, Any] = {"targets": config.targets} if config.targets else {}
     if config.kind == "bottleneck":
         return bottleneck(model, config.rank, trained=trained, **where)

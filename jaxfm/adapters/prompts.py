@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxfm.adapters.adapter import Adapter, Part, fetch, surround
+from jaxfm.adapters.adapter import Adapter, Part, fetch, root_of, surround
 from jaxfm.adapters.targets import is_trained_by
 from jaxfm.frozen import thaw
+from jaxfm.kernels import whole
 from jaxfm.layers import causal_mask
 from jaxfm.model import (
     Array,
@@ -116,7 +117,7 @@ def soft_prompt(
         if init == "normal":
             vectors = 0.02 * jax.random.normal(key, (num_tokens, width))
         else:
-            table = fetch(params, _TABLE)
+            table = whole(fetch(params, _TABLE))
             drawn = jax.random.choice(key, table.shape[0], (num_tokens,))
             given = jnp.resize(jnp.asarray(init if init != "vocab" else 0, jnp.int32), num_tokens)
             vectors = jnp.take(table, drawn if init == "vocab" else given, axis=0)
@@ -177,7 +178,8 @@ def prefix_tuning(
     width, dtype = stream_of(shapes)
     dtype = jnp.promote_types(dtype, jnp.float32)
     sizes = {name: _rows_shape(shapes, path) for name, path in _ROWS.items()}
-    names = {name: _rows_names(tops, path) for name, path in _ROWS.items()}
+    plain = thaw(root_of(model).axes).params
+    names = {name: _rows_names(plain, path) for name, path in _ROWS.items()}
 
     def fresh(params: PyTree, key: Key) -> PyTree:
         keys = jax.random.split(key, 3)
@@ -328,7 +330,7 @@ def _read(root: Model, joined: Variables) -> PyTree:
 
 def check_room(model: Model, num_tokens: int) -> PyTree:
     """The shapes of a model's parameters, which is one that has a place for prompts."""
-    shapes = thaw(jax.eval_shape(model.init, jax.random.key(0))).params
+    shapes = thaw(jax.eval_shape(root_of(model).init, jax.random.key(0))).params
     if isinstance(_fetched(shapes, _KEYS), dict) or model.config is None:
         raise ValueError(
             "This model has no place for prompts; decoders, encoders and vision transformers of "

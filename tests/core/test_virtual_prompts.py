@@ -13,6 +13,7 @@ from jaxfm.adapters import (
     lora,
     merge,
     prefix_tuning,
+    quantized,
     read_prompts,
     settled,
     soft_prompt,
@@ -277,3 +278,16 @@ def test_inputs_longer_than_what_the_prompt_leaves_are_refused():
     adapted = soft_prompt(decoder(model), 4)
     with pytest.raises(ValueError, match="5 tokens after 4 virtual ones, but the model has 8"):
         jax.eval_shape(adapted.apply, random_variables(adapted), TEXT)
+
+
+def test_prompts_stand_before_a_backbone_of_few_bits():
+    """A rounded backbone has the same places for prompts as the plain one."""
+    base = tiny_decoder()
+    for wrap in (soft_prompt, prefix_tuning):
+        model = wrap(quantized(base, "int8"), 3)
+        plain = wrap(base, 3)
+        held = attach(quantized(base, "int8"), random_variables(base), KEY)
+        ours, theirs = attach(model, held, KEY), attach(plain, random_variables(base), KEY)
+        jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+        off = apply(model, ours, TEXT) - apply(plain, theirs, TEXT)
+        assert 0 < np.abs(off).mean() < 0.1
