@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from jaxfm.federated.accounting.resources import simulated
 from jaxfm.federated.client import problems
 from jaxfm.federated.cohort import RoundInfo, Status
 from jaxfm.federated.placement import Placement
+from jaxfm.log import say_figures
 from jaxfm.model import PyTree, Variables
 
 SIMULATED = ("seconds", "joules")  # 0 without machines
@@ -117,20 +117,10 @@ def warn(number: int, info: RoundInfo, names: Sequence[str]) -> None:
 
 
 def say_line(number: int, num_rounds: int, line: Mapping[str, float]) -> None:
-    """Says how far a run is, where no progress bar does (`jaxfm.log.progress`).
-
-    The figures are those of training, of the global model and of clients' own; what smaller models
-    come to is in the log ("validation/bucket1/...").
-    """
-    if sys.stderr.isatty():
-        return
-    shown = [
-        name for name in line if re.fullmatch(r"(train|validation|personal|private)/[^/]+", name)
-    ]
-    figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown)
+    """Says how far a run is, where no progress bar does."""
     reported = line.get("clients/reported")
     who = "trained on public rows" if reported is None else f"{reported:.0f} clients reported"
-    _say(f"Round {number} of {num_rounds}: {who}{', ' * bool(figures)}{figures}.")
+    say_figures(f"Round {number} of {num_rounds}: {who}", line)
 
 
 def check_progress(

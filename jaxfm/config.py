@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -228,6 +229,8 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
                 logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback, and raises as well
             main(config)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what is said goes into a file at once, too
+        sys.stdout.reconfigure(line_buffering=True)
     define_flags(cls)
     flags.DEFINE_bool("traceback", False, _TRACEBACK_HELP)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -118,6 +119,22 @@ def progress(items: Iterable[T], description: str, *, total: int | None = None) 
     """Iterates with a progress bar on stderr; silent where that is not a terminal."""
     silent = not sys.stderr.isatty() or jax.process_index() != 0
     return tqdm.tqdm(items, description, total=total, disable=silent, dynamic_ncols=True)
+
+
+def say_figures(head: str, line: Mapping[str, Any]) -> None:
+    """Says how far a run is, on stderr where that is no terminal and shows no `progress`.
+
+    Args:
+      head: how far it is.
+      line: metrics. Those of training, of the global model, of clients' own and of privacy are
+        said; what smaller models come to is in the log ("validation/bucket1/...").
+    """
+    if sys.stderr.isatty() or jax.process_index() != 0:
+        return
+    said = re.compile(r"(train|validation|personal|private)/[^/]+")
+    shown = [name for name in line if said.fullmatch(name)]
+    sentence = ", ".join([head, *(f"{name} {line[name]:.4g}" for name in shown)])
+    print(f"{sentence}.", file=sys.stderr, flush=True)
 
 
 def _number(name: str, value: Any) -> int | float | str:

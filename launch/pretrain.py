@@ -36,7 +36,7 @@ from jaxfm.launch.setup import (
     save_classes,
     use_cores,
 )
-from jaxfm.log import RunLog, progress
+from jaxfm.log import RunLog, progress, say_figures
 from jaxfm.model import Model, count_parameters
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
@@ -90,7 +90,9 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
                 state, losses = program(number - start)(state, examples)
                 metrics = evaluate(model.apply, state.variables, data.task, validation, 32)
                 line = {f"validation/{name}": value for name, value in metrics.items()}
-                log.write(number, {"train/loss": float(losses.mean())} | line)
+                line = {"train/loss": float(losses.mean())} | line
+                log.write(number, line)
+                say_figures(f"Step {number} of {config.steps}", line)
                 checkpoints.save(number, state)
     return state
 

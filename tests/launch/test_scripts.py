@@ -234,14 +234,16 @@ def test_tiers_go_to_those_who_can_carry_them(tmp_path):
     assert set(placement.bucket.tolist()) == {0, 1}
 
 
-def test_pretraining_learns_and_goes_on(tmp_path):
+def test_pretraining_learns_and_goes_on(tmp_path, capsys):
     config = lambda name, steps: pretrain.PretrainConfig(
         run_dir=str(tmp_path / name), steps=steps, eval_every=20, batch_size=32, data=DIGITS,
         model=ModelConfig(family="mlp"), local=SGD,
     )  # fmt: skip
     pretrain.main(config("whole", 60))
     pretrain.main(config("parts", 20))
+    capsys.readouterr()
     pretrain.main(config("parts", 60))
+    assert "Step 60 of 60, train/loss" in capsys.readouterr().err
     read = lambda name: json.loads((tmp_path / name / "results.json").read_text())["pretrain"]
     assert read("parts") == read("whole")
     assert read("whole")["test"]["accuracy"] > 0.8
