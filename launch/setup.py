@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import os
 import pathlib
@@ -364,11 +365,25 @@ def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, A
     return encoder(EncoderConfig(max_len=max(512, length), **sizes, **text))
 
 
+_PATIENCE_S = {
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
+}
+
+
 def use_cores(most: int) -> None:
     """Makes each core of a CPU a device, up to `most`; call it before JAX is first used.
 
-    More devices than cores would wait for each other in every collective. If XLA_FLAGS already sets
-    the number of devices, it is left alone.
+    More devices than cores would wait for each other in every collective. Where other processes
+    keep a core busy, one device may still come 40 s late, after which XLA would end the process: it
+    is made to wait for an hour. If XLA_FLAGS already sets the number of devices, all is left alone.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", max(1, min(most, os.cpu_count() or 1)))
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" in flags:
+        return
+    number = max(1, min(most, os.cpu_count() or 1))
+    jax.config.update("jax_num_cpu_devices", number)
+    # A flag that XLA does not know ends the process, so only versions that are known get these.
+    if number > 1 and importlib.metadata.version("jaxlib").startswith("0.10."):
+        more = [f"{name}={seconds}" for name, seconds in _PATIENCE_S.items() if name not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *more])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxfm import hub
 from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
-from jaxfm.launch import demo, federate, generate, pretrain, report, simulate
+from jaxfm.launch import demo, federate, generate, pretrain, report, setup, simulate
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
@@ -308,6 +309,20 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
         outputs.append(out)
     assert outputs[0].startswith("def f(")
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_devices_that_share_cores_are_waited_for(monkeypatch):
+    made = {}
+    monkeypatch.setattr(setup.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(type(jax.config), "update", lambda _, *what: made.update([what]))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_warn_stuck_timeout_seconds=7")
+    setup.use_cores(8)
+    assert made == {"jax_num_cpu_devices": 2}
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[0].endswith("=7") and len(flags) == 2 and "terminate" in flags[1]
+    monkeypatch.setenv("XLA_FLAGS", theirs := "--xla_force_host_platform_device_count=3")
+    setup.use_cores(8)
+    assert os.environ["XLA_FLAGS"] == theirs
 
 
 def test_biased_tokens_are_chosen(saved_model, capsys):
