@@ -8,6 +8,7 @@ that happens to contain "<|eos|>" stays text), and `decode` leaves special token
 byte-level tokenizers decode(encode(text)) == text.
 """
 
+import importlib.util
 import json
 import operator
 import re
@@ -263,6 +264,7 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
     Raises:
       FileNotFoundError: no such path, or a name that cannot be fetched.
       ValueError: a file that cannot be read as a tokenizer.
+      ImportError: a SentencePiece file without the package of that name.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -273,10 +275,12 @@ def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
         if path.is_file() and path.suffix == ".json":
             return HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_file=str(path)))
         model = path if path.suffix == ".model" else path / "tokenizer.model"
+        if model.is_file() and not (model.parent / "tokenizer.json").exists():
+            _check_sentencepiece(model)
         if model.is_file() and not any(model.parent.glob("tokenizer*.json")):
             return _load_sentencepiece(model)
         return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(str(path_or_name)))
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
     except OSError as error:
         raise FileNotFoundError(
@@ -299,6 +303,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
             f"got {type(tokenizer).__name__}."
         )
     tokenizer.inner.save_pretrained(str(folder))
+
+
+def _check_sentencepiece(model: Path) -> None:
+    """Raises ImportError where transformers would ask for another package, tiktoken."""
+    with model.open("rb") as file:
+        is_message = file.read(1) == b"\n"  # a protobuf's first field; tiktoken's files are text
+    if is_message and importlib.util.find_spec("sentencepiece") is None:
+        raise ImportError(
+            f"{model} is a SentencePiece model: install 'jaxfm[data]', or save the tokenizer as "
+            "tokenizer.json."
+        )
 
 
 def _load_sentencepiece(model: Path) -> HuggingFaceTokenizer:

@@ -472,6 +472,7 @@ def test_a_llama2c_file_of_the_wrong_length_is_refused(tmp_path):
 def test_a_published_checkpoint_tells_its_story():
     from jaxfm.tokenizer import load_tokenizer
 
+    pytest.importorskip("sentencepiece")
     folder = pathlib.Path(os.environ["JAXFM_DATA_DIR"], "stories260k")
     model, variables = hub.load_llama2c(folder / "stories260K.bin")
     length = 201

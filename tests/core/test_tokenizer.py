@@ -1,6 +1,7 @@
 """Laws of tokenizers: text comes back, ids mean what they say."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -185,6 +186,16 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path):
         HuggingFaceTokenizer(object())
     with pytest.raises(TypeError, match="have a form that Hugging Face reads; got object"):
         save_tokenizer(object(), tmp_path)
+
+
+def test_a_sentencepiece_model_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(
+            ImportError, match=r"tokenizer\.model is a SentencePiece .*jaxfm\[data\]"
+        ):
+            load_tokenizer(path)
 
 
 def other_kinds(tmp_path: Path) -> dict[str, HuggingFaceTokenizer]:
