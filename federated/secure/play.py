@@ -11,15 +11,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxfm.federated.secure import client as clients
 from jaxfm.federated.secure import server as servers
 from jaxfm.federated.secure.graph import Graph
-from jaxfm.federated.secure.messages import MaskedUpload, message_bytes
+from jaxfm.federated.secure.messages import message_bytes
 from jaxfm.federated.secure.shamir import Random
 
 
@@ -38,12 +39,14 @@ class Outcome(NamedTuple):
       total: u32[m], the sum of the words of those present.
       present: clients that uploaded.
       bytes_up, bytes_down: by stage, of all clients together.
+      seconds: of all "clients" together and of the "server"; words[i] is not counted.
     """
 
     total: np.ndarray
     present: frozenset[int]
     bytes_up: dict[str, int]
     bytes_down: dict[str, int]
+    seconds: dict[str, float]
 
 
 def secure_sum(
@@ -63,37 +66,43 @@ def secure_sum(
       ValueError: as the client and the server do; too few are left.
     """
     up, down = dict.fromkeys(clients.STAGES, 0), dict.fromkeys(clients.STAGES, 0)
+    seconds = {"clients": 0.0, "server": 0.0}
+    states: dict[int, Any] = {}
 
-    def sent(stage: str, message):
+    def does(stage: str, client: int, function, *args):
+        """A client's step: its message, counted and timed."""
+        began = time.perf_counter()
+        states[client], message = function(*args)
+        seconds["clients"] += time.perf_counter() - began
         up[stage] += message_bytes(message)
         return message
 
-    def heard(stage: str, answers: dict) -> dict:
+    def serves(stage: str, function, *args):
+        """A step of the server: its state and its answers, counted and timed."""
+        began, before = time.perf_counter(), seconds["clients"]
+        server, answers = function(*args)
+        # Uploads are made one by one while the server adds them up.
+        seconds["server"] += time.perf_counter() - began - (seconds["clients"] - before)
         down[stage] += sum(map(message_bytes, answers.values()))
-        return answers
+        return server, answers
 
-    states, keys = {}, []
-    for i in graph.neighbours:
-        states[i], message = clients.advertise(i, random)
-        keys.append(sent("advertise", message))
-    server, introductions = servers.introduce(graph, keys)
-    heard("advertise", introductions)
-    shares = []
-    for i in states.keys() - set(dropouts.before_sharing):
-        states[i], message = clients.share(states[i], introductions[i], random)
-        shares.append(sent("share", message))
-    server, deliveries = servers.deliver(server, shares)
-    heard("share", deliveries)
-
-    def uploads() -> Iterator[MaskedUpload]:
-        for i in deliveries.keys() - set(dropouts.before_upload):
-            states[i], message = clients.upload(states[i], deliveries[i], words[i])
-            yield sent("upload", message)
-
-    server, asked = servers.collect(server, uploads())
-    heard("upload", asked)
-    revealed = []
-    for i in asked.keys() - set(dropouts.before_unmasking):
-        states[i], answer = clients.unmask(states[i], asked[i])
-        revealed.append(sent("unmask", answer))
-    return Outcome(servers.finish(server, revealed), server.present, up, down)
+    keys = [does("advertise", i, clients.advertise, i, random) for i in graph.neighbours]
+    server, introductions = serves("advertise", servers.introduce, graph, keys)
+    shares = [
+        does("share", i, clients.share, states[i], introductions[i], random)
+        for i in states.keys() - set(dropouts.before_sharing)
+    ]
+    server, deliveries = serves("share", servers.deliver, server, shares)
+    uploads = (
+        does("upload", i, clients.upload, states[i], deliveries[i], words[i])
+        for i in deliveries.keys() - set(dropouts.before_upload)
+    )
+    server, asked = serves("upload", servers.collect, server, uploads)
+    revealed = [
+        does("unmask", i, clients.unmask, states[i], asked[i])
+        for i in asked.keys() - set(dropouts.before_unmasking)
+    ]
+    began = time.perf_counter()
+    total = servers.finish(server, revealed)
+    seconds["server"] += time.perf_counter() - began
+    return Outcome(total, server.present, up, down, seconds)
