@@ -110,7 +110,7 @@ def warn(number: int, info: RoundInfo, names: Sequence[str]) -> None:
     if (clipped := np.sum(info.server.get("secure_clipped", 0))) > 0:
         _say(
             f"Round {number}: {clipped:.0f} entries of uploads were beyond the limit of secure "
-            "sums and clipped; give a larger --secure.limit."
+            "sums and clipped; the limit follows them, or give a larger --secure.limit."
         )
     if not len(who) and not info.counted.sum():
         _say(f"Round {number}: none of the {info.selected.sum():.0f} clients drawn reported.")

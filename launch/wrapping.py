@@ -14,7 +14,7 @@ from jaxfm.federated.wrappers.robust import BY_FRACTION, RuleName, named_robust
 from jaxfm.federated.wrappers.robust_rules import check_fraction
 from jaxfm.federated.wrappers.secure import with_secure_sums
 
-_LIMIT, _THRESHOLD = 2.0**14, 2
+_LIMIT, _THRESHOLD = 0.0, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SecureConfig:
     limit: float = option(
         _LIMIT,
         "largest magnitude of what one client adds to a sum, such as examples times movement; "
-        "what is larger is clipped, and a smaller limit makes finer steps",
+        "what is larger is clipped, and steps grow with it; 0: it follows the uploads",
     )
     threshold: int = option(
         _THRESHOLD, "fewest clients whose sum is read; a round of fewer is lost"
@@ -33,7 +33,7 @@ class SecureConfig:
 
     def __post_init__(self):
         check(self)
-        check_whole(self, {"threshold": 1}, "secure.")
+        check_whole(self, {"threshold": 1, "limit": 0}, "secure.")
         if not self.on and (self.limit, self.threshold) != (_LIMIT, _THRESHOLD):
             raise ValueError("secure.limit and secure.threshold change nothing without --secure.")
 
@@ -87,9 +87,6 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
     if robust.rule in BY_FRACTION[1:] and config.cohort_size < 3:
         raise ValueError(f"robust={robust.rule} needs cohort_size of at least 3.")
 
-    # Uploads that are clipped need no wider range; a narrow one has finer steps.
-    default_limit = private.on and secure.limit == _LIMIT
-
     def wrap(algorithm: Algorithm) -> Algorithm:
         algorithm = named_robust(
             algorithm, rule=robust.rule, fraction=robust.fraction, bound=robust.bound
@@ -97,10 +94,12 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
         if private.on:  # innermost: what is encoded, rounded or added up later is clipped
             algorithm = private.around(algorithm, config, num_clients)
         if secure.on:  # around clipping, noise and other aggregations; downloads are not hidden
+            # Uploads that are clipped need no wider range; a narrow one has finer steps.
+            limit = private.limit(algorithm) if private.on else None
             algorithm = with_secure_sums(
                 algorithm,
-                algorithm.privacy.sampling.places if algorithm.privacy else config.cohort_size,
-                limit=private.limit(algorithm) if default_limit else secure.limit,
+                config.cohort_size,
+                limit=secure.limit or limit,
                 threshold=secure.threshold,
             )
         algorithm = named_compression(

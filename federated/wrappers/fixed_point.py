@@ -2,23 +2,23 @@
 
     w_i = round(x_i / step) mod 2^32;    sum_i x_i ~ step * signed(sum_i w_i mod 2^32)
 
-With n clients at most and numbers of at most `limit`,
+With n clients at most and numbers of at most `limit`, a power of two,
 
-    step = the smallest power of two with  limit / step <= L,    L = floor((2^31 - 1) / n)
+    step = limit / 2^b,    n 2^b < 2^31
 
 so that no sum wraps. Scaling by a power of two is exact, and what remains is rounding:
 
     |sum - exact sum| <= n step / 2 + 2^-24 |sum|
 
-What is `Exact`, and every scalar, takes two words: the second holds what the first one left out, at
-a step that is about 2 L times smaller, and numbers up to 2^24 fit. Whole ones, such as counts of
-examples, are summed exactly.
+or n step where numbers are cut towards zero, so that none grows (a norm that they were clipped to
+then holds for what is sent, too). What is `Exact`, and every scalar, takes two words: the second
+holds what the first one left out, at a step that is 2^(b + 1) times smaller, and numbers up to 2^24
+fit. Whole ones, such as counts of examples, are summed exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,25 +32,18 @@ EXACT_LIMIT = 2.0**24  # up to which float32 holds whole numbers
 _MOST_CLIENTS = 2**20
 
 
-class FixedPoint(NamedTuple):
-    """Numbers as words modulo 2^32, of which so many can be added up without wrapping.
+class Encoded(NamedTuple):
+    """An encoded tree.
 
     Attributes:
-      most: L, of the magnitude of one client's word.
-      limit: of the magnitude of numbers of one word; larger ones are clipped.
-      step: of one word.
-      exact_step: of the first of two words.
+      words: a tree with `Words` for leaves.
+      clipped: u32[], entries beyond their limit.
+      largest: f32[], the largest magnitude among numbers of one word, before it was clipped.
     """
 
-    most: int
-    limit: float
-    step: float
-    exact_step: float
-
-    @property
-    def rest_step(self) -> float:
-        """The step of the second of two words."""
-        return self.exact_step / 2.0 ** math.floor(math.log2(2 * self.most))
+    words: PyTree
+    clipped: Array
+    largest: Array
 
 
 @jax.tree_util.register_dataclass
@@ -69,51 +62,54 @@ class Words:
     is_exact: bool = dataclasses.field(metadata={"static": True})
 
 
-def fixed_point(num_clients: int, limit: float) -> FixedPoint:
-    """The finest steps at which the words of so many clients can be added up.
+def word_bits(num_clients: int) -> int:
+    """b, the bits of one client's words without their sign: n 2^b < 2^31.
 
-    Args:
-      num_clients: n.
-      limit: of the magnitude of one client's numbers of one word.
     Raises:
-      ValueError: n or the limit is out of range.
+      ValueError: n is out of range.
     """
     if not 1 <= num_clients <= _MOST_CLIENTS:
         raise ValueError(
             f"num_clients={num_clients} must be from 1 to {_MOST_CLIENTS}: a word of 32 bits "
             "holds the sum of all of them."
         )
-    if not 2.0**-60 <= limit <= 2.0**60:
-        raise ValueError(
-            f"limit={limit} must be a number from 2^-60 to 2^60, above what a client uploads."
-        )
-    most = (2**31 - 1) // num_clients
-    return FixedPoint(most, float(limit), _step(limit, most), _step(EXACT_LIMIT, most))
+    return ((2**31 - 1) // num_clients).bit_length() - 1
 
 
-def encode(fixed: FixedPoint, tree: PyTree) -> tuple[PyTree, Array]:
-    """The tree with `Words` for leaves, and how many of its entries were clipped, u32[].
+def encode(tree: PyTree, limit: Array | float, bits: int, cut: bool = False) -> Encoded:
+    """The tree in words.
 
     Args:
       tree: leaves float32 or integers; what is `Exact`, or a scalar, takes two words.
+      limit: f32[], a power of two: of numbers of one word, in magnitude; larger ones are clipped.
+      bits: of `word_bits`.
+      cut: towards zero, instead of rounding to the nearest.
     """
-    clipped = []
+    clipped, largest = [jnp.zeros((), jnp.uint32)], [jnp.zeros((), jnp.float32)]
+
+    def count(x: Array, most: Array | float) -> None:
+        clipped.append((jnp.abs(x) > most).sum(dtype=jnp.uint32))
+
+    def whole(x: Array) -> Words:
+        number = x.astype(jnp.int32)
+        count(number, 2**bits)
+        code = jnp.clip(number, -(2**bits), 2**bits)
+        dtype = x.dtype if x.dtype.itemsize == 4 else number.dtype
+        return Words(code.astype(jnp.uint32), dtype, False)
 
     def leaf(x: Array, is_exact: bool) -> Words:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = x if x.dtype.itemsize == 4 else x.astype(jnp.int32)
-            clipped.append((jnp.abs(x) > fixed.most).sum(dtype=jnp.uint32))
-            whole = jnp.clip(x, -fixed.most, fixed.most).astype(jnp.int32)
-            return Words(whole.astype(jnp.uint32), x.dtype, False)
-        wide = full_width(x)
-        small = wide.astype(jnp.float32)
-        limit = EXACT_LIMIT if is_exact else fixed.limit
-        clipped.append((jnp.abs(small) > limit).sum(dtype=jnp.uint32))
+            return whole(x)
+        x = full_width(x)
+        number = x.astype(jnp.float32)
+        most = EXACT_LIMIT if is_exact else limit
+        count(number, most)
+        first, rest = _word(jnp.clip(number, -most, most), most * 2.0**-bits, cut and not is_exact)
         if not is_exact:
-            return Words(_word(small, fixed.step, limit)[0], wide.dtype, False)
-        first, rest = _word(jnp.clip(small, -limit, limit), fixed.exact_step, limit)
-        second, _ = _word(rest, fixed.rest_step, fixed.exact_step / 2)
-        return Words(jnp.stack([first, second]), wide.dtype, True)
+            largest.append(jnp.abs(number).max(initial=0))
+            return Words(first, x.dtype, False)
+        second, _ = _word(rest, EXACT_LIMIT * 2.0 ** (-2 * bits - 1), cut)
+        return Words(jnp.stack([first, second]), x.dtype, True)
 
     def part(x: Any) -> Any:
         if isinstance(x, Exact):
@@ -121,11 +117,11 @@ def encode(fixed: FixedPoint, tree: PyTree) -> tuple[PyTree, Array]:
         return leaf(x, not x.ndim)
 
     words = jax.tree.map(part, tree, is_leaf=lambda x: isinstance(x, Exact))
-    total = sum(clipped, jnp.zeros((), jnp.uint32))
-    return words, jnp.minimum(total, jnp.uint32(fixed.most))
+    total = jnp.minimum(jnp.stack(clipped).sum(dtype=jnp.uint32), jnp.uint32(2**bits))
+    return Encoded(words, total, jnp.stack(largest).max())
 
 
-def decode(fixed: FixedPoint, tree: PyTree) -> PyTree:
+def decode(words: PyTree, limit: Array | float, bits: int) -> PyTree:
     """The numbers of a tree of `Words`, or of their sums modulo 2^32."""
 
     def leaf(x: Words) -> Array:
@@ -134,38 +130,28 @@ def decode(fixed: FixedPoint, tree: PyTree) -> PyTree:
             return signed.astype(x.dtype)
         number = signed.astype(jnp.float32)
         if x.is_exact:
-            value = number[0] * fixed.exact_step + number[1] * fixed.rest_step
-        else:
-            value = number * fixed.step
-        return value.astype(x.dtype)
+            number = number[0] + number[1] * 2.0 ** (-bits - 1)
+        return (number * ((EXACT_LIMIT if x.is_exact else limit) * 2.0**-bits)).astype(x.dtype)
 
-    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, Words))
+    return jax.tree.map(leaf, words, is_leaf=lambda x: isinstance(x, Words))
 
 
-def error_bound(fixed: FixedPoint, num_clients: int, total: Any, is_exact: bool = False) -> Any:
-    """By how much a decoded sum may be off, where nothing was clipped: n step / 2 + 2^-24 |sum|.
+def error_bound(
+    total: Any, num_clients: int, limit: float, bits: int, *, cut: bool = False
+) -> np.ndarray:
+    """By how much decoded sums of one word may be off, where nothing was clipped.
 
     Args:
-      total: the exact sum, f[...].
-      is_exact: of two words: three numbers are rounded to float32, the two and their sum.
+      total: the exact sums, f64[...].
+      num_clients: that were added up.
+      limit, bits, cut: as in `encode`.
     """
-    step = fixed.rest_step if is_exact else fixed.step
-    rounded = 3 if is_exact else 1
-    return num_clients * step / 2 + rounded * 2.0**-24 * (np.abs(total) + num_clients * step)
+    off = num_clients * limit * 2.0**-bits * (1 if cut else 0.5)
+    return off + 2.0**-24 * (np.abs(total) + off)
 
 
-def _word(x: Array, step: float, limit: float) -> tuple[Array, Array]:
-    """(u32 round(x / step), clipped, modulo 2^32; what it leaves of x), of f32 arrays."""
-    most = np.float32(math.floor(limit / step))
-    if most > math.floor(limit / step):
-        most = np.nextafter(most, np.float32(0))
-    code = jnp.clip(jnp.round(x / np.float32(step)), -most, most)
-    return code.astype(jnp.int32).astype(jnp.uint32), x - code * np.float32(step)
-
-
-def _step(limit: float, most: int) -> float:
-    """The smallest power of two that fits into the limit at most so many times."""
-    step = 2.0 ** math.floor(math.log2(limit / most))
-    while limit / step > most:
-        step *= 2
-    return step
+def _word(x: Array, step: Array | float, cut: bool) -> tuple[Array, Array]:
+    """(x in steps, u32 modulo 2^32; what is left of x), of f32 numbers within the limit."""
+    step = jnp.asarray(step, jnp.float32)
+    code = jnp.trunc(x / step) if cut else jnp.round(x / step)
+    return code.astype(jnp.int32).astype(jnp.uint32), x - code * step

@@ -30,11 +30,34 @@ from jaxfm.federated.algorithm import (
     Algorithm,
     Bucket,
     ClientData,
+    Exact,
     Profile,
 )
 from jaxfm.federated.wrappers.compression import Packed
-from jaxfm.federated.wrappers.fixed_point import FixedPoint, decode, encode, fixed_point
+from jaxfm.federated.wrappers.fixed_point import decode, encode, word_bits
 from jaxfm.model import Array, Key, PyTree
+
+_FIRST_LIMIT = 2.0**14
+_SPAN = (-24, 40)  # powers of two that limits follow
+_MARGIN = 2  # of them, between the largest number of a round and the limit of the next
+_DECAY = 3  # of them, by which a limit falls in a round at most
+
+
+class SecureState(NamedTuple):
+    """The algorithm's state, and the limit of the next round's numbers, f32[], a power of two."""
+
+    own: PyTree
+    limit: Array
+
+    @property
+    def variables(self):
+        """The global model."""
+        return self.own.variables
+
+    @property
+    def released(self):
+        """Rounds whose noisy sum has moved the model, of a private algorithm."""
+        return self.own.released
 
 
 class SecureUpload(NamedTuple):
@@ -44,11 +67,14 @@ class SecureUpload(NamedTuple):
       words: what the server would have received, with `Words` for leaves.
       clipped: u32[], entries beyond the limit.
       clients: u32[], one.
+      sizes: u32[64], one at the power of two above the client's largest number, where limits
+        follow the uploads; else u32[0].
     """
 
     words: PyTree
     clipped: Array
     clients: Array
+    sizes: Array
 
 
 class SecureMemory(NamedTuple):
@@ -63,11 +89,12 @@ class SecureMemory(NamedTuple):
 
 
 class SecureTotals(NamedTuple):
-    """The algorithm's totals; f32[], clipped entries and buckets that fell short."""
+    """The algorithm's totals; f32[], clipped entries and buckets that fell short; u32[64]."""
 
     own: PyTree
     clipped: Array
     lost: Array
+    sizes: Array
 
 
 class _Origin(NamedTuple):
@@ -84,17 +111,39 @@ class _Origin(NamedTuple):
     places: tuple[int | None, ...]
 
 
+class _Coding(NamedTuple):
+    """How uploads are encoded.
+
+    Attributes:
+      most: clients whose sum does not wrap.
+      threshold: as given.
+      follows: whether the limit follows the uploads.
+      cut: whether numbers are cut towards zero.
+    """
+
+    most: int
+    threshold: int
+    follows: bool
+    cut: bool
+
+    @property
+    def bits(self) -> int:
+        """Bits of a word without its sign."""
+        return word_bits(self.most)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Sent:
-    """A download, and where its leaves come from."""
+    """A download, the limit f32[] of numbers in an upload, and where the download comes from."""
 
     own: PyTree
+    limit: Exact
     origin: _Origin = dataclasses.field(metadata={"static": True})
 
 
 def with_secure_sums(
-    algorithm: Algorithm, cohort_size: int, *, limit: float = 2.0**14, threshold: int = 2
+    algorithm: Algorithm, cohort_size: int, *, limit: float | None = None, threshold: int = 2
 ) -> Algorithm:
     """The algorithm whose uploads are summed as words modulo 2^32; its server sees only sums.
 
@@ -103,32 +152,47 @@ def with_secure_sums(
     report is lost for the round, as if nobody in it had reported. Uploads are four bytes an entry,
     and the figures of a round tell of `secure_clipped` entries and `secure_lost` buckets.
 
+    Numbers beyond the limit are clipped, and steps grow with it. It follows the uploads, four times
+    the largest number of the last round or more: with its words a client sends a vector that counts
+    it at the power of two of its largest number, and the server reads how many clients are where.
+    That is no secret of one client, but nor is it private: differential privacy asks for a limit.
+    Its numbers are cut towards zero, so that none leaves the norm that it was clipped to.
+
     Args:
       algorithm: one whose uploads are added up.
       cohort_size: n, the most clients that report in one round.
-      limit: of one client's summands (weight * movement, say), in magnitude; larger ones are
-        clipped. The step grows with it, see the module.
+      limit: of one client's summands (weight * movement, say), in magnitude, raised to a power of
+        two; under differential privacy the clipping norm, plus some deviations of the noise where
+        clients add it. None: it follows the uploads.
       threshold: the fewest clients of a bucket whose sum is read.
     Raises:
       ValueError: a setting out of range; an algorithm whose server needs more of uploads than
         their sum. One that needs more of an upload to receive it raises when it is first traced.
     """
-    if not 1 <= threshold <= cohort_size:
-        raise ValueError(
-            f"threshold={threshold} must be at least 1 and at most cohort_size={cohort_size}; "
-            "with more, no round would ever be read."
-        )
+    _check_settings(algorithm, cohort_size, limit, threshold)
     for number, bucket in enumerate(algorithm.buckets):
         _check(bucket, number)
-    fixed = fixed_point(cohort_size, limit)
-    buckets = tuple(_secure(b, fixed, cohort_size, threshold) for b in algorithm.buckets)
+    # Poisson sampling may draw more clients than its average.
+    places = 0 if algorithm.privacy is None else algorithm.privacy.sampling.places
+    coding = _Coding(
+        most=max(cohort_size, places),
+        threshold=threshold,
+        follows=limit is None,
+        cut=algorithm.privacy is not None,
+    )
+    first = _FIRST_LIMIT if limit is None else 2.0 ** math.ceil(math.log2(limit))
 
-    def server(state, totals: SecureTotals, public, key: Key):
-        state, figures = algorithm.server(state, totals.own, public, key)
-        own = {"secure_clipped": totals.clipped, "secure_lost": totals.lost}
-        return state, figures | own
+    def init(variables) -> SecureState:
+        return SecureState(algorithm.init(variables), jnp.float32(first))
 
-    return algorithm._replace(buckets=buckets, server=server)
+    def server(state: SecureState, totals: SecureTotals, public, key: Key):
+        own, figures = algorithm.server(state.own, totals.own, public, key)
+        limit = _next_limit(state.limit, totals.sizes) if coding.follows else state.limit
+        counts = {"secure_clipped": totals.clipped, "secure_lost": totals.lost}
+        return SecureState(own, limit), figures | counts
+
+    buckets = tuple(_secure(bucket, coding) for bucket in algorithm.buckets)
+    return algorithm._replace(init=init, buckets=buckets, server=server)
 
 
 def flat_words(upload: SecureUpload) -> np.ndarray:
@@ -153,9 +217,10 @@ def upload_of(words: np.ndarray, like: SecureUpload) -> SecureUpload:
     return jax.tree.unflatten(tree, [part.reshape(x.shape) for part, x in zip(parts, leaves)])
 
 
-def _secure(bucket: Bucket, fixed: FixedPoint, most: int, threshold: int) -> Bucket:
-    def send(server, public) -> _Sent:
-        return _Sent(bucket.send(server, public), _origin(bucket, server, public))
+def _secure(bucket: Bucket, coding: _Coding) -> Bucket:
+    def send(server: SecureState, public) -> _Sent:
+        origin = _origin(bucket, server.own, public)
+        return _Sent(bucket.send(server.own, public), Exact(server.limit), origin)
 
     def init_client(download: _Sent, *rest) -> SecureMemory:
         return SecureMemory(bucket.init_client(download.own, *rest), jnp.zeros(()))
@@ -163,23 +228,24 @@ def _secure(bucket: Bucket, fixed: FixedPoint, most: int, threshold: int) -> Buc
     def client(download: _Sent, memory: SecureMemory, data: ClientData, profile: Profile, key: Key):
         upload, own, info = bucket.client(download.own, memory.own, data, profile, key)
         received = _received(bucket, download, upload)
-        words, clipped = encode(fixed, received)
+        words, clipped, largest = encode(received, download.limit.value, coding.bits, coding.cut)
         floats = [x for x in jax.tree.leaves(received) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+        sizes = _size_of(largest) if coding.follows else jnp.zeros(0, jnp.uint32)
+        sent = SecureUpload(words, clipped, jnp.ones((), jnp.uint32), sizes)
         fault = jnp.where(finite, 0.0, jnp.nan)
-        sent = SecureUpload(words, clipped, jnp.ones((), jnp.uint32))
         return sent, SecureMemory(own, fault), info.measured(bytes_up=None)
 
-    def lift(server, sums: SecureUpload) -> SecureTotals:
-        enough = (sums.clients >= threshold) & (sums.clients <= most)
-        read = jax.tree.map(
-            lambda x: jnp.where(enough, x, jnp.zeros((), x.dtype)), decode(fixed, sums.words)
-        )
+    def lift(server: SecureState, sums: SecureUpload) -> SecureTotals:
+        enough = (sums.clients >= coding.threshold) & (sums.clients <= coding.most)
+        read = lambda x: jnp.where(enough, x, jnp.zeros((), x.dtype))
+        own = jax.tree.map(read, decode(sums.words, server.limit, coding.bits))
         lost = (sums.clients > 0) & ~enough
         return SecureTotals(
-            bucket.lift(server, read),
-            jnp.where(enough, sums.clipped.astype(jnp.float32), 0),
-            lost.astype(jnp.float32),
+            own=bucket.lift(server.own, own),
+            clipped=read(sums.clipped).astype(jnp.float32),
+            lost=lost.astype(jnp.float32),
+            sizes=read(sums.sizes),
         )
 
     personal = bucket.personal
@@ -189,8 +255,44 @@ def _secure(bucket: Bucket, fixed: FixedPoint, most: int, threshold: int) -> Buc
         init_client=init_client,
         receive=Bucket._field_defaults["receive"],
         lift=lift,
-        personal=personal and (lambda server, memory: personal(server, memory.own)),
+        shared=lambda server: bucket.shared(server.own),
+        personal=personal and (lambda server, memory: personal(server.own, memory.own)),
     )
+
+
+def _size_of(largest: Array) -> Array:
+    """u32[64]: one at the least power of two above a number f32[]."""
+    least, most = _SPAN
+    power = jnp.where(largest > 0, jnp.frexp(largest)[1], least)
+    return (jnp.arange(least, most) == jnp.clip(power, least, most - 1)).astype(jnp.uint32)
+
+
+def _next_limit(limit: Array, sizes: Array) -> Array:
+    """f32[]: a margin above the largest number of a round, or not far below the last limit."""
+    powers = jnp.arange(*_SPAN)
+    largest = jnp.where(sizes > 0, powers, _SPAN[0]).max()
+    new = jnp.maximum(jnp.ldexp(jnp.float32(1), largest + _MARGIN), limit * 2.0**-_DECAY)
+    return jnp.where(sizes.any(), new, limit)
+
+
+def _check_settings(
+    algorithm: Algorithm, cohort_size: int, limit: float | None, threshold: int
+) -> None:
+    if not 1 <= threshold <= cohort_size:
+        raise ValueError(
+            f"threshold={threshold} must be at least 1 and at most cohort_size={cohort_size}; "
+            "with more, no round would ever be read."
+        )
+    word_bits(cohort_size)
+    if limit is None and algorithm.privacy is not None:
+        raise ValueError(
+            "Secure sums of a private algorithm need limit, such as twice its clipping norm: one "
+            "that follows the uploads would tell of them."
+        )
+    if limit is not None and not 2.0**-40 <= limit <= 2.0**40:
+        raise ValueError(
+            f"limit={limit} must be a number from 2^-40 to 2^40, above what a client uploads."
+        )
 
 
 def _check(bucket: Bucket, number: int) -> None:

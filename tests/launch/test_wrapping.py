@@ -52,21 +52,15 @@ def test_examples_are_private_by_settings_of_their_own():
 
 
 def test_secure_sums_of_clipped_uploads_have_fine_steps():
-    """The state and the figures are those of the private algorithm inside."""
-    from jaxfm.federated.wrappers import fixed_point
-
-    flags = ("secure.on=True", "private.noise_multiplier=1.5", "private.clip=2")
-    seen, make = [], fixed_point.fixed_point
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "jaxfm.federated.wrappers.secure.fixed_point",
-            lambda cohort, limit: seen.append(limit) or make(cohort, limit),
-        )
-        assert wrap(*flags).privacy
-        wrap(*flags, "private.noise=clients")
-        wrap(*flags, "secure.limit=100")
-        wrap("secure.on=True")
-    assert seen == [2, 2 + 8 * 1.5 * 2 / math.sqrt(4), 100, 2.0**14]
+    """Limits are powers of two: of the clipping norm, of it with noise, as given, the first one."""
+    variables = MODEL.init(jax.random.key(0))
+    limit = lambda *flags: float(wrap("secure.on=True", *flags).init(variables).limit)
+    private = ("private.noise_multiplier=1.5", "private.clip=2")
+    assert limit(*private) == 2
+    assert limit(*private, "private.noise=clients") == 16 > 2 + 8 * 1.5 * 2 / math.sqrt(4)
+    assert limit(*private, "secure.limit=100") == 128
+    assert limit() == 2.0**14
+    assert wrap("secure.on=True", *private).privacy
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jaxfm.federated import client_data, client_key, compile_rounds, run_client
 from jaxfm.federated.client import send
 from jaxfm.federated.secure.graph import complete_graph, ring
 from jaxfm.federated.secure.play import Dropouts, secure_sum
-from jaxfm.federated.wrappers.secure import flat_words, upload_of, with_secure_sums
+from jaxfm.federated.wrappers.secure import SecureState, flat_words, upload_of, with_secure_sums
 from jaxfm.model import Variables
 
 COUNT = 6
@@ -64,9 +64,12 @@ def engine():
     """The compiled round, whose server keeps the words that it gets."""
     like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), uploads()[0])
     words_only = SECURED._replace(
-        init=lambda variables: Seen(variables, like),
+        init=lambda variables: SecureState(Seen(variables, like), SECURED.init(variables).limit),
         buckets=(BUCKET._replace(lift=lambda server, sums: sums),),
-        server=lambda state, totals, public, key: (Seen(state.variables, totals), {}),
+        server=lambda state, totals, public, key: (
+            state._replace(own=Seen(state.variables, totals)),
+            {},
+        ),
     )
     return compile_rounds(words_only, people(range(COUNT)), cohort_size=COUNT)
 
@@ -77,9 +80,9 @@ def test_the_masked_sum_is_the_compiled_one_bit_for_bit(graph, name):
     words = {i: flat_words(upload) for i, upload in uploads().items()}
     outcome = secure_sum(words, GRAPHS[graph], DROPOUTS[name])
     state, _ = advance(engine(), people(sorted(outcome.present)), 1)
-    np.testing.assert_array_equal(outcome.total, flat_words(state.server.total))
+    np.testing.assert_array_equal(outcome.total, flat_words(state.server.own.total))
     restored = upload_of(outcome.total, uploads()[0])
-    chex.assert_trees_all_equal(restored, jax.device_get(state.server.total))
+    chex.assert_trees_all_equal(restored, jax.device_get(state.server.own.total))
     assert restored.clients == len(outcome.present)
 
 
