@@ -27,6 +27,9 @@ INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "federated.accounting": (
         ("algorithm", "cohort", "local", "population", "rounds"), ()
     ),
+    "federated.continual": (
+        ("algorithm", "averaging", "local", "population", "rounds"), ("federated.accounting",)
+    ),
     "federated.foundation": (None, ("federated.accounting", "federated.wrappers")),
     "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
     "federated.secure": ((), ()),
