@@ -128,9 +128,9 @@ class LowRank(_Around):
 
     def whole(self) -> Array:
         w = whole(self.kernel)
-        return (w.astype(self.a.dtype) + self.scale * product(self.a, self.b, w.ndim)).astype(
-            w.dtype
-        )
+        wide = jnp.promote_types(w.dtype, self.a.dtype)
+        moved = self.scale * product(self.a, self.b, w.ndim)
+        return (w.astype(wide) + moved.astype(wide)).astype(w.dtype)
 
 
 @_kernel

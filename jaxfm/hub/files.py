@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +54,6 @@ def find_folder(path_or_name: str | os.PathLike) -> pathlib.Path:
 
 def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """Returns every tensor of a folder's safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
     if (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif (folder / _INDEX).exists():
@@ -65,21 +63,34 @@ def open_safetensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             f"{folder} has neither model.safetensors nor {_INDEX}; weights in another form have to "
             "be saved as safetensors first."
         )
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder} lacks {file}, which its index names.")
-        try:
-            handle = safe_open(folder / file, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder / file} cannot be read as safetensors; it may be cut short ({error})."
-            ) from None
-        for name in handle.keys():  # noqa: SIM118 (not a mapping)
-            part = handle.get_slice(name)
-            kind = part.get_dtype()
-            read = functools.partial(handle.get_tensor, name)
-            stored[name] = StoredTensor(tuple(part.get_shape()), DTYPES.get(kind, kind), read)
+        stored |= open_file(folder / file)
+    return stored
+
+
+def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns every tensor of one safetensors file.
+
+    Raises:
+      ValueError: it cannot be read as one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors; it may be cut short ({error})."
+        ) from None
+    stored = {}
+    for name in handle.keys():  # noqa: SIM118 (not a mapping)
+        part = handle.get_slice(name)
+        kind = part.get_dtype()
+        read = functools.partial(handle.get_tensor, name)
+        stored[name] = StoredTensor(tuple(part.get_shape()), DTYPES.get(kind, kind), read)
     return stored
 
 
@@ -187,11 +198,21 @@ def _shards(bytes_of: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
+# What a model's folder may hold of the model before.
+_OF_A_MODEL = ("model*.safetensors", _INDEX, "generation_config.json", "preprocessor_config.json")
+
+
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(
+    path: str | os.PathLike, stale: Sequence[str] = _OF_A_MODEL
+) -> Iterator[pathlib.Path]:
     """Gives a folder to fill, which then takes its place at `path`.
 
     A new folder appears whole; in one that exists each file is replaced whole.
+
+    Args:
+      path: the folder.
+      stale: patterns of files that are removed from a folder that exists, unless written anew.
     """
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,10 +220,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         new = pathlib.Path(work, path.name)
         new.mkdir()
         yield new
-        _publish(new, path)
+        _publish(new, path, stale)
 
 
-def _publish(new: pathlib.Path, path: pathlib.Path) -> None:
+def _publish(new: pathlib.Path, path: pathlib.Path, stale: Sequence[str]) -> None:
     """Moves a finished folder to its place."""
     if not path.exists():
         new.rename(path)
@@ -210,7 +231,6 @@ def _publish(new: pathlib.Path, path: pathlib.Path) -> None:
     names = {file.name for file in new.iterdir()}
     for file in new.iterdir():
         file.replace(path / file.name)
-    others = ("generation_config.json", "preprocessor_config.json")  # of the model before
-    for old in [*path.glob("model*.safetensors"), *(path / name for name in (_INDEX, *others))]:
+    for old in [file for pattern in stale for file in path.glob(pattern)]:
         if old.name not in names:
             old.unlink(missing_ok=True)

@@ -119,9 +119,14 @@ def save(
       classes: names of the classes, in the order of a classifier's logits.
     Raises:
       TypeError: the model is of none of our families.
-      ValueError: the format cannot express this model: masked channels, layers of unequal width,
-        or a switch that its family lacks.
+      ValueError: the format cannot express this model: an adapter, masked channels, layers of
+        unequal width, or a switch that its family lacks.
     """
+    if model.adapter is not None:
+        raise ValueError(
+            "This model has an adapter: save what `jaxfm.adapters.merge` makes of it, or the "
+            "adapter alone by `jaxfm.hub.save_adapter`."
+        )
     if own_format.has_own_format(model.config):
         own_format.save(model, variables, path, classes)
         return
@@ -137,13 +142,7 @@ def save(
             leaves[name] = scaled.astype(leaves[name].dtype)
     tensors = tensor_map(config, leaves)
 
-    def tensor(name: str) -> np.ndarray:
-        rows = [
-            leaves[p.path] if p.layer is None else leaves[p.path][p.layer] for p in tensors[name]
-        ]
-        own = [hub_names.to_file(p, row) for p, row in zip(tensors[name], rows, strict=True)]
-        return np.concatenate(own, axis=-1) if len(own) > 1 else own[0]
-
+    tensor = lambda name: in_file(tensors[name], leaves)
     shapes = {
         name: (hub_names.tensor_shape(some), leaves[some[0].path].itemsize)
         for name, some in tensors.items()
@@ -153,6 +152,13 @@ def save(
         if tokenizer is not None:
             save_tokenizer(tokenizer, new)
         hub_metadata.write(new, fields, metadata, tokenizer)
+
+
+def in_file(some: tuple[Placement, ...], leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the tensor of a file that these placements of our leaves, by dotted path, make up."""
+    rows = [leaves[p.path] if p.layer is None else leaves[p.path][p.layer] for p in some]
+    own = [hub_names.to_file(p, row) for p, row in zip(some, rows, strict=True)]
+    return np.concatenate(own, axis=-1) if len(own) > 1 else own[0]
 
 
 def load_llama2c(path: str | os.PathLike) -> tuple[Model, Variables]:

@@ -168,6 +168,19 @@ VIT = (
     *linear("head.classifier", "classifier", "dc", "c"),
 )
 
+# Modules of transformers 5 that its files know by the older name: (part of a name, what it became).
+MODULES = {
+    "vit": (
+        ("encoder.layer.", "layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ),
+}
+
 # Tensors that files hold besides the parameters. Buffers follow from the config, whatever their
 # dtype; copies of tied weights must equal the original; heads of other tasks have no use here.
 _BUFFERS = re.compile(
@@ -243,7 +256,7 @@ def tensor_shape(some: tuple[Placement, ...]) -> tuple[int, ...]:
 
 def to_file(placement: Placement, leaf: np.ndarray) -> np.ndarray:
     """Returns our leaf (of one layer) in the layout of the file."""
-    ours, groups = _axes(placement.layout)
+    ours, groups = axes_of(placement.layout)
     order = [ours.index(axis) for group in groups for axis in group]
     return leaf.transpose(order).reshape(placement.shape)
 
@@ -252,16 +265,17 @@ def from_file(placement: Placement, some: tuple[Placement, ...], tensor: np.ndar
     """Returns our leaf (of one layer) out of the tensor that holds `some` placements."""
     start = sum(other.shape[-1] for other in some if other.part < placement.part)
     own = tensor[..., start : start + placement.shape[-1]]
-    ours, groups = _axes(placement.layout)
+    ours, groups = axes_of(placement.layout)
     order = [ours.index(axis) for group in groups for axis in group]
     return own.reshape([placement.leaf_shape[i] for i in order]).transpose(np.argsort(order))
 
 
-def _axes(layout: str) -> tuple[str, list[str]]:
+def axes_of(layout: str) -> tuple[str, list[str]]:
+    """Returns our axes, and those of ours that each axis of the file is a product of."""
     ours, theirs = layout.split("->")
     return ours, theirs.split(",")
 
 
 def _file_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    ours, groups = _axes(layout)
+    ours, groups = axes_of(layout)
     return tuple(math.prod(shape[ours.index(axis)] for axis in group) for group in groups)
