@@ -60,6 +60,11 @@ def whole(kernel: Array | Kernel) -> Array:
     return kernel.whole() if isinstance(kernel, Kernel) else kernel
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """float32 in the place of a narrower dtype."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
 def flat_product(x: Array, w: Array, num_inputs: int) -> Array:
     """x [..., fan_in] by w [*inputs, *outputs], both flattened: [..., fan_out].
 
@@ -128,8 +133,8 @@ class LowRank(_Around):
 
     def whole(self) -> Array:
         w = whole(self.kernel)
-        wide = jnp.promote_types(w.dtype, self.a.dtype)
         moved = self.scale * product(self.a, self.b, w.ndim)
+        wide = at_least_float32(w.dtype)
         return (w.astype(wide) + moved.astype(wide)).astype(w.dtype)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxfm.adapters.adapter import Kind, Site, adapt
 from jaxfm.adapters.targets import choose, dotted, is_trained_by
-from jaxfm.kernels import Bottleneck
+from jaxfm.kernels import Bottleneck, at_least_float32
 from jaxfm.model import Array, Key, Model
 
 
@@ -84,7 +84,7 @@ def _kind(size: int) -> Kind:
 
     def fresh(site: Site, kernel: Any, key: Key) -> dict[str, Array]:
         layers, inputs, outputs = site.sizes
-        dtype = jnp.promote_types(site.dtype, jnp.float32)
+        dtype = at_least_float32(site.dtype)
         down = jax.random.normal(key, (*layers, *inputs, size), dtype)
         return {
             "down": down * math.prod(inputs) ** -0.5,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxfm.adapters.adapter import Kind, Site, adapt, fetch, leaf_paths
 from jaxfm.adapters.targets import choose, dotted, is_trained_by, matches, rank_at
-from jaxfm.kernels import Dora, LowRank, whole
+from jaxfm.kernels import Dora, LowRank, at_least_float32, whole
 from jaxfm.model import Array, Key, Model, PyTree
 from jaxfm.trees import Path
 
@@ -147,7 +147,7 @@ def _kind(config: LowRankConfig) -> Kind:
 
     def fresh(site: Site, kernel: Any, key: Key) -> dict[str, Array]:
         layers, inputs, outputs = site.sizes
-        rank, dtype = rank_of(site), jnp.promote_types(site.dtype, jnp.float32)
+        rank, dtype = rank_of(site), at_least_float32(site.dtype)
         bound = math.prod(inputs) ** -0.5
         a = jax.random.uniform(key, (*layers, *inputs, rank), dtype, -bound, bound)
         parts = {"a": a, "b": jnp.zeros((*layers, rank, *outputs), dtype)}

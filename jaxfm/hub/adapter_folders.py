@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxfm.adapters import adapter_of, attach, bottleneck, dora, lora, only
+from jaxfm.adapters import QuantizedConfig, adapter_of, attach, bottleneck, dora, lora, only
 from jaxfm.errors import naming
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import folders, peft, peft_write
@@ -71,7 +71,7 @@ def load_adapter(
 
     Args:
       path: the folder.
-      model: the base, without an adapter.
+      model: the base, without an adapter; its kernels may be quantized.
       variables: its.
     Returns:
       The adapted model and its variables, with those of the base in `frozen`.
@@ -84,7 +84,7 @@ def load_adapter(
     for file in (CONFIG, TENSORS):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder} has no {file}; it is no folder of an adapter.")
-    if model.adapter is not None:
+    if not _is_base(model):
         raise ValueError("The model has an adapter already; merge it, or detach it, first.")
     with naming(folder):
         raw = read_json(folder / CONFIG)
@@ -120,7 +120,7 @@ def save_adapter(
         trained.
     """
     adapter = adapter_of(model)
-    if adapter.base.adapter is not None:
+    if not _is_base(adapter.base):
         raise ValueError("The model has an adapter around another; merge the inner one first.")
     kind = getattr(adapter.config, "kind", None)
     writer = WRITERS.get(kind) if folders.has_format(adapter.root) else None
@@ -130,6 +130,11 @@ def save_adapter(
 
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _is_base(model: Model) -> bool:
+    """Whether a model is without an adapter; a backbone of few bits is none."""
+    return model.adapter is None or isinstance(model.adapter.config, QuantizedConfig)
 
 
 def _check(name: str, tensor: StoredTensor) -> None:

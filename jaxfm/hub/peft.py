@@ -31,6 +31,7 @@ from jaxfm.hub import names as hub_names
 from jaxfm.hub.files import StoredTensor
 from jaxfm.hub.names import Placement
 from jaxfm.hub.peft_config import LoraFields, read_lora, spelled
+from jaxfm.kernels import whole
 from jaxfm.model import Model, PyTree, Variables
 from jaxfm.models import VitConfig
 from jaxfm.trees import Path
@@ -90,11 +91,12 @@ def load(
       model, variables: the base.
     """
     fields = read_lora(raw, where)
-    _require_architecture(raw, model, where)
-    leaves = flatten_dict(thaw(variables).params, sep=".")
-    require_whole(model, leaves)
-    older = hub_names.MODULES.get(family_of(model), ((None, None),))[0][0]
-    modules = modules_of(model, leaves, any(older and older in name for name in stored))
+    root = model if model.adapter is None else model.adapter.root
+    _require_architecture(raw, root, where)
+    leaves = leaves_of(model, variables)
+    require_whole(root, leaves)
+    older = hub_names.MODULES.get(family_of(root), ((None, None),))[0][0]
+    modules = modules_of(root, leaves, any(older and older in name for name in stored))
     tensors = {_shortened(key): x for key, x in stored.items() if ".original_module." not in key}
     factors: dict[str, dict[int | None, Factors]] = {}
     targets = [name for name in modules.linear if fields.is_target(name)]
@@ -108,8 +110,8 @@ def load(
         for part, own in _read(name, modules.linear[name], tensors, fields):
             factors.setdefault(part.site, {})[part.layer] = own
     trained = _read_trained(modules, tensors, fields, targets, leaves)
-    if "embed.tokens.table" in trained and is_tied(model):
-        require_tied(model, fields.ensure_weight_tying)
+    if "embed.tokens.table" in trained and is_tied(root):
+        require_tied(root, fields.ensure_weight_tying)
     if tensors:
         raise ValueError(_unplaced(min(tensors)))
     adapted = _adapted(model, fields, factors, trained)
@@ -125,6 +127,12 @@ def load(
             params, path, jax.device_put(value.astype(old.dtype), getattr(old, "sharding", None))
         )
     return adapted, full._replace(params=params)
+
+
+def leaves_of(model: Model, variables: Variables) -> dict[str, Any]:
+    """Returns the parameters of a plain or quantized model by dotted path; kernels in any form."""
+    joined = thaw(variables) if model.adapter is None else model.adapter.join(variables, None)
+    return flatten_dict(joined.params, sep=".")
 
 
 def modules_of(model: Model, leaves: Mapping[str, Any], older: bool = False) -> Modules:
@@ -274,7 +282,7 @@ def _read_trained(
         tensor = _take(tensors, name, hub_names.tensor_shape(some))
         for placement in some:
             if placement.path not in trained:
-                trained[placement.path] = np.array(leaves[placement.path])
+                trained[placement.path] = np.array(whole(leaves[placement.path]))
             at = ... if placement.layer is None else placement.layer
             trained[placement.path][at] = hub_names.from_file(placement, some, tensor)
     _drop_copies(modules, tensors, {**leaves, **trained})

@@ -22,7 +22,6 @@ from flax.traverse_util import flatten_dict
 
 from jaxfm.adapters import LowRankConfig, adapter_of
 from jaxfm.adapters.adapter import fetch
-from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import folders
 from jaxfm.hub.peft import (
@@ -32,6 +31,7 @@ from jaxfm.hub.peft import (
     Part,
     family_of,
     is_tied,
+    leaves_of,
     modules_of,
     require_tied,
     require_whole,
@@ -48,7 +48,7 @@ def fields_and_tensors(
     """Returns adapter_config.json and the tensors of a folder; see `jaxfm.hub.save_adapter`."""
     adapter = adapter_of(model)
     config, root = adapter.config, adapter.root
-    leaves = flatten_dict(thaw(adapter.detach(variables)).params, sep=".")
+    leaves = leaves_of(adapter.base, adapter.detach(variables))
     require_whole(root, leaves)
     modules = modules_of(root, leaves)
     factors = _by_module(modules, variables, leaves, config)
@@ -147,7 +147,7 @@ def _by_module(
         raise ValueError(f"PEFT has no adapter of {site}, which is no linear map there.")
 
     def norms(part: Part) -> np.ndarray:
-        kernel = np.asarray(whole(leaves[f"{part.site}.kernel"]), np.float32)
+        kernel = np.asarray(whole(leaves[f"{part.site}.kernel"])).astype(np.float32)
         kernel = kernel if part.layer is None else kernel[part.layer]
         return np.linalg.norm(kernel.reshape(math.prod(part.inputs), -1), axis=0)
 

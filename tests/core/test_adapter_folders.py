@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import hub
-from jaxfm.adapters import attach, bitfit, bottleneck, dora, head_only, lora, merge
+from jaxfm.adapters import attach, bitfit, bottleneck, dora, head_only, lora, merge, quantized
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,
@@ -208,6 +208,25 @@ def test_the_files_dtype_is_kept_unless_b_takes_a_quotient(saved, dtype, tmp_pat
     edited(folder, alpha_pattern={"q_proj": 7})
     _, folded = hub.load_adapter(folder, model, base)
     assert folded.params["layers"]["attention"]["q"]["lora"]["b"].dtype == jnp.float32
+
+
+def test_a_narrow_or_quantized_base_takes_the_same_adapter(saved, tmp_path):
+    folder, _, base = saved
+    narrow = tiny_decoder(tied=False, dtype="bfloat16")
+    half = base._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params))
+    rounded = quantized(narrow, "int8", group=4)
+    few_bits = attach(rounded, half, jax.random.key(0))
+    outputs = []
+    for name, model, variables in (("half", narrow, half), ("bits", rounded, few_bits)):
+        adapted, own = hub.load_adapter(folder, model, variables)
+        assert {x.dtype for x in jax.tree.leaves(own.params)} == {jnp.dtype(jnp.float32)}
+        hub.save_adapter(adapted, own, tmp_path / name)
+        first, second = (
+            load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / name)
+        )
+        assert_same(first, second, rtol=0)
+        outputs.append(adapted.apply(own, jnp.arange(6)[None])[0])
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.2 * np.abs(outputs[0]).max()
 
 
 def test_names_of_older_transformers_are_read(tmp_path):
