@@ -80,8 +80,9 @@ def fields_and_tensors(
         "target_modules": spelled(factors, names),
         "modules_to_save": sorted(saved) or None,
         "bias": biases,
-        "ensure_weight_tying": is_tie,
     }
+    if is_tie:
+        fields["ensure_weight_tying"] = True
     return fields, {f"{PREFIX}{name}": x for name, x in tensors.items()}
 
 
