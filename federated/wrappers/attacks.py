@@ -1,7 +1,7 @@
 """Adversaries among the clients, for tests and benchmarks of aggregation.
 
     federation = marked(federation, clients)           # who they are: a leaf of the examples
-    algorithm = with_attack(algorithm, sign_flip())    # outside with_robust: what they say
+    algorithm = with_attack(algorithm, sign_flip())    # around with_robust: what they upload
 
 An attack on uploads sees those of all clients, as the strongest adversaries are assumed to, and
 replaces the adversaries' own before they are aggregated:
@@ -10,8 +10,8 @@ replaces the adversaries' own before they are aggregated:
 
 A row is what a client says (its movement), weight 0 marks an absent one, and only rows that are
 `false` are replaced. Attacks on data (`flipped_labels`, `backdoored`) change the adversaries'
-examples, which then train as everybody does; a backdoor with `scaling` is model replacement
-(Bagdasaryan et al. 2020).
+examples, on which they train as everybody does; whoever is `marked` besides, with `scaling` say,
+replaces the model (Bagdasaryan et al. 2020).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
 
-from jaxfm.data.federation import Federation, all_rows
+from jaxfm.data.federation import Federation, all_rows, leading_size
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Exact, Profile
-from jaxfm.federated.wrappers.rows import from_rows, rows_of
+from jaxfm.federated.wrappers.rows import Rows, from_rows, rows_of
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.tasks import Task, evaluate
 
-MARK = "adversary"  # the leaf of the examples that says whose rows are an adversary's
+MARK = "adversary"  # the leaf of the examples that says whose rows are an adversary's, i32[N]
 
 Attack = Callable[[Array, Array, Array, Key], Array]
 
@@ -40,33 +40,36 @@ class Attacked(NamedTuple):
 
     Attributes:
       own: of the algorithm.
-      false: f32[], 1 for an adversary.
+      kind: i32[], 0 for the honest, else 1 and the number of the attack.
       seed: u32[], of what it draws.
     """
 
     own: PyTree
-    false: Exact
+    kind: Exact
     seed: Exact
 
 
-def with_attack(algorithm: Algorithm, attack: Attack, *, claims: float = 1.0) -> Algorithm:
+def with_attack(algorithm: Algorithm, *attacks: Attack, claims: float = 1.0) -> Algorithm:
     """The algorithm with adversaries among its clients, who replace what they upload.
 
     Wrap it around `with_robust`. Each upload holds 8 bytes more.
 
     Args:
       algorithm: whose uploads are `Mean`s of one weight a client.
-      attack: `sign_flip`, `scaling`, `gaussian`, `inner_product`, `little_is_enough`, or a function
-        like theirs.
+      *attacks: of `sign_flip`, `scaling`, `gaussian`, `inner_product`, `little_is_enough`, or
+        functions like theirs. Which of several an adversary follows, `marked` says, so that one
+        compiled program serves them all.
       claims: factor of the weight that adversaries claim: 100 for a hundred times the examples that
         they have.
     Raises:
-      ValueError: claims is not above 0. Examples that are not `marked` and uploads that are no
-        weighted means are found when the rounds are traced.
+      ValueError: no attack; claims is not above 0. Examples that are not `marked` and uploads that
+        are no weighted means are found when the rounds are traced.
     """
     if not 0 < claims < float("inf"):
         raise ValueError(f"claims={claims} must be a factor above 0.")
-    buckets = tuple(_attacked(bucket, attack, claims) for bucket in algorithm.buckets)
+    if not attacks:
+        raise ValueError("Give at least one attack, such as sign_flip().")
+    buckets = tuple(_attacked(bucket, attacks, claims) for bucket in algorithm.buckets)
     return algorithm._replace(buckets=buckets)
 
 
@@ -160,15 +163,22 @@ def token(target: int, number: int, *, place: int = 1, leaf: str = "tokens") -> 
     return Trigger(stamp, target)
 
 
-def marked(federation: Federation, clients: Sequence[int]) -> Federation:
+def marked(federation: Federation, clients: Sequence[int], attack: int = 0) -> Federation:
     """The federation whose examples say, by a leaf "adversary", which are an adversary's.
 
+    Marks that are there already stay, so several calls name adversaries of several kinds; with no
+    client everybody is honest, and the compiled program the same.
+
+    Args:
+      federation: whose clients they are.
+      clients: the adversaries.
+      attack: which attack of `with_attack` they follow, by number.
     Raises:
       ValueError: a client that does not exist, or a row that an adversary shares with others.
     """
-    own = _rows_of(federation, clients)
-    mark = np.zeros(len(next(iter(federation.examples.values()))), bool)
-    mark[own] = True
+    own, size = _rows_of(federation, clients), leading_size(federation.examples)
+    mark = np.array(federation.examples.get(MARK, np.zeros(size, np.int32)))
+    mark[own] = 1 + attack
     return federation._replace(examples={**federation.examples, MARK: mark})
 
 
@@ -179,10 +189,9 @@ def flipped_labels(
 
     Source: Fang et al. 2020 (Local model poisoning attacks), section 5.1.
     """
-    examples = marked(federation, clients).examples
-    labels = np.array(_leaf(examples, label))
-    labels[examples[MARK]] = num_classes - 1 - labels[examples[MARK]]
-    return federation._replace(examples={**examples, label: labels})
+    labels, own = np.array(_leaf(federation.examples, label)), _rows_of(federation, clients)
+    labels[own] = num_classes - 1 - labels[own]
+    return federation._replace(examples={**federation.examples, label: labels})
 
 
 def backdoored(
@@ -203,13 +212,12 @@ def backdoored(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be above 0 and up to 1.")
-    examples = marked(federation, clients).examples
-    own = np.flatnonzero(examples[MARK])
+    examples, own = federation.examples, _rows_of(federation, clients)
     count = max(1, round(share * len(own)))
     chosen = np.random.default_rng(seed).choice(own, min(count, len(own)), replace=False)
     stamped = trigger.stamp({name: np.asarray(leaf)[chosen] for name, leaf in examples.items()})
     stamped[label] = np.full_like(stamped[label], trigger.target)
-    changed = {name: np.array(leaf) for name, leaf in examples.items()}
+    changed: dict[str, Any] = {name: np.array(leaf) for name, leaf in examples.items()}
     for name, leaf in stamped.items():
         changed[name][chosen] = leaf
     return federation._replace(examples=changed)
@@ -232,7 +240,7 @@ def backdoor_success(
     return evaluate(model.apply, variables, task, stamped, batch_size)["accuracy"]
 
 
-def _attacked(bucket: Bucket, attack: Attack, claims: float) -> Bucket:
+def _attacked(bucket: Bucket, attacks: Sequence[Attack], claims: float) -> Bucket:
     def client(download: PyTree, memory: PyTree, data: ClientData, profile: Profile, key: Key):
         upload, memory, info = bucket.client(download, memory, data, profile, key)
         if MARK not in data.examples:
@@ -240,21 +248,25 @@ def _attacked(bucket: Bucket, attack: Attack, claims: float) -> Bucket:
                 f"The examples have no leaf {MARK!r}: name the adversaries by marked(federation, "
                 "clients)."
             )
-        false = data.examples[MARK][data.index[0]].astype(jnp.float32)
+        kind = data.examples[MARK][data.index[0]].astype(jnp.int32)
         seed = jax.random.bits(jax.random.fold_in(key, 2**32 - 1))
-        return Attacked(upload, Exact(false), Exact(seed)), memory, info
+        return Attacked(upload, Exact(kind), Exact(seed)), memory, info
 
     def receive(server: PyTree, public: PyTree, upload: Attacked) -> Attacked:
         return upload._replace(own=bucket.receive(server, public, upload.own))
 
     def combine(server: PyTree, received: Attacked, counted: Array) -> PyTree:
-        false = counted & (received.false.value > 0)
+        kind = jnp.where(counted, received.kind.value, 0)
+        false = kind > 0
         # Absent clients were received as zeros.
         key = jax.random.key(received.seed.value.sum())
         matrices = []
-        for number, (values, weights) in enumerate(rows_of(received.own, counted)):
-            said = attack(values, weights, false, jax.random.fold_in(key, number))
-            matrices.append((said, claims * weights))
+        for part, (values, weights) in enumerate(rows_of(received.own, counted)):
+            said = values
+            for number, attack in enumerate(attacks):
+                lie = attack(values, weights, false, jax.random.fold_in(key, part))
+                said = jnp.where((kind == 1 + number)[:, None], lie, said)
+            matrices.append(Rows(said, claims * weights))
         lies = from_rows(received.own, matrices)
         over = lambda x: false.reshape(-1, *[1] * (x.ndim - 1))
         pick = lambda lie, own: jnp.where(over(own), lie, own)

@@ -31,6 +31,7 @@ INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
         ("algorithm", "averaging", "local", "population", "rounds"), ("federated.accounting",)
     ),
     "federated.foundation": (None, ("federated.accounting", "federated.wrappers")),
+    "federated.audit": (("algorithm", "local"), ()),
     "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
     "federated.secure": ((), ()),
     "federated.wrappers": (("algorithm",), ("federated.accounting", "federated.parts")),

@@ -61,6 +61,19 @@ def test_an_attack_that_repeats_the_truth_changes_nothing():
     chex.assert_trees_all_close(attacked_round(1.0), plain.server.variables, rtol=1e-5, atol=1e-6)
 
 
+def test_each_adversary_follows_its_own_attack():
+    """One says the truth a hundred times over, the other 0 times; together as each alone."""
+    both = attacks.marked(attacks.marked(federation(), (1,)), (4,), attack=1)
+    algorithm = attacks.with_attack(make("fed_avg"), attacks.scaling(100.0), attacks.scaling(0.0))
+    state, _ = run_new(algorithm, population("fed_avg", both))
+    # Client 1 has one example, client 4 has five.
+    alone = lambda rows, weights, false, key: jnp.where(weights[:, None] == 1, 100 * rows, 0)
+    expected, _ = run_new(attacks.with_attack(make("fed_avg"), alone), people())
+    chex.assert_trees_all_close(
+        state.server.variables, expected.server.variables, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_silent_adversaries_leave_the_sum_of_the_honest():
     """Scaled by 0 they say that nothing moves, with the weight of their examples."""
     count = np.where(np.isin(np.arange(6), FALSE), 0, federation().count)
@@ -134,6 +147,8 @@ def test_bad_input_is_refused():
         attacks.marked(alike(), (1,))
     with pytest.raises(ValueError, match="claims=0 must be a factor above 0"):
         attacks.with_attack(make("fed_avg"), attacks.sign_flip(), claims=0)
+    with pytest.raises(ValueError, match="Give at least one attack"):
+        attacks.with_attack(make("fed_avg"))
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
         attacks.patch(0, size=0)
     with pytest.raises(ValueError, match="share=0 must be above 0"):
