@@ -60,7 +60,7 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
 # By part of results.json, the script that writes it; the first that is there has made the run.
 _SCRIPTS = {
     "draft": "demo", "decode": "demo", "compare": "federate", "federate": "federate",
-    "stopped": "federate", "search": "search", "supernet": "supernet",
+    "stopped": "federate", "search": "search", "supernet": "supernet", "continual": "continual",
 }  # fmt: skip
 
 

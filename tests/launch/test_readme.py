@@ -9,7 +9,7 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.config import define_flags, from_flags
-from jaxfm.launch import demo, generate, pretrain, report, simulate, supernet
+from jaxfm.launch import continual, demo, generate, pretrain, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.setup import load_data
@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [c for c in re.findall(r"`(python [^`]+)`", README) if "<" not in c]
 CONFIGS = {
+    "continual": continual.ContinualConfig,
     "demo": demo.DemoConfig,
     "federate": FederateConfig,
     "generate": generate.GenerateConfig,

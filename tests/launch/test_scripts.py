@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxfm import hub
 from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
-from jaxfm.launch import demo, federate, generate, pretrain, report, setup, simulate
+from jaxfm.launch import continual, demo, federate, generate, pretrain, report, setup, simulate
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
@@ -36,6 +36,7 @@ CONFIGS = [
     demo.DemoConfig,
     search_script.SearchConfig,
     report.ReportConfig,
+    continual.ContinualConfig,
 ]
 
 DIGITS = DataConfig(source="digits", partition="dirichlet", num_clients=6)
