@@ -22,7 +22,7 @@ from jaxfm.cost import num_bytes
 from jaxfm.model import layers_of, unstack, with_layers
 from jaxfm.models.families.decoder import DecoderConfig, decoder
 from jaxfm.models.families.encoder import EncoderConfig, encoder
-from jaxfm.subnet import axis_sizes
+from jaxfm.subnet import axis_sizes, extract, mask, width
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,
@@ -291,3 +291,18 @@ def test_prompts_stand_before_a_backbone_of_few_bits():
         jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
         off = apply(model, ours, TEXT) - apply(plain, theirs, TEXT)
         assert 0 < np.abs(off).mean() < 0.1
+
+
+@pytest.mark.parametrize("make", [tiny_decoder, tiny_encoder])
+def test_a_prompted_model_is_cut_with_its_prompts(make):
+    """The masked model computes what the extracted one does, prompts included."""
+    model = soft_prompt(prefix_tuning(make(), 2), 3)
+    variables = random_variables(model)
+    sizes = axis_sizes(variables, model.axes)
+    half = width(sizes, {"embed": 0.5, "kv_heads": 0.5, "mlp": 0.5})
+    small = extract(variables, model.axes, half)
+    assert small.params["prompt"]["vectors"].shape == (3, 8)
+    inputs = TEXT if make is tiny_decoder else {"tokens": TEXT}
+    close(
+        apply(model, small, inputs), apply(model, mask(variables, model.axes, half), inputs), 1e-4
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from jaxfm import hub
 from jaxfm.config import define_flags, from_flags
-from jaxfm.launch import continual, demo, generate, pretrain, report, simulate, supernet
+from jaxfm.launch import continual, demo, generate, pretrain, prompts, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.setup import load_data
@@ -25,6 +25,7 @@ CONFIGS = {
     "federate": FederateConfig,
     "generate": generate.GenerateConfig,
     "pretrain": pretrain.PretrainConfig,
+    "prompts": prompts.PromptsConfig,
     "report": report.ReportConfig,
     "search": search_script.SearchConfig,
     "simulate": simulate.SimulateConfig,

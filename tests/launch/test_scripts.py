@@ -17,7 +17,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxfm import hub
 from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
-from jaxfm.launch import continual, demo, federate, generate, pretrain, report, setup, simulate
+from jaxfm.launch import (
+    continual,
+    demo,
+    federate,
+    generate,
+    pretrain,
+    prompts,
+    report,
+    setup,
+    simulate,
+)
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
@@ -32,6 +42,7 @@ from jaxfm.tokenizer import ByteTokenizer
 CONFIGS = [
     FederateConfig,
     pretrain.PretrainConfig,
+    prompts.PromptsConfig,
     generate.GenerateConfig,
     demo.DemoConfig,
     search_script.SearchConfig,
