@@ -75,16 +75,6 @@ def flat_product(x: Array, w: Array, num_inputs: int) -> Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _kernel(cls: type) -> type:
-    """A frozen dataclass that is a pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
-
-
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A field that is part of the tree's structure."""
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 class _Around(Kernel):
     """A kernel around another one, which has its shape and dtype."""
 
@@ -99,7 +89,8 @@ class _Around(Kernel):
         return self.kernel.dtype
 
 
-@_kernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(_Around):
     """W + scale A B (Hu et al. 2021, section 4.1).
 
@@ -116,8 +107,8 @@ class LowRank(_Around):
     a: Array
     b: Array
     key: Array | None = None
-    scale: float = static(1.0)
-    dropout: float = static(0.0)
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def times(self, x: Array, num_inputs: int) -> Array:
         y = times(self.kernel, x, num_inputs)
@@ -138,7 +129,8 @@ class LowRank(_Around):
         return (w.astype(wide) + moved.astype(wide)).astype(w.dtype)
 
 
-@_kernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dora(_Around):
     """m (W + s A B) / ‖W + s A B‖, with the norm over inputs (Liu et al. 2024, equations 5 and 11).
 
@@ -172,7 +164,8 @@ class Dora(_Around):
         return (wide / norm * jnp.expand_dims(m, inputs).astype(jnp.float32)).astype(w.dtype)
 
 
-@_kernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Bottleneck(_Around):
     """A small network beside a linear map: x W + f(x U + c) V (He et al. 2022, table 1: parallel).
 
@@ -198,7 +191,8 @@ class Bottleneck(_Around):
         raise ValueError("A bottleneck adapter is not linear: it cannot be merged into a kernel.")
 
 
-@_kernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class ManyLowRank(_Around):
     """W + scale A_i B_i, where each row of a batch has an adapter of its own.
 
@@ -214,7 +208,7 @@ class ManyLowRank(_Around):
     a: Array
     b: Array
     ids: Array
-    scale: float = static(1.0)
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def times(self, x: Array, num_inputs: int) -> Array:
         y = times(self.kernel, x, num_inputs)
@@ -231,7 +225,8 @@ class ManyLowRank(_Around):
         )
 
 
-@_kernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantized(Kernel):
     """A kernel of 4 or 8 bits a number, in groups of inputs with a step each.
 
@@ -248,8 +243,8 @@ class Quantized(Kernel):
     codes: Array
     steps: Array
     levels: Array | None
-    sizes: tuple[int, ...] = static()
-    number: Any = static()
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    number: Any = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

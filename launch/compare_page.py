@@ -28,7 +28,7 @@ def plus_minus(values: Sequence[float]) -> str:
     mean = np.mean(values)
     if len(values) < 2:
         return f"{mean:.4g}"
-    spread = np.std(values, ddof=1)
+    spread = float(np.std(values, ddof=1))
     spread = 0.0 if spread < 1e-9 * abs(mean) else spread  # the rounding of sums of equal figures
     return f"{mean:.4g} ± {spread:.2g}"
 

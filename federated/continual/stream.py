@@ -112,10 +112,11 @@ def rehearsed(stages: Sequence[Stage], capacity: int, *, seed: int = 0) -> list[
     streams = [np.random.default_rng((seed, client)) for client in range(num_clients)]
     kept: list[np.ndarray] = [np.zeros(0, np.int64) for _ in range(num_clients)]
     seen, out = np.zeros(num_clients, np.int64), []
+    examples = {name: np.asarray(x) for name, x in stages[0].federation.examples.items()}
     for stage in stages:
         own = [stage.federation.rows_of(client) for client in range(num_clients)]
         parts = [np.concatenate(pair) for pair in zip(own, kept, strict=True)]
-        out.append(stage._replace(federation=federate(stage.federation.examples, parts)))
+        out.append(stage._replace(federation=federate(examples, parts)))
         for client, rows in enumerate(own):
             kept[client] = _sampled(streams[client], kept[client], rows, seen[client], capacity)
             seen[client] += len(rows)

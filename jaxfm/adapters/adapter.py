@@ -221,7 +221,7 @@ def attach(model: Model, variables: Variables, key: Key) -> Variables:
     """
     adapter = adapter_of(model)
     wanted = jax.tree.structure(jax.eval_shape(adapter.base.init, jax.random.key(0)))
-    if jax.tree.structure(variables) != wanted:
+    if jax.tree.structure(variables) != wanted:  # type: ignore[operator]
         raise ValueError(
             "These are not the variables of the model under the adapter: "
             f"{_first_difference(variables, adapter.base)}."
@@ -322,7 +322,7 @@ def _known_to(model: Model, params: PyTree) -> PyTree:
     """The parameters with products in the place of kernels that the model cannot take factored."""
 
     def walk(tree: Mapping, path: Path) -> dict:
-        out = {}
+        out: dict[str, Any] = {}
         for name, value in tree.items():
             here = (*path, name)
             if isinstance(value, Mapping):
