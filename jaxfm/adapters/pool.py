@@ -28,6 +28,7 @@ from jaxfm.adapters.adapter import Part, root_of, surround
 from jaxfm.adapters.prompts import check_room, stream_of, with_virtual
 from jaxfm.adapters.targets import is_trained_by
 from jaxfm.frozen import thaw
+from jaxfm.kernels import at_least_float32
 from jaxfm.model import Array, Key, Model, PyTree, Variables
 from jaxfm.models.families.encoder import EncoderConfig, encoder
 from jaxfm.models.families.vit import VitConfig, vit
@@ -104,7 +105,7 @@ def prompt_pool(
     root = root_of(model)
     ask = query or _class_token(root)
     width, dtype = stream_of(shapes)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = at_least_float32(dtype)
     keys_shape = (num_prompts, query_dim or width)
 
     def fresh(params: PyTree, key: Key) -> PyTree:

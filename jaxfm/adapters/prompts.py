@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxfm.adapters.adapter import Adapter, Part, fetch, root_of, surround
 from jaxfm.adapters.targets import is_trained_by
 from jaxfm.frozen import thaw
-from jaxfm.kernels import whole
+from jaxfm.kernels import at_least_float32, whole
 from jaxfm.layers import causal_mask
 from jaxfm.model import (
     Array,
@@ -121,7 +121,7 @@ def soft_prompt(
             drawn = jax.random.choice(key, table.shape[0], (num_tokens,))
             given = jnp.resize(jnp.asarray(init if init != "vocab" else 0, jnp.int32), num_tokens)
             vectors = jnp.take(table, drawn if init == "vocab" else given, axis=0)
-        return {name: {"vectors": vectors.astype(jnp.promote_types(dtype, jnp.float32))}}
+        return {name: {"vectors": vectors.astype(at_least_float32(dtype))}}
 
     def join(params: PyTree, key: Key | None) -> PyTree:
         if name not in params:  # it was read, or these are the parameters of a single layer
@@ -176,7 +176,7 @@ def prefix_tuning(
     if PREFIX in tops["layers"] or _NETWORK in tops:
         raise ValueError("The model has a prefix already; give that one more tokens.")
     width, dtype = stream_of(shapes)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = at_least_float32(dtype)
     sizes = {name: _rows_shape(shapes, path) for name, path in _ROWS.items()}
     plain = thaw(root_of(model).axes).params
     names = {name: _rows_names(plain, path) for name, path in _ROWS.items()}

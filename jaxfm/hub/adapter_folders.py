@@ -122,7 +122,7 @@ def save_adapter(
     adapter = adapter_of(model)
     if not _is_base(adapter.base):
         raise ValueError("The model has an adapter around another; merge the inner one first.")
-    kind = getattr(adapter.config, "kind", None)
+    kind = getattr(adapter.config, "kind", "")
     writer = WRITERS.get(kind) if folders.has_format(adapter.root) else None
     fields, tensors = (writer or _own_form)(model, variables, base)
     with hub_files.new_folder(path, stale=("adapter_model.*",)) as folder:
@@ -162,7 +162,7 @@ def _own_form(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """adapter_config.json and the tensors in our own form."""
     config = adapter_of(model).config
-    kind = getattr(config, "kind", None)
+    kind = getattr(config, "kind", "")
     if kind not in _OWN:
         raise ValueError(f"An adapter of kind {kind!r} has no form in a file.")
     fields = {"peft_type": OWN, "base_model_name_or_path": os.fspath(base) or None}

@@ -117,9 +117,9 @@ def load(
     adapted = _adapted(model, fields, factors, trained)
     full = attach(adapted, variables, jax.random.key(0))
     params = full.params
-    for site, own in factors.items():
+    for site, layers in factors.items():
         path = (*site.split("."), adapted.adapter.config.kind)
-        parts = _stacked(fetch(params, path), own, adapted.adapter.config)
+        parts = _stacked(fetch(params, path), layers, adapted.adapter.config)
         params = _with(params, path, parts)
     for name, value in trained.items():
         path, old = tuple(name.split(".")), leaves[name]

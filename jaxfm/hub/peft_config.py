@@ -185,7 +185,7 @@ def spelled(chosen: Collection[str], among: Iterable[str]) -> list[str]:
 
 def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Returns `rank_pattern` or `alpha_pattern`: modules by value, but for the `default`."""
-    out = {}
+    out: dict[str, Any] = {}
     for value in sorted(set(values.values()) - {default}):
         own = {name for name, x in values.items() if x == value}
         out |= dict.fromkeys(spelled(own, values), value)

@@ -185,7 +185,8 @@ def _joined(
     if config.kind != "dora":
         return joined
     magnitudes = [
-        norms(part) if f is None else f.magnitude for part, f in zip(parts, given, strict=True)
+        norms(part) if f is None or f.magnitude is None else f.magnitude
+        for part, f in zip(parts, given, strict=True)
     ]
     return _padded(joined._replace(magnitude=np.concatenate(magnitudes).astype(a.dtype)))
 
