@@ -1,7 +1,7 @@
 """Folders of adapters: adapter_config.json and adapter_model.safetensors.
 
-What PEFT has a form for is in PEFT's (`jaxfm.hub.peft`). All else (bottlenecks, trained parts, any
-adapter of a model that Hugging Face has no format for) is in one of our own, with `peft_type`
+LoRA and DoRA are in PEFT's form (`jaxfm.hub.peft`). All else (bottlenecks, trained parts, prompts,
+any adapter of a model that Hugging Face has no format for) is in one of our own, with `peft_type`
 JAXFM: the options of its factory, and every trained array under its path, "params.head.kernel".
 """
 
@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxfm.adapters import QuantizedConfig, adapter_of, attach, bottleneck, dora, lora, only
+from jaxfm.adapters import (
+    QuantizedConfig,
+    adapter_of,
+    attach,
+    bottleneck,
+    dora,
+    lora,
+    only,
+    prefix_tuning,
+    soft_prompt,
+)
 from jaxfm.errors import naming
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import folders, peft, peft_write
@@ -57,6 +67,23 @@ _OWN: dict[str, tuple[Callable[..., Model], dict[str, str]]] = {
         },
     ),
     "parts": (only, {"trained": "a list of texts"}),
+    "prompt": (
+        soft_prompt,
+        {
+            "num_tokens": "a whole number above 0",
+            "init": "a text or a list of whole numbers",
+            "name": "a text",
+            "trained": "a list of texts",
+        },
+    ),
+    "prefix": (
+        prefix_tuning,
+        {
+            "num_tokens": "a whole number above 0",
+            "hidden": "a whole number",
+            "trained": "a list of texts",
+        },
+    ),
 }
 
 

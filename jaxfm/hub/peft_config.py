@@ -17,6 +17,7 @@ _HEADS = ("score", "classifier")  # which "all-linear" leaves out of a SEQ_CLS m
 
 _is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
 _is_texts = lambda x: isinstance(x, list) and all(type(text) is str for text in x)
+_is_counts = lambda x: isinstance(x, list) and all(type(count) is int for count in x)
 _is_table = lambda x, is_value: isinstance(x, dict) and all(map(is_value, x.values()))
 
 # What the value of a field may be, in words and as a test.
@@ -27,9 +28,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a text": lambda x: type(x) is str,
     "a list of texts": _is_texts,
     "a text or a list of texts": lambda x: type(x) is str or _is_texts(x),
-    "a whole number or a list of them": lambda x: (
-        type(x) is int or (isinstance(x, list) and all(type(i) is int for i in x))
-    ),
+    "a whole number": lambda x: type(x) is int,
+    "a whole number or a list of them": lambda x: type(x) is int or _is_counts(x),
+    "a text or a list of whole numbers": lambda x: type(x) is str or _is_counts(x),
     "an object with whole numbers above 0": lambda x: _is_table(x, KINDS["a whole number above 0"]),
     "an object with finite numbers": lambda x: _is_table(x, _is_number),
 }

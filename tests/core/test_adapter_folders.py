@@ -11,7 +11,18 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import hub
-from jaxfm.adapters import attach, bitfit, bottleneck, dora, head_only, lora, merge, quantized
+from jaxfm.adapters import (
+    attach,
+    bitfit,
+    bottleneck,
+    dora,
+    head_only,
+    lora,
+    merge,
+    prefix_tuning,
+    quantized,
+    soft_prompt,
+)
 from jaxfm.testing import (
     random_variables,
     tiny_cnn,
@@ -61,6 +72,8 @@ CASES = {
     "biases": (tiny_gpt2, lambda m: lora(m, 2, targets="o", trained="*.bias")),
     "vit": (tiny_vit, lambda m: lora(m, 2, targets="qv", trained="head.classifier")),
     "bottleneck": (tiny_decoder, lambda m: bottleneck(m, 3, targets="mlp.down,o")),
+    "prompt": (tiny_encoder, lambda m: soft_prompt(m, 2, init=(3, 5), trained="head.norm")),
+    "prefix": (tiny_decoder, lambda m: prefix_tuning(m, 2, hidden=3)),
     "parts": (tiny_encoder, lambda m: bitfit(m, trained="embed.norm")),
     "another network": (tiny_cnn, lambda m: lora(m, 2, targets="dense", trained="classifier")),
     "a head": (tiny_cnn, head_only),
@@ -403,7 +416,7 @@ def test_what_has_no_form_in_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": "prefix"}, "kind='prefix'; it should be one of lora, dora"),
+        ({"kind": "pool"}, "kind='pool'; it should be one of lora, dora"),
         ({"size": -1}, "size=-1; it should be a whole number above 0"),
         ({"size": 5}, r"should have shape .* for this base"),
         ({"targets": "o"}, "targets='o'; it should be a list of texts"),
