@@ -11,9 +11,9 @@ One round: the server sends, clients train, and what they upload is added up.
 Received uploads are pytrees of *sums* (numerators and denominators, see `Mean`), so that one
 all-reduce aggregates them and secure aggregation stays possible; narrow dtypes are summed in 32
 bits. An aggregation that is not a sum, such as a median, asks for the uploads stacked
-(`Bucket.combine`). Clients of one shape form a bucket, which is one compiled program; buckets may
-hold slices of one network or different architectures, as long as `lift` brings their sums to the
-same coordinates.
+(`Bucket.combine`), and may leave them so over several buckets (`Stacked`). Clients of one shape
+form a bucket, which is one compiled program; buckets may hold slices of one network or different
+architectures, as long as `lift` brings their sums to the same coordinates.
 
 A complete algorithm, the mean of all clients' numbers:
 
@@ -148,6 +148,27 @@ class Exact(NamedTuple):
     """
 
     value: PyTree
+
+
+class Stacked(NamedTuple):
+    """A part of what a bucket lifts that is no sum: that of another bucket is laid behind it.
+
+    Attributes:
+      value: a tree whose leaves have a leading axis, of clients say.
+    """
+
+    value: PyTree
+
+
+def added(totals: PyTree, lifted: PyTree) -> PyTree:
+    """The lifted sums of two buckets together: `Stacked` parts joined, all else added."""
+
+    def add(a: Any, b: Any) -> Any:
+        if not isinstance(a, Stacked):
+            return jnp.add(a, b)
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+    return jax.tree.map(add, totals, lifted, is_leaf=lambda x: isinstance(x, Stacked))
 
 
 def exact(part: Any) -> Any:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Info, Profile
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Info, Profile, added
 from jaxfm.federated.cohort import cohorts_of, draw, round_keys
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import RunState, wide
@@ -189,7 +189,7 @@ def python_round(
             found += own
         sums = _combined(algorithm, b, population, state.server, public, download, received)
         lifted = bucket.lift(state.server, sums)
-        totals = lifted if totals is None else jax.tree.map(jnp.add, totals, lifted)
+        totals = lifted if totals is None else added(totals, lifted)
     server, _ = algorithm.server(state.server, totals, public, round_keys(state.key, number)[3])
     return state._replace(server=server, round=state.round + 1), memories, found
 

@@ -110,6 +110,7 @@ class Entry(NamedTuple):
       like: the algorithm that this one is a variant of, from the same parts; None: of none.
       breaks: by name of a law (`LAWS`), why this algorithm does not keep it.
       has_tiers: whether the tiers of a run make a difference.
+      adapted: whether its model must have an adapter.
       options: the plain keywords of the factory and of what is supplied.
     """
 
@@ -119,6 +120,7 @@ class Entry(NamedTuple):
     like: str | None
     breaks: Mapping[str, str]
     has_tiers: bool
+    adapted: bool
     options: tuple[Option, ...]
 
 
@@ -131,6 +133,7 @@ def register(
     like: str | None = None,
     breaks: Mapping[str, str] | None = None,
     has_tiers: bool | None = None,
+    adapted: bool = False,
     **supply: Callable[..., Any] | None,
 ) -> Any:
     """Registers the factory of an algorithm under its own name; a decorator.
@@ -141,13 +144,16 @@ def register(
       breaks: laws of the contract that it does not keep, each with the reason.
       has_tiers: whether the tiers of a run make a difference; None: if the factory takes "tiers" or
         "models". Needed where only a function of `supply` reads them.
+      adapted: whether its model must have an adapter (`jaxfm.adapters`).
       **supply: functions of the `Setting` for parameters that it does not offer by name; None
         leaves a parameter at its default.
     Raises:
       ValueError: an unknown law, a supplied parameter that the factory lacks, one option twice.
     """
     if factory is None:
-        return functools.partial(register, like=like, breaks=breaks, has_tiers=has_tiers, **supply)
+        return functools.partial(
+            register, like=like, breaks=breaks, has_tiers=has_tiers, adapted=adapted, **supply
+        )
     name, breaks = factory.__name__, dict(breaks or {})
     unknown = [law for law in breaks if law not in LAWS]
     if unknown:
@@ -166,7 +172,16 @@ def register(
         raise ValueError(f"{name} has the option {twice[0]!r} twice; rename one.")
     if has_tiers is None:
         has_tiers = not {"tiers", "models"}.isdisjoint(parameters)
-    _ENTRIES[name] = Entry(name, factory, supply, like, breaks, has_tiers, tuple(options))
+    _ENTRIES[name] = Entry(
+        name=name,
+        factory=factory,
+        supply=supply,
+        like=like,
+        breaks=breaks,
+        has_tiers=has_tiers,
+        adapted=adapted,
+        options=tuple(options),
+    )
     return factory
 
 

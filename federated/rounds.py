@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfm.data.federation import RowIndex
 from jaxfm.federated import homes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
+from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile, added
 from jaxfm.federated.cohort import (
     Report,
     RoundInfo,
@@ -228,7 +228,7 @@ def _one_round(engine: _Engine, state: RunState, constants) -> tuple[RunState, R
             kept = jax.tree.map(write, state.memories[b], kept)
         slots[b], reports[b], memories[b] = own, report, kept
         lifted = bucket.lift(state.server, sums)
-        totals = lifted if totals is None else jax.tree.map(jnp.add, totals, lifted)
+        totals = lifted if totals is None else added(totals, lifted)
     server, figures = algorithm.server(state.server, totals, public, server_key)
     info = joined(drawn, slots, reports, figures)
     return RunState(server, tuple(memories), state.round + 1, state.key), info

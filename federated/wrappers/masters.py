@@ -97,7 +97,9 @@ def with_masters(own: Algorithm, over: Algorithm) -> Algorithm:
     """
 
     def init(variables: Variables) -> MasterState:
-        return MasterState(variables, over.init(widened(variables)))
+        wide = over.init(widened(variables))
+        like = jax.eval_shape(own.init, variables).variables  # which may hold more than was given
+        return MasterState(_like(like, wide.variables), wide)
 
     def server(state: MasterState, totals: PyTree, public: PyTree, key: Key):
         new, figures = over.server(state.wide, totals, public, key)

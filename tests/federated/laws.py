@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxfm.adapters import lora, merge, pairs
+from jaxfm.adapters.adapter import beside
 from jaxfm.data.federation import Federation, RowIndex, federate
 from jaxfm.federated import Algorithm, Distill, Local, Population, Setting, compile_rounds, profiles
 from jaxfm.federated.algorithms.rafl import plan_members, rafl
@@ -30,6 +32,7 @@ from jaxfm.tasks import classification
 
 MODEL = mlp((6, 8, 3))
 MODEL = MODEL._replace(init=jax.jit(MODEL.init))  # compiled once
+ADAPTED = lora(MODEL, 2, targets="dense1,dense2", alpha=3.0)
 TASK = classification(3, inputs="x")
 LR = 0.1
 LOCAL = Local(optax.sgd(LR), 4, 2)
@@ -69,6 +72,8 @@ SPECIAL = {
     "adp_federated": Case("adp", {"federated_gates": True}),
     "hetero_fl_1": Case("hetero_fl", {}, (Subnet({}),)),
     "hetero_fl_3": Case("hetero_fl", {}, TIERS),
+    "flora_ranks": Case("flora", {"ranks": (2, 1)}),
+    "fed_ex_lora_rest": Case("fed_ex_lora", {"remainder": 2}),
 }
 ENTRIES = entries()
 CASES = {name: Case(name) for name in ENTRIES} | SPECIAL
@@ -107,11 +112,12 @@ def padded_member(model: Model, task, local: Local) -> Algorithm:
 
 
 def make(
-    name: str, batch_size: int = 4, epochs: int = 2, model: Model = MODEL, task=TASK,
+    name: str, batch_size: int = 4, epochs: int = 2, model: Model | None = None, task=TASK,
     tiers: tuple[Subnet, ...] | None = None, options: Mapping | None = None,
 ) -> Algorithm:  # fmt: skip
     """The algorithm of a case."""
     local = Local(optax.sgd(LR), batch_size, epochs)
+    model = model_of(name) if model is None else model
     if name in ("rafl", "rafl_published"):  # whose members must fit the model of the laws
         return padded_member(model, task, local)
     case = CASES[name]
@@ -155,8 +161,21 @@ def population(name: str, data: Federation, **profile) -> Population:
     return Population(data, profiles(num_clients, **profile), bucket)
 
 
-def start(dtype=jnp.float32):
+def model_of(name: str) -> Model:
+    """The model of a case: plain, or with an adapter."""
+    return ADAPTED if ENTRIES[CASES[name].name].adapted else MODEL
+
+
+def start(dtype=jnp.float32, name: str = "fed_avg"):
+    """Where the runs of a case start; an adapter is no fresh one."""
     variables = MODEL.init(jax.random.key(7))
+    if model_of(name) is ADAPTED:
+        rng = np.random.default_rng(2)
+        shapes = jax.eval_shape(ADAPTED.init, jax.random.key(0))
+        draw = lambda x: jnp.asarray(rng.normal(size=x.shape).astype(np.float32) / 2)
+        variables = shapes._replace(
+            params=jax.tree.map(draw, shapes.params), frozen=variables.params
+        )
     return jax.tree.map(lambda x: x.astype(dtype), variables)
 
 
@@ -173,7 +192,7 @@ def _engine(name: str, cohort_size: int, **options):
 
 def run(name: str, people: Population, calls: int = 1, drop_rate: float = 0.0, **options):
     """(final state, the infos of all rounds joined), everybody in the cohort if not said."""
-    return advance(engine(name, **options), people, calls, drop_rate=drop_rate)
+    return advance(engine(name, **options), people, calls, start(name=name), drop_rate=drop_rate)
 
 
 def run_new(algorithm, people: Population, calls: int = 1, variables=None, **options):
@@ -232,9 +251,18 @@ def one_step(name: str):
     people = population(name, federation((4, 0, 0, 0, 0, 0)), max_steps=1)
     state, info = run(name, people)
     assert info.spent.steps.sum() == 1 and info.examples.sum() == 4
-    before = jax.tree.map(np.asarray, start().params)
+    before = jax.tree.map(np.asarray, start(name=name).params)
     rows = {key: value[:4] for key, value in examples(24).items()}
-    return before, loss_gradient(before, rows), state
+    if model_of(name) is MODEL:
+        return before, loss_gradient(before, rows), state
+    scale = ADAPTED.adapter.config.scale(2)
+    whole = jax.tree.map(np.asarray, merge(ADAPTED, start(name=name))[1].params)
+    whole = loss_gradient(whole, rows)
+    own = {}
+    for path, (a, b) in pairs(before).items():
+        gradient = scale * whole[path[0]]["kernel"]
+        own[path] = {"a": gradient @ b.T, "b": a.T @ gradient}
+    return before, beside(own, "lora"), state
 
 
 def batch_norm_model() -> Model:

@@ -23,6 +23,7 @@ from laws import (
     examples,
     federation,
     make,
+    model_of,
     num_buckets,
     one_step,
     population,
@@ -33,6 +34,7 @@ from laws import (
     two_rounds,
 )
 
+from jaxfm.adapters import attach, lora
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.data.federation import federate, row_index
 from jaxfm.federated import Exact, Status, client_costs, compile_rounds, profiles
@@ -70,14 +72,14 @@ def test_identical_clients_equal_one_client(name):
     assert_same(one, many)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "fed_kemf", "adp", "raffm"])
+@pytest.mark.parametrize("name", ["scaffold", "fed_kemf", "adp", "raffm", "fed_ex_lora_rest"])
 def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(name, tmp_path):
     engine_, people = engine(name), population(name, federation())
-    whole, _ = advance(engine_, people, 2)
-    half, _ = advance(engine_, people, 1)
+    whole, _ = advance(engine_, people, 2, start(name=name))
+    half, _ = advance(engine_, people, 1, start(name=name))
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, half)
-        _, state = checkpoints.restore(like=engine_.init(start(), jax.random.key(9)))
+        _, state = checkpoints.restore(like=engine_.init(start(name=name), jax.random.key(9)))
     state, _ = engine_.run(state, people)
     chex.assert_trees_all_equal(state.server, whole.server)
     chex.assert_trees_all_equal(state.memories, whole.memories)
@@ -98,7 +100,8 @@ def test_an_empty_client_equals_an_absent_one(name, options, tolerance):
         options = options | {"mesh": make_mesh(clients=1)}
     there, _ = run(name, population(name, federation((6, 5, 4, 0, 0, 0))), calls=2)
     calls = 2 // options.get("num_rounds", 1)
-    absent, info = run_new(make(name), population(name, federation((6, 5, 4))), calls, **options)
+    people = population(name, federation((6, 5, 4)))
+    absent, info = run_new(make(name), people, calls, start(name=name), **options)
     assert_same(there, absent, tolerance)
     assert info.counted.sum() == 6
 
@@ -150,7 +153,7 @@ def test_one_client_and_one_step_is_a_gradient_step(name):
 )
 def test_new_cohorts_counts_and_steps_do_not_compile(name, cohort_size):
     people, runner = slow_and_fast(name), engine(name, cohort_size=cohort_size)
-    state, info = runner.run(runner.init(start(), jax.random.key(0)), people)
+    state, info = runner.run(runner.init(start(name=name), jax.random.key(0)), people)
     jax.block_until_ready(info)
     others = population(name, federation((1, 6, 2, 5, 0, 4)), max_steps=np.arange(1, 7))
     traced_or_compiled, seen = [], set()
@@ -181,7 +184,8 @@ def test_the_watch_of_compilations_sees_them():
 def in_halves(name: str):
     """An algorithm whose parameters and rows are bfloat16."""
     task = classification(3, inputs="x", transform=lambda x, key: x.astype(jnp.bfloat16))
-    return make(name, model=MODEL._replace(init=lambda key: start(jnp.bfloat16)), task=task)
+    model = model_of(name)._replace(init=lambda key: start(jnp.bfloat16, name))
+    return make(name, model=model, task=task)
 
 
 @every_algorithm
@@ -192,8 +196,8 @@ def test_dtypes_stay(name, dtype):
     else:
         algorithm = in_halves(name)
         rounds = compile_rounds(algorithm, slow_and_fast(name), cohort_size=6, public=PUBLIC)
-    before = jax.eval_shape(algorithm.init, start(dtype))
-    state = jax.eval_shape(rounds.init, start(dtype), jax.random.key(3))
+    before = jax.eval_shape(algorithm.init, start(dtype, name))
+    state = jax.eval_shape(rounds.init, start(dtype, name), jax.random.key(3))
     after, _ = jax.eval_shape(rounds.run, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after.server)
 
@@ -203,7 +207,7 @@ def test_dtypes_stay(name, dtype):
     [n if n in ("fed_avg", "spatl") else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
 )
 def test_halves_come_close_to_floats(name):
-    half = start(jnp.bfloat16)
+    half = start(jnp.bfloat16, name)
     state, _ = run_new(in_halves(name), slow_and_fast(name), 2, half, cohort_size=3)
     chex.assert_trees_all_close(
         jax.tree.map(lambda x: x.astype(jnp.float32), state.server.variables),
@@ -256,14 +260,14 @@ def test_a_round_without_reports_changes_nothing(name, why):
         data = data._replace(examples=data.examples | {"x": data.examples["x"] * np.inf})
     state, info = run(name, population(name, data))
     assert info.counted.sum() == 0 and info.selected.sum() == 6
-    chex.assert_trees_all_equal(state.server, make(name).init(start()))
+    chex.assert_trees_all_equal(state.server, make(name).init(start(name=name)))
     assert int(state.round) == 1
 
 
 @every_algorithm
 def test_the_state_is_donated_and_the_callers_variables_are_not(name):
     runner = engine(name)
-    variables, key = start(), jax.random.key(3)
+    variables, key = start(name=name), jax.random.key(3)
     state = runner.init(variables, key)
     after, _ = runner.run(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -298,7 +302,11 @@ def test_devices_widths_and_rounds_a_call_do_not_matter(name, options):
 @all_that_keep("statistics")
 def test_batch_norm_statistics_are_averaged(name):
     variables, expected = batch_norm_step()
-    algorithm = make(name, epochs=1, model=BATCH_NORM, tiers=(Subnet({}),), options={})
+    model = BATCH_NORM
+    if model_of(name) is not MODEL:
+        model = lora(model, 2, targets="first")
+        variables = attach(model, variables, jax.random.key(1))
+    algorithm = make(name, epochs=1, model=model, tiers=(Subnet({}),), options={})
     people = population("fed_avg", federation((4, 2)))
     state, _ = run_new(algorithm, people, variables=variables)
     chex.assert_trees_all_close(state.server.variables.stats, expected, rtol=1e-5, atol=1e-6)

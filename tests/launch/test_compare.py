@@ -33,7 +33,9 @@ DIGITS = DataConfig(source="digits", partition="iid", num_clients=6, public=0.1)
 CNN = cnn(CnnConfig(image_size=(8, 8), conv_channels=(2, 2), dense_dim=4, num_classes=3))
 PUBLISHED = {"raffm_published", "fed_kemf_published", "rafl_published"}
 TIERED = {"hetero_fl", "fed_rolex", "raffm", "fed_md", "fed_kemf", "rafl"} | PUBLISHED
-every_algorithm = pytest.mark.parametrize("algorithm", entries())
+every_algorithm = pytest.mark.parametrize(
+    "algorithm", [name for name, entry in entries().items() if not entry.adapted]
+)
 
 
 def small_run(folder, *options: str, **changes) -> FederateConfig:
