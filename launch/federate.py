@@ -8,6 +8,8 @@
         --local=sgd
     python -m jaxfm.launch.federate --model=path/to/bert --data.source=reviews.csv
     python -m jaxfm.launch.federate --init=runs/first/model --data=digits --local=sgd
+    python -m jaxfm.launch.federate --phases=central:200,federated:30 --data.public=0.2 \
+        --algorithm=diloco
     python -m jaxfm.launch.federate --compare=fed_avg,scaffold,hetero_fl --seeds=3 \
         --profile=pi,phone,laptop --local=sgd
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,6 +39,7 @@ from jaxfm.cost import num_bytes
 from jaxfm.data.dealing import Data
 from jaxfm.errors import reported
 from jaxfm.federated import Local, Prepared, TrainedRun, fleet, prepare
+from jaxfm.federated.foundation import Central, alternate, phases_of
 from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.federated.outcome import NothingLearned
 from jaxfm.federated.placement import capped_epochs, describe_clients
@@ -95,29 +99,42 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     local = local_training(config)
     if sentence := capped_epochs(prepared.placement, data.train, local):
         print(sentence)
-    result = federated.train(
-        prepared,
-        data,
-        num_rounds=config.rounds,
-        cohort_size=config.cohort_size,
-        seed=config.seed,
-        drop_rate=config.drop_rate,
-        byte_budget=config.byte_budget or None,
-        eval_every=config.eval_every,
-        eval_examples=config.eval_examples,
-        test_examples=config.test_examples,
-        run_dir=config.run_dir,
-        mesh=make_mesh(clients=len(jax.devices())),
-        clients_at_once=config.clients_at_once or None,
-    )
+    settings: dict[str, Any] = {
+        "cohort_size": config.cohort_size,
+        "seed": config.seed,
+        "drop_rate": config.drop_rate,
+        "byte_budget": config.byte_budget or None,
+        "eval_every": config.eval_every,
+        "eval_examples": config.eval_examples,
+        "test_examples": config.test_examples,
+        "run_dir": config.run_dir,
+        "mesh": make_mesh(clients=len(jax.devices())),
+        "clients_at_once": config.clients_at_once or None,
+    }
+    targets = {}
+    if config.phases:
+        rows = config.central_batch or config.cohort_size * config.batch_size
+        central = Central(make_optimizer(config.local), rows)
+        schedule = phases_of(config.phases)
+        result, targets = alternate(prepared, data, schedule, central=central, **settings)
+        print(f"Losses were taken over {_said(targets)}.")
+    else:
+        result = federated.train(prepared, data, num_rounds=config.rounds, **settings)
     root = model if model.adapter is None else model.adapter.root  # what it would be without
     full = jax.eval_shape(root.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
     part["examples"] = config.examples.report(prepared, data, local, result, config.cohort_size)
     part["full_model"]["parameters"] = count_parameters(full.params)
+    part |= {"phases": list(config.phases), "targets": targets}
     save_results(pathlib.Path(config.run_dir), "federate", facts(config, prepared) | part)
     return result
+
+
+def _said(targets: Mapping[str, float]) -> str:
+    """ "1,024 targets in central phases and 512 in federated ones"."""
+    central, private = targets["central"], targets["federated"]
+    return f"{central:,.0f} targets in central phases and {private:,.0f} in federated ones"
 
 
 def facts(config: Any, prepared: Prepared) -> dict[str, Any]:

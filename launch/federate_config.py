@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxfm.config import check, check_whole, option
 from jaxfm.federated import DEVICES, fleet
+from jaxfm.federated.foundation.phases import behind, phases_of
 from jaxfm.federated.registry import entries, find
 from jaxfm.launch.adapters import AdapterConfig
 from jaxfm.launch.optimizers import OptimizerConfig
@@ -19,11 +20,12 @@ from jaxfm.run_folder import RUN_DIR_HELP
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
     "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
-    "seed": 0, "quorum": 0, "byte_budget": 0,
+    "seed": 0, "quorum": 0, "byte_budget": 0, "central_batch": 0,
 }  # fmt: skip
 
 
 _DEFAULT_TOP_K = 0.1
+_DEFAULT_ROUNDS = 60
 _DEFAULT_TIERS = (1.0, 0.5, 0.25)
 
 
@@ -39,7 +41,15 @@ class _FederateConfig:
     )
     compare: tuple[str, ...] = option((), "several algorithms, side by side on the same data")
     seeds: int = option(1, "runs of each algorithm in a comparison, with seeds from --seed on")
-    rounds: int = option(60, "rounds in all")
+    rounds: int = option(_DEFAULT_ROUNDS, "rounds in all")
+    phases: tuple[str, ...] = option(
+        (),
+        "a schedule in the place of rounds: central:STEPS on the server's public rows "
+        "(--data.public) and federated:ROUNDS, such as central:200,federated:30,central:50",
+    )
+    central_batch: int = option(
+        0, "rows of a central step; 0: as many as a local step of all clients of a round takes"
+    )
     cohort_size: int = option(8, "clients drawn a round")
     batch_size: int = option(8, "examples of a local step")
     epochs: int = option(1, "local epochs a round")
@@ -120,6 +130,7 @@ class _FederateConfig:
                 f"cohort_size={self.cohort_size}: there are only "
                 f"data.num_clients={self.data.num_clients}."
             )
+        self._check_phases()
         if self.quorum > self.cohort_size:
             raise ValueError(
                 f"quorum={self.quorum}: a round has only cohort_size={self.cohort_size} clients."
@@ -149,6 +160,30 @@ class _FederateConfig:
                 raise ValueError(
                     f"{name}.select=agent judges by validation rows: give --data.local_validation."
                 )
+
+    def _check_phases(self) -> None:
+        """Refuses schedules that cannot be run; the rounds are those of the schedule."""
+        if not self.phases:
+            if self.central_batch:
+                raise ValueError(f"central_batch={self.central_batch} requires --phases.")
+            return
+        rounds, steps = behind(phases_of(self.phases))
+        if self.rounds not in (_DEFAULT_ROUNDS, rounds):
+            raise ValueError(
+                f"rounds={self.rounds} with phases={','.join(self.phases)}, which have {rounds}; "
+                "leave out --rounds."
+            )
+        if not rounds:
+            raise ValueError(
+                f"phases={','.join(self.phases)} have no federated phase; jaxfm.launch.pretrain "
+                "trains in one place."
+            )
+        if steps and not self.data.public:
+            raise ValueError(
+                f"phases={','.join(self.phases)}: central phases train on the server's public "
+                "rows; give --data.public=0.2, a share of the training rows."
+            )
+        object.__setattr__(self, "rounds", rounds)
 
     def _start_from(self, folder: str) -> None:
         """Makes the folder of `init` the model's."""

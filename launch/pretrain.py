@@ -25,6 +25,7 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.foundation.central import TrainState, train_steps
+from jaxfm.federated.measuring import evaluation_key
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
@@ -78,7 +79,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     program = functools.cache(  # by the number of steps: the last chunk may be shorter
         lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
     )
-    validation = subsample(data.validation, config.eval_examples)
+    validation, key = subsample(data.validation, config.eval_examples), evaluation_key(data.task)
     with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
         done = 0
         if checkpoints.latest_step() is not None:
@@ -88,7 +89,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
             for start in progress(range(done, config.steps, config.eval_every), "chunks"):
                 number = min(start + config.eval_every, config.steps)
                 state, losses = program(number - start)(state, examples)
-                metrics = evaluate(model.apply, state.variables, data.task, validation, 32)
+                metrics = evaluate(model.apply, state.variables, data.task, validation, 32, key=key)
                 line = {f"validation/{name}": value for name, value in metrics.items()}
                 line = {"train/loss": float(losses.mean())} | line
                 log.write(number, line)
@@ -111,7 +112,8 @@ def main(config: PretrainConfig) -> None:
     model = make_model(config.model, data)
     save_classes(run_dir, data)
     state = train(config, data, model)
-    metrics = evaluate(model.apply, state.variables, data.task, data.test, 32)
+    key = evaluation_key(data.task)
+    metrics = evaluate(model.apply, state.variables, data.task, data.test, 32, key=key)
     save_results(run_dir, "pretrain", {"test": metrics})
     print(f"{count_parameters(state.variables.params):,} parameters")
     for name, value in metrics.items():

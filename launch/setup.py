@@ -63,6 +63,9 @@ class DataConfig:
         "text only: bytes, or a folder with a Hugging Face tokenizer; auto means that of the "
         "--model that is a folder, else bytes",
     )
+    masked: bool = option(
+        False, "text without labels only: learn to recover hidden tokens, by an encoder"
+    )
     length: int = option(128, "text only: tokens of a row, at most where it is classified")
     standardize: bool = option(
         False, "columns of numbers only: mean 0 and deviation 1 in the training rows"
@@ -184,7 +187,7 @@ def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -
     with naming(f"data.source={config.source}"):
         return deal_out(
             data_set.splits,
-            tasks.task_for(data_set),
+            tasks.task_for(data_set, masked=config.masked),
             num_clients=config.num_clients,
             how=config.partition,
             beta=config.beta,
@@ -303,6 +306,7 @@ class ModelConfig:
 
 _FITTING: dict[str, tuple[str, ...]] = {  # to data of a kind; the first is "auto"
     "language": ("decoder",),
+    "masked": ("encoder",),
     "text": ("encoder", "decoder"),
     "tags": ("encoder",),
     "features": ("mlp",),
@@ -310,6 +314,7 @@ _FITTING: dict[str, tuple[str, ...]] = {  # to data of a kind; the first is "aut
 }
 _KIND_NAMES = {
     "language": "text",
+    "masked": "text with hidden tokens",
     "text": "labelled text",
     "tags": "tagged words",
     "features": "columns of numbers",
@@ -319,7 +324,7 @@ _KIND_NAMES = {
 
 def family_of(config: ModelConfig, data: Data) -> str:
     """Returns the family that "auto" stands for; raises ValueError if it does not fit the data."""
-    kind = kind_of(data.validation)
+    kind = "masked" if data.task.draws else kind_of(data.validation)
     fitting = _FITTING[kind]
     family = fitting[0] if config.family == "auto" else config.family
     if family not in fitting:

@@ -40,6 +40,7 @@ Stored = Mapping[str, StoredTensor]
 
 _KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # head, configs, and what it is called
     "language": ("causal", (DecoderConfig,), "text to be continued"),
+    "masked": ("masked_lm", (EncoderConfig,), "text with hidden tokens"),
     "text": ("classify", (EncoderConfig, DecoderConfig), "labelled text"),
     "tags": ("tag", (EncoderConfig,), "tagged words"),
     "images": ("classify", (VitConfig,), "images"),
@@ -51,6 +52,7 @@ _OTHER_HEADS = {
     "classify": re.compile(r"^(lm_head|score|cls|classifier|pooler|qa_outputs)\b"),
 }
 _OTHER_HEADS["tag"] = _OTHER_HEADS["classify"]
+_OTHER_HEADS["masked_lm"] = re.compile(r"^(score|classifier|pooler|qa_outputs)\b")
 _DRAWN = ("head.score", "head.classifier", "head.pooler")
 
 
@@ -76,10 +78,11 @@ def load_for(
     """Loads a folder's model with the head that the data need.
 
     Labelled text is classified by encoders, from the first token, and by decoders, from the last;
-    words are tagged by encoders; decoders continue text; images go to vision transformers and to
-    our own networks. A classifier of the right size is kept, in the order of the data's classes
-    where both name the same ones. One of another size is replaced by a new one. A vision
-    transformer's images, in 0..1, are normalised as its preprocessor_config.json says.
+    words are tagged by encoders; decoders continue text, encoders recover hidden tokens; images go
+    to vision transformers and to our own networks. A classifier of the right size is kept, in the
+    order of the data's classes where both name the same ones. One of another size is replaced by a
+    new one. A vision transformer's images, in 0..1, are normalised as its preprocessor_config.json
+    says.
 
     Args:
       data: whose classes, tokenizer and shapes the model must fit.
@@ -92,6 +95,7 @@ def load_for(
     folder = hub_files.find_folder(path_or_name)
     raw = hub_metadata.read_json(folder / "config.json")
     key, kind = jax.random.key(seed), kind_of(data.validation)
+    kind = "masked" if kind == "language" and data.task.draws else kind
     head, types, called = _KINDS[kind]
     if raw.get("model_type") == own_format.MODEL_TYPE:
         return _own(data, folder, raw, dtype, key)
@@ -105,7 +109,7 @@ def load_for(
         raise ValueError(misfit)
     _check_inputs(config, data, folder)
     stored: Stored = hub_files.open_safetensors(folder)
-    if head == "causal":
+    if head in ("causal", "masked_lm"):
         return Fitted(*fill(config, _passed_over(config, stored), dtype, None))
     named = hub_metadata.class_names(config.metadata)
     changes: dict[str, Any] = {"num_classes": len(data.classes)}

@@ -42,7 +42,11 @@ def causal_lm(bytes_per_token: np.ndarray | None = None, pad_id: int | None = No
 
 
 def masked_lm(
-    mask_id: int, vocab_size: int, special_ids: Iterable[int] = (), rate: float = 0.15
+    mask_id: int,
+    vocab_size: int,
+    special_ids: Iterable[int] = (),
+    rate: float = 0.15,
+    pad_id: int | None = None,
 ) -> Task:
     """Recovers tokens that were hidden.
 
@@ -51,6 +55,10 @@ def masked_lm(
     "tokens" i32[B, T], all of them inputs. Only chosen positions have weight. Outputs: logits
     [B, T, V]. Metrics: "loss" in nats per chosen token, "accuracy". A key is always needed.
 
+    Args:
+      mask_id, vocab_size, special_ids, rate: as said.
+      pad_id: of tokens that only fill up a row; inputs are then a dict of "tokens" and the "mask"
+        of those that do not, as encoders read it.
     Raises:
       ValueError: an id outside the vocabulary, a rate outside (0, 1).
 
@@ -78,6 +86,8 @@ def masked_lm(
         random = jax.random.choice(random_key, ordinary, tokens.shape).astype(tokens.dtype)
         hidden = jnp.where(how < 0.8, mask_id, jnp.where(how < 0.9, random, tokens))
         inputs = jnp.where(chosen, hidden, tokens)
+        if pad_id is not None:
+            inputs = {"tokens": inputs, "mask": tokens != pad_id}
         return inputs, tokens, jnp.where(chosen, row_weight(batch, tokens), 0.0)
 
     def metrics(outputs, targets, weight):
