@@ -1,7 +1,8 @@
 """Folders of adapters: adapter_config.json and adapter_model.safetensors.
 
-LoRA and DoRA are in PEFT's form (`jaxfm.hub.peft`). All else (bottlenecks, trained parts, prompts,
-any adapter of a model that Hugging Face has no format for) is in one of our own, with `peft_type`
+What PEFT has a form for is in PEFT's (`jaxfm.hub.peft`, `jaxfm.hub.peft_prompts`). All else
+(bottlenecks, trained parts, prompts before encoders and images, pools, any adapter of a model that
+Hugging Face has no format for) is in one of our own, with `peft_type`
 JAXFM: the options of its factory, and every trained array under its path, "params.head.kernel".
 """
 
@@ -28,11 +29,12 @@ from jaxfm.adapters import (
     lora,
     only,
     prefix_tuning,
+    prompt_pool,
     soft_prompt,
 )
 from jaxfm.errors import naming
 from jaxfm.hub import files as hub_files
-from jaxfm.hub import folders, peft, peft_write
+from jaxfm.hub import folders, peft, peft_prompts, peft_write
 from jaxfm.hub.files import DTYPES, StoredTensor
 from jaxfm.hub.metadata import read_json
 from jaxfm.hub.peft_config import KINDS
@@ -47,6 +49,8 @@ Reader = Callable[..., tuple[Model, Variables]]
 WRITERS: dict[str, Callable[..., tuple[dict[str, Any], dict[str, np.ndarray]]]] = {
     "lora": peft_write.fields_and_tensors,
     "dora": peft_write.fields_and_tensors,
+    "prompt": peft_prompts.fields_and_tensors,
+    "prefix": peft_prompts.fields_and_tensors,
 }
 
 # Our own form: the factory of each kind, and what its options are (see `KINDS`).
@@ -84,6 +88,16 @@ _OWN: dict[str, tuple[Callable[..., Model], dict[str, str]]] = {
             "trained": "a list of texts",
         },
     ),
+    "pool": (
+        prompt_pool,
+        {
+            "num_prompts": "a whole number above 0",
+            "prompt_len": "a whole number above 0",
+            "top": "a whole number above 0",
+            "pull": "a finite number",
+            "trained": "a list of texts",
+        },
+    ),
 }
 
 
@@ -92,9 +106,9 @@ def load_adapter(
 ) -> tuple[Model, Variables]:
     """Puts the adapter of a folder around a model.
 
-    The folder is one of PEFT (LoRA, DoRA) or of `save_adapter`. Arrays keep the dtype that they
-    have in the file; parameters of the model itself (`modules_to_save`, biases) get that of the
-    model.
+    The folder is one of PEFT (LoRA, DoRA, prompt and prefix tuning) or of `save_adapter`. Arrays
+    keep the dtype that they have in the file; parameters of the model itself (`modules_to_save`,
+    biases) get that of the model.
 
     Args:
       path: the folder.
@@ -132,8 +146,9 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of a model, without the model: a folder that `load_adapter` opens.
 
-    LoRA and DoRA around a model that Hugging Face has a format for are written in PEFT's form, so
-    that `peft.PeftModel.from_pretrained(base, path)` computes the same; others in one of our own.
+    LoRA and DoRA around a model that Hugging Face has a format for, and prompts and prefixes before
+    a causal one, are written in PEFT's form, so that `peft.PeftModel.from_pretrained(base, path)`
+    computes the same; others in one of our own.
     What is written of the model itself are the parameters that are trained. Arrays keep their
     dtype. A new folder appears whole; in one that exists each file is replaced whole.
 
@@ -150,7 +165,10 @@ def save_adapter(
     if not _is_base(adapter.base):
         raise ValueError("The model has an adapter around another; merge the inner one first.")
     kind = getattr(adapter.config, "kind", "")
-    writer = WRITERS.get(kind) if folders.has_format(adapter.root) else None
+    has_form = folders.has_format(adapter.root)
+    if kind in ("prompt", "prefix"):
+        has_form = has_form and peft_prompts.has_form(model)
+    writer = WRITERS.get(kind) if has_form else None
     fields, tensors = (writer or _own_form)(model, variables, base)
     with hub_files.new_folder(path, stale=("adapter_model.*",)) as folder:
         from safetensors.numpy import save_file
@@ -231,4 +249,9 @@ def _read_own(
     return adapted, full._replace(**parts)
 
 
-READERS: dict[str, Reader] = {"LORA": _read_peft, OWN: _read_own}
+READERS: dict[str, Reader] = {
+    "LORA": _read_peft,
+    "PROMPT_TUNING": peft_prompts.load,
+    "PREFIX_TUNING": peft_prompts.load,
+    OWN: _read_own,
+}

@@ -416,7 +416,7 @@ def test_what_has_no_form_in_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": "pool"}, "kind='pool'; it should be one of lora, dora"),
+        ({"kind": "ladder"}, "kind='ladder'; it should be one of lora, dora"),
         ({"size": -1}, "size=-1; it should be a whole number above 0"),
         ({"size": 5}, r"should have shape .* for this base"),
         ({"targets": "o"}, "targets='o'; it should be a list of texts"),
