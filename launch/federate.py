@@ -72,7 +72,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         local_training(config),
         num_rounds=config.rounds,
         options=chosen_options(config, "algorithm"),
-        wrap=wrapped(config, len(data.names)),
+        wrap=wrapped(config, len(data.names), data),
         widths=config.tiers,
         axes=width_axes(model),
         machines=fleet(config.profile, len(data.names)) if config.profile else None,

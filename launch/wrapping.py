@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxfm.config import check, check_whole, option
+from jaxfm.data.dealing import Data
 from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.local import UNLIMITED_STEPS
 from jaxfm.federated.wrappers.compression import named_compression
 from jaxfm.federated.wrappers.quorum import with_quorum
 from jaxfm.federated.wrappers.robust import BY_FRACTION, RuleName, named_robust
@@ -70,12 +72,15 @@ class RobustConfig:
                 )
 
 
-def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
+def wrapped(
+    config: Any, num_clients: int, data: Data | None = None
+) -> Callable[[Algorithm], Algorithm]:
     """Returns what puts a run's wrappers around its algorithm, the innermost first.
 
     Args:
       config: of the run.
       num_clients: all that there are.
+      data: of the run, whose public rows robust=fl_trust trains on.
     """
     private, secure = config.private, config.secure
     if secure.on and config.upload != "full":
@@ -87,9 +92,16 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
     if robust.rule in BY_FRACTION[1:] and config.cohort_size < 3:
         raise ValueError(f"robust={robust.rule} needs cohort_size of at least 3.")
 
+    root = _root_rows(data) if robust.rule == "fl_trust" else None
+
     def wrap(algorithm: Algorithm) -> Algorithm:
         algorithm = named_robust(
-            algorithm, rule=robust.rule, fraction=robust.fraction, bound=robust.bound
+            algorithm,
+            rule=robust.rule,
+            fraction=robust.fraction,
+            bound=robust.bound,
+            root=root,
+            root_steps=config.max_steps or UNLIMITED_STEPS,
         )
         if private.on:  # innermost: what is encoded, rounded or added up later is clipped
             algorithm = private.around(algorithm, config, num_clients)
@@ -108,3 +120,16 @@ def wrapped(config: Any, num_clients: int) -> Callable[[Algorithm], Algorithm]:
         return with_quorum(algorithm, config.quorum) if config.quorum else algorithm
 
     return wrap
+
+
+def _root_rows(data: Data | None) -> Mapping[str, Any]:
+    """The server's own rows, which must say all that the clients' do."""
+    if data is None or data.public is None:
+        raise ValueError("robust=fl_trust trains on rows of the server's own: give --data.public.")
+    lacking = data.train.examples.keys() - data.public.keys()
+    if lacking:
+        raise ValueError(
+            f"robust=fl_trust trains on public rows, which have no {sorted(lacking)[0]!r} here; it "
+            "is for language models, whose rows are text alone."
+        )
+    return data.public

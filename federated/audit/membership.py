@@ -93,6 +93,36 @@ def leakage(members: Array, others: Array, *, at: float = 0.01) -> Leakage:
     )
 
 
+def epsilon_bound(
+    members: Array, others: Array, *, delta: float = 1e-5, significance: float = 0.05
+) -> float:
+    """A lower bound of the epsilon of a single run, from scores of canaries.
+
+    Each canary was given to the run or left out by a fair coin. A bound above the epsilon that a
+    run states means that it is not as private as it says; one below says nothing.
+    Source: Steinke et al. 2023 (Privacy auditing with one training run), theorem 5.2, as
+    implemented in jax-privacy.
+
+    Args:
+      members, others: f[n], f[m], scores of the canaries that the run was given and was not.
+      delta: of the epsilon.
+      significance: the probability with which the bound may be wrong.
+    Raises:
+      ValueError: delta or significance out of range.
+      ImportError: jax-privacy is not installed.
+    """
+    if not 0 < delta < 1 or not 0 < significance < 1:
+        raise ValueError(f"delta={delta} and significance={significance} must be between 0 and 1.")
+    try:
+        from jax_privacy.auditing import CanaryScoreAuditor
+    except ImportError as error:
+        raise ImportError(
+            "Bounds of epsilon need jax-privacy: pip install 'jaxfm[privacy]'."
+        ) from error
+    auditor = CanaryScoreAuditor(np.asarray(members), np.asarray(others))
+    return float(auditor.epsilon_one_run(significance, delta))
+
+
 def loss_threshold(
     model: Model,
     variables: Variables,

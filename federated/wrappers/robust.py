@@ -28,7 +28,14 @@ from jaxfm.federated.wrappers.rows import Rows, from_rows, rows_of
 from jaxfm.model import Array, PyTree
 
 RuleName = Literal[
-    "none", "median", "trimmed_mean", "norm_bound", "krum", "multi_krum", "geometric_median"
+    "none",
+    "median",
+    "trimmed_mean",
+    "norm_bound",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+    "fl_trust",
 ]
 BY_FRACTION = ("trimmed_mean", "krum", "multi_krum")
 
@@ -77,7 +84,13 @@ def with_robust(
 
 
 def named_robust(
-    algorithm: Algorithm, *, rule: RuleName = "none", fraction: float = 0.3, bound: float = 0.0
+    algorithm: Algorithm,
+    *,
+    rule: RuleName = "none",
+    fraction: float = 0.3,
+    bound: float = 0.0,
+    root: Mapping[str, Array] | None = None,
+    root_steps: int = 2**30,
 ) -> Algorithm:
     """Robust aggregation by name, as scripts take it.
 
@@ -86,7 +99,10 @@ def named_robust(
       rule: how uploads become one; none: their weighted mean.
       fraction: share of adversaries that trimmed_mean, krum and multi_krum hold, below 0.5.
       bound: largest norm of a movement under norm_bound; 0: the median of the round's norms.
+      root, root_steps: as in `with_robust`, for fl_trust.
     """
+    if rule == "fl_trust":
+        return with_robust(algorithm, rules.fl_trust, root=root, root_steps=root_steps)
     makers: dict[str, Callable[[], rules.Rule]] = {
         "median": lambda: rules.median,
         "trimmed_mean": lambda: rules.trimmed_mean(fraction),

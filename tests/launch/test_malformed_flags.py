@@ -41,6 +41,7 @@ FLAGS = {
         --robust=krum --cohort_size=2 | robust=krum needs cohort_size
         --robust=median --algorithm=hetero_fl | takes clients of one kind
         --robust=median --algorithm=scaffold --local=sgd | outside of a mean
+        --robust=fl_trust | have no 'label' here
         --robust=median --secure | Secure sums do not fit
         --tiers= | tiers=()
         --tiers=0 | tiers=(0.0,)

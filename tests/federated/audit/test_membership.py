@@ -13,6 +13,7 @@ from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.audit.losses import confidence, example_losses
 from jaxfm.federated.audit.membership import (
     Shadows,
+    epsilon_bound,
     leakage,
     likelihood_ratio,
     loss_threshold,
@@ -116,6 +117,18 @@ def test_rates_of_known_scores():
     found = leakage(np.array([3.0, 2.0, 1.0, 1.0]), np.array([2.5, 1.0, 0.0, 0.0]), at=0.0)
     assert found.advantage == 0.5  # at 1: all members and half of the others
     assert found.true_positive_rate == 0.25 and found.auc == (4 + 3 + 2.5 + 2.5) / 16
+
+
+def test_a_bound_of_epsilon_is_below_that_of_randomized_response():
+    pytest.importorskip("jax_privacy")
+    rng, size, epsilon = np.random.default_rng(0), 4000, 2.0
+    keeps = lambda: rng.random(size) < np.exp(epsilon) / (1 + np.exp(epsilon))
+    members, others = keeps() * 1.0, ~keeps() * 1.0
+    assert 1.5 < epsilon_bound(members, others, delta=1e-6) < epsilon
+    chance = rng.normal(size=(2, size))
+    assert epsilon_bound(*chance) < 0.2
+    with pytest.raises(ValueError, match="delta=1 and significance=0.05 must be between"):
+        epsilon_bound(members, others, delta=1)
 
 
 def test_bad_input_is_refused():
