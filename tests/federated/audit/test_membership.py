@@ -127,7 +127,7 @@ def test_a_bound_of_epsilon_is_below_that_of_randomized_response():
     assert 1.5 < epsilon_bound(members, others, delta=1e-6) < epsilon
     chance = rng.normal(size=(2, size))
     assert epsilon_bound(*chance) < 0.2
-    with pytest.raises(ValueError, match="delta=1 and significance=0.05 must be between"):
+    with pytest.raises(ValueError, match=r"delta=1 and significance=0\.05 must be between"):
         epsilon_bound(members, others, delta=1)
 
 
