@@ -74,7 +74,7 @@ def add_mask(words: np.ndarray, seed: bytes, sign: int) -> None:
     operate = np.add if sign > 0 else np.subtract
     for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK]
-        stream.update_into(memoryview(_ZEROS)[: 4 * len(part)], memoryview(mask).cast("B"))
+        stream.update_into(memoryview(_ZEROS)[: 4 * len(part)], mask.data.cast("B"))
         operate(part, mask[: len(part)].view("<u4"), out=part)
 
 
