@@ -5,7 +5,8 @@
 Every case is a whole round of the protocol (`jaxfm.federated.secure`) in one process, in which 5%
 of the clients drop out before they upload, and its sum is compared with the plain one. A round of
 all pairs among 1,000 clients would take half an hour; there one client runs whole, and the server's
-time is that of its parts, measured, times how often each is needed ("scaled").
+time is that of its parts, measured, times how often each is needed, without its bookkeeping
+("scaled").
 
 Seconds are of one client (the mean) and of the server, on one core; bytes are of one client, and
 `overhead` is what it sends over the words that it has to send at least. The last line is one JSON
