@@ -6,6 +6,7 @@ count what it takes. The factories of all registered algorithms (`jaxfm.federate
 reached here by name: `jaxfm.federated.fed_avg`.
 """
 
+from jaxfm.federated.accounting.epsilon import Sampling, epsilon_of
 from jaxfm.federated.accounting.ledger import (
     ClientCost,
     Work,
@@ -19,6 +20,7 @@ from jaxfm.federated.accounting.metrics import (
     three_metrics,
     worst_decile,
 )
+from jaxfm.federated.accounting.privacy import Privacy, plan_correlated, plan_privacy
 from jaxfm.federated.accounting.resources import (
     DEVICES,
     Device,
@@ -87,6 +89,7 @@ from jaxfm.federated.parts.ensemble import (
     max_vote,
     mean_vote,
 )
+from jaxfm.federated.parts.private_gradient import ExamplePrivacy
 from jaxfm.federated.placement import Placement, place, wanted_steps
 from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared, make_setting, prepare
@@ -97,6 +100,8 @@ from jaxfm.federated.saving import TrainedModel, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
+from jaxfm.federated.wrappers.private import with_privacy
+from jaxfm.federated.wrappers.private_checks import Quantile
 from jaxfm.federated.wrappers.quorum import with_quorum
 from jaxfm.federated.wrappers.robust import with_robust
 from jaxfm.federated.wrappers.secure import with_secure_sums
@@ -113,6 +118,7 @@ __all__ = [
     "Device",
     "Distill",
     "Exact",
+    "ExamplePrivacy",
     "Gates",
     "Info",
     "Known",
@@ -124,10 +130,13 @@ __all__ = [
     "Plan",
     "Population",
     "Prepared",
+    "Privacy",
     "Profile",
+    "Quantile",
     "RoundInfo",
     "Rounds",
     "RunState",
+    "Sampling",
     "Select",
     "Setting",
     "Spent",
@@ -156,6 +165,7 @@ __all__ = [
     "either",
     "entries",
     "entropy_vote",
+    "epsilon_of",
     "everything",
     "fleet",
     "fleet_profiles",
@@ -173,6 +183,8 @@ __all__ = [
     "outside",
     "place",
     "plan",
+    "plan_correlated",
+    "plan_privacy",
     "prepare",
     "profiles",
     "python_round",
@@ -198,6 +210,7 @@ __all__ = [
     "wire_bytes",
     "with_compression",
     "with_masters",
+    "with_privacy",
     "with_quorum",
     "with_robust",
     "with_secure_sums",

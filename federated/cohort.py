@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,11 @@ class Report(NamedTuple):
     info: Info
 
 
+# Of `draw`: by itself with a probability, in turn, or so many.
+Rate = float | Literal["in_turn"] | None
+_TURNS = 2**32 - 2  # no round has this number
+
+
 def round_keys(key: Key, number: Array | int) -> Array:
     """Keys of the choice of clients, of their failures, of the clients and of the server."""
     return jax.random.split(jax.random.fold_in(key, number), 4)
@@ -119,7 +124,7 @@ def round_keys(key: Key, number: Array | int) -> Array:
 
 def draw(
     key: Key, number: Array | int, num_clients: int, cohort_size: int, drop_rate: Array | float,
-    rate: float | None = None,
+    rate: Rate = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Draws the clients of a round without replacement, as a function of the run's key.
 
@@ -129,13 +134,18 @@ def draw(
       num_clients, cohort_size: how many there are, and how many are drawn.
       drop_rate: probability with which a client fails to report.
       rate: probability with which each is drawn by itself (Poisson sampling), for at most
-        `cohort_size` places, which go to a random part of more; None: all places are taken.
+        `cohort_size` places, which go to a random part of more; "in_turn": clients take turns, in
+        an order that the run's key draws once; None: all places are taken, by anybody.
     Returns:
       The clients drawn, i32[cohort_size], -1 in empty places, and bool[num_clients], who reports
       if drawn (and has data).
     """
     choose_key, report_key, _, _ = round_keys(key, number)
     reports = jax.random.bernoulli(report_key, 1 - drop_rate, (num_clients,))
+    if rate == "in_turn":
+        turns = jax.random.permutation(jax.random.fold_in(key, _TURNS), num_clients)
+        place = jnp.asarray(number, jnp.int32) % num_clients * cohort_size
+        return turns[(place + jnp.arange(cohort_size)) % num_clients], reports
     order = jax.random.bits(choose_key, (num_clients,))
     if rate is None:
         return lax.top_k(order, cohort_size)[1], reports
@@ -144,9 +154,7 @@ def draw(
     return jnp.where(chosen[drawn], drawn, -1), reports
 
 
-def cohorts_of(
-    algorithm: Algorithm, num_clients: int, cohort_size: int
-) -> tuple[int, float | None]:
+def cohorts_of(algorithm: Algorithm, num_clients: int, cohort_size: int) -> tuple[int, Rate]:
     """How many places a cohort has, and the rate of Poisson sampling; as `draw` takes them.
 
     Args:
@@ -164,11 +172,12 @@ def cohorts_of(
             f"This run draws {cohort_size} of {num_clients} clients, but its privacy accounts for "
             f"{sampling.cohort_size} of {sampling.num_clients}; give the same numbers to both."
         )
-    return sampling.places, sampling.rate if sampling.kind == "poisson" else None
+    rates: dict[str, Rate] = {"fixed": None, "poisson": sampling.rate, "in_turn": "in_turn"}
+    return sampling.places, rates[sampling.kind]
 
 
 def times_drawn(
-    key: Key, rounds: int, num_clients: int, cohort_size: int, rate: float | None = None
+    key: Key, rounds: int, num_clients: int, cohort_size: int, rate: Rate = None
 ) -> np.ndarray:
     """In how many of the first `rounds` rounds each client was drawn: i64[C], as `draw` has it."""
     one = lambda number: draw(key, number, num_clients, cohort_size, 0.0, rate)[0]

@@ -22,6 +22,7 @@ from jaxfm.data.federation import RowIndex
 from jaxfm.federated import homes
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile, added
 from jaxfm.federated.cohort import (
+    Rate,
     Report,
     RoundInfo,
     Slots,
@@ -93,7 +94,7 @@ class _Engine(NamedTuple):
     cohort_size: int
     num_rounds: int
     lives_at_home: bool
-    rate: float | None  # of Poisson sampling, for `cohort_size` places
+    rate: Rate  # of Poisson sampling, for `cohort_size` places
 
 
 def compile_rounds(
@@ -158,7 +159,7 @@ def compile_rounds(
     def init(variables: Variables, key: Key) -> RunState:
         return first(place(variables), place(key), given, fixed)
 
-    def run(state: RunState, people: Population | None = None, drop_rate: float | None = None):
+    def run(state: RunState, people: Population | None = None, drop_rate: Rate = None):
         rate, settled = first_rate, given
         if drop_rate is not None:
             _check_drop_rate(drop_rate)
@@ -174,7 +175,7 @@ def compile_rounds(
 
 def _engine(
     algorithm: Algorithm, population: Population, mesh: Mesh, cohort_size: int, num_rounds: int,
-    at_once: int | None, rate: float | None,
+    at_once: int | None, rate: Rate,
 ) -> tuple[_Engine, Whereabouts]:  # fmt: skip
     devices, lives_at_home = mesh.shape["clients"], population.home is not None
     where, members = homes.find(population, len(algorithm.buckets), devices)

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import Data
-from jaxfm.federated.accounting.privacy import Sampling, example_epsilons, plan_privacy
+from jaxfm.federated.accounting.epsilon import Kind, Sampling
+from jaxfm.federated.accounting.privacy import example_epsilons, plan_correlated, plan_privacy
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.cohort import cohorts_of, times_drawn
 from jaxfm.federated.local import Local
@@ -18,7 +19,8 @@ from jaxfm.federated.parts.private_gradient import ExamplePrivacy
 from jaxfm.federated.placement import wanted_steps
 from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.run import TrainedRun
-from jaxfm.federated.wrappers.private import Quantile, keeps_memories, with_privacy
+from jaxfm.federated.wrappers.private import with_privacy
+from jaxfm.federated.wrappers.private_checks import Quantile, keeps_memories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,13 @@ class PrivateConfig:
     quantile: float = option(
         0.0, "share of clients that are not clipped, which the norm then follows; 0: it stays"
     )
-    sampling: Literal["poisson", "fixed"] = option(
+    sampling: Literal["poisson", "fixed", "in_turn"] = option(
         "poisson",
-        "how a cohort is drawn: each client by itself, cohort_size on average, or cohort_size of "
-        "them, which costs more",
+        "how a cohort is drawn: each client by itself, cohort_size on average; so many of them, "
+        "which costs more; or in turn, with noise that later rounds take back in part (DP-FTRL)",
+    )
+    bands: int = option(
+        0, "sampling=in_turn: rounds whose noise a round takes back, and one; 0: at most 8"
     )
     noise: Literal["server", "clients"] = option(
         "server", "who adds it: the server once, or each client a share (for --secure)"
@@ -56,9 +61,14 @@ class PrivateConfig:
         check(self)
         check_whole(
             self,
-            {"epsilon": 0, "noise_multiplier": 0, "quantile": 0, "least_reports": 0},
+            {"epsilon": 0, "noise_multiplier": 0, "quantile": 0, "least_reports": 0, "bands": 0},
             "private.",
         )
+        if self.bands and (self.sampling != "in_turn" or self.noise_multiplier):
+            raise ValueError(
+                f"private.bands={self.bands} is for --private.sampling=in_turn with noise that the "
+                "budget asks for."
+            )
         if self.quantile >= 1:
             raise ValueError(f"private.quantile={self.quantile}: give a share below 1.")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -86,15 +96,18 @@ class PrivateConfig:
     def around(self, algorithm: Algorithm, config: Any, num_clients: int) -> Algorithm:
         """The private algorithm of a run."""
         secret = not keeps_memories(algorithm)
-        kind: Literal["poisson", "fixed"] = self.sampling if secret else "fixed"
-        if self.noise == "clients":
-            kind = "fixed"  # so many shares of noise
-        privacy = plan_privacy(
-            Sampling(num_clients, config.cohort_size, kind, secret),
-            delta=self.delta, epsilon=self.epsilon or math.inf,
-            noise_multiplier=self.noise_multiplier, rounds=config.rounds,
-            accountant=self.accountant,
-        )  # fmt: skip
+        kind: Kind = self.sampling
+        if kind == "poisson" and (self.noise == "clients" or not secret):
+            kind = "fixed"  # so many shares of noise; and who was drawn is no secret
+        sampling = Sampling(num_clients, config.cohort_size, kind, secret)
+        rest: dict[str, Any] = {
+            "delta": self.delta, "epsilon": self.epsilon or math.inf, "rounds": config.rounds,
+            "accountant": self.accountant,
+        }  # fmt: skip
+        if kind == "in_turn" and not self.noise_multiplier:
+            privacy = plan_correlated(sampling, bands=self.bands, **rest)
+        else:
+            privacy = plan_privacy(sampling, noise_multiplier=self.noise_multiplier, **rest)
         return with_privacy(
             algorithm, privacy, clip=self.clip, noise=self.noise,
             adapt=Quantile(self.quantile) if self.quantile else None,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxfm.federated.accounting.ledger import ClientCost
-from jaxfm.federated.cohort import draw
+from jaxfm.federated.cohort import Rate, draw
 from jaxfm.model import Array
 
 
@@ -34,7 +34,7 @@ class ByteBudget(NamedTuple):
     # This name hides a method of tuple that nobody needs here.
     count: np.ndarray  # type: ignore[assignment]
     cohort_size: int
-    rate: float | None = None
+    rate: Rate = None
     drop_rate: float = 0.0
 
     def next_round(self, key: Array, number: Array, served: np.ndarray) -> int:

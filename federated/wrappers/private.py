@@ -45,28 +45,15 @@ from jaxfm.federated.algorithm import (
     full_width,
 )
 from jaxfm.federated.parts.clipping import clipped, global_norm, noised
+from jaxfm.federated.wrappers.private_checks import (
+    REFUSED,
+    Quantile,
+    check_algorithm,
+    check_settings,
+)
 from jaxfm.model import Array, Key, PyTree
 
 _NOISE = 2**32 - 1  # folded into the server's key; no algorithm counts so far
-
-
-class Quantile(NamedTuple):
-    """Clipping at a quantile of the clients' norms, which is estimated privately.
-
-        C <- C exp(-rate (b - target)),   b = 1/2 + (sum of (b_i - 1/2) + N(0, s^2)) / m
-
-    with b_i = 1 where client i's norm is at most C, and s = m * noise. The sums of movements get a
-    little more noise, z' = (z^-2 - (2 s)^-2)^(-1/2), so that both together cost what z costs.
-
-    Attributes:
-      target: share of clients that are not clipped.
-      rate: of the geometric steps.
-      noise: standard deviation of the share's noise over the cohort.
-    """
-
-    target: float = 0.5
-    rate: float = 0.2
-    noise: float = 0.05
 
 
 class PrivateState(NamedTuple):
@@ -77,12 +64,14 @@ class PrivateState(NamedTuple):
       clip: f32[], C of the next round.
       released: i32[], rounds whose noisy sum has moved the model; past the budget there are none.
       noise_multiplier: f32[], z of these rounds.
+      noise: what later noise takes back (`Privacy.strategy`), of the shapes of the parameters.
     """
 
     own: PyTree
     clip: Array
     released: Array
     noise_multiplier: Array
+    noise: PyTree = ()
 
     @property
     def variables(self):
@@ -133,13 +122,15 @@ def with_privacy(
     """
     sampling = privacy.sampling
     cohort = sampling.cohort_size
-    _check_settings(privacy, clip, adapt, noise, least_reports)
-    _check_algorithm(algorithm, sampling.secret and cohort < sampling.num_clients)
+    check_settings(privacy, clip, adapt, noise, least_reports)
+    amplified = sampling.secret and cohort < sampling.num_clients and sampling.kind != "in_turn"
+    check_algorithm(algorithm, amplified)
     z = privacy.noise_multiplier
     share_noise = 0.0 if adapt is None else adapt.noise * cohort
     of_sums = z if adapt is None else 1 / math.sqrt(z**-2 - (2 * share_noise) ** -2)
     least = least_reports or cohort
     own = algorithm.buckets[0]
+    inverse = None if privacy.strategy is None else privacy.strategy.inverse()
     bucket = _bucket(own, adapt is not None, of_sums / math.sqrt(least), noise)
 
     def init(variables) -> PrivateState:
@@ -148,12 +139,16 @@ def with_privacy(
             clip=jnp.float32(clip),
             released=jnp.int32(0),
             noise_multiplier=jnp.float32(z),
+            noise=() if inverse is None else inverse.init_multiply(_floats(variables.params)),
         )
 
     def server(state: PrivateState, totals: PrivateUpload, public, key: Key):
         noise_key, share_key = jax.random.split(jax.random.fold_in(key, _NOISE))
         sums = _public_divisor(totals.own, float(cohort))
-        if noise == "server":
+        kept = state.noise
+        if inverse is not None:
+            sums, kept = _correlated(inverse, sums, of_sums * state.clip, noise_key, state)
+        elif noise == "server":
             sums = _noisy(sums, of_sums * state.clip, noise_key)
         inner, figures = algorithm.server(state.own, sums, public, key)
         norm = state.clip
@@ -161,7 +156,7 @@ def with_privacy(
             drawn = share_noise * jax.random.normal(share_key)
             share = 0.5 + (exact(totals.below) + drawn) / cohort
             norm = norm * jnp.exp(-adapt.rate * (share - adapt.target))
-        new = PrivateState(inner, norm, state.released + 1, state.noise_multiplier)
+        new = PrivateState(inner, norm, state.released + 1, state.noise_multiplier, kept)
         goes_on = jnp.bool_(True)
         if privacy.rounds is not None:
             goes_on &= state.released < privacy.rounds
@@ -174,36 +169,28 @@ def with_privacy(
     return algorithm._replace(init=init, buckets=(bucket,), server=server, privacy=privacy)
 
 
-def keeps_memories(algorithm: Algorithm) -> bool:
-    """Whether clients keep anything from round to round; also where that cannot be told.
-
-    Later uploads then depend on who was drawn before, and tell it.
-    """
-    unknown = jnp.zeros((), jnp.float32)
-
-    def memory(bucket: Bucket) -> PyTree:
-        assert algorithm.model is not None
-        variables = algorithm.model.init(jax.random.key(0))
-        download = bucket.send(algorithm.init(variables), None)
-        data = ClientData({}, jnp.zeros(1, jnp.int32), jnp.int32(1))
-        return bucket.init_client(download, data, Profile(*[unknown] * 5), jax.random.key(0))
-
-    plain = Bucket._field_defaults["init_client"]
-    for bucket in algorithm.buckets:
-        if bucket.init_client is plain:
-            continue
-        try:
-            kept = jax.eval_shape(lambda bucket=bucket: memory(bucket))
-        except Exception:  # it looks into data or public rows, which are not known yet
-            return True
-        if jax.tree.leaves(kept):
-            return True
-    return False
-
-
 def _noisy(sums: PyTree, deviation: Array, key: Key) -> PyTree:
     """The sums with Gaussian noise of this standard deviation on the numerators."""
     return _with_numerators(sums, noised(_numerators(sums), deviation, key))
+
+
+def _floats(params: PyTree) -> list[Array]:
+    return [full_width(x) for x in jax.tree.leaves(params)]
+
+
+def _correlated(
+    inverse: Any, sums: PyTree, deviation: Array, key: Key, state: PrivateState
+) -> tuple[PyTree, PyTree]:
+    """The sums with the round's part of the correlated noise, and what later parts need."""
+    leaves, tree = jax.tree.flatten(_numerators(sums))
+    if [x.shape for x in leaves] != [x.shape for x in jax.tree.leaves(state.variables.params)]:
+        raise ValueError(
+            "Noise that is correlated over rounds is for algorithms whose clients send the "
+            "movement of all trained parameters; plan this one without it."
+        )
+    drawn = noised(jax.tree.map(jnp.zeros_like, leaves), deviation, key)
+    part, kept = inverse.multiply_next(drawn, state.noise)
+    return _with_numerators(sums, jax.tree.unflatten(tree, map(jnp.add, leaves, part))), kept
 
 
 def _bucket(own: Bucket, adapts: bool, share: float, noise: str) -> Bucket:
@@ -237,7 +224,7 @@ def _bucket(own: Bucket, adapts: bool, share: float, noise: str) -> Bucket:
     def receive(state: PrivateState, public, upload: PrivateUpload) -> PrivateUpload:
         came = own.receive(state.own, public, upload.own)
         if jax.tree.structure(came) != jax.tree.structure(upload.own):
-            raise ValueError(_REFUSED["sums"])
+            raise ValueError(REFUSED["sums"])
         if noise == "server":
             came = _with_numerators(came, clipped(_numerators(came), state.clip))
         return PrivateUpload(came, upload.below)
@@ -256,19 +243,6 @@ def _bucket(own: Bucket, adapts: bool, share: float, noise: str) -> Bucket:
         personal=personal and (lambda state, memory: personal(state.own, memory)),
         privacy=noise,
     )
-
-
-_REFUSED = {
-    "sums": (
-        "This algorithm's uploads are more than means of movements with one weight each (counts, "
-        "coverage or control variates), to which a client's share has no bound; fed_avg, fed_prox, "
-        "fed_adam, fed_yogi, fed_avg_m, fed_per and lg_fed_avg can be private."
-    ),
-    "statistics": (
-        "This model's statistics of batch norm cannot be private, since noise would make variances "
-        "negative; give a model with group norm or layer norm, or keep norms personal."
-    ),
-}
 
 
 def _is_mean(x: Any) -> bool:
@@ -291,15 +265,15 @@ def _alike(upload: PyTree, works: Array) -> PyTree:
 
     def unweighted(part: Any) -> Mean:
         if not _is_mean(part) or not jax.tree_util.all_leaves([exact(part.den)]):
-            raise ValueError(_REFUSED["sums"])
+            raise ValueError(REFUSED["sums"])
         is_exact = lambda x: isinstance(x, Exact)
         parts = jax.tree.leaves(part.num, is_leaf=is_exact)
         if any(is_exact(x) and jax.tree.leaves(x) for x in parts):
-            raise ValueError(_REFUSED["statistics"])
+            raise ValueError(REFUSED["statistics"])
         weight = exact(part.den)
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(part.num)]
         if jnp.ndim(weight) or not all(floats):
-            raise ValueError(_REFUSED["sums"])
+            raise ValueError(REFUSED["sums"])
         by = jnp.where(weight > 0, weight, 1)
         value = lambda x: (full_width(x) / by.astype(full_width(x).dtype)).astype(x.dtype)
         return Mean(jax.tree.map(value, part.num), Exact(one))
@@ -316,66 +290,7 @@ def _public_divisor(sums: PyTree, count: float) -> PyTree:
     def put(part: Mean) -> Mean:
         den = exact(part.den)
         if not jax.tree_util.all_leaves([den]) or jnp.ndim(den):
-            raise ValueError(_REFUSED["sums"])
+            raise ValueError(REFUSED["sums"])
         return part._replace(den=Exact(jnp.full_like(den, count)))
 
     return jax.tree.map(put, sums, is_leaf=_is_mean)
-
-
-def _check_settings(
-    privacy: Privacy, clip: float, adapt: Quantile | None, noise: str, least_reports: int
-) -> None:
-    cohort = privacy.sampling.cohort_size
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip={clip} must be a norm above 0.")
-    if noise not in ("server", "clients"):
-        raise ValueError(f"noise={noise!r}: it is of the 'server' or of the 'clients'.")
-    if least_reports and noise == "server":
-        raise ValueError(f"least_reports={least_reports} is for noise of the clients.")
-    if not 0 <= least_reports <= cohort:
-        raise ValueError(
-            f"least_reports={least_reports} must be from 1 to the cohort, {cohort}, or 0 for it."
-        )
-    if adapt is None:
-        return
-    if noise == "clients":
-        raise ValueError(
-            "A clipping norm that adapts needs the server's noise on the share of clipped clients; "
-            "leave noise to the server, or give a fixed norm."
-        )
-    if not (0 < adapt.target < 1 and adapt.rate > 0 and adapt.noise > 0):
-        raise ValueError(f"{adapt}: target must be in (0, 1), and rate and noise above 0.")
-    least = privacy.noise_multiplier / (2 * cohort)
-    if adapt.noise <= least:
-        raise ValueError(
-            f"noise={adapt.noise} of the quantile alone would cost more than the noise multiplier "
-            f"{privacy.noise_multiplier:.3g} allows; give more than {least:.3g}."
-        )
-
-
-def _check_algorithm(algorithm: Algorithm, amplified: bool) -> None:
-    if algorithm.privacy is not None:
-        raise ValueError("This algorithm is private already.")
-    if any(bucket.sends_predictions for bucket in algorithm.buckets):
-        raise ValueError(
-            "This algorithm uploads predictions on public rows; only movements of parameters can "
-            "be private."
-        )
-    if len(algorithm.buckets) != 1:
-        raise ValueError(
-            "Clients of this algorithm train unequal models, so how many move a coordinate depends "
-            "on who was drawn; only algorithms with one kind of client can be private."
-        )
-    bucket = algorithm.buckets[0]
-    if bucket.combine is not None:
-        raise ValueError(
-            "This aggregation is no sum (a median, say), so one client's influence on it is not "
-            "bounded by clipping; privacy needs a sum."
-        )
-    if bucket.travels is not None:
-        raise ValueError(_REFUSED["sums"])
-    if amplified and keeps_memories(algorithm):
-        raise ValueError(
-            "Clients of this algorithm keep memories that tell who was drawn before, so sampling "
-            "adds nothing to their privacy: plan it with Sampling(..., secret=False)."
-        )

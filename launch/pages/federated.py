@@ -88,7 +88,8 @@ def _privacy(private: Mapping | None) -> str:
     """What a private run promises."""
     if not private:
         return ""
-    drawn = "each drawn by itself" if private["kind"] == "poisson" else "so many a round"
+    ways = {"poisson": "each drawn by itself", "fixed": "so many", "in_turn": "in turn"}
+    drawn = ways[private["kind"]]
     return (
         f"The model, after each of {private['rounds']} rounds, hardly tells whether any one client "
         f"took part: {private['cohort_size']} of {private['num_clients']} clients a round "

@@ -23,7 +23,8 @@ from laws import (
 )
 
 from jaxfm.federated import Local
-from jaxfm.federated.accounting.privacy import Sampling, epsilon_of, example_epsilons
+from jaxfm.federated.accounting.epsilon import Sampling, epsilon_of
+from jaxfm.federated.accounting.privacy import example_epsilons
 from jaxfm.federated.algorithm import ClientData
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.local import local_fit, objective

@@ -26,8 +26,9 @@ from jaxfm.federated import (
     python_round,
     train,
 )
+from jaxfm.federated.accounting.epsilon import Sampling
 from jaxfm.federated.accounting.ledger import ClientCost, client_work, first_downloads
-from jaxfm.federated.accounting.privacy import Privacy, Sampling
+from jaxfm.federated.accounting.privacy import Privacy
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.cohort import Status, draw
 from jaxfm.federated.run import summary

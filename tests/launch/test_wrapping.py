@@ -43,6 +43,15 @@ def test_clients_with_memories_are_accounted_for_without_sampling():
     assert not sampling.secret and sampling.kind == "fixed"
 
 
+def test_clients_that_take_turns_have_correlated_noise():
+    flags = ("private.sampling=in_turn", "private.delta=1e-4", "rounds=6")
+    privacy = wrap("private.epsilon=3", "private.bands=2", *flags).privacy
+    assert privacy.sampling.kind == "in_turn" and len(privacy.strategy.coefficients) == 2
+    assert 2.9 < privacy.spent(6) <= 3
+    plain = wrap("private.noise_multiplier=3", *flags).privacy
+    assert plain.strategy is None and plain.spent(6) == plain.spent(10)  # 2 turns of each
+
+
 def test_examples_are_private_by_settings_of_their_own():
     config = override(FederateConfig(), "examples.noise_multiplier=1.5", "examples.clip=0.5")
     assert local_training(config).private == ExamplePrivacy(0.5, 1.5, 8)
@@ -80,6 +89,7 @@ def test_secure_sums_of_clipped_uploads_have_fine_steps():
             ("private.noise_multiplier=1", "private.noise=clients", "upload=8bit"),
             "would change the noise of the sum",
         ),
+        (("private.epsilon=1", "private.bands=2"), "private.bands=2 is for --private.sampling=in"),
         (("private.noise_multiplier=1", "private.least_reports=2"), "is for noise of the clients"),
     ],
 )

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from jaxfm.federated.accounting.privacy import (
+from jaxfm.federated.accounting.epsilon import (
     Sampling,
     _fixed_profiles,
     _loss_of_a_round,
     epsilon_of,
-    plan_privacy,
 )
+from jaxfm.federated.accounting.privacy import plan_privacy
 
 FIXED, POISSON = Sampling(100, 8), Sampling(100, 8, "poisson")
 

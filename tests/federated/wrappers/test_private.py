@@ -24,14 +24,16 @@ from laws import (
 )
 
 from jaxfm.federated import Population, compile_rounds, run_client
-from jaxfm.federated.accounting.privacy import Privacy, Sampling
+from jaxfm.federated.accounting.epsilon import Sampling
+from jaxfm.federated.accounting.privacy import Privacy
 from jaxfm.federated.algorithms.fed_avg import fed_avg
 from jaxfm.federated.client import client_data, client_key
 from jaxfm.federated.parts.clipping import clipped, global_norm
 from jaxfm.federated.registry import find
 from jaxfm.federated.registry import make as make_entry
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
-from jaxfm.federated.wrappers.private import Quantile, keeps_memories, with_privacy
+from jaxfm.federated.wrappers.private import with_privacy
+from jaxfm.federated.wrappers.private_checks import Quantile, keeps_memories
 from jaxfm.federated.wrappers.quorum import with_quorum
 from jaxfm.federated.wrappers.robust import with_robust
 from jaxfm.federated.wrappers.robust_rules import median

@@ -1,0 +1,109 @@
+"""Noise that is correlated over rounds, for clients that take turns (DP-FTRL, BandMF).
+
+    noise of round t = (C^-1 w)_t,   w_t ~ N(0, (z K)^2) independent,   K the clipping norm
+
+C is lower triangular, banded and Toeplitz, so that the sum of all noise so far, which the model has
+taken in, is smaller than that of independent noise: later rounds take back what earlier ones
+added. All rounds together are one Gaussian mechanism, of the movements x_t behind C x: a client
+that takes part every b rounds at most moves C x by K s, with s the norm of the sum of every b-th
+column of C. Of k rounds it is that of the leading k rows and columns.
+Sources: Kairouz et al. 2021 (Practical and Private (Deep) Learning without Sampling or Shuffling);
+Choquette-Choo et al. 2023 (arXiv 2306.08153; banded matrices); McMahan et al. 2024 (arXiv
+2405.13763, theorem 2: s). The matrices and their sensitivities are those of jax-privacy.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Strategy(NamedTuple):
+    """How noise is correlated.
+
+    Attributes:
+      coefficients: of C, its first column; they fall and are not negative. One alone is independent
+        noise.
+      separation: b, rounds from one turn of a client to its next.
+      rounds: for which it was made.
+    """
+
+    coefficients: tuple[float, ...]
+    separation: int
+    rounds: int
+
+    def sensitivity(self, rounds: int) -> float:
+        """s of so many rounds."""
+        return _sensitivity(self, rounds)
+
+    def inverse(self) -> Any:
+        """C^-1 as a streaming matrix: `init_multiply(tree)` and `multiply_next(tree, state)`."""
+        toeplitz = _toeplitz()
+        return toeplitz.inverse_as_streaming_matrix(np.asarray(self.coefficients, np.float32))
+
+    def error(self) -> float:
+        """The mean square of the noise in the model over all rounds, for s z K = 1.
+
+        With sums of independent noise it is `separation` times smaller than that of one turn each.
+        """
+        n = self.rounds
+        matrix = np.zeros((n, n))
+        for i, value in enumerate(self.coefficients[:n]):
+            matrix += value * np.eye(n, k=-i)
+        sums = np.linalg.solve(matrix.T, np.tril(np.ones((n, n))).T).T  # A C^-1
+        return float(np.mean(np.sum(sums**2, 1))) * self.sensitivity(n) ** 2
+
+
+def banded_strategy(rounds: int, separation: int, bands: int = 0) -> Strategy:
+    """The banded Toeplitz matrix of least mean squared error for these rounds.
+
+    Args:
+      rounds: of the whole run.
+      separation: b, as of `Strategy`.
+      bands: of C; the server keeps bands - 1 copies of the model. 0: as many as the separation,
+        but 8 at most.
+    Raises:
+      ValueError: bands above the separation (a client would meet its own noise) or the rounds.
+      ImportError: jax-privacy is missing.
+    """
+    bands = bands or max(1, min(separation, rounds, 8))
+    if not 1 <= bands <= min(separation, rounds):
+        raise ValueError(
+            f"bands={bands} must be from 1 to the rounds between two turns of a client, "
+            f"{separation}, and to the {rounds} rounds."
+        )
+    if bands == 1:
+        return Strategy((1.0,), separation, rounds)
+    toeplitz = _toeplitz()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = np.asarray(toeplitz.optimize_banded_toeplitz(rounds, bands), float)
+    falling = np.minimum.accumulate(np.maximum(found, 0))  # but for rounding it is so
+    return Strategy(tuple((falling / falling[0]).tolist()), separation, rounds)
+
+
+@functools.lru_cache(maxsize=256)
+def _sensitivity(strategy: Strategy, rounds: int) -> float:
+    if rounds < 1:
+        return 0.0
+    turns = math.ceil(rounds / strategy.separation)
+    if len(strategy.coefficients) == 1:
+        return math.sqrt(turns) * strategy.coefficients[0]
+    toeplitz = _toeplitz()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        squared = toeplitz.minsep_sensitivity_squared(
+            np.asarray(strategy.coefficients[:rounds], np.float32),
+            min_sep=strategy.separation, max_participations=turns, n=rounds,
+        )  # fmt: skip
+    return math.sqrt(float(squared)) * (1 + 1e-6)  # of 32 bits
+
+
+def _toeplitz() -> Any:
+    try:
+        from jax_privacy.matrix_factorization import toeplitz
+    except ImportError as error:
+        raise ImportError("Correlated noise needs jax-privacy: install jaxfm[privacy].") from error
+    return toeplitz
