@@ -26,6 +26,8 @@ OLDEST_PYTHON = (3, 11)
 NEEDED_GIB = 3
 # The release that parity is tested with. Newer ones may exist only as CUDA builds of gigabytes.
 TORCH = "torch==2.13.0"
+# Reads and writes adapters; it needs PyTorch, which is there before it.
+PEFT = "peft>=0.18"
 
 NO_SPACE = re.compile(r"No space left on device|Errno 28\b|Disk quota exceeded")
 NO_NETWORK = re.compile(
@@ -153,6 +155,7 @@ def add_torch(folder, log):
                 )
             say("Adding {} for the parity tests".format(TORCH))
             run(pip + [TORCH], log)
+        run(pip + [PEFT], log)
         write(stamp, TORCH)
     except SetupError as error:
         say(
