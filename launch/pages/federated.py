@@ -76,6 +76,13 @@ def _sentences(part: Mapping) -> str:
             f"{part['algorithm']} on {part['data']}, dealt out by the partition "
             f"{part['partition']}: {part['rounds']} rounds of {part['cohort_size']} clients."
         )
+    if part.get("phases"):
+        targets = part["targets"]
+        said.append(
+            f"Phases: {', '.join(part['phases'])}; losses were taken over "
+            f"{targets['central']:,.0f} targets in central phases and "
+            f"{targets['federated']:,.0f} in federated ones."
+        )
     if part.get("scored") is not None and part["full_model"].get("parameters"):
         own = part["tiers"][part["scored"]]["parameters"]
         said.append(untrained_rest(own, part["full_model"]["parameters"]))

@@ -50,6 +50,8 @@ def test_an_encoder_is_pretrained_in_phases_and_begins_another_run(texts, tmp_pa
     part = json.loads((first / "results.json").read_text())["federate"]
     assert part["targets"]["central"] > 0 < part["targets"]["federated"]
     assert part["phases"] == ["central:3", "federated:1"]
+    page = (first / "report.html").read_text()
+    assert "Phases: central:3, federated:1; losses were taken over" in page
     federate.run(FederateConfig(
         run_dir=str(second), phases=("federated:1",), init=str(first / "model"), **settings
     ))  # fmt: skip
