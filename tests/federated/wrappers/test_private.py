@@ -37,6 +37,7 @@ from jaxfm.federated.wrappers.private_checks import Quantile, keeps_memories
 from jaxfm.federated.wrappers.quorum import with_quorum
 from jaxfm.federated.wrappers.robust import with_robust
 from jaxfm.federated.wrappers.robust_rules import median
+from jaxfm.federated.wrappers.secure import with_secure_sums
 
 ALL = Sampling(6, 6)
 CLIP = 0.05
@@ -243,6 +244,18 @@ def test_clipping_keeps_short_vectors_and_infinite_ones_are_no_update():
     assert np.isclose(global_norm(clipped(short, jnp.float32(1e-3))), 1e-3)
     assert not np.isfinite(clipped({"a": jnp.array([jnp.inf, 1.0])}, jnp.float32(1.0))["a"]).all()
     assert np.all(clipped({"a": jnp.zeros(2)}, jnp.float32(1.0))["a"] == 0)
+
+
+@pytest.mark.parametrize("noise_of", ["server", "clients"])
+def test_secure_sums_of_private_uploads_are_those_sums(noise_of):
+    """The client clips what it encodes, and the noise is the same, whoever adds it."""
+    algorithm = private(noise=1.0, noise_of=noise_of)
+    secure = with_secure_sums(algorithm, 6, limit=1.0)
+    options = {"clients_at_once": 3}
+    plain, _ = run_new(algorithm, people(), **options)
+    hidden, _ = run_new(secure, people(), **options)
+    assert hidden.server.released == plain.server.released == 1
+    chex.assert_trees_all_close(hidden.server.variables, plain.server.variables, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["fed_adam", "fed_prox", "fed_per"])
