@@ -159,7 +159,7 @@ def compile_rounds(
     def init(variables: Variables, key: Key) -> RunState:
         return first(place(variables), place(key), given, fixed)
 
-    def run(state: RunState, people: Population | None = None, drop_rate: Rate = None):
+    def run(state: RunState, people: Population | None = None, drop_rate: float | None = None):
         rate, settled = first_rate, given
         if drop_rate is not None:
             _check_drop_rate(drop_rate)

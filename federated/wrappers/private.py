@@ -223,7 +223,8 @@ def _bucket(own: Bucket, adapts: bool, share: float, noise: str) -> Bucket:
 
     def receive(state: PrivateState, public, upload: PrivateUpload) -> PrivateUpload:
         came = own.receive(state.own, public, upload.own)
-        if jax.tree.structure(came) != jax.tree.structure(upload.own):
+        before: Any = jax.tree.structure(upload.own)
+        if jax.tree.structure(came) != before:
             raise ValueError(REFUSED["sums"])
         if noise == "server":
             came = _with_numerators(came, clipped(_numerators(came), state.clip))
