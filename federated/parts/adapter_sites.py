@@ -91,7 +91,7 @@ def sites_of(model: Model, who: str) -> tuple[Site, ...]:
     if getattr(config, "kind", "") not in ("lora", "dora"):
         raise ValueError(
             f"{who} aggregates low-rank adapters; put one around the model, such as "
-            "`lora(model, rank=8)`."
+            "`lora(model, rank=8)`, or on the command line --adapter=lora."
         )
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     whole = join_tree(shapes.params, shapes.frozen)
