@@ -96,7 +96,7 @@ from jaxfm.federated.preparation import Prepared, make_setting, prepare
 from jaxfm.federated.registry import Setting, entries, register
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.federated.run import TrainedRun, train
-from jaxfm.federated.saving import TrainedModel, save_model, trained_model
+from jaxfm.federated.saving import TrainedModel, save_adapter, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
@@ -193,6 +193,7 @@ __all__ = [
     "round_costs",
     "run_client",
     "saliency",
+    "save_adapter",
     "save_model",
     "scaled",
     "simulated",

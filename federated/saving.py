@@ -57,3 +57,20 @@ def save_model(
         model, variables = merge(model, variables)
     if jax.process_index() == 0:
         hub.save(model, variables, folder, data.tokenizer, classes=data.classes)
+
+
+def save_adapter(
+    algorithm: Algorithm, result: TrainedRun, folder: str | os.PathLike, *, base: str = ""
+) -> None:
+    """Writes the adapter of the trained model as `jaxfm.hub.save_adapter` does.
+
+    Args:
+      algorithm, result: a run of an adapted model.
+      folder: a folder.
+      base: name or folder of the model under the adapter.
+    Raises:
+      ValueError: as of `trained_model` and `jaxfm.hub.save_adapter`.
+    """
+    model, variables = trained_model(algorithm, result)
+    if jax.process_index() == 0:
+        hub.save_adapter(model, variables, folder, base=base)

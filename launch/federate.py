@@ -166,12 +166,26 @@ def run(config: Any) -> pathlib.Path:
         raise
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
+    save(prepared, result, data, config.model.folder, run_dir)
+    return write_report(run_dir)
+
+
+def save(
+    prepared: Prepared, result: TrainedRun, data: Data, base: str, run_dir: pathlib.Path
+) -> None:
+    """Writes the trained model into model/, and an adapter by itself into adapter/."""
     try:
         federated.save_model(prepared.algorithm, result, data, run_dir / "model")
         print(f"model: {run_dir / 'model'}")
     except (TypeError, ValueError) as error:
         print(f"model: not written. {error}")
-    return write_report(run_dir)
+    trained = prepared.algorithm.model
+    if trained is not None and trained.adapter is not None:
+        try:
+            federated.save_adapter(prepared.algorithm, result, run_dir / "adapter", base=base)
+            print(f"adapter: {run_dir / 'adapter'}")
+        except ValueError as error:
+            print(f"adapter: not written. {error}")
 
 
 def main(config: Any) -> None:

@@ -7,6 +7,7 @@
         --pipeinfer.stages=2 --pipeinfer.width=2 --draft=runs/demo/draft --prompt='import ' \\
         --report=runs/timeline.html
 
+    python -m jaxfm.launch.generate --model=FOLDER --adapter=FOLDER --prompt='def test_'
     python -m jaxfm.launch.generate --model=FOLDER --chat --prompt='Why is the sky blue?'
 
 The text ends where the folder's files say that the model ends it, or after --max_new_tokens. It
@@ -65,6 +66,7 @@ class GenerateConfig:
         "model's own first N layers) or lookup; for pipeinfer also lookup+exit:N, lookup+FOLDER "
         "or none",
     )
+    adapter: str = option("", "folder of an adapter of the model, PEFT's or our own")
     prompt: str = option("", "the text to continue")
     prompt_file: str = option("", "file with the text to continue, instead of --prompt")
     chat: bool = option(False, "put the prompt into the chat template of the model's folder")
@@ -144,7 +146,9 @@ def main(config: GenerateConfig) -> None:
         use_cores(options["stages"] + options["own_slot"])
         options["record"] = _RECORDED if config.report else 0
     prompt = config.prompt or _read(config.prompt_file)
-    loaded = load_decoder(config.model, config.decoder, draft=config.draft, **options)
+    loaded = load_decoder(
+        config.model, config.decoder, draft=config.draft, adapter=config.adapter, **options
+    )
     ids = _prompt_ids(config, prompt, loaded.tokenizer)
     pieces = lambda ticks: stream(
         loaded.decoder, [ids],

@@ -48,7 +48,7 @@ class LoadedDecoder(NamedTuple):
 
 
 def load_decoder(
-    path: str, decoder: str = "plain", *, draft: str = "", **options: Any
+    path: str, decoder: str = "plain", *, draft: str = "", adapter: str = "", **options: Any
 ) -> LoadedDecoder:
     """A decoder of the model in a folder or on the hub.
 
@@ -56,6 +56,7 @@ def load_decoder(
       path: folder or hub name of a causal language model.
       decoder: a name in `DECODERS`.
       draft: what drafts, as in `load_drafter`.
+      adapter: folder of an adapter of the model, PEFT's or our own; "": none.
       **options: keyword arguments of the function in `DECODERS`.
     Raises:
       ValueError: an unknown name, a draft that the decoder does not take or lacks, or whatever the
@@ -63,6 +64,8 @@ def load_decoder(
     """
     check_draft(decoder, draft)
     model, variables = hub.load(path)
+    if adapter:
+        model, variables = hub.load_adapter(adapter, model, variables)
     drafter, draft_tokenizer = load_drafter(draft, model, variables)
     made = DECODERS[decoder](model, variables, drafter, **options)
     tokenizer = load_tokenizer(path)
