@@ -77,7 +77,7 @@ class PromptsConfig:
 
     run_dir: str = option("", RUN_DIR_HELP)
     model: str = option("", "folder or hub name of a causal language model; empty: a small new one")
-    steps: int = option(200, "training steps of the new model")
+    steps: int = option(120, "training steps of the new model")
     templates: str = option(
         "", "file with a template a line, {text} before {label}, \\n for a line break"
     )
@@ -192,8 +192,8 @@ def templates_of(config: PromptsConfig, usual: tuple[str, ...]) -> tuple[str, ..
 
 def small_model(config: PromptsConfig) -> tuple[Model, Variables, Tokenizer]:
     """A model of bytes that has learned the library's training files for some steps."""
-    data = load_data(DataConfig(length=256), config.seed)
-    sizes = ModelConfig(embed_dim=96, num_layers=2, num_heads=4, mlp_dim=256)
+    data = load_data(DataConfig(length=192), config.seed)
+    sizes = ModelConfig(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192)
     model = make_model(sizes, data)
     model = model._replace(config=dataclasses.replace(model.config, max_len=512))
     optimizer = make_optimizer(OptimizerConfig())

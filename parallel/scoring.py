@@ -27,7 +27,7 @@ from jaxfm.tokenizer import Tokenizer
 # (N prompts, W words that may follow) -> log p(word | prompt) f32[N, W]
 Score = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
-_BATCH = 16  # prompts that are scored at once
+_BATCH = 8  # prompts that are scored at once
 
 
 def word_scorer(model: Model, variables: Variables, tokenizer: Tokenizer) -> Score:
