@@ -100,8 +100,8 @@ def play(
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:
             log.write(0, script.watch(state))
+        number, evaluated = done, account
         ends = lambda: script.ends(number + 1, state, account) if number < length else ""
-        evaluated, number = account, done
         if (ended := ends()) and not done:
             raise ValueError(f"There is not enough for a single round. {ended}")
         for number in progress(range(done + 1, length + 1), "rounds"):

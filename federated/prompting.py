@@ -168,7 +168,9 @@ def first_state(pool: Pool, num_arms: int, shots: int, key: Key) -> SearchState:
     if known and shots:
         drawn = np.asarray(jax.random.randint(draw, (num_arms, shots), 0, known))
         exemplars = np.where(np.arange(num_arms)[:, None] < len(pool.templates), -1, drawn)
-    return SearchState(init_arms(template, exemplars), jnp.zeros((), jnp.int32), own)
+    return SearchState(
+        init_arms(jnp.asarray(template), jnp.asarray(exemplars)), jnp.zeros((), jnp.int32), own
+    )
 
 
 def search_prompts(

@@ -111,7 +111,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         "mesh": make_mesh(clients=len(jax.devices())),
         "clients_at_once": config.clients_at_once or None,
     }
-    targets = {}
+    targets: dict[str, float] = {}
     if config.phases:
         rows = config.central_batch or config.cohort_size * config.batch_size
         central = Central(make_optimizer(config.local), rows)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import config as configs
@@ -199,7 +200,7 @@ def small_model(config: PromptsConfig) -> tuple[Model, Variables, Tokenizer]:
     optimizer = make_optimizer(OptimizerConfig())
     variables = model.init(jax.random.key(config.seed))
     key = jax.random.key(config.seed + 1)
-    state = TrainState(variables, optimizer.init(variables.params), np.int32(0), key)
+    state = TrainState(variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32), key)
     if config.steps:
         run = train_steps(model, data.task, optimizer, 16, config.steps, make_mesh())
         state, losses = run(state, jax.device_put(merge(data.train)))
@@ -276,10 +277,11 @@ def main(config: PromptsConfig) -> None:
     arms, order = state.arms, ranking(state.arms)
     if not order:
         raise ValueError("No client reported a finite score; there is no ranking.")
-    pick = lambda arm: (int(arms.template[arm]), np.asarray(arms.exemplars[arm]))
-    best = measured(score, problem.pool, *pick(order[0]), problem.test)
+    won = order[0]
+    exemplars = np.asarray(arms.exemplars[won]).tolist()
+    best = measured(score, problem.pool, int(arms.template[won]), exemplars, problem.test)
     first = measured(score, problem.pool, 0, (), problem.test)
-    part = {
+    part: dict[str, Any] = {
         "rounds": config.rounds,
         "bandit": config.bandit,
         "clients": len(problem.clients),

@@ -65,9 +65,9 @@ def word_scorer(model: Model, variables: Variables, tokenizer: Tokenizer) -> Sco
             width = width if most is None else min(width, most)
             tokens = np.zeros((_BATCH, width), np.int32)
             length = np.ones((_BATCH,), np.int32)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(ids[i])] = ids[i]
-                length[row] = max(1, len(ids[i]))
+            for place, i in enumerate(chosen):
+                tokens[place, : len(ids[i])] = ids[i]
+                length[place] = max(1, len(ids[i]))
             out[chosen] = program(variables, tokens, length, table, sizes)[: len(chosen)]
         return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.federated.accounting.ledger import ClientCost
@@ -46,7 +47,7 @@ class ByteBudget(NamedTuple):
         """
         drawn, reports = jax.device_get(
             draw(
-                key, number, len(self.count), self.cohort_size, np.float32(self.drop_rate),
+                key, number, len(self.count), self.cohort_size, jnp.float32(self.drop_rate),
                 self.rate,
             )
         )  # fmt: skip

@@ -87,7 +87,7 @@ def sites_of(model: Model, who: str) -> tuple[Site, ...]:
     Raises:
       ValueError: the model has no adapter, or one that is not low-rank.
     """
-    config = None if model.adapter is None else model.adapter.config
+    config: Any = None if model.adapter is None else model.adapter.config
     if getattr(config, "kind", "") not in ("lora", "dora"):
         raise ValueError(
             f"{who} aggregates low-rank adapters; put one around the model, such as "

@@ -215,7 +215,7 @@ def _arrived(method: _Method, download: Download) -> Variables:
     if method.remainder:
         inner, scale = kernels_in(sites, variables.frozen), {s.name: s.scale for s in sites}
         kernels = {
-            name: LowRank(inner[name], *pair, scale=scale[name]) for name, pair in kernels.items()
+            name: LowRank(inner[name], a, b, scale=scale[name]) for name, (a, b) in kernels.items()
         }
     if method.folds:  # whoever keeps masters of 32 bits has widened what is no `Variables`
         kernels = {name: kernel.astype(method.dtypes[name]) for name, kernel in kernels.items()}

@@ -119,7 +119,9 @@ def soft_prompt(
         else:
             table = whole(fetch(params, _TABLE))
             drawn = jax.random.choice(key, table.shape[0], (num_tokens,))
-            given = jnp.resize(jnp.asarray(init if init != "vocab" else 0, jnp.int32), num_tokens)
+            given = jnp.resize(
+                jnp.asarray(init if init != "vocab" else 0, jnp.int32), (num_tokens,)
+            )
             vectors = jnp.take(table, drawn if init == "vocab" else given, axis=0)
         return {name: {"vectors": vectors.astype(at_least_float32(dtype))}}
 
@@ -300,7 +302,8 @@ def _adapters(model: Model) -> Iterator[Adapter]:
 
 def _read(root: Model, joined: Variables) -> PyTree:
     """The rows of all virtual tokens of a causal model, as the part of its layers that they are."""
-    layers = layers_of(joined)
+    layers, stages = layers_of(joined), root.stages
+    assert stages is not None
     stacked = is_stacked(layers)
     vectors = virtual_vectors(joined, 1)
     if vectors is None:
@@ -313,14 +316,14 @@ def _read(root: Model, joined: Variables) -> PyTree:
     none = jnp.zeros((1, 0), jnp.int32)
 
     def step(x: Array, layer: Variables, _):
-        x, new = root.stages.block(layer, x, positions, mask)
+        x, new = stages.block(layer, x, positions, mask)
         rows = dict(zip("kv", (row[0] for row in new), strict=True))
         if PREFIX in layer.params:
             old = layer.params[PREFIX]
             rows = {name: jnp.concatenate([old[name].astype(x.dtype), rows[name]]) for name in rows}
         return x, rows
 
-    x = root.stages.embed(joined, none, positions, vectors)
+    x = stages.embed(joined, none, positions, vectors)
     _, rows = fold_layers(step, x, layers)
     if stacked:
         return {PREFIX: rows}

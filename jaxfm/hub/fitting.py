@@ -94,7 +94,7 @@ def load_for(
     """
     folder = hub_files.find_folder(path_or_name)
     raw = hub_metadata.read_json(folder / "config.json")
-    key, kind = jax.random.key(seed), kind_of(data.validation)
+    key, kind = jax.random.key(seed), str(kind_of(data.validation))
     kind = "masked" if kind == "language" and data.task.draws else kind
     head, types, called = _KINDS[kind]
     if raw.get("model_type") == own_format.MODEL_TYPE:

@@ -1,6 +1,7 @@
 """Language modelling: the next token, or the masked ones."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def masked_lm(
         how = jax.random.uniform(how_key, tokens.shape)
         random = jax.random.choice(random_key, ordinary, tokens.shape).astype(tokens.dtype)
         hidden = jnp.where(how < 0.8, mask_id, jnp.where(how < 0.9, random, tokens))
-        inputs = jnp.where(chosen, hidden, tokens)
+        inputs: Any = jnp.where(chosen, hidden, tokens)
         if pad_id is not None:
             inputs = {"tokens": inputs, "mask": tokens != pad_id}
         return inputs, tokens, jnp.where(chosen, row_weight(batch, tokens), 0.0)
