@@ -82,7 +82,8 @@ def play(
         its first step.
       NothingLearned: as of `check_progress` and `check_reports`.
     """
-    done, history, ended = 0, [], ""
+    number, done, ended = 0, 0, ""
+    history: list[Line] = []
     with contextlib.ExitStack() as stack:
         checkpoints = log = None
         if run_dir is not None:
