@@ -214,7 +214,7 @@ FOLDERS = [
     (mnist(train_images_idx3_ubyte=b""), "--data=mnist --data.folder=mnist", "IDX"),
     (mnist(train_images_idx3_ubyte=b"\0\0\x08\xff"), "--data=mnist --data.folder=mnist", "cut"),
     (mnist(train_labels_idx1_ubyte=idx(LABELS[1:])), "--data=mnist --data.folder=mnist", "(39,)"),
-    (mnist(train_images_idx3_ubyte=gzip.compress(idx(IMAGES))[:-9]),
+    (mnist(train_images_idx3_ubyte=gzip.compress(idx(IMAGES), mtime=0)[:-9]),
      "--data=mnist --data.folder=mnist", "damaged"),
     ({"none": None}, "--data=mnist --data.folder=none", "train-images"),
     ({"none": None}, "--data=cifar10 --data.folder=none", "data_batch_1"),
