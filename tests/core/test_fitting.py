@@ -30,7 +30,9 @@ def data(kind, classes=("a", "b", "c"), **leaves):
     """As much of `Data` as a model must fit."""
     own = () if kind == "language" else tuple(classes)
     tokenizer = ByteTokenizer() if kind in ("text", "language") else None
-    return SimpleNamespace(validation=KINDS[kind] | leaves, classes=own, tokenizer=tokenizer)
+    task = SimpleNamespace(draws=False)
+    leaves = KINDS[kind] | leaves
+    return SimpleNamespace(validation=leaves, classes=own, tokenizer=tokenizer, task=task)
 
 
 def load_for(model, folder, *args, **saved):

@@ -24,7 +24,8 @@ def compiled(factory):
     """The factory of a task whose functions are compiled, as they are wherever they matter."""
 
     def make(*args, **options):
-        return Task(*map(jax.jit, factory(*args, **options)))
+        made = factory(*args, **options)
+        return Task(*(jax.jit(part) if callable(part) else part for part in made))
 
     return make
 
