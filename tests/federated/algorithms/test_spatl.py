@@ -350,7 +350,7 @@ def test_the_search_of_an_agent_counts_once_a_round(half, tuned):
     sums = lambda value: np.full((1, 1), value, np.float64)
     info = RoundInfo(
         selected=sums(4), counted=sums(3), non_finite=sums(1),
-        spent=Spent(sums(9), sums(0), sums(0)),
+        spent=Spent(sums(9), sums(0), sums(0), sums(0)),
         examples=sums(0), loss_total=sums(0), loss_count=sums(0), extra={},
         cohort=Cohort(np.arange(4)[None], status, steps, none, none, none), server={},
     )  # fmt: skip
