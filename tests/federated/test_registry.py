@@ -150,7 +150,7 @@ def test_it_is_trained_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: find("fed_avgg"), "There is no algorithm 'fed_avgg'; choose one of adp, fed_avg"),
+        (lambda: find("fed_avgg"), "There is no algorithm 'fed_avgg'; choose one of adp, diloco"),
         (lambda: find("nowhere.py"), "There is no file nowhere.py"),
         (lambda: make(find("fed_prox"), setting(), {"nu": 1.0}), r"no option 'nu'; it has \['mu'"),
         (lambda: register(lambda model: None, breaks={"gravity": ""}), "no law 'gravity'"),
