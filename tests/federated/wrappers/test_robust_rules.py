@@ -141,6 +141,8 @@ def test_equal_rows_give_their_mean(name, seed, present):
 @every_rule
 @hypothesis.given(cases)
 def test_neither_order_nor_empty_slots_matter(name, case):
+    # Of three or four, Krum counts one neighbor, so the nearest two tie, and the first one wins.
+    hypothesis.assume("krum" not in name or (case.weights > 0).sum() not in (3, 4))
     rng = np.random.default_rng(0)
     first = compiled(name)(case.rows, case.weights)
     order = rng.permutation(SLOTS)
