@@ -50,6 +50,7 @@ from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
+from jaxfm.launch.saving import save
 from jaxfm.launch.setup import load_data, make_model, save_classes, use_cores
 from jaxfm.launch.wrapping import wrapped
 from jaxfm.model import Model, count_parameters
@@ -168,24 +169,6 @@ def run(config: Any) -> pathlib.Path:
         print(f"test {name}: {value:.4f}")
     save(prepared, result, data, config.model.folder, run_dir)
     return write_report(run_dir)
-
-
-def save(
-    prepared: Prepared, result: TrainedRun, data: Data, base: str, run_dir: pathlib.Path
-) -> None:
-    """Writes the trained model into model/, and an adapter by itself into adapter/."""
-    try:
-        federated.save_model(prepared.algorithm, result, data, run_dir / "model")
-        print(f"model: {run_dir / 'model'}")
-    except (TypeError, ValueError) as error:
-        print(f"model: not written. {error}")
-    trained = prepared.algorithm.model
-    if trained is not None and trained.adapter is not None:
-        try:
-            federated.save_adapter(prepared.algorithm, result, run_dir / "adapter", base=base)
-            print(f"adapter: {run_dir / 'adapter'}")
-        except ValueError as error:
-            print(f"adapter: not written. {error}")
 
 
 def main(config: Any) -> None:
