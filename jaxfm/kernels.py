@@ -14,6 +14,7 @@ away. Shapes below are of one layer, with `inputs` and `outputs` any number of a
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -25,7 +26,7 @@ from jax import lax
 from jaxfm.model import Array
 
 
-class Kernel:
+class Kernel(abc.ABC):
     """A kernel [*inputs, *outputs] that is not one array."""
 
     shape: tuple[int, ...]
@@ -35,17 +36,17 @@ class Kernel:
         """The kernel itself: what `nnx.Param` reads by `[...]`."""
         return self
 
+    @abc.abstractmethod
     def times(self, x: Array, num_inputs: int) -> Array:
         """Returns [..., fan_out] of x [..., fan_in], axes of inputs and outputs flattened."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def whole(self) -> Array:
         """Returns the kernel as one array, or one array for each of stacked layers.
 
         Raises:
           ValueError: no array does what this kernel does.
         """
-        raise NotImplementedError
 
 
 def times(kernel: Array | Kernel, x: Array, num_inputs: int) -> Array:
