@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -66,6 +66,17 @@ def _equation_flops(eqn: JaxprEqn) -> int:
     return body_flops(name, eqn.params)
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many of a `scan`'s inputs are constants, and how many are carried.
+
+    Its parameters name both numbers up to JAX 0.12.0; later they are trees of the inputs.
+    """
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 def body_flops(name: str, params: dict[str, Any]) -> int:
     """Returns the FLOPs of the jaxprs that a primitive calls; 0 if it calls none."""
     inner = [_flops(jaxpr) for jaxpr in _inner(params)]
@@ -94,7 +105,7 @@ def _loop_bytes(jaxpr: Jaxpr) -> int:
         if eqn.primitive.name == "while":
             most = max(most, sum(_size(var.aval) for var in eqn.outvars))
         elif eqn.primitive.name == "scan":
-            carried = eqn.outvars[: eqn.params["num_carry"]]
+            carried = eqn.outvars[: scan_counts(eqn.params)[1]]
             most = max(most, sum(_size(var.aval) for var in carried))
         most = max([most, *map(_loop_bytes, _inner(eqn.params))])
     return most

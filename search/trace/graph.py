@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import Literal as JaxLiteral
 
+from jaxfm.cost import scan_counts
 from jaxfm.model import PyTree
 
 
@@ -178,11 +179,12 @@ def _inline(jaxpr: Jaxpr, env: dict, values: Values, ops: list[Op], held: dict[i
         if name == "gather" and (found := _picked(eqn, inputs, outputs, held)) is not None:
             ops.append(found)
             continue
-        loop_body = None
+        loop_body, params = None, dict(eqn.params)
         if name == "scan":
-            closed = eqn.params["jaxpr"]
+            closed = params["jaxpr"]
             loop_body = _read_jaxpr(closed.jaxpr, closed.consts, values)
-        ops.append(Op(name, eqn.primitive, inputs, outputs, dict(eqn.params), loop_body))
+            params["num_consts"], params["num_carry"] = scan_counts(params)
+        ops.append(Op(name, eqn.primitive, inputs, outputs, params, loop_body))
 
 
 def _fold(eqn: Any, inputs: tuple[Atom, ...], held: dict[int, Any]) -> list[np.ndarray] | None:

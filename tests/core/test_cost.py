@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxfm.cost import count_flops, loop_bytes, num_bytes
+from jaxfm.cost import count_flops, loop_bytes, num_bytes, scan_counts
 
 X, W = jnp.ones((8, 16)), jnp.ones((16, 32))
 IMAGES, KERNEL = jnp.ones((2, 10, 10, 3)), jnp.ones((3, 3, 3, 5))
@@ -92,3 +92,20 @@ def test_loop_bytes_are_those_of_the_largest_loop():
 def test_num_bytes():
     tree = {"a": jnp.ones((3, 4)), "b": [jax.ShapeDtypeStruct((5,), jnp.int8), jnp.ones(2, bool)]}
     assert num_bytes(tree) == 48 + 5 + 2
+
+
+@pytest.mark.smoke
+def test_a_scans_constants_and_carried_values_are_counted():
+    def function(x, w):
+        def body(carry, y):
+            a, b = carry
+            return (a + y @ w, b + 1), a.sum()
+
+        return jax.lax.scan(body, (x, jnp.zeros(())), jnp.ones((3, 2)))
+
+    (scan,) = [
+        eqn
+        for eqn in jax.make_jaxpr(function)(jnp.ones(2), jnp.ones((2, 2))).jaxpr.eqns
+        if eqn.primitive.name == "scan"
+    ]
+    assert scan_counts(scan.params) == (1, 2)  # w; a and b

@@ -179,7 +179,7 @@ def test_a_network_makes_the_prefix_and_is_dropped_in_the_end():
     before = apply(adapted, variables, TEXT)
     plain, kept = settled(adapted, variables)
     assert list(kept.params) == ["layers"]
-    np.testing.assert_array_equal(apply(plain, kept, TEXT), before)
+    close(apply(plain, kept, TEXT), before)  # XLA may fuse the network otherwise: last bits differ
     network = jax.tree.map(np.asarray, variables.params["prefix_network"])
     inner = np.tanh(network["table"] @ network["inner"]["kernel"] + network["inner"]["bias"])
     flat = inner @ network["outer"]["kernel"] + network["outer"]["bias"]

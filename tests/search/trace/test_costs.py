@@ -103,6 +103,7 @@ def test_our_models_cost_what_they_hold_and_run(name):
     assert 2 * BATCH * own.macs(net.sizes.astype(np.int64)) == dense
 
 
+@pytest.mark.smoke
 def test_a_stacked_layer_costs_what_a_separate_one_does():
     shape = Shape(fused=False, remat=False)
     one, two = decoder(shape._replace(scanned=False), 0), decoder(shape, 0)
