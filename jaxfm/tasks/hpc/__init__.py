@@ -1,0 +1,1 @@
+"""Language models for code of high-performance computing: programs, proofs, tasks."""
