@@ -50,13 +50,15 @@ class Clause(NamedTuple):
 
     Attributes:
         name: "private", "firstprivate", "lastprivate", "shared", "reduction", "schedule",
-            "collapse", "nowait", "depend", "default", "num_threads", ...
-        arguments: Its variables or values as they are written.
+            "collapse", "nowait", "depend", "default", "num_threads", ...; "name" is the name of a
+            critical section.
+        arguments: Its variables or values as they are written; a dependence's elements are `Ref`s.
+            An array in a reduction is the whole array (C writes its section).
         modifier: What stands before the colon: "+" of a reduction, "in" of a dependence.
     """
 
     name: str
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str | Ref, ...] = ()
     modifier: str = ""
 
 
@@ -67,8 +69,13 @@ class Pragma(NamedTuple):
     clauses: tuple[Clause, ...] = ()
 
     def named(self, name: str) -> tuple[str, ...]:
-        """The arguments of all clauses of a name, in order."""
-        return tuple(a for clause in self.clauses if clause.name == name for a in clause.arguments)
+        """The arguments of all clauses of a name, in order; an element counts by its array."""
+        return tuple(
+            a.array if isinstance(a, Ref) else a
+            for clause in self.clauses
+            if clause.name == name
+            for a in clause.arguments
+        )
 
 
 class Assign(NamedTuple):
@@ -122,26 +129,36 @@ class Array(NamedTuple):
         shape: Elements by dimension; sizes and numbers.
         content: What it holds at the start: "values" (any numbers), "permutation" (each index
             once), "colliding" (indices that repeat), "monotone" (indices that never fall).
+        limit: Indices lie in [0, limit); None: the length of the array itself.
     """
 
     name: str
     shape: tuple[Expr, ...]
     dtype: DType = "double"
     content: Literal["values", "permutation", "colliding", "monotone"] = "values"
+    limit: Expr | None = None
 
 
 class Scalar(NamedTuple):
-    """A scalar of the program and its value at the start; a size is an integer scalar."""
+    """A scalar of the program and its value at the start; a size is an integer scalar.
+
+    Attributes:
+        live: Whether its value at the end is a result of the program. Where it is not, only what
+            later statements read counts, so that `private` may do instead of `lastprivate`.
+    """
 
     name: str
     dtype: DType
     value: int | float = 0
+    live: bool = True
 
 
 class Program(NamedTuple):
     """A program: sizes (never written), arrays, scalars, and its statements.
 
-    Loop variables are not declared; they are private to their loop.
+    Loop variables are not declared; they are private to their loop. One that is declared as a
+    scalar is C's `for (j = 0; ...)` over an outer `j`, which threads share unless a clause or the
+    directive of its own loop makes it private; Fortran has no such loop.
     """
 
     sizes: tuple[Scalar, ...]
@@ -217,6 +234,26 @@ def walk(body: tuple[Statement, ...], path: Path = ()) -> Iterator[tuple[Path, S
     for index, statement in enumerate(body):
         yield (*path, index), statement
         yield from walk(children(statement), (*path, index))
+
+
+def dtypes(program: Program) -> dict[str, DType]:
+    """The type of each declared name; loop variables, which are not declared, are integers."""
+    return {x.name: x.dtype for x in (*program.sizes, *program.scalars, *program.arrays)}
+
+
+def is_integer(expr: Expr, types: dict[str, DType]) -> bool:
+    """Whether an expression's value is an integer (or a truth value), by the types of its names."""
+    match expr:
+        case Number(value):
+            return isinstance(value, int)
+        case Var(name) | Ref(array=name):
+            return types.get(name, "int") in ("int", "long")
+        case Op("sqrt" | "exp" | "sin" | "cos" | "fabs"):
+            return False
+        case Op("<" | "<=" | ">" | ">=" | "==" | "!=" | "&&" | "||" | "!"):
+            return True
+        case Op(args=args):
+            return all(is_integer(argument, types) for argument in args)
 
 
 def affine(expr: Expr) -> tuple[dict[str, int], int] | None:

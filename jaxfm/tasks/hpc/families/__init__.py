@@ -1,0 +1,1 @@
+"""Kinds of generated programs, one file each."""

@@ -1,0 +1,1 @@
+"""Proofs about programs: enumeration for given sizes, integer sets for all sizes, clauses."""
