@@ -82,8 +82,22 @@ def final_metrics(
 
     buckets = [of_bucket(b) for b in range(len(algorithm.buckets))]
     first = trained_bucket(algorithm, bucket_of)
-    overall = _on_server(algorithm, state, data, test, first) if algorithm.model else {}
+    same = first if first is not None else _bucket_of_the_global_model(algorithm, state)
+    overall = {}
+    if same is not None and algorithm.buckets[same].personal is None:
+        overall = buckets[same]  # measured once: the test set may be large
+    elif algorithm.model:
+        overall = _on_server(algorithm, state, data, test, first)
     return three_metrics(own, overall, data.task.higher_is_better), buckets, own
+
+
+def _bucket_of_the_global_model(algorithm: Algorithm, state: RunState) -> int | None:
+    """The first bucket whose clients predict with the global model itself; None: none does."""
+    for b, bucket in enumerate(algorithm.buckets):
+        whole = bucket.shared(state.server) is state.server.variables
+        if whole and bucket.model is algorithm.model and bucket.personal is None:
+            return b
+    return None
 
 
 def _on_server(

@@ -123,6 +123,11 @@ def say_line(number: int, num_rounds: int, line: Mapping[str, float]) -> None:
     say_figures(f"Round {number} of {num_rounds}: {who}", line)
 
 
+def say_test(rows: int, clients: int) -> None:
+    """Says that rounds are over; reading the test sets can take as long as many rounds."""
+    _say(f"Measuring on {rows} test rows and on those of {clients} clients.")
+
+
 def check_progress(
     number: int, before: Account, now: Account, variables: Variables, names: Sequence[str]
 ) -> None:

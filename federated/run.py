@@ -41,6 +41,7 @@ from jaxfm.federated.outcome import (
     left_out,
     no_account,
     numbers,
+    say_test,
     totals_by_name,
     untrained_rest,
     warn,
@@ -215,6 +216,7 @@ def set_up(
 def finished(setup: Setup, played: Played, state: RunState, test_examples: int) -> TrainedRun:
     """Measures a played run on the test sets, and says what is missing."""
     algorithm, data, placement = setup.algorithm, setup.data, setup.placement
+    say_test(len(jax.tree.leaves(subsample(data.test, test_examples))[0]), len(data.names))
     test, buckets, clients = final_metrics(
         algorithm, state, data, placement.bucket, setup.measure, test_examples
     )

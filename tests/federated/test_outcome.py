@@ -12,7 +12,8 @@ from jaxfm import tasks
 from jaxfm.data.arrays import digits
 from jaxfm.data.dealing import deal_out
 from jaxfm.errors import explain
-from jaxfm.federated import Local, NothingLearned, prepare, train
+from jaxfm.federated import Local, NothingLearned, measuring, prepare, train
+from jaxfm.federated.accounting.metrics import global_metrics
 from jaxfm.federated.outcome import check_reports, counted, left_out, no_account, numbers, say_line
 from jaxfm.federated.placement import capped_epochs
 from jaxfm.federated.run import summary
@@ -103,6 +104,20 @@ def test_where_nobody_trains_the_full_model_the_largest_that_is_trained_is_score
     page = "".join(clients(part))
     assert "Nobody trains the full model" in page and "the largest model that clients train" in page
     assert ">52%<" in page and "160 of 310 parameters" in page
+
+
+def test_the_test_set_is_said_and_read_once(capfd, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        measuring,
+        "global_metrics",
+        lambda *args, **how: read.append(args) or global_metrics(*args, **how),
+    )
+    result = run(eval_every=3, num_rounds=1, eval_examples=8)
+    rows = len(DATA.test["label"])
+    of_test = [args for args in read if len(args[3]["label"]) == rows]
+    assert len(of_test) == 1 and result.test["global/loss"] == result.buckets[0]["loss"]
+    assert f"Measuring on {rows} test rows and on those of 4 clients." in capfd.readouterr().err
 
 
 def test_slices_are_nested_or_not():
