@@ -12,6 +12,7 @@ from jaxfm.config import define_flags, from_flags
 from jaxfm.launch import continual, demo, generate, pretrain, prompts, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
+from jaxfm.launch.hpc.commands import command as hpc_command
 from jaxfm.launch.setup import load_data
 from jaxfm.testing import tiny_decoder
 
@@ -55,7 +56,11 @@ def test_commands_exist(command):
 
     words = shlex.split(command)[1:]
     if words[0] == "-m":
-        config = CONFIGS[words[1].removeprefix("jaxfm.launch.")]
+        if words[1] == "jaxfm.launch.hpc":
+            module, flagged = hpc_command(words[2:])
+            config, words = module.CONFIG, [*words[:2], *flagged[1:]]
+        else:
+            config = CONFIGS[words[1].removeprefix("jaxfm.launch.")]
         values = flags.FlagValues()
         define_flags(config, values)
         assert values(["script", *words[2:]]) == ["script"]  # nothing is left unread
