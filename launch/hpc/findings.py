@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jaxfm.tasks.hpc.frontend import SUFFIXES, lift, loops, parse

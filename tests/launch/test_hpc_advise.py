@@ -243,7 +243,7 @@ def test_the_command_line(file):
     assert module is advise and words[1:] == ["--path=a.c", "--write", "--path=-b.c"]
     with pytest.raises(ValueError, match="Give one of the commands advise, check"):
         command(["advice"])
-    assert "--strict=False" in describe(check.CONFIG, check.__doc__)
+    assert "--strict=false" in describe(check.CONFIG, check.__doc__)
     file.write_text(PRAGMAS)
     script = [sys.executable, "-m", "jaxfm.launch.hpc", "check", str(file)]
     done = subprocess.run(script, capture_output=True, text=True)

@@ -9,10 +9,10 @@ pytest.importorskip("tree_sitter_c", reason="needs jaxfm[hpc]")
 pytest.importorskip("tree_sitter_fortran", reason="needs jaxfm[hpc]")
 pytest.importorskip("islpy", reason="needs jaxfm[hpc]")
 
-from jaxfm.tasks.hpc.frontend import lift, loops  # noqa: E402
-from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma, write_pragma  # noqa: E402
-from jaxfm.tasks.hpc.frontend.source import Outside  # noqa: E402
-from jaxfm.tasks.hpc.frontend.verdict import judge_given, judge_serial  # noqa: E402
+from jaxfm.tasks.hpc.frontend import lift, loops
+from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma, write_pragma
+from jaxfm.tasks.hpc.frontend.source import Outside
+from jaxfm.tasks.hpc.frontend.verdict import judge_given, judge_serial
 
 HEAD = """#define N 100
 #define SQ(x) ((x) * (x))

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxfm.tasks.hpc.frontend.c_loops import c_loops, lift_c
-from jaxfm.tasks.hpc.frontend.f_loops import fortran_loops, lift_fortran
+from jaxfm.tasks.hpc.frontend.c_loops import lift_c, loops_of_c
+from jaxfm.tasks.hpc.frontend.f_loops import lift_fortran, loops_of_fortran
 from jaxfm.tasks.hpc.frontend.loop import Lifted, Loop
 from jaxfm.tasks.hpc.frontend.source import SUFFIXES, Language, Outside, Source, parse
 
@@ -36,7 +36,7 @@ def loops(source: str | bytes | Source, language: Language = "c") -> list[Loop]:
     if language not in SUFFIXES.values():
         raise ValueError(f"language={language!r}: give one of {sorted(set(SUFFIXES.values()))}.")
     parsed = source if isinstance(source, Source) else parse(source, language)
-    return c_loops(parsed) if parsed.language == "c" else fortran_loops(parsed)
+    return loops_of_c(parsed) if parsed.language == "c" else loops_of_fortran(parsed)
 
 
 def lift(loop: Loop, *, assume: Iterable[str] = ()) -> Lifted | str:

@@ -40,7 +40,7 @@ class CNames:
         return self._read[node.id]
 
 
-def c_loops(source: Source) -> list[Loop]:
+def loops_of_c(source: Source) -> list[Loop]:
     """Every `for` of a file, outer ones before those inside them."""
     names = CNames(source)
     starts = [node.start_byte for node in names.functions]

@@ -38,7 +38,7 @@ class FortranNames:
         return self.read[node.id]
 
 
-def fortran_loops(source: Source) -> list[Loop]:
+def loops_of_fortran(source: Source) -> list[Loop]:
     """Every `do` of a file, outer ones before those inside them."""
     names = FortranNames(source)
     regions = _regions(source)
