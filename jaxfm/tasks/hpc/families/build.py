@@ -24,54 +24,14 @@ from jaxfm.tasks.hpc.program import (
     children,
 )
 
-ARRAYS = [
-    "a",
-    "b",
-    "c",
-    "d",
-    "e",
-    "f",
-    "g",
-    "h",
-    "p",
-    "q",
-    "r",
-    "u",
-    "v",
-    "w",
-    "x",
-    "y",
-    "z",
-    "data",
-    "field",
-    "grid",
-    "buf",
-    "src",
-    "dst",
-    "vals",
-    "flux",
-    "rho",
-]
-SCALARS = [
-    "s",
-    "t",
-    "acc",
-    "tmp",
-    "val",
-    "total",
-    "res",
-    "best",
-    "cur",
-    "prev",
-    "lo",
-    "hi",
-    "q0",
-    "tot",
-    "mark",
-    "part",
-]
-LOOPS = ["i", "j", "k", "l", "ii", "jj", "kk", "ix"]
-SIZES = ["n", "m", "nx", "ny", "len", "cnt", "num", "nn"]
+ARRAYS = (
+    *"abcdefghpqruvwxyz",
+    *("data", "field", "grid", "buf", "src", "dst", "vals", "flux", "rho"),
+)
+SCALARS = ("s", "t", "acc", "tmp", "val", "total", "res", "best", "cur", "prev", "lo", "hi", "mark")
+LOOPS = ("i", "j", "k", "l", "ii", "jj", "kk", "ix")
+SIZES = ("n", "m", "nx", "ny", "len", "cnt", "num", "nn")
+ZERO = Number(0)
 USUAL = {"strides": (1, 2, 3), "offsets": (1, 2, 3)}
 UNSEEN = {"strides": (4, 5, 7), "offsets": (4, 5, 6, 7, 8)}
 COEFFICIENTS = {"usual": USUAL, "unseen": UNSEEN}
@@ -219,7 +179,7 @@ def assigned(
     loop: str, upper: Expr, *body: Statement, lower: Expr = Number(0), step: int = 1
 ) -> For:
     """A loop."""
-    return For(loop, lower, upper, tuple(body), step)
+    return For(var, lower, upper, body, step)
 
 
 Form = tuple[dict[str, int], int]
