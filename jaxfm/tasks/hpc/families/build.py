@@ -175,10 +175,8 @@ def plus(expr: Expr, distance: int) -> Expr:
     return Op("+" if distance > 0 else "-", (expr, Number(abs(distance))))
 
 
-def assigned(
-    loop: str, upper: Expr, *body: Statement, lower: Expr = Number(0), step: int = 1
-) -> For:
-    """A loop."""
+def over(var: str, upper: Expr, *body: Statement, lower: Expr = ZERO, step: int = 1) -> For:
+    """A loop over `lower <= var < upper`."""
     return For(var, lower, upper, body, step)
 
 
