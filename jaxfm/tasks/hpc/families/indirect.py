@@ -15,11 +15,7 @@ def draw(sheet: Sheet) -> Draft:
     content = "values" if known else "colliding"
     index = sheet.array(Number(length), dtype="int", content=content, limit=Number(limit))
     mode = rng.choice(("scatter", "scatter", "gather", "both"))
-    data = (
-        sheet.array(Number(limit))
-        if mode != "gather" or sheet.chance(0.5)
-        else sheet.array(Number(length + 1))
-    )
+    data = sheet.array(Number(limit))
     there = Ref(data, (Ref(index, (Var(i),)),))
     if mode == "scatter":
         first = sheet.reads(there, sheet.value((i,)))
