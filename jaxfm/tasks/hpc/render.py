@@ -204,8 +204,9 @@ class Writer:
         own = PRECEDENCE[op]
         if op == "+" and isinstance(right, Number) and right.value < 0:
             op, spelled, right = "-", "-", Number(-right.value)
-        tight = own + (op in ("-", "/", "%", "*") or own in (3, 4))
-        text = self.joined(spelled, self.expr(left, own), self.expr(right, tight))
+        # The right side is in parentheses even in a + (b - c), so that the tree reads back.
+        first = own + (own in (3, 4))
+        text = self.joined(spelled, self.expr(left, first), self.expr(right, own + 1))
         return f"({text})" if own < level else text
 
     def clause(self, clause: Clause) -> str:
