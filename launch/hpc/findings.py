@@ -182,7 +182,7 @@ def _advised(path: pathlib.Path, loop: Loop, assume, deadline: float) -> Finding
     if loop.directive:
         return _checked(path, loop, assume, deadline)
     if loop.region:
-        reason = f"The loop is already inside the directive {loop.region.split('(')[0]}."
+        reason = f"The loop is already inside the directive {loop.region[0].split('(')[0]}."
         return _finding(path, loop, UNKNOWN, reason)
     lifted = _lifted(path, loop, assume, deadline)
     if isinstance(lifted, Finding):

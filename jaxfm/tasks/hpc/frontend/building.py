@@ -320,19 +320,27 @@ def _aliases(building: Building, program: Program) -> Iterator[str]:
             both = other in stored and other <= one
             if other != one and not both and may_alias(symbols[one], symbols[other]):
                 yield f"{one} and {other} may be the same memory."
+    pointers = [name for name in arrays if symbols[name].memory == "pointer"]
+    for one in pointers:
         for name, symbol in symbols.items():
+            changed = one in stored or name in building.written
             reached = symbol.kind == "scalar" and (symbol.taken or symbol.place == "global")
-            pointed = reached and name not in building.local and symbols[one].memory == "pointer"
-            if pointed and _same_type(symbols[one], symbol):
+            cast = symbols[one].place in ("local", "static")
+            if changed and reached and name not in building.local:
+                if not cast and not _same_type(symbols[one], symbol):
+                    continue
                 yield f"{one} may point to {name}."
 
 
 def may_alias(one: Symbol, other: Symbol) -> bool:
     """Whether two arrays may share memory.
 
-    A pointer without `restrict` may point to what another pointer points to and to arrays that
-    outlive the function; the types must agree, as C demands of an access.
+    A local pointer may have been set to anything. A parameter without `restrict` may point to what
+    another parameter points to and to arrays that outlive the function, if the types agree, as C
+    demands of an access.
     """
+    if any(s.memory == "pointer" and s.place in ("local", "static") for s in (one, other)):
+        return True
     if "restrict" in (one.memory, other.memory) or not _same_type(one, other):
         return False
     if one.memory == other.memory == "own":

@@ -102,6 +102,9 @@ class CLowering:
         found = resolve(self.file, self.function, name, node.start_byte if at is None else at)
         if found is not None and found.kind == "constant":
             return found
+        moved = name in self.function.writes  # a pointer that may come to point to anything
+        if found is not None and found.kind == "array" and found.memory != "own" and moved:
+            found = found._replace(memory="pointer", place="local")
         if found is not None and found.kind == "scalar" and found.bits:
             value = constant_value(self.function, found)
             if value is not None:

@@ -87,6 +87,8 @@ def lift_c(loop: Loop, assume: frozenset[str]) -> Lifted:
     names, node = loop.names
     if node is None or node.has_error:
         raise Outside("The function around the loop cannot be parsed.")
+    if nodes(loop.source, "(function_definition) @x (preproc_include) @x", node)[1:]:
+        raise Outside("The function around the loop has another function or an #include in it.")
     function = names.function(node)
     _check_macros(names.file, loop.node)
     for directive in loop.source.directives:
@@ -94,7 +96,7 @@ def lift_c(loop: Loop, assume: frozenset[str]) -> Lifted:
             raise Outside("The file has variables of each thread (threadprivate).")
     pragma = parse_pragma(loop.directive, "c") if loop.directive else None
     own = pragma
-    if pragma is not None and pragma.directive.startswith("for"):
+    if pragma is not None:
         pragma = combined(pragma, loop.region, "c")
     building = Building(assume)
     lowering = CLowering(names.file, function, loop.node, building, loop.source)
@@ -184,19 +186,21 @@ def _check_macros(file: File, node: Any) -> None:
         raise Outside(f"{min(words & text)} is a macro in this file.")
 
 
-def _region(source: Source, node: Any, outer: Loop | None) -> str:
-    """The directive of the innermost OpenMP construct around a loop."""
-    if outer is not None and (outer.directive or outer.region):
-        return outer.directive or outer.region
+def _region(source: Source, node: Any, outer: Loop | None) -> tuple[str, ...]:
+    """The directives of the OpenMP constructs around a loop, innermost first."""
+    found = []
     stop = None if outer is None else outer.node
     parent = node.parent
     while parent is not None and parent != stop and parent.type != "function_definition":
         if parent.type == "compound_statement":
             at = source.before(parent)
-            if at is not None:
-                return source.directives[at].text
+            if at is not None and not stands_alone(source.directives[at].text):
+                found.append(source.directives[at].text)
         parent = parent.parent
-    return ""
+    if outer is not None:
+        found += [outer.directive] if outer.directive else []
+        found += outer.region
+    return tuple(found)
 
 
 def _region_start(loop: Loop) -> int:

@@ -299,7 +299,8 @@ def _declarator(file, node, kind: Type, place: str, function) -> Symbol | None:
         shape = [None, *shape]
     if pointers or place == "parameter":
         shape[0] = None
-        memory = "restrict" if restrict else "pointer"
+        # A local pointer may have been set to what another one reaches, whatever it promises.
+        memory = "restrict" if restrict and place in ("parameter", "global") else "pointer"
         if place == "parameter" and _reassigned(function, name):
             memory, place = "pointer", "local"  # it may come to point to anything
         elif place != "parameter" and _fresh(file, function, name, initial):

@@ -52,12 +52,13 @@ def loops_of_fortran(source: Source) -> list[Loop]:
         if before is not None and stands_alone(before.text):
             before = None
         outer = found[open_[-1]] if open_ else None
-        region = next(
-            (t for start, end, t in regions if start < node.start_byte < end and
-             (before is None or start != before.start)), ""
-        )  # fmt: skip
-        if outer is not None and (outer.directive or outer.region):
-            region = outer.directive or outer.region
+        region = tuple(
+            text
+            for begin, end, text in regions
+            if begin < node.start_byte < end and (before is None or begin != before.start)
+        )
+        if outer is not None and outer.directive and outer.directive not in region:
+            region = (*region, outer.directive)
         start = source.text.rfind(b"\n", 0, node.start_byte) + 1
         found.append(
             Loop(
@@ -91,7 +92,7 @@ def lift_fortran(loop: Loop, assume: frozenset[str]) -> Lifted:
         raise Outside("The loop has lines that are compiled only with OpenMP.")
     unit = names.unit(node)
     pragma = parse_pragma(loop.directive, "fortran") if loop.directive else None
-    if pragma is not None and pragma.directive.startswith("for"):
+    if pragma is not None:
         pragma = combined(pragma, loop.region, "fortran")
     building = Building(assume)
     macros = names.macros | names.procedures

@@ -97,8 +97,7 @@ def read_unit(source: Source, node: Any, host: Unit | None) -> Unit:
             for name in list(unit.symbols):
                 unit.symbols[name] = unit.symbols[name]._replace(place="static")
         elif child.type == "parameter_statement":
-            for name in _identifiers(child):
-                _spoil(unit, name, "is a constant of a PARAMETER statement")
+            _parameters(unit, child)
         elif child.type in ("interface", "import_statement", "derived_type_definition"):
             for name in _identifiers(child):
                 _spoil(unit, name, "is in an interface or a type")
@@ -234,6 +233,21 @@ def _modify(unit: Unit, node: Any) -> None:
             unit.symbols[text] = unit.symbols[text]._replace(place="global")
         if size is not None:
             _shaped(unit, text, size)
+
+
+def _parameters(unit: Unit, node: Any) -> None:
+    """The constants of a PARAMETER statement."""
+    for child in node.named_children:
+        name, value = child.named_child(0), child.named_child(1)
+        if name is None:
+            continue
+        text, found = lower(name), None if value is None else number(lower(value))
+        symbol = unit.symbols.get(text)
+        integer = symbol.bits > 0 if symbol is not None else text[:1] in "ijklmn"
+        if isinstance(found, int) and integer:
+            unit.symbols[text] = Symbol(text, "constant", "int", 32, value=found)
+        else:
+            _spoil(unit, text, "is a constant whose value is not read")
 
 
 def _shaped(unit: Unit, name: str, size: Any) -> None:

@@ -18,7 +18,7 @@ class Loop(NamedTuple):
             has none.
         directive_line: The line of the directive, 0 without one.
         parent: Index of the loop around it in the list of the file's loops; None if outermost.
-        region: The OpenMP directive of the construct around it, "" if there is none.
+        region: The OpenMP directives of the constructs around it, innermost first.
         alone: Whether a line can be put before it: it begins its own line as a statement.
         node: Of the syntax tree.
         source: The file.
@@ -31,7 +31,7 @@ class Loop(NamedTuple):
     directive: str
     directive_line: int
     parent: int | None
-    region: str
+    region: tuple[str, ...]
     alone: bool
     node: Any
     source: Source

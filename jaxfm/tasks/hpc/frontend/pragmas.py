@@ -57,13 +57,22 @@ def parse_pragma(text: str, language: str) -> Pragma | None:
     return Pragma(re.sub(r"\bdo\b", "for", head), clauses)
 
 
-def combined(pragma: Pragma, region: str, language: str) -> Pragma:
-    """A `for` directive with the clauses of the parallel region around it.
+def combined(pragma: Pragma, regions: tuple[str, ...], language: str) -> Pragma:
+    """A directive with the clauses of the parallel region that it belongs to.
 
+    Args:
+        pragma: The directive of a loop.
+        regions: Those of the constructs around it, innermost first.
+        language: Of the directives.
     Raises:
-        Outside: The directive around it is not `parallel`.
+        Outside: The constructs around it are others than one `parallel` around a `for`.
     """
-    around = parse_pragma(region, language) if region else None
+    own = not pragma.directive.startswith("for")
+    if len(regions) > (0 if own else 1):
+        raise Outside("The directive is inside other OpenMP constructs.")
+    if own:
+        return pragma
+    around = parse_pragma(regions[0], language) if regions else None
     if around is None:
         raise Outside("The directive belongs to a parallel region that is not in this function.")
     if around.directive != "parallel":
