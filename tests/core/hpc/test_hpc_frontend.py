@@ -115,7 +115,7 @@ OUTSIDE = [
     ("double *restrict w = a; for (i = 0; i < n; i++) a[i] = w[i + 1];", "a and w may"),
     ("gp = a; for (i = 0; i < n; i++) a[i] = gp[i + 1];", "a and gp may"),
     ("int *w = (int *)a; for (i = 0; i < n; i++) a[i] = w[i + 1];", "a and w may"),
-    ("double *w = &t; for (i = 0; i < n; i++) { t = a[i]; a[i] = *w; }", "w may point to t"),
+    ("double *w = &t; for (i = 0; i < n; i++) { t = b[i]; x += *w; }", "w may point to t"),
     ("for (i = 0; i < n; i++) rows[i][0] = 1;", "array of pointers"),
     ("for (i = 0; i < n; i++) a[idx[i]] = 1;", "not linear"),
     ("for (i = 0; i < n; i++) a[i * i] = 1;", "not linear"),

@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxfm.tasks.hpc.frontend.building import Building, finish
 from jaxfm.tasks.hpc.frontend.c_lift import CLowering
-from jaxfm.tasks.hpc.frontend.c_names import File, Function, is_write, read_file, read_function
+from jaxfm.tasks.hpc.frontend.c_names import read_file, read_function
+from jaxfm.tasks.hpc.frontend.c_scope import File, Function, is_write
 from jaxfm.tasks.hpc.frontend.loop import Lifted, Loop
 from jaxfm.tasks.hpc.frontend.pragmas import combined, parse_pragma, stands_alone
 from jaxfm.tasks.hpc.frontend.source import Outside, Source, line_of, nodes, text_of
