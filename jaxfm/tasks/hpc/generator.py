@@ -121,12 +121,11 @@ def attempt(
         if found.unknown:
             return None
         shown = pragma or proposal.candidate
-        if pragma is None and found.conflict is None:
-            # The clauses hide a value that iterations hand on: without them it is a race.
+        hidden = pragma is None and found.conflict is None
+        if hidden:  # clauses hide a value that iterations hand on: without them it is a race
             shown = Pragma("parallel for")
-        shown = decorated(shown, rng)
-        program = with_pragma(program, target, shown)
-        if shown.clauses != proposal.candidate.clauses:
+        program = with_pragma(program, target, decorated(shown, rng))
+        if hidden:
             found = trace(program)
     else:
         found = trace(program)
@@ -141,9 +140,7 @@ def attempt(
             if not after.unknown and bool(after.conflict) == racy:
                 (mutation, program), found = change, after
                 break
-        if (mutation == "subscript shifted" and target is not None) or (
-            mutation.endswith("dropped") and mutation != "clause dropped" and target is not None
-        ):
+        if target is not None and mutation not in ("", "clause dropped", "collapse added"):
             pragma = propose(with_pragma(program, target, None), target).pragma
     languages: tuple[str, ...] = ("c", "fortran")
     declared = {scalar.name for scalar in program.scalars}
