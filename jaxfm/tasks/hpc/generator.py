@@ -38,7 +38,8 @@ class Item(NamedTuple):
             none. It says nothing where there is no target.
         mutation: What was changed, for example "clause dropped"; empty if nothing was.
         operations: What a serial run does.
-        label: What kind of proof the label is; it holds for these sizes.
+        label: What kind of proof the label is: it holds for these sizes. What holds for all sizes is
+            asked apart, of `proofs.integer_sets.for_all_sizes`.
         languages: The languages in which it can be written.
     """
 
