@@ -272,3 +272,9 @@ def test_lines_point_at_their_statements():
                     target = statement.target
                     name = target.name if isinstance(target, Var) else target.array
                     assert row.strip().startswith(name)
+
+
+def test_races_that_only_another_schedule_shows_are_marked():
+    items = generate(6, 60, ["region"])
+    masked = [item for item in items if item.masked]
+    assert masked and all(item.racy for item in masked) and len(masked) < len(items) // 2

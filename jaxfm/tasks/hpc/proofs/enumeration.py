@@ -56,12 +56,18 @@ def judge(program: Program) -> Judgement:
     return Judgement("confirmed", "No two unordered accesses meet, for these sizes.", TOOL)
 
 
-def trace(program: Program) -> Trace:
-    """Runs the enumeration, up to the first race."""
+def trace(program: Program, *, static: bool = False) -> Trace:
+    """Runs the enumeration, up to the first race.
+
+    Args:
+        program: The program.
+        static: Whether a loop without a schedule counts as `schedule(static)`, as most compilers
+            have it; the standard leaves it open.
+    """
     machine = None
     conflict, unknown = None, ""
     try:
-        team = Team(program)
+        team = Team(program, static)
         machine = team.steps.machine()
         team.steps.block(program.body, (), ())(machine)
         unknown = machine.unknown

@@ -29,8 +29,9 @@ KNOWN |= {"private", "firstprivate", "lastprivate", "reduction", "update", "read
 class Team:
     """Runs directives: regions, shared loops, sections, tasks, synchronization."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, by_default_static: bool = False) -> None:
         self.steps = Steps(program, self.directive)
+        self.default = ("static",) if by_default_static else ()
         self.parallel = False  # while closures of a region's body are made
         # Of the region being run: segments that a barrier has ended, and static loops' segments.
         self.epoch = 0
@@ -185,7 +186,8 @@ class Team:
         body = steps.block(nest[-1].body, at, (*loops, *names))
         scope = Scope(self.steps, pragma, path, tuple(n for n in names if n in steps.types))
         schedule = next((c for c in pragma.clauses if c.name == "schedule"), None)
-        static = schedule and schedule.arguments[:1] == ("static",) and schedule.arguments
+        chunks = schedule.arguments if schedule else self.default
+        static = chunks if chunks[:1] == ("static",) else None
         nowait = any(clause.name == "nowait" for clause in pragma.clauses)
 
         def run(m: Machine, threads: list[Thread]) -> None:
