@@ -89,7 +89,7 @@ def main(config: Config) -> None:
 def measured(work: Work, config: Config, rates: dict[str, dict[str, float]]) -> Table:
     """All cells of one task; the rates of methods that have none yet are chosen."""
     print(f"\n{work.name}: {work.size}")
-    print("                    accuracy     gap  unseen    MB up     down     once  client MB      s")
+    print(f"{'':20}accuracy     gap  unseen    MB up     down     once  client MB      s")
     table: Table = {}
     for method in config.methods:
         own = programs(work, METHODS[method], config.seeds)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from foundation_parts.works import Deal, Rows, Work
+from jax.sharding import NamedSharding, PartitionSpec
 
+from foundation_parts.works import Deal, Rows, Work
 from jaxfm.adapters import attach, lora, only, soft_prompt
 from jaxfm.cost import num_bytes
 from jaxfm.data.federation import federate, of_one_shape
@@ -38,6 +39,7 @@ from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks import evaluate
 
 ARMS = ("central", "local", "federated", "ffm")
+MESH = functools.cache(lambda: make_mesh(clients=len(jax.devices())))
 EVER = 64  # epochs of a client alone, more than it has time for
 
 
@@ -81,6 +83,7 @@ class Programs(NamedTuple):
       deals: by seed, whose the rows are.
       people: by seed, the clients; alone: by seed and client, one of them.
       costs: of a client, by the ledger.
+      start: `(variables, key) -> variables`, with a fresh adapter.
       engine, lone, central: `(rate) -> program`.
     """
 
@@ -90,6 +93,7 @@ class Programs(NamedTuple):
     people: list[Population]
     alone: list[list[Population]]
     costs: tuple[ClientCost, ...]
+    start: Callable[..., Variables]
     engine: Callable[[float], Any]
     lone: Callable[[float], Any]
     central: Callable[[float], Any]
@@ -118,13 +122,14 @@ def programs(work: Work, method: Method, num_seeds: int) -> Programs:
         work, model, deals, people,
         [flat[i : i + size.clients] for i in range(0, len(flat), size.clients)],
         client_costs(algorithm(0.1, 1), people[0], shapes),
+        jax.jit(lambda variables, key: attach(model, variables, key)),
         functools.cache(
             lambda rate: compile_rounds(algorithm(rate, 1), people[0], cohort_size=size.cohort)
         ),
         functools.cache(lambda rate: compile_rounds(algorithm(rate, EVER), flat[0], cohort_size=1)),
         functools.cache(
             lambda rate: central_steps(
-                model, work.task, Central(optax.adam(rate), batch), make_mesh()
+                model, work.task, Central(optax.adam(rate), batch), MESH()
             )
         ),
     )  # fmt: skip
@@ -135,7 +140,7 @@ def start_of(own: Programs, seed: int) -> Variables:
     key = jax.random.key(100 + seed)
     if own.model.adapter is None:
         return jax.tree.map(jnp.copy, own.work.variables)
-    return jax.jit(lambda v, key: attach(own.model, v, key))(own.work.variables, key)
+    return own.start(own.work.variables, key)
 
 
 def run(own: Programs, arm: str, seed: int, rates: Mapping[str, float]) -> Figures:
@@ -191,7 +196,9 @@ class _Trainer:
         """(variables, (opt_state, step)) after so many more steps."""
         if state is None:
             state = jax.jit(self.optimizer.init)(variables.params), jnp.int32(0)
-        begin = TrainState(variables, *state, self.key)
+        # Where rounds have their state, too: another place would be another program.
+        everywhere = NamedSharding(MESH(), PartitionSpec())
+        begin = jax.device_put(TrainState(variables, *state, self.key), everywhere)
         end, _, _ = self.program(begin, self.rows, jnp.int32(steps))
         return end.variables, (end.opt_state, end.step)
 

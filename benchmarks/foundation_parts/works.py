@@ -106,9 +106,7 @@ def pretrained(model: Model, task: Task, rows: Rows, *, steps: int, rate: float)
     warm = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps)
     central = Central(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(warm)), 32)
     start = jax.jit(model.init)(jax.random.key(0))
-    state = TrainState(
-        start, central.optimizer.init(start.params), jnp.int32(0), jax.random.key(1)
-    )
+    state = TrainState(start, central.optimizer.init(start.params), jnp.int32(0), jax.random.key(1))
     program = central_steps(model, task, central, make_mesh())
     state, _, _ = program(state, jax.device_put(dict(rows)), jnp.int32(steps))
     return state.variables
@@ -228,7 +226,11 @@ def encoder_works(size: Size, data_dir: str) -> list[Work]:
         else:
             splits = {
                 split: Source(dict(part), classes=tuple(classes))
-                for split, part in (("train", rest), ("validation", validation), ("test", test_rows))
+                for split, part in (
+                    ("train", rest),
+                    ("validation", validation),
+                    ("test", test_rows),
+                )
             }
             data = deal_out(splits, task, num_clients=2, how="iid", tokenizer=tokenizer)
             fitted = hub.load_for(data, folder)
