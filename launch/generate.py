@@ -33,6 +33,7 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.launch.setup import use_cores
 from jaxfm.options import chosen_options, options_config, with_options
 from jaxfm.parallel.generation import Generation, TextPiece, stream
+from jaxfm.parallel.grammars.automaton import regular
 from jaxfm.parallel.loading import DECODERS, check_draft, load_decoder
 from jaxfm.parallel.pipe.timeline import write_timeline
 from jaxfm.prompts import read_chat, read_prompt
@@ -90,6 +91,7 @@ class GenerateConfig:
     logit_bias: tuple[str, ...] = option(
         (), "ID:NUMBER, several with commas: added to the logits of these tokens; -inf: never"
     )
+    grammar: str = option("", "a regular expression that the whole new text must match")
     stop: tuple[str, ...] = option((), "a string that ends the text", repeat=True)
     report: str = option("", "file for a picture of what each stage of a pipe did in each tick")
     ticks: int = option(16, "passes between two pieces of output")
@@ -111,6 +113,8 @@ class GenerateConfig:
         if self.system and not self.chat:
             raise ValueError("--system requires --chat: it is a part of the chat template.")
         biases(self.logit_bias)
+        if self.grammar:
+            regular(self.grammar)
         check_draft(self.decoder, self.draft)
         if self.report and self.decoder != "pipeinfer":
             raise ValueError("--report requires --decoder=pipeinfer: it shows a pipe's stages.")
@@ -157,6 +161,7 @@ def main(config: GenerateConfig) -> None:
         top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         repetition_penalty=config.repetition_penalty, presence_penalty=config.presence_penalty,
         frequency_penalty=config.frequency_penalty, logit_bias=biases(config.logit_bias),
+        grammar=config.grammar or None,
         key=jax.random.key(config.seed), stop_strings=config.stop, ticks=ticks,
         stop_tokens=() if config.ignore_end else loaded.stop_tokens,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
 from jaxfm.parallel.drafters.scripted import scripted_drafter
 from jaxfm.parallel.drafting import Drafter
 from jaxfm.parallel.generation import Generation, TextPiece, generate, stream
+from jaxfm.parallel.grammars.automaton import Automaton, regular
 from jaxfm.parallel.mesh import TENSOR_RULES, make_mesh, shard, shardings
 from jaxfm.parallel.pipe.adapt import adapt
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer, pipelined
@@ -31,6 +32,9 @@ __all__ = [  # noqa: RUF022 (in groups)
     "TextPiece",
     "read_prefix",
     "Prefix",
+    # what texts must be
+    "regular",
+    "Automaton",
     # decoders
     "Decoder",
     "plain",

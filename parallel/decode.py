@@ -34,6 +34,7 @@ from jaxfm.parallel.cache import (
     vocab_size,
 )
 from jaxfm.parallel.drafting import Drafter, Proposer, check_vocabulary, no_state
+from jaxfm.parallel.grammar import Standing, follow
 from jaxfm.parallel.penalties import line_history
 from jaxfm.parallel.verification import Draft, Rules, Text, commit, newest, verify
 
@@ -138,6 +139,7 @@ def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> Decode
         own, drafters = variables
         cache, drafter_state = state
         draft, drafter_state = proposer.propose(drafters, drafter_state, text, rules, draft_length)
+        draft, standing = _in_grammar(draft, text, rules)
         block = jnp.concatenate([newest(text, 1), draft.tokens], axis=1)
         live = jnp.arange(block.shape[1])[None] <= draft.size[:, None]
         live &= ~text.done[:, None]
@@ -145,11 +147,24 @@ def _functions(lm: CausalModel, proposer: Proposer, draft_length: int) -> Decode
         logits = sample.checked(lm.stages.head(own, x), rules.sampling)
         places = jnp.arange(block.shape[1], dtype=jnp.int32)
         history = line_history(text.tokens, text.length, draft.tokens, places)
-        choices = sample.adjusted(logits, rules.sampling, history)
+        choices = sample.adjusted(logits, rules.sampling, history, standing)
         verdict = verify(choices, draft, rules.sampling, text.length)
         return (cache, drafter_state), commit(text, verdict, draft.size, rules, logits)
 
     return DecoderFunctions(start, tick, whole_model=True)
+
+
+def _in_grammar(draft: Draft, text: Text, rules: Rules) -> tuple[Draft, Standing | None]:
+    """The draft up to the first token that its text's grammar forbids, and where its places are."""
+    grammar = rules.sampling.grammar
+    if grammar is None:
+        return draft, None
+    assert text.states is not None
+    left = text.limit - text.length
+    states, allowed = follow(grammar, text.states, draft.tokens, left)
+    places = jnp.arange(states.shape[1], dtype=jnp.int32)
+    standing = Standing(states, left[:, None] - places[None])
+    return draft._replace(size=jnp.minimum(draft.size, allowed)), standing
 
 
 def _propose_nothing(variables, state, text: Text, rules: Rules, length: int) -> tuple[Draft, None]:

@@ -95,6 +95,7 @@ class Question(NamedTuple):
       length: i32[] number of these.
       committed: i32[] number of the text's own.
       end: i32[] position from which on nothing is read or proposed.
+      states: i32[w] of the text's grammar after each node asked about; None without grammars.
     """
 
     ask: Ask
@@ -105,6 +106,7 @@ class Question(NamedTuple):
     length: Array
     committed: Array
     end: Array
+    states: Array | None = None
 
 
 class Proposals(NamedTuple):

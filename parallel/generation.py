@@ -27,6 +27,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxfm.model import Key
 from jaxfm.parallel.cache import Prior
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
+from jaxfm.parallel.grammar import complete
+from jaxfm.parallel.grammars.automaton import Automaton
+from jaxfm.parallel.grammars.request import make_grammar
 from jaxfm.parallel.mesh import put
 from jaxfm.parallel.prefix import Prefix, check_prefix
 from jaxfm.parallel.requests import (
@@ -70,8 +73,8 @@ class Generation(NamedTuple):
       text: without stop token and stop string; None without a tokenizer.
       logprobs: f32, the model's log-softmax at each token (before temperature and cuts); None
         unless asked for.
-      finish: "length", "stop token", "stop string", or "not finite": the model's logits for the
-        next token were not.
+      finish: "length", "stop token", "stop string", "grammar" (it has no longer text with room), or
+        "not finite": the model's logits for the next token were not.
       stats: counts as NumPy arrays.
       counters: the decoder's own counts; None where it keeps none.
       decoder: the decoder afterwards. If it has a policy, what this has measured is in it: give it
@@ -115,6 +118,7 @@ def stream(
     repetition_penalty: float | Sequence[float] | None = None,
     presence_penalty: float | Sequence[float] | None = None,
     frequency_penalty: float | Sequence[float] | None = None,
+    grammar: str | Automaton | Sequence[str | Automaton | None] | None = None,
     stop_tokens: int | Sequence[int] | None = (),
     stop_strings: str | Sequence[str] | None = (),
     tokenizer: Tokenizer | None = None,
@@ -147,6 +151,10 @@ def stream(
         texts or one for each. `logprobs` do not have them.
       repetition_penalty, presence_penalty, frequency_penalty: one for all or each; None is off.
         Nor do `logprobs` have these. See `jaxfm.parallel.penalties`.
+      grammar: what each text must be as a whole: a regular expression, or what `regular` makes of
+        named rules; one for all texts or one for each, None for those without. It needs a
+        tokenizer. Stop tokens are allowed exactly where the text is one of the grammar. See
+        `jaxfm.parallel.grammar`.
       stop_tokens: a text ends with the first of these; one or several.
       stop_strings: a text ends before the first of these; one or several. They need a tokenizer.
       tokenizer: of the model.
@@ -185,13 +193,19 @@ def stream(
     known = known_rows(tokenizer, decoder.vocab_size)
     bias = make_bias(logit_bias, batch, decoder.vocab_size, known)
     penalties = make_penalties(lengths, repetition_penalty, presence_penalty, frequency_penalty)
+    grammars, states = make_grammar(
+        grammar, limits - lengths, tokenizer, decoder.vocab_size, stop_tokens, logit_bias
+    )
     sampling = make_sampling(
         batch, temperature, top_k, top_p, min_p, key,
-        known=known, bias=bias, penalties=penalties, seeds=seeds,
+        known=known, bias=bias, penalties=penalties, grammar=grammars,
+        seeds=seeds,
     )  # fmt: skip
     token_bytes = _bytes_of_rows(tokenizer, decoder.vocab_size)
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)
-    text = make_text(ids, limits, cells, drafts=decoder.draft_length, logprobs=logprobs, top=top)
+    text = make_text(
+        ids, limits, cells, drafts=decoder.draft_length, logprobs=logprobs, top=top, states=states
+    )
     writers = None if tokenizer is None else [Detokenizer(token_bytes, stop_strings) for _ in ids]
     prior = prefix and prefix.prior
     # Of a prefix the last token is read once more.
@@ -239,6 +253,9 @@ def _run(
         seen, finished = length, bool(done.all())
         yield TextPiece(new, pieces)
     final = jax.device_get(text)
+    closed = rules.sampling.grammar is not None and np.asarray(
+        complete(rules.sampling.grammar, final.states, final.limit - final.length)
+    )
     if final.failed.any():
         warnings.warn(
             f"The logits of texts {np.flatnonzero(final.failed).tolist()} were not finite; they "
@@ -254,6 +271,7 @@ def _run(
             "not finite" if final.failed[i]
             else "stop string" if final.progress[i] == HIT
             else "stop token" if int(final.tokens[i, b - 1]) in stops
+            else "grammar" if np.any(closed) and closed[i] and final.length[i] < final.limit[i]
             else "length"
             for i, _, b in spans
         ],

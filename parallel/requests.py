@@ -12,6 +12,7 @@ import numpy as np
 from jaxfm.model import Array, Key
 from jaxfm.parallel.cache import Positions
 from jaxfm.parallel.decode import Decoder
+from jaxfm.parallel.grammar import Grammar
 from jaxfm.parallel.penalties import Penalties
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import automaton
@@ -184,7 +185,7 @@ def whole_number(name: str, value, *, at_least: int = 1) -> int:
 def make_sampling(
     batch: int, temperature, top_k, top_p, min_p, key: Key | None, *,
     known: np.ndarray | None = None, bias: Array | None = None,
-    penalties: Penalties | None = None, seeds=None,
+    penalties: Penalties | None = None, grammar: Grammar | None = None, seeds=None,
 ) -> Sampling:  # fmt: skip
     """How each request draws its tokens; greedy without a temperature above 0.
 
@@ -195,6 +196,7 @@ def make_sampling(
       known: bool[V], which rows of the model are tokens; None: all.
       bias: f32[B, V] of `make_bias`, or None.
       penalties: of `make_penalties`, or None.
+      grammar: of `make_grammar`, or None.
       seeds: number of each request's random draws, one for all or each; None: its place.
     Raises:
       ValueError: a setting out of range, or a temperature without a key.
@@ -216,7 +218,9 @@ def make_sampling(
     if seeds is not None:
         request = jnp.asarray(per_request("seeds", seeds, batch, np.int32, at_least=0))
     rows = None if known is None else jnp.asarray(known)
-    greedy = Sampling(jax.random.key(0), request, known=rows, bias=bias, penalties=penalties)
+    greedy = Sampling(
+        jax.random.key(0), request, known=rows, bias=bias, penalties=penalties, grammar=grammar
+    )
     if not heat.any():
         return greedy
     return greedy._replace(
@@ -336,8 +340,9 @@ def make_rules(
 
 
 def make_text(
-    ids: list[list[int]], limits: np.ndarray, cells: int, *, drafts: int, logprobs: bool, top: int
-) -> Text:
+    ids: list[list[int]], limits: np.ndarray, cells: int, *, drafts: int, logprobs: bool, top: int,
+    states: Array | None = None,
+) -> Text:  # fmt: skip
     """The prompts as texts that may grow up to `limits`; `top` likely tokens are kept of each."""
     batch = len(ids)
     tokens = np.zeros((batch, cells), np.int32)
@@ -354,6 +359,7 @@ def make_text(
         failed=jnp.zeros((batch,), bool),
         logprobs=jnp.zeros((batch, cells)) if logprobs else None,
         top=Top(zeros(cells, top), jnp.zeros((batch, cells, top))) if top else None,
+        states=states,
     )
 
 

@@ -3,7 +3,8 @@
 The order and the definitions are those of Hugging Face's `transformers`, so settings carry over:
 
     0. bias: what the caller adds to the logits of some tokens, then the penalties for tokens that
-       the text already has (`jaxfm.parallel.penalties`)
+       the text already has (`jaxfm.parallel.penalties`); then the mask of tokens that the text's
+       grammar forbids (`jaxfm.parallel.grammar`)
     1. temperature: logits / temperature; 0 means greedy: all mass on the largest logit
     2. top-k: tokens below the k-th largest are removed
     3. top-p: of the rest, in descending order, a token stays while the mass before it is < top_p
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.model import Array, Key
+from jaxfm.parallel.grammar import Grammar, Standing, mask
 from jaxfm.parallel.penalties import History, Penalties, penalized
 
 # Purposes of draws at one position.
@@ -47,6 +49,7 @@ class Sampling(NamedTuple):
       known: bool[V], which rows of the model are tokens; None: all.
       bias: f32[B, V], added to the logits before all else; -inf: never this token.
       penalties: for tokens that the text already has.
+      grammar: tables of all grammars of the batch.
     """
 
     key: Key
@@ -58,6 +61,7 @@ class Sampling(NamedTuple):
     known: Array | None = None
     bias: Array | None = None
     penalties: Penalties | None = None
+    grammar: Grammar | None = None
 
 
 def checked(logits: Array, sampling: Sampling) -> Array:
@@ -76,19 +80,25 @@ def known_only(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(sampling.known[None, None], logits, -jnp.inf)
 
 
-def adjusted(logits: Array, sampling: Sampling, history: History) -> Array:
-    """f32[B, T, V], the logits that tokens are chosen by: with bias and penalties.
+def adjusted(
+    logits: Array, sampling: Sampling, history: History, standing: Standing | None = None
+) -> Array:
+    """f32[B, T, V], the logits that tokens are chosen by: with bias, penalties and grammar.
 
     Args:
       logits: f32[B, T, V] of the model.
       sampling: bias and penalties.
       history: what comes before each of the T places; it is read where there are penalties.
+      standing: where the T places are in their grammars; needed where there are any.
     """
     if sampling.bias is not None:
         logits = logits + sampling.bias[:, None]
-    if sampling.penalties is None:
+    if sampling.penalties is not None:
+        logits = penalized(logits, sampling.penalties, history)
+    if sampling.grammar is None:
         return logits
-    return penalized(logits, sampling.penalties, history)
+    assert standing is not None
+    return mask(logits, sampling.grammar, standing)
 
 
 def failed(logits: Array) -> Array:

@@ -52,6 +52,7 @@ class Tree(NamedTuple):
       logprobs: f32[N] of the answers.
       misses: i32[] times in a row that the draft proposed nothing.
       places: i32[N] of each node among the candidates of its depth, the most probable first.
+      states: i32[N] of the text's grammar after each node; the tip's is the text's own.
     """
 
     tip: Array
@@ -67,6 +68,7 @@ class Tree(NamedTuple):
     logprobs: Array
     misses: Array
     places: Array
+    states: Array
 
 
 def num_words(num_nodes: int) -> int:
@@ -119,6 +121,7 @@ def init_tree(num_nodes: int) -> Tree:
     return Tree(
         tip=zero, tokens=whole, positions=whole, cells=whole, parents=whole, bits=bits, scores=real,
         alive=off, launched=off, answers=whole, logprobs=real, misses=zero, places=whole,
+        states=whole,
     )  # fmt: skip
 
 

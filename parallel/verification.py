@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.model import Array
+from jaxfm.parallel import grammar as grammars
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.sampling import Sampling
 from jaxfm.parallel.stop import HIT
@@ -59,6 +60,7 @@ class Text(NamedTuple):
       failed: bool[B], the text ended because the logits of its next token were not finite.
       logprobs: f32[B, N] log-softmax of the model's logits at each generated token, or None.
       top: [B, N, n] the most likely tokens at the place of each, or None.
+      states: i32[B] of each text's grammar, after its tokens; None without grammars.
     """
 
     tokens: Array
@@ -70,6 +72,7 @@ class Text(NamedTuple):
     failed: Array
     logprobs: Array | None = None
     top: Top | None = None
+    states: Array | None = None
 
 
 class Rules(NamedTuple):
@@ -237,8 +240,8 @@ def append(
 ) -> tuple[Text, Array]:  # fmt: skip
     """The texts with tokens appended, up to their limits and the first stop among the tokens.
 
-    The token that stops a text is part of it; FAILED is none, and stops it before. Texts that are
-    done do not change.
+    The token that stops a text is part of it; FAILED is none, and stops it before. A text also ends
+    where its grammar has no longer one with room. Texts that are done do not change.
 
     Args:
       text: the texts.
@@ -252,12 +255,18 @@ def append(
     """
     order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops, progress, bad = [], [text.progress], new == sample.FAILED
+    grammar, standing = rules.sampling.grammar, [text.states]
     for i in range(new.shape[1]):
         token = new[:, i]
         stop = (token[:, None] == rules.stop_tokens[None]).any(1)
         if rules.automaton is not None:
             progress.append(rules.automaton[progress[-1], token])
             stop |= progress[-1] == HIT
+        if grammar is not None:
+            after = grammars.advance(grammar, standing[-1], jnp.where(bad[:, i], 0, token))
+            standing.append(jnp.maximum(after, grammars.FREE))
+            left = text.limit - text.length - (i + 1)
+            stop |= grammars.complete(grammar, standing[-1], left)
         stops.append(stop)
     stopping = (jnp.stack(stops, axis=1) | bad).astype(jnp.int32)
     # A token counts if no earlier one of the block stopped the text.
@@ -275,12 +284,11 @@ def append(
     rows = jnp.arange(places.shape[0])[:, None]
     put = lambda old, new: old.at[rows, places].set(new, mode="drop")
     kept = jax.tree.map(put, (text.logprobs, text.top), (logprobs, top))
-    reached = text.progress
-    if rules.automaton is not None:
-        states = jnp.stack(progress, axis=1)
-        reached = jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
+    reach = lambda states: jnp.take_along_axis(jnp.stack(states, 1), count[:, None], axis=1)[:, 0]
+    reached = text.progress if rules.automaton is None else reach(progress)
+    states = text.states if grammar is None else reach(standing)
     text = text._replace(
         tokens=put(text.tokens, new), length=length, done=done, failed=failed, progress=reached,
-        logprobs=kept[0], top=kept[1],
+        logprobs=kept[0], top=kept[1], states=states,
     )  # fmt: skip
     return text, count

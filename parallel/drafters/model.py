@@ -23,6 +23,7 @@ from jaxfm.parallel.cache import (
     vocab_size,
 )
 from jaxfm.parallel.drafting import Answer, Drafter, Proposals, Proposer, Question
+from jaxfm.parallel.grammar import FREE, Standing, advance, follow
 from jaxfm.parallel.penalties import line_history
 from jaxfm.parallel.rows import Rows, flat_rows, read_block
 from jaxfm.parallel.sampling import Sampling
@@ -96,11 +97,20 @@ def _chain(lm: CausalModel) -> Proposer:
         count = room(text, length)
         nothing = jnp.zeros((text.length.shape[0], length), jnp.int32)
 
+        def standing(drafts: Array, i: Array) -> Standing | None:
+            grammar = rules.sampling.grammar
+            if grammar is None:
+                return None
+            left = text.limit - text.length
+            states, _ = follow(grammar, text.states, drafts, left)
+            here = lax.dynamic_slice_in_dim(states, i, 1, axis=1)
+            return Standing(here, (left - i)[:, None])
+
         def choose(x: Array, drafts: Array, i: Array) -> tuple[Array, Array | None]:
             """The draft's token i32[B, 1] after its first i i32[], and its distribution."""
             logits = sample.known_only(lm.stages.head(variables, x), rules.sampling)
             history = line_history(text.tokens, text.length, drafts, i[None])
-            logits = sample.adjusted(logits, rules.sampling, history)
+            logits = sample.adjusted(logits, rules.sampling, history, standing(drafts, i))
             if rules.sampling.temperature is None:
                 return logits.argmax(-1).astype(jnp.int32), None
             logp = sample.log_probs(logits, rules.sampling)
@@ -151,6 +161,7 @@ def _tree(lm: CausalModel) -> Proposer:
         to = join(ask.late, jnp.where(ok, tree.cells[tips], none))
         own = cells.bits[jnp.minimum(to, none - 1)]
         scores = jnp.where(ok, tree.scores[tips], -jnp.inf)
+        grammar, states, standing = question.sampling.grammar, question.states, None
         out = []
         for level in range(levels):
             positions = jnp.where(to < none, positions, 0)
@@ -160,7 +171,9 @@ def _tree(lm: CausalModel) -> Proposer:
             after = positions[-width:] + 1
             seen = history(cells, positions[None, -width:], bits[None, -width:])
             logits = sample.known_only(logits[None], question.sampling)
-            choices = sample.adjusted(logits, question.sampling, seen)[0]
+            if grammar is not None:
+                standing = Standing(states[None], (end + 1 - after)[None])
+            choices = sample.adjusted(logits, question.sampling, seen, standing)[0]
             ranked = _perturbed(choices, question.sampling, after)
             logq, token = lax.top_k(ranked, width)
             best, flat = lax.top_k((scores[:, None] + logq).reshape(-1), width)
@@ -169,6 +182,8 @@ def _tree(lm: CausalModel) -> Proposer:
             valid = (best > -jnp.inf) & ~ask.behind
             out.append((tokens, parents, gain, valid))
             if level < levels - 1:
+                if grammar is not None:
+                    states = jnp.maximum(advance(grammar, states[parents], tokens), FREE)
                 positions, scores = after[parents], best
                 own = bit(ask.slots[level], words)
                 bits = bits[-width:][parents] | own

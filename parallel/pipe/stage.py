@@ -18,6 +18,7 @@ from jaxfm.model import Array, PyTree, Variables
 from jaxfm.parallel import sampling as sample
 from jaxfm.parallel.cache import Block, CausalModel, through
 from jaxfm.parallel.drafting import Proposer, Question, no_state
+from jaxfm.parallel.grammar import Standing
 from jaxfm.parallel.pipe.pipeline import STAGE, local
 from jaxfm.parallel.pipe.state import Message, Shape, State, pass_on, stage_of, take
 from jaxfm.parallel.rows import Rows, past_of, put_rows
@@ -78,13 +79,13 @@ def prefill(
 
 def _one(sampling: Sampling, request: Array) -> Sampling:
     """The settings of one text, as arrays of one row."""
-    # The key and the known tokens are those of all texts.
-    key, _, *settings = sampling._replace(known=None)
+    # The key, the known tokens and the tables of grammars are those of all texts.
+    key, _, *settings = sampling._replace(known=None, grammar=None)
     own = jax.tree.map(lambda x: x[request][None], (sampling.request, *settings))
-    return Sampling(key, *own)._replace(known=sampling.known)
+    return Sampling(key, *own)._replace(known=sampling.known, grammar=sampling.grammar)
 
 
-def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: Rules):
+def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, text: Text, rules: Rules):
     """Runs this device's packet through its layers; the last stage picks the target's own tokens.
 
     Returns:
@@ -103,16 +104,18 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
         own=cells.bits[jnp.minimum(to, none - 1)][None],
     )
     sampling = _one(rules.sampling, request)
+    left = text.limit[request] - 1 - block.positions
+    standing = Standing(states_of(tree, nodes, text, request)[None], left)
 
     def run(places, x, rows):
         """The first places of the packet."""
-        some = jax.tree.map(lambda field: field[:, :places], block)
+        some, where = jax.tree.map(lambda field: field[:, :places], (block, standing))
         embedded = lm.stages.embed(own, some.tokens, some.positions)
         x = jnp.where(stage == 0, embedded, x[:, :places])
         x, new = through(lm, own, x, past_of(rows, request, cells, block), some)
         last = (stage == shape.stages - 1).astype(jnp.int32)
         ways = [_pick_nothing, _picker(lm, own, sampling, cells)]
-        picked = lax.switch(last, ways, x, (some.positions, some.bits))
+        picked = lax.switch(last, ways, x, (some.positions, some.bits), where)
         return x, new, *picked, jnp.ones((), jnp.int32)
 
     whole = functools.partial(run, shape.packet)
@@ -132,16 +135,23 @@ def compute(lm: CausalModel, shape: Shape, own: Variables, state: State, rules: 
     return state._replace(rows=rows), x, answers, logprobs, executed
 
 
+def states_of(tree: Tree, nodes: Array, text: Text, request: Array) -> Array:
+    """i32[...], the states of a text's grammar after nodes i32[...] of its tree."""
+    if text.states is None:
+        return jnp.zeros(nodes.shape, jnp.int32)
+    return jnp.where(nodes == tree.tip, text.states[request], tree.states[nodes])
+
+
 def _picker(lm: CausalModel, own: Variables, sampling: Sampling, cells: Cells):
-    """`(x [1, K, D], places) -> (tokens i32[K], log-probabilities f32[K])`.
+    """`(x [1, K, D], places, standing) -> (tokens i32[K], log-probabilities f32[K])`.
 
     The places are positions i32[1, K] and bits u32[1, K, W]. The draw at each position is the one
     that plain decoding makes there.
     """
 
-    def pick(x: Array, places: tuple[Array, Array]) -> tuple[Array, Array]:
+    def pick(x: Array, places: tuple[Array, Array], standing: Standing) -> tuple[Array, Array]:
         logits = sample.checked(lm.stages.head(own, x), sampling)
-        choices = sample.adjusted(logits, sampling, history(cells, *places))
+        choices = sample.adjusted(logits, sampling, history(cells, *places), standing)
         tokens = sample.choose(choices, sampling, places[0] + 1)
         logp = jax.nn.log_softmax(logits, axis=-1)
         return tokens[0], jnp.take_along_axis(logp, tokens[..., None], axis=-1)[0, :, 0]
@@ -149,7 +159,7 @@ def _picker(lm: CausalModel, own: Variables, sampling: Sampling, cells: Cells):
     return pick
 
 
-def _pick_nothing(x: Array, places: tuple[Array, Array]) -> tuple[Array, Array]:
+def _pick_nothing(x: Array, places: tuple[Array, Array], standing: Standing) -> tuple[Array, Array]:
     return jnp.zeros(x.shape[1], jnp.int32), jnp.zeros(x.shape[1])
 
 
@@ -184,6 +194,7 @@ def propose(
         length=length,
         committed=text.length[asked.request],
         end=text.limit[asked.request] - 1,
+        states=states_of(tree, asked.tips, text, asked.request),
     )
 
     def run(own):

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.model import Array
 from jaxfm.parallel import token_tree
 from jaxfm.parallel.cache import CausalModel
-from jaxfm.parallel.drafting import Proposer
+from jaxfm.parallel.drafting import Ask, Proposals, Proposer
+from jaxfm.parallel.grammar import FREE, advance_within
 from jaxfm.parallel.pipe import scheduler
 from jaxfm.parallel.pipe.pipeline import STAGE, assemble
 from jaxfm.parallel.pipe.scheduler import Limits, Packet
-from jaxfm.parallel.pipe.stage import compute, propose
+from jaxfm.parallel.pipe.stage import compute, propose, states_of
 from jaxfm.parallel.pipe.state import (
     CANCELLED,
     IDLE,
@@ -27,7 +29,7 @@ from jaxfm.parallel.pipe.state import (
     put,
     take,
 )
-from jaxfm.parallel.token_tree import NONE
+from jaxfm.parallel.token_tree import NONE, Tree
 from jaxfm.parallel.verification import Rules, Text, append
 
 
@@ -38,13 +40,13 @@ def one_tick(
     """The state and the texts after one tick, inside `shard_map`."""
     sent = Message.unpack(state.sent, shape)
     with jax.named_scope("schedule"):
-        state = _insert(shape, state, text, sent, arrays.limits)
+        state = _insert(shape, state, text, rules, sent, arrays.limits)
         state, text = _settle(shape, state, text, rules, sent)
         state = _launch(shape, state, arrays.limits)
         state = _ask(shape, state, text, arrays.limits)
     own = assemble(arrays.cut)
     with jax.named_scope("stage"):
-        state, x, answers, logprobs, executed = compute(lm, shape, own, state, rules)
+        state, x, answers, logprobs, executed = compute(lm, shape, own, state, text, rules)
     with jax.named_scope("draft"):
         state, proposals, reads, drafted = propose(drafter, shape, arrays.draft, state, text, rules)
     with jax.named_scope("send"):
@@ -105,21 +107,42 @@ def _settle(
     return state, text
 
 
-def _insert(shape: Shape, state: State, text: Text, sent: Message, limits: Limits) -> State:
+def _insert(
+    shape: Shape, state: State, text: Text, rules: Rules, sent: Message, limits: Limits
+) -> State:
     """Adds the draft's proposals of the last tick to the tree that it was asked about."""
     asked = state.asked
     request = asked.request
     old = take(state.trees, request), take(state.cells, request)
     flying = in_flight(state.pipe, text.length.shape[0])[request]
     cells = scheduler.mark_read(*old, asked, sent.reads)
+    proposals, states = _in_grammar(old[0], asked, sent.proposals, text, rules)
     new = scheduler.insert(
-        old[0], cells, asked, sent.proposals, sent.reads, limits, flying, text.limit[request] - 1
+        old[0], cells, asked, proposals, sent.reads, limits, flying, text.limit[request] - 1
     )
+    new = new[0]._replace(states=new[0].states.at[asked.slots].set(states)), new[1]
     # Where nothing was asked the tree stays as it is.
     tree, cells = jax.tree.map(lambda a, b: jnp.where(asked.wanted, a, b), new, old)
     return state._replace(
         trees=put(state.trees, request, tree), cells=put(state.cells, request, cells)
     )
+
+
+def _in_grammar(
+    tree: Tree, ask: Ask, proposals: Proposals, text: Text, rules: Rules
+) -> tuple[Proposals, Array]:
+    """The proposals that a text's grammar allows, and its states i32[k, w] after each."""
+    grammar, along = rules.sampling.grammar, []
+    if grammar is None:
+        return proposals, jnp.zeros_like(proposals.tokens)
+    states, good = states_of(tree, ask.tips, text, ask.request), []
+    left = text.limit[ask.request] - 1 - tree.positions[ask.tips]
+    for tokens, parents in zip(proposals.tokens, proposals.parents):
+        after = advance_within(grammar, states[parents], tokens, left[parents])
+        states, left = jnp.maximum(after, FREE), left[parents] - 1
+        along.append(states)
+        good.append(after >= 0)
+    return proposals._replace(valid=proposals.valid & jnp.stack(good)), jnp.stack(along)
 
 
 def _launch(shape: Shape, state: State, limits: Limits) -> State:

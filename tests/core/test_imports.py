@@ -19,6 +19,7 @@ INSTALLED_UNDER = LAYERS[1:]  # top-level folders whose import name is jaxfm.<fo
 INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "parallel.decoders": (None, ("parallel.drafters",)),
     "parallel.drafters": (None, ()),
+    "parallel.grammars": (("grammar",), ()),
     "parallel.pipe": (None, ("parallel.drafters",)),
     "parallel.simulation": (None, ("parallel.pipe",)),
     "search.trace": ((), ()),
