@@ -9,6 +9,7 @@ from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
 from jaxfm.parallel.drafters.composite import composite_drafter
+from jaxfm.parallel.drafters.forced import forced_drafter
 from jaxfm.parallel.drafters.lookup import lookup_drafter
 from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
 from jaxfm.parallel.drafters.scripted import scripted_drafter
@@ -23,6 +24,7 @@ from jaxfm.parallel.pipe.speed import Pipe, choose, linear_cost
 from jaxfm.parallel.prefix import Prefix, read_prefix
 from jaxfm.parallel.simulation.heads import Head, RoundHead
 from jaxfm.parallel.simulation.simulator import Timing, best_speculative, draw_ranks, simulate
+from jaxfm.parallel.verified import best_of, first_verified
 
 __all__ = [  # noqa: RUF022 (in groups)
     # texts from prompts
@@ -34,6 +36,8 @@ __all__ = [  # noqa: RUF022 (in groups)
     "Prefix",
     # what texts must be
     "regular",
+    "best_of",
+    "first_verified",
     "Automaton",
     # decoders
     "Decoder",
@@ -51,6 +55,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "model_drafter",
     "early_exit_drafter",
     "lookup_drafter",
+    "forced_drafter",
     "composite_drafter",
     "scripted_drafter",
     # meshes and shardings

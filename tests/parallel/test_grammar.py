@@ -16,6 +16,7 @@ from jaxfm.parallel.grammar import Standing, mask, pack
 from jaxfm.parallel.grammars.automaton import regular
 from jaxfm.parallel.grammars.vocabulary import over_tokens
 from jaxfm.parallel.pipe.pipeinfer import pipeinfer
+from jaxfm.parallel.verified import best_of, first_verified
 from jaxfm.testing import random_variables, tiny_decoder
 from jaxfm.tokenizer import ByteTokenizer
 
@@ -72,6 +73,30 @@ def test_random_patterns_are_matched_by_re_without_another_compilation():
             assert re.fullmatch(each, text, re.ASCII), (each, text)
         before = advance._cache_size() if before is None else before
     assert advance._cache_size() <= before + 3  # other sizes of tables, to powers of two
+
+
+def test_forced_drafts_are_accepted_and_change_no_token():
+    pattern = [r"#pragma omp parallel for (private|reduction)\(a\)"] * 4
+    settings = {"max_new_tokens": 45, "stop_tokens": ()}
+    alone, forced = texts("plain", pattern, **settings), texts("lookup", pattern, **settings)
+    assert forced.text == alone.text
+    assert forced.stats.passes.max() < 0.5 * alone.stats.passes.min()
+
+
+def test_the_first_sample_that_passes_is_kept():
+    seen = []
+    verify = lambda sample: seen.append(sample) or sample == "c"
+    assert first_verified(["a", "b", "a", "c", "d"], verify) == ("c", 3, 3)
+    assert seen == ["a", "b", "c"]
+    assert first_verified(["x", "x"], verify) == ("x", None, 1)
+    with pytest.raises(ValueError, match="no samples"):
+        first_verified([], verify)
+    settings = {"grammar": "[a-c]", "tokenizer": TOKENIZER, "max_new_tokens": 24}
+    kept = best_of(
+        plain(MODEL, VARIABLES), PROMPTS[:1], lambda number, text: number == 0 and text == "b",
+        num_samples=4, temperature=9.0, key=jax.random.key(0), **settings, stop_tokens=[257],
+    )[0]  # fmt: skip
+    assert (kept.answer == "b") == (kept.index is not None)
 
 
 def test_the_automaton_reads_what_re_matches():
