@@ -101,21 +101,18 @@ def generate(
 
 def item(rng: random.Random, family: str, coefficients: str, statements: int) -> Item:
     """One item of a family, with a label that is drawn first."""
-    racy, last = rng.random() < 0.5, None
-    for _ in range(ATTEMPTS):
-        found = attempt(rng, family, coefficients, statements, racy)
-        if found and found.racy == racy:
-            return found
-        last = found or last
-    if last is None:
-        raise RuntimeError(f"The family {family} drew no program that can be judged.")
-    return last
+    wanted = rng.random() < 0.5
+    for racy in (wanted, not wanted):
+        for _ in range(ATTEMPTS):
+            if found := attempt(rng, family, coefficients, statements, racy):
+                return found
+    raise RuntimeError(f"The family {family} drew no program that can be judged.")
 
 
 def attempt(
     rng: random.Random, family: str, coefficients: str, statements: int, racy: bool
 ) -> Item | None:
-    """One draw; None if it cannot be judged or shows nothing of what is wanted."""
+    """One draw; None if it cannot be judged or has not the label that is wanted."""
     sheet = Sheet(rng, coefficients, statements)
     draft = FAMILIES[family](sheet)
     program = sheet.program(draft.body)
@@ -145,8 +142,10 @@ def attempt(
             if not after.unknown and bool(after.conflict) == racy:
                 (mutation, program), found = change, after
                 break
-        if target is not None and mutation not in ("", "clause dropped", "collapse added"):
-            pragma = propose(with_pragma(program, target, None), target).pragma
+    if bool(found.conflict) != racy:
+        return None
+    if target is not None and mutation not in ("", "clause dropped", "collapse added"):
+        pragma = propose(with_pragma(program, target, None), target).pragma
     languages: tuple[str, ...] = ("c", "fortran")
     declared = {scalar.name for scalar in program.scalars}
     if any(isinstance(s, For) and s.var in declared for _, s in walk(program.body)):
@@ -155,7 +154,7 @@ def attempt(
         program=program,
         family=family,
         coefficients=coefficients,
-        racy=found.conflict is not None,
+        racy=racy,
         conflict=found.conflict,
         target=target,
         pragma=pragma,
