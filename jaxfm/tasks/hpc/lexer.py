@@ -62,11 +62,12 @@ _PATTERN = re.compile(
 
 
 class Piece(NamedTuple):
-    """A piece of source: its kind, its text, and where it begins."""
+    """A piece of source: its kind, its text, the character and the line at which it begins."""
 
     kind: Kind
     text: str
     start: int
+    line: int
 
 
 class Renamed(NamedTuple):
@@ -85,12 +86,13 @@ def lex(text: str) -> list[Piece]:
     >>> [piece.text for piece in lex("a[2*i] += x;")]
     ['a', '[', '2', '*', 'i', ']', ' ', '+=', ' ', 'x', ';']
     """
-    pieces = []
+    pieces, line = [], 1
     for match in _PATTERN.finditer(text):
         kind, value = str(match.lastgroup), match[0]
         if kind == "word" and (value in KEPT or value.lower() in KEPT):
             kind = "keyword"
-        pieces.append(Piece(kind, value, match.start()))  # type: ignore[arg-type]
+        pieces.append(Piece(kind, value, match.start(), line))  # type: ignore[arg-type]
+        line += value.count("\n")
     return pieces
 
 
