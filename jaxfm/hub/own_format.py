@@ -24,6 +24,7 @@ from jaxfm.hub import files as hub_files
 from jaxfm.model import Model, Variables
 from jaxfm.models import (
     CnnConfig,
+    CodeEncoderConfig,
     MlpConfig,
     MobileNetConfig,
     ResNetConfig,
@@ -36,6 +37,7 @@ MODEL_TYPE = "jaxfm"
 _FAMILIES: dict[str, type[Any]] = {
     "mlp": MlpConfig, "cnn": CnnConfig, "resnet": ResNetConfig, "vgg": VggConfig,
     "mobilenet": MobileNetConfig, "shufflenet": ShuffleNetConfig,
+    "code_encoder": CodeEncoderConfig,
 }  # fmt: skip
 _STORED = ("params", "stats", "live")
 

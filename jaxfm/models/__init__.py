@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxfm.model import Model
 from jaxfm.models.families.cnn import CnnConfig, MlpConfig, cnn, mlp
+from jaxfm.models.families.code_encoder import CodeEncoderConfig, code_encoder
 from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
 from jaxfm.models.families.encoder import EncoderConfig, encoder
 from jaxfm.models.families.mobilenet import MobileNetConfig, mobilenet, mobilenet_config
@@ -17,6 +18,7 @@ from jaxfm.models.families.vit import VitConfig, vit
 
 __all__ = [
     "CnnConfig",
+    "CodeEncoderConfig",
     "DecoderConfig",
     "EncoderConfig",
     "MlpConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "VitConfig",
     "build",
     "cnn",
+    "code_encoder",
     "decoder",
     "encoder",
     "gpt2_config",
@@ -43,7 +46,8 @@ __all__ = [
 ]
 
 VisionConfig = ResNetConfig | VggConfig | MobileNetConfig | ShuffleNetConfig
-Config = DecoderConfig | EncoderConfig | VitConfig | CnnConfig | MlpConfig | VisionConfig
+TextConfig = DecoderConfig | EncoderConfig | CodeEncoderConfig
+Config = TextConfig | VitConfig | CnnConfig | MlpConfig | VisionConfig
 
 
 def build(config: Config) -> Model:
@@ -62,6 +66,7 @@ def build(config: Config) -> Model:
 _FAMILIES: dict[type, Callable[[Any], Model]] = {
     DecoderConfig: decoder,
     EncoderConfig: encoder,
+    CodeEncoderConfig: code_encoder,
     VitConfig: vit,
     CnnConfig: cnn,
     MlpConfig: lambda config: mlp(config.sizes),

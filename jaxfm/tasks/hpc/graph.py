@@ -144,9 +144,9 @@ def _loops(pieces: list[Piece]) -> list[Loop]:
         start = at + 1 + (pieces[at + 1].text == "(")
         while start < len(pieces) - 1 and pieces[start].kind == "keyword":
             start += 1  # the type of a variable that is declared there
-        if start < len(pieces) - 1 and pieces[start].kind == "word":
-            if pieces[start + 1].text == "=":
-                found.append(Loop(pieces[start].text, start, _trips(pieces, start)))
+        names = start < len(pieces) - 1 and pieces[start].kind == "word"
+        if names and pieces[start + 1].text == "=":
+            found.append(Loop(pieces[start].text, start, _trips(pieces, start)))
     return found
 
 
@@ -231,8 +231,10 @@ def _with_updates(accesses: list[Access]) -> list[Access]:
 def _dependences(accesses: list[Access], loops: list[Loop]) -> list[tuple[int, int, str]]:
     """The relation of each two accesses of one name, and of a write with itself."""
     by_name: dict[str, list[Access]] = {}
+    counted = {loop.var for loop in loops}
     for access in accesses:
-        by_name.setdefault(access.name, []).append(access)
+        if access.name not in counted:
+            by_name.setdefault(access.name, []).append(access)
     found = []
     for uses in by_name.values():
         for n, a in enumerate(uses):
