@@ -26,14 +26,19 @@ def renamed(program: Program, mapping: dict[str, str]) -> Program:
 
 def named(program: Program) -> list[str]:
     """All names of a program: sizes, arrays, scalars, then loop variables, in order."""
-    declared = [x.name for x in (*program.sizes, *program.arrays, *program.scalars)]
+    declared = [x.name for x in program.sizes] + [x.name for x in program.arrays]
+    declared += [x.name for x in program.scalars]
     loops = [s.var for _, s in walk(program.body) if isinstance(s, For)]
     return list(dict.fromkeys((*declared, *loops)))
 
 
 def restyle(program: Program, rng: random.Random) -> tuple[Program, Style]:
     """A program with names of the same kinds drawn anew, and a style to write it in."""
-    pools = [(program.sizes, SIZES), (program.arrays, ARRAYS), (program.scalars, SCALARS)]
+    pools: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
+        (program.sizes, SIZES),
+        (program.arrays, ARRAYS),
+        (program.scalars, SCALARS),
+    ]
     taken: set[str] = set()
     mapping: dict[str, str] = {}
 

@@ -238,7 +238,8 @@ def walk(body: tuple[Statement, ...], path: Path = ()) -> Iterator[tuple[Path, S
 
 def dtypes(program: Program) -> dict[str, DType]:
     """The type of each declared name; loop variables, which are not declared, are integers."""
-    return {x.name: x.dtype for x in (*program.sizes, *program.scalars, *program.arrays)}
+    scalars = {x.name: x.dtype for x in (*program.sizes, *program.scalars)}
+    return scalars | {array.name: array.dtype for array in program.arrays}
 
 
 def is_integer(expr: Expr, types: dict[str, DType]) -> bool:

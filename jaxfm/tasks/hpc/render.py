@@ -89,7 +89,11 @@ class Parameter(NamedTuple):
 
 def parameters(program: Program) -> tuple[Parameter, ...]:
     """The parameters of the function that `to_c` and `to_fortran` write: sizes, arrays, scalars."""
-    written = {s.target.name for _, s in walk(program.body) if _writes_scalar(s)}
+    written = {
+        s.target.name
+        for _, s in walk(program.body)
+        if isinstance(s, Assign) and isinstance(s.target, Var)
+    }
     return (
         *(Parameter(size.name, "size") for size in program.sizes),
         *(Parameter(array.name, "array") for array in program.arrays),
@@ -114,8 +118,8 @@ def to_c(program: Program, name: str = "kernel", style: Style | None = None) -> 
         shape = "".join(f"[{writer.expr(extent)}]" for extent in array.shape)
         declared.append(f"{array.dtype} {array.name}{shape}")
     for scalar in program.scalars:
-        result = given[scalar.name] == "result"
-        declared.append(f"{scalar.dtype} {f'*{scalar.name}_result' if result else scalar.name}")
+        taken = f"*{scalar.name}_result" if given[scalar.name] == "result" else scalar.name
+        declared.append(f"{scalar.dtype} {taken}")
     results = [n for n, kind in given.items() if kind == "result"]
     writer.put(0, f"void {name}({', '.join(declared) or 'void'})")
     writer.put(0, "{")
@@ -341,7 +345,3 @@ def moved(expr: Expr, distance: int) -> Expr:
             return left if total == 0 else Op("+" if total > 0 else "-", (left, Number(abs(total))))
         case _:
             return Op("+" if distance > 0 else "-", (expr, Number(abs(distance))))
-
-
-def _writes_scalar(statement: Statement) -> bool:
-    return isinstance(statement, Assign) and isinstance(statement.target, Var)

@@ -43,7 +43,8 @@ def subroutine(program: Program, name: str, style: Style) -> Rendered:
                 f"Threads share the loop variable {var}, which Fortran forbids; use C."
             )
     scalars = (*program.sizes, *program.scalars)
-    names = [x.name for x in (*program.sizes, *program.arrays, *program.scalars)]
+    names = [x.name for x in program.sizes] + [x.name for x in program.arrays]
+    names += [x.name for x in program.scalars]
     writer.code(0, f"subroutine {name}({', '.join(names)})")
     writer.code(1, "implicit none")
     for scalar in scalars:
@@ -190,8 +191,8 @@ def from_one(statement: Statement, counters: frozenset[str]) -> Statement:
         case If(condition, then, orelse):
             return If(new(condition), inner(then), inner(orelse))
         case For(var, lower, upper, body, step, pragma):
-            bounds = (counted_more(new(bound)) for bound in (lower, upper))
-            return For(var, *bounds, inner(body, frozenset({var})), step, pragma)
+            first, last = counted_more(new(lower)), counted_more(new(upper))
+            return For(var, first, last, inner(body, frozenset({var})), step, pragma)
         case Block(pragma, body):
             clauses = tuple(
                 c._replace(

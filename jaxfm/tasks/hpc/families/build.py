@@ -32,8 +32,8 @@ SCALARS = ("s", "t", "acc", "tmp", "val", "total", "res", "best", "cur", "prev",
 LOOPS = ("i", "j", "k", "l", "ii", "jj", "kk", "ix")
 SIZES = ("n", "m", "nx", "ny", "len", "cnt", "num", "nn")
 ZERO = Number(0)
-USUAL = {"strides": (1, 2, 3), "offsets": (1, 2, 3)}
-UNSEEN = {"strides": (4, 5, 7), "offsets": (4, 5, 6, 7, 8)}
+USUAL: dict[str, tuple[int, ...]] = {"strides": (1, 2, 3), "offsets": (1, 2, 3)}
+UNSEEN: dict[str, tuple[int, ...]] = {"strides": (4, 5, 7), "offsets": (4, 5, 6, 7, 8)}
 COEFFICIENTS = {"usual": USUAL, "unseen": UNSEEN}
 
 

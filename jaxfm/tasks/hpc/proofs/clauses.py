@@ -89,7 +89,8 @@ def clauses_for(program: Program, path: Path) -> Iterator[Clause]:
     loop = statement_at(program.body, path)
     assert isinstance(loop, For)
     later = live_after(program, path)
-    private, last = [], []
+    private: list[str] = []
+    last: list[str] = []
     for scalar in program.scalars:
         name = scalar.name
         if name == loop.var or name not in written(loop.body) or locked(loop.body, name):

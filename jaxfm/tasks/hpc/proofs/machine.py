@@ -116,7 +116,7 @@ class Machine:
 
     def entry(self, who: Who) -> tuple:
         """An access by the current segment: (segment, lock, who, values of the loop variables)."""
-        return self.segment, self.lock, who, [self.values.get(name) for name in who.loops]
+        return self.segment, self.lock, who, [self.values.get(name) or 0 for name in who.loops]
 
     def check(self, entries: list[tuple], who: Who) -> None:
         """Raises `Race` if one of the accesses is not ordered before the current one."""
@@ -127,7 +127,7 @@ class Machine:
                 continue
             iterations = (
                 tuple(zip(other_who.loops, at)),
-                tuple((name, self.values.get(name)) for name in who.loops),
+                tuple((name, self.values.get(name) or 0) for name in who.loops),
             )
             raise Race(Conflict(other_who.access, who.access, iterations))
 

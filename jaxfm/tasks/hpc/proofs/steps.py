@@ -36,7 +36,7 @@ MAX_STEPS = 200_000
 Step = Callable[[Machine], None]
 Value = Callable[[Machine], int | None]
 Loops = tuple[str, ...]
-COMPARE = {
+COMPARE: dict[str, Callable[[int, int], int]] = {
     "<": lambda a, b: int(a < b),
     "<=": lambda a, b: int(a <= b),
     ">": lambda a, b: int(a > b),

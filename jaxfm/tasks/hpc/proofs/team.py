@@ -39,7 +39,7 @@ class Team:
 
     def directive(self, statement: Statement, path: Path, loops: Loops) -> Step:
         """The closure of a statement with a directive."""
-        pragma = statement.pragma  # type: ignore[union-attr]
+        pragma: Pragma = statement.pragma  # type: ignore[union-attr, assignment]
         words = pragma.directive.split()
         if words[-1] == "simd" and len(words) > 1:
             words = words[:-1]
@@ -178,7 +178,9 @@ class Team:
         steps, pragma = self.steps, loop.pragma
         assert pragma is not None
         nest = collapsed(loop, pragma)
-        names, bounds, at = [], [], path
+        names: list[str] = []
+        bounds: list[Callable[[Machine], range]] = []
+        at = path
         for depth, level in enumerate(nest):
             bounds.append(steps.bounds(level, at, (*loops, *names)))
             names.append(level.var)
