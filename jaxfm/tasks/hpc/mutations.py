@@ -58,7 +58,7 @@ def changes(
         if pragma.directive in ("critical", "atomic") and isinstance(statement, Block):
             yield f"{pragma.directive} dropped", path, statement.body
         for changed, kind in directives(statement, pragma):
-            yield kind, path, (statement._replace(pragma=changed),)  # type: ignore[union-attr]
+            yield kind, path, (statement._replace(pragma=changed),)  # type: ignore[call-arg]
 
 
 def directives(statement: Statement, pragma: Pragma) -> Iterator[tuple[Pragma, str]]:
@@ -116,18 +116,14 @@ def moved_ref(ref: Ref, distance: int, rng: random.Random) -> Ref:
     axis = rng.randrange(len(ref.subscripts))
     new = list(ref.subscripts)
     form = affine(new[axis])
-    if form and isinstance(new[axis], Op) and len(form[0]) == 1 and form[1] + distance == 0:
-        ((name, c),) = form[0].items()
-        new[axis] = Var(name) if c == 1 else Op("*", (Number(c), Var(name)))
-    elif (
-        isinstance(new[axis], Op)
-        and new[axis].name in "+-"
-        and isinstance(new[axis].args[-1], Number)
-    ):
-        left, last = new[axis].args[0], new[axis].args[-1].value
-        new[axis] = plus(left, (last if new[axis].name == "+" else -last) + distance)
-    else:
-        new[axis] = plus(new[axis], distance)
+    match new[axis]:
+        case Op() if form and len(form[0]) == 1 and form[1] + distance == 0:
+            ((name, c),) = form[0].items()
+            new[axis] = Var(name) if c == 1 else Op("*", (Number(c), Var(name)))
+        case Op("+" | "-" as sign, (left, Number(int(value)))):
+            new[axis] = plus(left, (value if sign == "+" else -value) + distance)
+        case other:
+            new[axis] = plus(other, distance)
     return Ref(ref.array, tuple(new))
 
 

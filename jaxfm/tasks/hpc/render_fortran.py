@@ -66,7 +66,7 @@ class FortranWriter(Writer):
             body = tuple(from_one(statement, frozenset()) for statement in program.body)
             program = program._replace(body=body)
         super().__init__(program, style)
-        double = any(x.dtype == "double" for x in (*program.arrays, *program.scalars))
+        double = "double" in self.types.values()
         self.kind = "d0" if double else "e0"
 
     def code(self, depth: int, line: str) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxfm.tasks.hpc.program import (
     Array,
     Assign,
+    Block,
     DType,
     Expr,
     For,
@@ -302,12 +303,12 @@ def shifted(statement: Statement, shifts: dict[str, list[int]]) -> Statement:
             return If(new(condition), inner[: len(then)], inner[len(then) :])
         case For():
             return statement._replace(body=inner)
-    if hasattr(statement, "body"):
-        clauses = tuple(
-            c._replace(arguments=tuple(new(a) if isinstance(a, Ref) else a for a in c.arguments))
-            for c in statement.pragma.clauses
-        )
-        return statement._replace(body=inner, pragma=statement.pragma._replace(clauses=clauses))
+        case Block(pragma):
+            depend = lambda a: new(a) if isinstance(a, Ref) else a
+            clauses = tuple(
+                c._replace(arguments=tuple(depend(a) for a in c.arguments)) for c in pragma.clauses
+            )
+            return Block(pragma._replace(clauses=clauses), inner)
     return statement
 
 

@@ -13,13 +13,13 @@ def draw(sheet: Sheet) -> Draft:
     s = sheet.scalar(live=True)
     other = s if sheet.chance(0.75) else sheet.scalar(live=True)
     name = "one" if sheet.chance(0.4) else ""
-    first: Statement = Assign(s, sheet.value((i,)), "+")
-    second: Statement = Assign(other, sheet.value((i,)), "+")
+    first = Assign(s, sheet.value((i,)), "+")
+    second = Assign(other, sheet.value((i,)), "+")
     if sheet.chance(0.3):
         second = Assign(Ref(sheet.array(), (Var(i),)), Op("+", (other, Number(1.0))))
     kind = rng.choice(("critical", "critical", "atomic"))
     guards = [kind, kind if sheet.chance(0.75) else rng.choice(("critical", "atomic", "bare"))]
-    body = []
+    body: list[Statement] = []
     for number, (guard, statement) in enumerate(zip(guards, (first, second))):
         label = name if number == 0 or sheet.chance(0.7) else "two"
         clauses = (Clause("name", (label,)),) if label and guard == "critical" else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxfm.tasks.hpc.families.build import Draft, Sheet, lin, over
-from jaxfm.tasks.hpc.program import Expr, If, Number, Op, Ref, Var
+from jaxfm.tasks.hpc.program import Expr, If, Number, Op, Ref, Statement, Var
 
 
 def draw(sheet: Sheet) -> Draft:
@@ -32,7 +32,7 @@ def draw(sheet: Sheet) -> Draft:
             read = read if sheet.chance(0.5) else Number(5)
     written = Var(i) if sheet.chance(0.75) else Number(rng.choice((0, 2)))
     inner = sheet.reads(Ref(a, (written,)), sheet.value((i,), Ref(a, (read,))))
-    orelse = ()
+    orelse: tuple[Statement, ...] = ()
     if sheet.chance(0.25):
         orelse = (sheet.reads(Ref(a, (Var(i),)), sheet.value((i,))),)
     body = sheet.mixed((i,), If(condition, (inner,), orelse))

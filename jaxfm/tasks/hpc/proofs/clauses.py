@@ -145,8 +145,9 @@ def fault(program: Program, path: Path, loop: For, pragma: Pragma, found: Trace)
         for name in first & changed & tried.undefined:
             return f"The copy of {name} keeps what its thread wrote last."
     for clause in pragma.clauses:
-        for name in clause.arguments if clause.name == "reduction" else ():
-            assert isinstance(name, str)
+        for name in pragma.named("reduction") if clause.name == "reduction" else ():
+            if name not in clause.arguments:
+                continue
             operator = only_updates(loop.body, name)
             if name in changed | reads(loop) and operator != REDUCED.get(clause.modifier):
                 return f"{name} is not only updated with {clause.modifier}."

@@ -60,6 +60,7 @@ def contents(array: Array, sizes: dict[str, int]) -> np.ndarray:
     [-2, 2) (of 1 in [0, 16) for integers), so that sums of them are exact in any order.
     """
     shape = tuple(size_of(extent, sizes) for extent in array.shape)
+    values: np.ndarray
     k = np.arange(math.prod(shape), dtype=np.int64)
     limit = size_of(array.limit, sizes) if array.limit else max(shape[0], 1)
     if array.content == "permutation":

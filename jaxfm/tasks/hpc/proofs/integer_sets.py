@@ -57,7 +57,7 @@ def for_all_sizes(program: Program) -> Judgement:
             doubt = doubt or reason
             continue
         private = {name for scope in SCOPES for name in pragma.named(scope)}
-        declared = {x.name for x in (*program.arrays, *program.scalars)}
+        declared = {x.name for x in program.arrays} | {x.name for x in program.scalars}
         depth = int((pragma.named("collapse") or ("1",))[0])
         found = conflicts.search(statement, frozenset(declared - private), collapse=depth)
         if found.kind == "doubt":

@@ -123,9 +123,15 @@ class Steps:
         if len(terms) == 1:
             name, c = terms[0]
             if c == 1:
-                return lambda m: m.values[name] + constant
-            return lambda m: c * m.values[name] + constant
-        return lambda m: constant + sum(c * m.values[name] for name, c in terms)
+                return lambda m: m.values[name] + constant  # type: ignore[operator]
+            return lambda m: c * m.values[name] + constant  # type: ignore[operator]
+        return lambda m: (
+            constant
+            + sum(
+                c * m.values[name]  # type: ignore[operator, misc]
+                for name, c in terms
+            )
+        )
 
     def touch(self, expr: Expr, path: Path, loops: Loops) -> Value:
         """A closure that records the reads of an expression whose value is not computed."""
