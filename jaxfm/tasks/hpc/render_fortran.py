@@ -196,7 +196,7 @@ def from_one(statement: Statement, counters: frozenset[str]) -> Statement:
         case Block(pragma, body):
             clauses = tuple(
                 c._replace(
-                    arguments=tuple(new(a) if isinstance(a, Ref) else a for a in c.arguments)
+                    arguments=tuple(new(a) if isinstance(a, Ref) else a for a in c.arguments)  # type: ignore[misc]
                 )
                 for c in pragma.clauses
             )

@@ -306,7 +306,8 @@ def shifted(statement: Statement, shifts: dict[str, list[int]]) -> Statement:
         case Block(pragma):
             depend = lambda a: new(a) if isinstance(a, Ref) else a
             clauses = tuple(
-                c._replace(arguments=tuple(depend(a) for a in c.arguments)) for c in pragma.clauses
+                c._replace(arguments=tuple(depend(a) for a in c.arguments))
+                for c in pragma.clauses  # type: ignore[misc]
             )
             return Block(pragma._replace(clauses=clauses), inner)
     return statement
