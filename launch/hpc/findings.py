@@ -80,6 +80,11 @@ def source_files(paths: Iterable[str]) -> list[pathlib.Path]:
     return list(dict.fromkeys(found))
 
 
+def shown(path: pathlib.Path) -> str:
+    """A path as text that can be printed, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def language_of(path: pathlib.Path) -> Language:
     """The language of a file by its suffix."""
     return SUFFIXES[path.suffix.lower()]
@@ -135,7 +140,7 @@ def check(
         if words[0] in ("parallel", "for", "do") and _is_loop(words):
             reason = "No loop that can be read follows the directive."
         found.append(
-            Finding(str(path), "", directive.line, directive.line, UNKNOWN, reason,
+            Finding(shown(path), "", directive.line, directive.line, UNKNOWN, reason,
                     directive_line=directive.line)
         )  # fmt: skip
     return sorted(found, key=lambda f: f.directive_line)
@@ -156,12 +161,12 @@ def _parsed(path: pathlib.Path, data: bytes) -> Source | Finding:
     try:
         return parse(data, language_of(path))
     except ValueError as error:
-        return Finding(str(path), "", 1, 1, UNKNOWN, str(error))
+        return Finding(shown(path), "", 1, 1, UNKNOWN, str(error))
 
 
 def _finding(path: pathlib.Path, loop: Loop, verdict: str, reason: str) -> Finding:
     return Finding(
-        str(path), loop.function, loop.first_line, loop.last_line, verdict, reason,
+        shown(path), loop.function, loop.first_line, loop.last_line, verdict, reason,
         directive_line=loop.directive_line,
     )  # fmt: skip
 

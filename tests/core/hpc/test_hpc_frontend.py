@@ -62,6 +62,8 @@ PARALLEL = [
     ("for (i = 0; i < n; i++) for (j = 0; j < m; j++) a[i * m + j] = 0;", "private(j)"),
     ("for (i = 0; i < N; i++) for (j = 0; j <= i; j++) g[i][j] = 0;", "private(j)"),
     ("for (i = 0; i < n; i++) acc += a[i];", "reduction(+: acc)"),
+    ("for (i = 0; i < n; i++) { double z = 0; for (j = idx[i]; j < idx[i + 1]; j++) z += b[j];"
+     " a[i] = z; }", "private(j)"),
     ("for (i = 0; i < n; i++) p[i] = idx[i];", "parallel for"),
     ("double *w = malloc(n * 8); for (i = 0; i < n; i++) w[i] = p[i];", "parallel for"),
     ("for (unsigned i = 0; i < u; i++) a[i] = 1;", "parallel for"),
@@ -130,6 +132,8 @@ OUTSIDE = [
     ("for (i = 0; i < n; i++) a[i] = UNKNOWN;", "does not declare"),
     ("for (i = 0; i < n; i++) { n--; a[i] = 1; }", "depend on n"),
     ("for (i = 0; i < n; i++) { i++; a[i] = 1; }", "changes i"),
+    ("for (i = 0; i < idx[0]; i++) idx[i] = 1;", "depend on idx"),
+    ("for (unsigned i = 0; i < u; i++) for (unsigned z = 0; z < u; z++) a[i * u + z] = 1;", "wrap"),
     ("for (i = 0; i < n; i++) { a++; }", "pointer a"),
     ("for (i = 0; i < n; i++) { *a++ = 1; }", "computed"),
     ("for (i = 0; i < n; i++) s[i].x = 1;", "structure"),
@@ -223,7 +227,7 @@ FORTRAN = """subroutine f(a, n, lda, x, idx)
   real(8), intent(inout) :: a(lda, *), x(0:n)
   real(8) :: b(:,:), t, s
   real(8), pointer :: p(:), q(:)
-  integer :: i, j
+  integer :: i, j, k
   t = 0; s = 0
 {}
 end subroutine
@@ -252,6 +256,9 @@ end subroutine
         ("!$omp parallel do\ndo i = 1, n\nt = x(i)\nx(i) = t\nend do", "refuted", "writes t"),
         ("!$omp parallel\n!$omp do\ndo i = 1, n\nx(i) = 1\nend do\n!$omp end parallel",
          "confirmed", ""),
+        ("!$omp parallel do default(private)\ndo i = 1, n\nt = x(i)\nend do", "cannot tell",
+         "default"),
+        ("do i = 1, n\nk = ior(k, idx(i))\nend do\nx(1) = k", "confirmed", "reduction(ior: k)"),
         ("!$omp do\ndo i = 1, n\nx(i) = 1\nend do", "cannot tell", "not in this function"),
         ("!$omp parallel do\ndo i = 1, n\n!$omp atomic\ns = s + 1\nend do", "confirmed", ""),
     ],

@@ -6,8 +6,9 @@ Both languages lower their statements through one `Building`; `finish` turns it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from jaxfm.tasks.hpc.frontend.accesses import places
 from jaxfm.tasks.hpc.frontend.loop import Lifted
 from jaxfm.tasks.hpc.frontend.names import Symbol
 from jaxfm.tasks.hpc.frontend.reductions import expanded
@@ -137,6 +138,10 @@ def finish(
     clash = sorted(set(building.indices) & building.plain)
     if clash:
         raise Outside(f"{clash[0]} is the variable of a loop and an ordinary variable as well.")
+    stored = {place.access.name for place in places(loop) if place.access.write}
+    for part in (*_parts(loop.lower), *_parts(loop.upper)):
+        if isinstance(part, Ref) and part.array in stored:
+            raise Outside(f"The bounds of the loop depend on {part.array}, which it writes.")
     hidden = _Hider(building)
     loop = hidden.statement(loop)
     outer = tuple(dict.fromkeys(x for x in building.indices if x not in building.local))
@@ -284,15 +289,20 @@ class _Hider:
     def _subscript(self, expr: Expr) -> Expr:
         linear = affine(expr)
         if linear is None:
+            self._may_wrap(_names(expr))
             return expr
         if not all(map(self._steady, linear[0])):
             return Op("opaque", (expr,))
         if any(abs(c) != 1 for c in linear[0].values()) or len(linear[0]) > 1:
-            small = [x for x in linear[0] if self._small_unsigned(x)]
-            if small:
-                text = f"Unsigned arithmetic with {small[0]} may wrap in a subscript."
-                self.doubts += [text] if text not in self.doubts else []
+            self._may_wrap(linear[0])
         return expr
+
+    def _may_wrap(self, names: Iterable[str]) -> None:
+        """Notes a doubt if one of the names is an unsigned number of 32 bits."""
+        small = sorted(name for name in names if self._small_unsigned(name))
+        if small:
+            text = f"Unsigned arithmetic with {small[0]} may wrap in a subscript."
+            self.doubts += [text] if text not in self.doubts else []
 
     def _steady(self, name: str) -> bool:
         """Whether a variable is an integer of one value in each iteration."""

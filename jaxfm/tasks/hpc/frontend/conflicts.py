@@ -12,10 +12,9 @@ import time
 from typing import Any, NamedTuple
 
 from jaxfm.tasks.hpc.frontend.accesses import Names, Place, places
+from jaxfm.tasks.hpc.frontend.integer_points import TooLong, sets
 from jaxfm.tasks.hpc.program import Conflict, For, affine
 
-OPERATIONS = 2_000_000
-"""How many steps of isl one pair of accesses may take."""
 _MOST_PAIRS = 3000
 
 
@@ -93,8 +92,6 @@ def _later(one: Place, other: Place) -> bool:
 
 def _pair(one: Place, other: Place, spread: int) -> Found:
     """Whether two accesses conflict in two iterations."""
-    import islpy as isl
-
     names = Names()
     first, x, exact_one = names.domain(one, "i")
     second, y, exact_other = names.domain(other, "j")
@@ -110,24 +107,17 @@ def _pair(one: Place, other: Place, spread: int) -> Found:
     dims = [f"i{k}" for k in range(len(one.loops))] + [f"j{k}" for k in range(len(other.loops))]
     body = " and ".join(f"({part})" for part in (first, second, *same, apart))
     head = f"[{', '.join(names.parameters.values())}] -> {{ [{', '.join(dims)}] : "
-    context = isl.DEFAULT_CONTEXT
-    context.reset_operations()
-    context.set_max_operations(OPERATIONS)
     try:
-        meeting = isl.Set(f"{head}{body} }}").coalesce()
-        if meeting.is_empty():
-            return Found("none")
-        point = meeting.sample_point()
-        told = _told(one, other, names, point, isl)
-        if not exact:
-            return _unsure(one, other, told)
-        free = _whatever(meeting, names, one, other, isl)
-        return told._replace(sizes_free=free)
-    except isl.Error:
+        with sets() as isl:
+            meeting = isl.Set(f"{head}{body} }}").coalesce()
+            if meeting.is_empty():
+                return Found("none")
+            told = _told(one, other, names, meeting.sample_point(), isl)
+            if not exact:
+                return _unsure(one, other, told)
+            return told._replace(sizes_free=_whatever(meeting, names, one, other, isl))
+    except TooLong:
         return Found("doubt", "The proof by integer sets takes too long for this loop.")
-    finally:
-        context.set_max_operations(0)
-        context.reset_operations()
 
 
 def _unsure(one: Place, other: Place, told: Found) -> Found:

@@ -20,6 +20,7 @@ HARMLESS = frozenset(("schedule", "num_threads", "proc_bind", "if", "shared", "d
 KNOWN = HARMLESS | {"private", "firstprivate", "lastprivate", "reduction", "collapse", "nowait"}
 
 
+_FORTRAN_SIGNS = {"iand": "&", "ior": "|", "ieor": "^", ".and.": "&&", ".or.": "||"}
 _ALONE = ("barrier", "taskwait", "taskyield", "flush", "threadprivate", "declare", "end",
           "requires", "cancel", "cancellation", "depobj")  # fmt: skip
 
@@ -54,6 +55,10 @@ def parse_pragma(text: str, language: str) -> Pragma | None:
             first[0].split()[0]
         )  # fmt: skip
     clauses = _clauses(rest[len(head) :], head)
+    if language == "fortran":
+        clauses = tuple(
+            c._replace(modifier=_FORTRAN_SIGNS.get(c.modifier, c.modifier)) for c in clauses
+        )
     return Pragma(re.sub(r"\bdo\b", "for", head), clauses)
 
 
@@ -82,7 +87,7 @@ def combined(pragma: Pragma, regions: tuple[str, ...], language: str) -> Pragma:
 
 def write_pragma(pragma: Pragma, language: str) -> str:
     """A directive as one line of C or free-form Fortran."""
-    clauses = " ".join(_written(clause) for clause in pragma.clauses)
+    clauses = " ".join(_written(clause, language) for clause in pragma.clauses)
     directive = pragma.directive
     if language == "fortran":
         directive = re.sub(r"\bfor\b", "do", directive)
@@ -90,10 +95,12 @@ def write_pragma(pragma: Pragma, language: str) -> str:
     return f"{sentinel} {directive} {clauses}".rstrip()
 
 
-def _written(clause: Clause) -> str:
+def _written(clause: Clause, language: str) -> str:
     names = ", ".join(str(argument) for argument in clause.arguments)
     if clause.modifier:
-        return f"{clause.name}({clause.modifier}: {names})"
+        fortran = {sign: name for name, sign in _FORTRAN_SIGNS.items()}
+        sign = clause.modifier if language == "c" else fortran.get(clause.modifier, clause.modifier)
+        return f"{clause.name}({sign}: {names})"
     return f"{clause.name}({names})" if names else clause.name
 
 

@@ -6,7 +6,8 @@ are different elements only where each stays within its dimension.
 
 from __future__ import annotations
 
-from jaxfm.tasks.hpc.frontend.accesses import Names, Place, places
+from jaxfm.tasks.hpc.frontend.accesses import Names, places
+from jaxfm.tasks.hpc.frontend.integer_points import TooLong, sets
 from jaxfm.tasks.hpc.program import (
     Array,
     Assign,
@@ -36,8 +37,6 @@ def leaving(loop: For, array: Array, *, last: bool) -> tuple[str, bool]:
         array: With its extents.
         last: Whether the first subscript is the one between rows (C), or the last (Fortran).
     """
-    import islpy as isl
-
     inner = range(1, len(array.shape)) if last else range(len(array.shape) - 1)
     for place in places(loop):
         if place.access.name != array.name:
@@ -53,11 +52,16 @@ def leaving(loop: For, array: Array, *, last: bool) -> tuple[str, bool]:
             outside = f"({subscript} < 0 or {subscript} >= {extent})"
             dims = ", ".join(variables.values())
             head = f"[{', '.join(names.parameters.values())}] -> {{ [{dims}] : "
-            found = isl.Set(f"{head}{domain} and {outside} }}")
-            if not found.is_empty():
-                runs = isl.Set(f"{head}{domain} }}").params()
-                always = exact and runs.is_subset(found.params())
-                return f"{what}, whose extent is {_written(array.shape[k])}.", always
+            try:
+                with sets() as isl:
+                    found = isl.Set(f"{head}{domain} and {outside} }}")
+                    if found.is_empty():
+                        continue
+                    runs = isl.Set(f"{head}{domain} }}").params()
+                    always = exact and runs.is_subset(found.params())
+            except TooLong:
+                return f"{what}.", False
+            return f"{what}, whose extent is {_written(array.shape[k])}.", always
     return "", False
 
 
@@ -227,6 +231,3 @@ def _replaced(program: Program, name: str, shape: tuple[Expr, ...], change) -> P
 def is_written(loop: For, name: str) -> bool:
     """Whether a loop writes an array."""
     return any(p.access.name == name and p.access.write for p in places(loop))
-
-
-__all__ = ["Place", "flattened", "is_written", "leaving", "with_rows"]

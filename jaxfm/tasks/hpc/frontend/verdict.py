@@ -60,6 +60,8 @@ def _check_directive(pragma: Pragma) -> None:
     for clause in pragma.clauses:
         if clause.name not in KNOWN or clause.name == "nowait":
             raise Outside(f"The clause {clause.name} is not one that is judged.")
+    if set(pragma.named("default")) & {"private", "firstprivate"}:
+        raise Outside("The clause default(private) is not one that is judged.")
     for value in pragma.named("collapse"):
         if not str(value).isdigit() or int(value) < 1:
             raise Outside("The number of loops of collapse is not a number.")
