@@ -17,6 +17,8 @@ from jaxfm.tasks.hpc.frontend.verdict import WORKSHARING, Verdict, judge_given, 
 
 RACE_FREE, WITH, RACE, UNKNOWN = "race-free", "race-free with", "race", "cannot tell"
 _LOOP_LIMIT_S = 3.0
+MOST_BYTES = 1_000_000
+"""The longest file that is read; a parser's time and memory grow with it."""
 
 
 class Finding(NamedTuple):
@@ -103,10 +105,10 @@ def advise(
         assume: See `jaxfm.tasks.hpc.frontend.ASSUMPTIONS`.
         limit_s: Seconds for the proofs of the file; loops after that are left untold.
     """
+    deadline = time.monotonic() + limit_s
     source = _parsed(path, data)
     if isinstance(source, Finding):
         return [source]
-    deadline = time.monotonic() + limit_s
     found, covered = [], set()
     for index, loop in enumerate(loops(source)):
         if loop.parent in covered:
@@ -123,10 +125,10 @@ def check(
     path: pathlib.Path, data: bytes, *, assume: frozenset[str], limit_s: float
 ) -> list[Finding]:
     """What is to be said of each OpenMP directive of a file that shares work; see `advise`."""
+    deadline = time.monotonic() + limit_s
     source = _parsed(path, data)
     if isinstance(source, Finding):
         return [source]
-    deadline = time.monotonic() + limit_s
     found, judged = [], set()
     for loop in loops(source):
         if loop.directive:
@@ -158,6 +160,9 @@ def _is_loop(words: list[str]) -> bool:
 
 def _parsed(path: pathlib.Path, data: bytes) -> Source | Finding:
     """A file's syntax tree, or the finding that it cannot be read."""
+    if len(data) > MOST_BYTES:
+        reason = f"The file has {len(data):,} bytes; files of up to {MOST_BYTES:,} are read."
+        return Finding(shown(path), "", 1, 1, UNKNOWN, reason)
     try:
         return parse(data, language_of(path))
     except ValueError as error:

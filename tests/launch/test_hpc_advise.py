@@ -204,7 +204,7 @@ def test_sarif_has_what_the_format_demands(tmp_path, capsys):
     "data",
     [
         b"", b"\0\x01binary", "for (;;);".encode("utf-16"), b"\xff\xfe", b"for (",
-        b"#pragma omp parallel for", b"#pragma omp\nfor (;;);", b"\xe9" * 50, b"\r\r\r",
+        b"#pragma omp parallel for", b"#pragma omp\nfor (;;);", b"\xe9" * 50, b"\r\r\r", b"{" * 9000,
         b"_Pragma(\"omp parallel for\") for (i = 0; i < 3; i++) a[i] = 0;",
         b"void f(void) {\n#pragma omp parallel for private(\nfor (int i = 0; i < 3; i++) ;}",
     ],
@@ -225,6 +225,13 @@ def test_time_is_limited(tmp_path, capsys):
     found = json.loads(run(advise, capsys, path, format="json", time_limit_s=0.2)[0])
     assert len(found) == 3000 and found[0]["verdict"] == "race-free with"
     assert found[-1]["verdict"] == "cannot tell" and "--time_limit_s" in found[-1]["reason"]
+
+
+def test_very_long_files_are_not_read(tmp_path, capsys):
+    path = tmp_path / "long.c"
+    path.write_text("int x;\n" * 200_000)
+    (found,) = json.loads(run(advise, capsys, path, format="json")[0])
+    assert "1,400,000 bytes; files of up to 1,000,000 are read" in found["reason"]
 
 
 def test_folders_are_walked_and_other_files_refused(tmp_path, file):

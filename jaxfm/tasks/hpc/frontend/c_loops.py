@@ -217,7 +217,8 @@ def _region_start(loop: Loop) -> int:
 def _begins_line(source: Source, node: Any) -> bool:
     start = source.text.rfind(b"\n", 0, node.start_byte) + 1
     plain = not source.text[start : node.start_byte].strip()
-    return plain and not source.text[:start].rstrip(b"\r\n").endswith(b"\\")
+    before = source.text[max(start - 3, 0) : start].rstrip(b"\r\n")
+    return plain and not before.endswith(b"\\")
 
 
 def _name(function: Any) -> str:

@@ -22,6 +22,7 @@ SUFFIXES: dict[str, Language] = {
 """Language by the suffix of a file in lower case."""
 
 _GRAMMARS = {"c": "tree_sitter_c", "fortran": "tree_sitter_fortran"}
+_DEEPEST = 1500
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -72,7 +73,7 @@ def parse(text: str | bytes, language: Language) -> Source:
     """Parses a file.
 
     Raises:
-        ValueError: It is no text, or in UTF-16.
+        ValueError: It is no text, in UTF-16, or nested too deeply for a parser.
         ImportError: The grammars are not installed.
     """
     data = text.encode() if isinstance(text, str) else text
@@ -80,6 +81,8 @@ def parse(text: str | bytes, language: Language) -> Source:
         raise ValueError("The file is in UTF-16; convert it to UTF-8.")
     if b"\0" in data:
         raise ValueError("The file is no source text: it holds null bytes.")
+    if _depth(data) > _DEEPEST:
+        raise ValueError(f"The file nests brackets deeper than {_DEEPEST:,} levels.")
     if data.startswith(_BOM):
         data = b"   " + data[3:]
     if language == "fortran-fixed":
@@ -93,6 +96,15 @@ def parse(text: str | bytes, language: Language) -> Source:
         return Source("c", data, root, _followed(told, masked, "c"))
     root = _parser("fortran").parse(data).root_node
     return Source("fortran", data, root, _followed(_sentinels(data), data, "fortran"))
+
+
+def _depth(data: bytes) -> int:
+    """How deeply brackets are nested at most, those in comments and strings included."""
+    depth = deepest = 0
+    for bracket in re.findall(rb"[(){}\[\]]", data):
+        depth += 1 if bracket in b"({[" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def nodes(source: Source, query: str, root: Any = None) -> list[Any]:
