@@ -204,8 +204,8 @@ def test_sarif_has_what_the_format_demands(tmp_path, capsys):
     "data",
     [
         b"", b"\0\x01binary", "for (;;);".encode("utf-16"), b"\xff\xfe", b"for (",
-        b"#pragma omp parallel for", b"#pragma omp\nfor (;;);", b"\xe9" * 50, b"\r\r\r", b"{" * 9000,
-        b"_Pragma(\"omp parallel for\") for (i = 0; i < 3; i++) a[i] = 0;",
+        b"#pragma omp parallel for", b"#pragma omp\nfor (;;);", b"\xe9" * 50, b"\r\r\r",
+        b"{" * 9000, b"_Pragma(\"omp parallel for\") for (i = 0; i < 3; i++) a[i] = 0;",
         b"void f(void) {\n#pragma omp parallel for private(\nfor (int i = 0; i < 3; i++) ;}",
     ],
 )  # fmt: skip
@@ -221,10 +221,10 @@ def test_malformed_files_are_answered(tmp_path, data, capsys):
 def test_time_is_limited(tmp_path, capsys):
     loop = "for (int i = 0; i < n; i++) { a[i] = a[i] + 1; }\n"
     path = tmp_path / "many.c"
-    path.write_text(f"void f(int n, double *restrict a) {{\n{loop * 3000}}}\n")
-    found = json.loads(run(advise, capsys, path, format="json", time_limit_s=0.2)[0])
-    assert len(found) == 3000 and found[0]["verdict"] == "race-free with"
-    assert found[-1]["verdict"] == "cannot tell" and "--time_limit_s" in found[-1]["reason"]
+    path.write_text(f"void f(int n, double *restrict a) {{\n{loop * 30}}}\n")
+    found = json.loads(run(advise, capsys, path, format="json", time_limit_s=1e-9)[0])
+    assert len(found) == 30
+    assert all(f["verdict"] == "cannot tell" and "--time_limit_s" in f["reason"] for f in found)
 
 
 def test_very_long_files_are_not_read(tmp_path, capsys):
