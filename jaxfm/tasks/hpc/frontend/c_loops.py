@@ -217,8 +217,9 @@ def _region_start(loop: Loop) -> int:
 def _begins_line(source: Source, node: Any) -> bool:
     start = source.text.rfind(b"\n", 0, node.start_byte) + 1
     plain = not source.text[start : node.start_byte].strip()
-    before = source.text[max(start - 3, 0) : start].rstrip(b"\r\n")
-    return plain and not before.endswith(b"\\")
+    above = source.text[source.text.rfind(b"\n", 0, max(start - 1, 0)) + 1 : start].strip()
+    # Nothing comes between a loop and a pragma of another kind, or into a continued line.
+    return plain and not above.endswith(b"\\") and not above.startswith(b"#pragma")
 
 
 def _name(function: Any) -> str:
