@@ -17,6 +17,7 @@ from jaxfm.checkpoint import Checkpointer
 from jaxfm.federated.outcome import Account, check_progress, check_reports, say_line
 from jaxfm.log import RunLog, progress
 from jaxfm.model import PyTree
+from jaxfm.preemption import Preempted, stop_requests
 
 Line = dict[str, float]  # figures of the log by name
 
@@ -81,11 +82,13 @@ def play(
       ValueError: the folder holds a run of more steps or of another script; the run ends before
         its first step.
       NothingLearned: as of `check_progress` and `check_reports`.
+      Preempted: SIGTERM asked to stop; the state after the last step is saved.
     """
     number, done, ended = 0, 0, ""
     history: list[Line] = []
     with contextlib.ExitStack() as stack:
         checkpoints = log = None
+        asked: Callable[[int], bool] = lambda number: False
         if run_dir is not None:
             folder = pathlib.Path(run_dir)
             checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
@@ -98,6 +101,7 @@ def play(
                     )
                 script.check(done, state)
                 print(f"Going on after round {done}, from {checkpoints.folder}.")
+            asked = stack.enter_context(stop_requests())
             log = stack.enter_context(RunLog(folder, resume_step=done or None))
         if log is not None and not done:
             log.write(0, script.watch(state))
@@ -115,13 +119,15 @@ def play(
             history.append({"round": float(number)} | line)
             if log is not None:
                 log.write(number, line)
-            if not is_due:
-                continue
-            say_line(number, length, line)
-            check_progress(number, evaluated, account, script.server(state).variables, names)
-            evaluated = account
-            if checkpoints is not None:
+            stops = asked(number) and number < length
+            if is_due:
+                say_line(number, length, line)
+                check_progress(number, evaluated, account, script.server(state).variables, names)
+                evaluated = account
+            if checkpoints is not None and (is_due or stops):
                 checkpoints.save(number, (state, account))
+            if stops:
+                raise Preempted(number, run_dir)
     if account.total("selected"):
         check_reports(account)
     return Played(state, account, history, ended)

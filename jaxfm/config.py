@@ -42,6 +42,7 @@ from typing import Any, TypeVar
 
 from absl import app, flags, logging
 
+from jaxfm import processes
 from jaxfm.config_fields import (
     Choice,
     Leaf,
@@ -202,12 +203,13 @@ def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
     return config
 
 
-def run(main: Callable[[T], object], cls: type[T]) -> None:
+def run(main: Callable[[T], object], cls: type[T], *, joins: bool = False) -> None:
     """Runs `main` on the config that the command line describes, then exits.
 
-    A mistake on the command line, in a file or in the data gives one sentence and exit status 2;
-    a run that fails for another reason gives one and exit status 1; --traceback shows where it
-    was found. --help describes the fields that matter for the choices made, --help=all every field.
+    The processes of a script that `joins` meet before `main` (`jaxfm.processes`). A mistake on the
+    command line, in a file or in the data gives one sentence and exit status 2; a run that fails
+    for another reason gives one and exit status 1; --traceback shows where it was found. --help
+    describes the fields that matter for the choices made, --help=all every field.
     """
 
     def parse_flags(argv: Sequence[str]) -> T:
@@ -215,7 +217,8 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
         if wanted & {"help", "h", "help=all"}:
             rest = [word for word in argv if word.lstrip("-") not in ("help", "h", "help=all")]
             choices = None if "help=all" in wanted else _choices(cls, rest)
-            print(describe(cls, sys.modules["__main__"].__doc__ or cls.__doc__ or "", choices))
+            text = sys.modules["__main__"].__doc__ or cls.__doc__ or ""
+            print(describe(cls, text, choices, processes.FLAGS if joins else None))
             sys.exit(0)
         try:
             return read_command(cls, argv)
@@ -227,12 +230,16 @@ def run(main: Callable[[T], object], cls: type[T]) -> None:
         with reported(flags.FLAGS["traceback"].value):
             if not flags.FLAGS["traceback"].value:
                 logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback, and raises as well
+            if joins:
+                processes.join_from(flags.FLAGS.flag_values_dict(), os.environ)
             main(config)
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # what is said goes into a file at once, too
         sys.stdout.reconfigure(line_buffering=True)
     define_flags(cls)
     flags.DEFINE_bool("traceback", False, _TRACEBACK_HELP)
+    for name in processes.FLAGS if joins else ():
+        flags.DEFINE_string(name, None, processes.FLAGS[name])
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     app.run(guarded, flags_parser=parse_flags)  # type: ignore[arg-type]  # its result goes to main
 
@@ -262,7 +269,9 @@ def read_command(
     return from_flags(cls, flag_values)
 
 
-def describe(cls: type, text: str = "", choices: Any = None) -> str:
+def describe(
+    cls: type, text: str = "", choices: Any = None, more: Mapping[str, str] | None = None
+) -> str:
     """The text of --help: `text`, then the fields with their defaults, types and meanings.
 
     Args:
@@ -270,9 +279,12 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
       text: what comes first.
       choices: an object with the values of the fields that sections depend on: only the sections
         that they choose are shown. None shows all.
+      more: flags that are no fields, with their help.
     """
-    lines = [text.strip(), "", "Flags, written --name=value:", f"  --config\n      {_CONFIG_HELP}"]
-    lines += [f"  --traceback\n      {_TRACEBACK_HELP}"]
+    lines = [text.strip(), "", "Flags, written --name=value:"]
+    for name, meaning in {**_GENERAL, **(more or {})}.items():
+        lines.append(f"  --{name}")
+        lines += textwrap.wrap(meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
     current, hidden = "", []
     for leaf in leaves(cls):
         head = leaf.name.rpartition(".")[0]
@@ -297,6 +309,7 @@ def describe(cls: type, text: str = "", choices: Any = None) -> str:
 
 _TRACEBACK_HELP = "after an error, also show where in the code it was found"
 _CONFIG_HELP = "a config.json to start from, as every run folder has one; flags given here win"
+_GENERAL = {"config": _CONFIG_HELP, "traceback": _TRACEBACK_HELP}
 
 
 class _Parser(flags.ArgumentParser):
@@ -347,9 +360,7 @@ def _unknown(cls: type, name: str) -> str:
     for old in (name, name.removeprefix("no")):
         if sentence := renamed(cls, old, "--"):
             return sentence
-    helps = {"config": _CONFIG_HELP, "traceback": _TRACEBACK_HELP} | {
-        full: leaf.help for full, leaf in by_name(cls).items()
-    }
+    helps = _GENERAL | {full: leaf.help for full, leaf in by_name(cls).items()}
     hint = suggest(name, helps, "--", helps)
     return f"Unknown flag --{name}. {'' if hint.startswith('Known') else hint}".rstrip()
 

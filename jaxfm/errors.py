@@ -57,12 +57,13 @@ def explain(error: Exception) -> tuple[str, int]:
     """Returns what a user is told of an error, and the exit status.
 
     What this library raised itself is said in its own words; what a library below it raised is
-    named with its type. The status is 2 where the user's input was refused, else 1.
+    named with its type. The status is the error's own `exit_status`, 2 where the
+    user's input was refused, else 1.
     """
     if isinstance(error, MemoryError):
         return f"There is not enough memory: {_first_line(error)}.", 1
     refused = (ValueError, TypeError, OSError, ImportError)
-    status = 2 if isinstance(error, refused) else 1
+    status = getattr(error, "exit_status", 2 if isinstance(error, refused) else 1)
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f": {error.filename}"
         return f"{error.strerror}{where}.", status

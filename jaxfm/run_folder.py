@@ -162,10 +162,12 @@ def load_config(run_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def save_results(run_dir: pathlib.Path, part: str, values: Mapping) -> None:
-    """Writes one part of a run's results into its results.json, atomically.
+    """Writes one part of a run's results into its results.json, atomically. Only process 0 writes.
 
     JSON has no NaN and no infinities: they become null.
     """
+    if jax.process_index() != 0:
+        return
     known = load_results(run_dir)
     text = json.dumps(known | {part: _finite(values)}, indent=2, allow_nan=False)
     _replace(run_dir / "results.json", text + "\n")

@@ -184,4 +184,4 @@ def main(config: Any) -> None:
 if __name__ == "__main__":
     with reported("--traceback" in sys.argv):
         sys.argv = load_named_files(sys.argv)
-    configs.run(main, federate_config())
+    configs.run(main, federate_config(), joins=True)

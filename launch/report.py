@@ -14,6 +14,8 @@ import pathlib
 import shlex
 from collections.abc import Mapping
 
+import jax
+
 import jaxfm.launch.pages  # noqa: F401  registers the sections
 from jaxfm import config as configs
 from jaxfm.config import check, option
@@ -35,12 +37,14 @@ class ReportConfig:
 
 
 def write_report(run_dir: pathlib.Path) -> pathlib.Path:
-    """Writes report.html into the run folder and returns its path.
+    """Writes report.html into the run folder and returns its path. Only process 0 writes.
 
     Raises:
       FileNotFoundError: the folder holds no run.
       ValueError: a file of the run is damaged.
     """
+    if jax.process_index() != 0:
+        return run_dir / "report.html"
     config = load_config(run_dir)
     metrics, results = read_metrics(run_dir), load_results(run_dir)
     figures = result_cards(results)
