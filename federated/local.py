@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from jaxfm.federated.algorithm import ClientData, Info, Spent, full_width
+from jaxfm.federated.parts.microbatches import in_pieces
 from jaxfm.federated.parts.private_gradient import (
     ExamplePrivacy,
     places,
@@ -39,12 +40,15 @@ class Local(NamedTuple):
       epochs: passes over the client's data, as far as its profile's `max_steps` allows.
       private: gradients that are differentially private by example, of batches by Poisson sampling,
         `batch_size` on average; None: plain gradients of shuffled batches.
+      microbatch: rows whose activations are in memory at a time, the gradients of which are added
+        up to the same step; it divides batch_size. 0: all of a batch. (`private` has chunks.)
     """
 
     optimizer: optax.GradientTransformation
     batch_size: int
     epochs: int = 1
     private: ExamplePrivacy | None = None
+    microbatch: int = 0
 
 
 # (params, variables, batch, real f32[B], key) -> (loss, (stats, total, count)); `real` is 0 for
@@ -95,7 +99,8 @@ def local_fit(loss: Objective, local: Local, grad_hook: GradHook | None = None) 
     as many steps as the longest, and those that are done keep their values.
 
     Raises:
-      ValueError: batch_size or epochs below 1; settings of `local.private` out of range.
+      ValueError: batch_size or epochs below 1; settings of `local.private` out of range; a
+        microbatch that does not divide batch_size.
     """
     start, fit = continued_fit(loss, local, grad_hook)
 
@@ -112,11 +117,17 @@ def continued_fit(loss: Objective, local: Local, grad_hook: GradHook | None = No
     if size < 1 or local.epochs < 1:
         raise ValueError(f"batch_size and epochs must be at least 1, got {size}, {local.epochs}.")
     private = local.private
+    if private is not None and local.microbatch:
+        raise ValueError(
+            f"microbatch={local.microbatch} changes nothing with gradients private by example; "
+            "give those a chunk."
+        )
     if private is not None:
         private.check()
         gradient = private_gradient(loss, private, size)
     else:
         gradient = jax.value_and_grad(loss, has_aux=True)
+        gradient = in_pieces(gradient, size, local.microbatch or size)
 
     def batch_of(data: ClientData, i: Array, order: Array, key: Key) -> tuple[Array, Array]:
         """The rows of a step, and 1 for those that are real."""

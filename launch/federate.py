@@ -87,7 +87,9 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
 def local_training(config: Any) -> Local:
     """How clients train."""
     private = config.examples.gradients()
-    return Local(make_optimizer(config.local), config.batch_size, config.epochs, private)
+    return Local(
+        make_optimizer(config.local), config.batch_size, config.epochs, private, config.microbatch
+    )
 
 
 def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedRun:

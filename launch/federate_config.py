@@ -18,9 +18,9 @@ from jaxfm.options import config_of, with_options
 from jaxfm.run_folder import RUN_DIR_HELP
 
 _LEAST = {
-    "rounds": 1, "cohort_size": 1, "batch_size": 1, "epochs": 1, "max_steps": 0, "eval_every": 1,
-    "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0, "deadline_s": 0,
-    "seed": 0, "quorum": 0, "byte_budget": 0, "central_batch": 0,
+    "rounds": 1, "cohort_size": 1, "batch_size": 1, "microbatch": 0, "epochs": 1, "max_steps": 0,
+    "eval_every": 1, "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0,
+    "deadline_s": 0, "seed": 0, "quorum": 0, "byte_budget": 0, "central_batch": 0,
 }  # fmt: skip
 
 
@@ -52,6 +52,9 @@ class _FederateConfig:
     )
     cohort_size: int = option(8, "clients drawn a round")
     batch_size: int = option(8, "examples of a local step")
+    microbatch: int = option(
+        0, "rows of a step in memory at a time, to the same result; 0: all of them"
+    )
     epochs: int = option(1, "local epochs a round")
     max_steps: int = option(
         8, "most local steps a round, which end its epochs early; 0: as many as the epochs take"

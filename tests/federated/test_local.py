@@ -107,3 +107,20 @@ def test_counts_are_averaged_to_the_nearest_whole_number():
     variables = Variables({}, {"n": jnp.int32(5)}, {})
     after = moved(variables, ({}, mean(Mean(total.num, Exact(total.den.value))))).stats["n"]
     assert after.dtype == jnp.int32 and after == 5 + round((0.4 * 2 + 0.7 * 3) / 1.1)
+
+
+@pytest.mark.parametrize("count", [0, 5, 6])
+def test_a_step_in_pieces_is_the_same_step(count):
+    """Pieces hold unequal weights; with 5 rows, one of them is short."""
+    weight = np.array([2, 0.5, 0, 1, 3, 0.25], np.float32)
+    data = client(count, weight=weight)
+    whole, info = trained(data)
+    fit = jax.jit(local_fit(loss_of(MODEL, TASK), Local(optax.sgd(LR), 6, microbatch=2)))
+    pieces, same = fit(start(), data, UNLIMITED_STEPS, jax.random.key(0))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (pieces, same), (whole, info))
+
+
+def test_pieces_are_equal_parts_of_a_batch():
+    with pytest.raises(ValueError, match="microbatch=4 must divide batch_size=6"):
+        local_fit(loss_of(MODEL, TASK), Local(optax.sgd(LR), 6, microbatch=4))
