@@ -43,11 +43,12 @@ class Access(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A counted loop: its variable, the piece that names it, and its trip count if it is known."""
+    """A counted loop: its variable, the piece that names it, its trip count if known, its step."""
 
     var: str
     piece: int
     trips: int | None
+    step: int = 1
 
 
 class Edge(NamedTuple):
@@ -146,7 +147,9 @@ def _loops(pieces: list[Piece]) -> list[Loop]:
             start += 1  # the type of a variable that is declared there
         names = start < len(pieces) - 1 and pieces[start].kind == "word"
         if names and pieces[start + 1].text == "=":
-            found.append(Loop(pieces[start].text, start, _trips(pieces, start)))
+            found.append(
+                Loop(pieces[start].text, start, _trips(pieces, start), _step(pieces, start))
+            )
     return found
 
 
@@ -158,6 +161,18 @@ def _trips(pieces: list[Piece], start: int) -> int | None:
     if len(words) >= 5 and words[0].isdigit() and words[4].isdigit() and words[3] in ("<", "<="):
         return int(words[4]) - int(words[0]) + (words[3] == "<=")
     return None
+
+
+def _step(pieces: list[Piece], start: int) -> int:
+    """The step of a loop, without its sign; 1 where it is no number."""
+    line = pieces[start].line
+    words = [p.text for p in pieces[start : start + 40] if p.line == line]
+    if ";" not in words:  # Fortran: do i = lower, upper, step
+        return int(words[-1]) if words.count(",") == 2 and words[-1].isdigit() else 1
+    for at in range(words.index(";"), len(words) - 2):
+        if words[at] == words[0] and words[at + 1] in ("+=", "-=") and words[at + 2].isdigit():
+            return int(words[at + 2]) or 1
+    return 1
 
 
 def _accesses(
@@ -303,6 +318,8 @@ def _dimension(
     if any(x[0].get(name, 0) != y[0].get(name, 0) for name in symbols):
         return "unknown"
     p, q, apart = x[0].get(outer.var, 0), y[0].get(outer.var, 0), y[1] - x[1]
+    if p == q:  # both count from one lower bound, so only its steps tell places apart
+        p = q = p * outer.step
     inner = [name for name in variables if name != outer.var and (name in x[0] or name in y[0])]
     divisor = math.gcd(p, q, *(c for n in inner for c in (x[0].get(n, 0), y[0].get(n, 0))))
     if (divisor == 0 and apart) or (divisor and apart % divisor):

@@ -1,0 +1,64 @@
+import pytest
+
+from jaxfm.tasks.hpc import records
+from jaxfm.tasks.hpc.graph import RELATIONS, edges
+from jaxfm.tasks.hpc.lexer import normalized
+from jaxfm.tasks.hpc.proofs.enumeration import trace
+
+RACES = records.record("race-detection")
+MADE = records.splits(RACES, 3, 60, 24)
+
+
+def test_no_two_splits_share_an_item_or_a_family_that_is_said_to_be_unseen():
+    forms = [normalized(row.source) for name in MADE for row in MADE[name]]
+    assert len(set(forms)) == len(forms)
+    families = {name: {row.family for row in rows} for name, rows in MADE.items()}
+    assert families["unseen family"] and not families["unseen family"] & families["train"]
+    assert families["in distribution"] <= families["train"]
+    assert all(row.item.coefficients == "unseen" for row in MADE["unseen coefficients"])
+    assert all("for (" not in row.source for row in MADE["other language"])
+
+
+def test_labels_are_what_the_proof_says_and_races_have_lines():
+    for row in MADE["in distribution"]:
+        assert row.label == int(trace(row.item.program).conflict is not None)
+        assert bool(row.lines) == bool(row.label)
+        assert all(0 < line <= row.source.count("\n") for line in row.lines)
+
+
+def test_the_splits_of_a_seed_are_the_same_again():
+    again = records.splits(RACES, 3, 60, 24, ("train",))
+    assert [row.source for row in again["train"]] == [row.source for row in MADE["train"]]
+
+
+def test_baselines_predict_every_row():
+    test = MADE["in distribution"]
+    for baseline in RACES.baselines.values():
+        figures = RACES.metric([r.label for r in test], baseline(MADE["train"], test))
+        assert 0 <= figures["accuracy"] <= 1
+
+
+def test_pragmas_are_asked_of_loops_that_have_none():
+    task = records.record("pragma")
+    rows = records.splits(task, 1, 24, 12, ("train",))["train"]
+    assert rows and all(str(row.label).startswith("#pragma omp parallel for") for row in rows)
+    assert all("#pragma omp parallel for" not in row.source for row in rows)
+    assert task.metric(["a", "b(c)"], ["a", "b"]) == {"exact": 0.5, "exact_with_clauses": 0.0}
+
+
+def test_a_task_without_a_baseline_or_with_a_taken_name_is_refused():
+    with pytest.raises(ValueError, match="has no baseline"):
+        records.register(RACES._replace(name="new", baselines={}))
+    with pytest.raises(ValueError, match="is a task 'pragma' already"):
+        records.register(RACES._replace(name="pragma"))
+    with pytest.raises(ValueError, match="race-detection"):
+        records.record("race-detecton")
+
+
+@pytest.mark.parametrize("head", ["for (int i = 0; i < n; i += 2)", "do i = 1, n, 2"])
+def test_a_step_counts_in_distances(head):
+    braces = ("(", ")") if head.startswith("do") else ("[", "]")
+    text = f"{head}\n  a[i] = a[i - 3] + b[i];".replace("[", braces[0]).replace("]", braces[1])
+    first, second = text.index("a" + braces[0]), text.rindex("a" + braces[0])
+    found = [RELATIONS[e.relation] for e in edges(text) if (e.first, e.second) == (first, second)]
+    assert found == ["independent"]
