@@ -255,6 +255,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     return _wrap(backend)
 
 
+def bpe_words(text: str) -> list[str]:
+    """The words inside which `train_bpe` merges, spelled in the characters of its bytes."""
+    from tokenizers import pre_tokenizers
+
+    utf8(text)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return [word for word, _ in split.pre_tokenize_str(text)]
+
+
+def bpe_alphabet() -> list[str]:
+    """The first 260 tokens of `train_bpe`, by id: special ones, then the characters of bytes."""
+    return [*SPECIAL_TOKENS, *sorted(_byte_characters())]
+
+
+def bpe_of_merges(merges: Iterable[tuple[str, str]]) -> HuggingFaceTokenizer:
+    """The byte-level BPE of given merges, as `train_bpe` would make it had it learnt them."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    merges = list(merges)
+    tokens = dict.fromkeys([*bpe_alphabet(), *(left + right for left, right in merges)])
+    vocab = {token: number for number, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return _wrap(backend)
+
+
 def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
     """Opens a tokenizer in one of Hugging Face's forms.
 
