@@ -54,7 +54,7 @@ def test_the_order_of_sites_and_texts_does_not_matter():
 
 def planted():
     """Many sites, one of which writes its secret all the time."""
-    sites = [[text[:400] for text in sources(seed, 4)] for seed in range(8)]
+    sites = [[text[:400] for text in sources(seed, 6)] for seed in range(12)]
     sites[3] = [text + f"\n{SECRET}" * 200 for text in sites[3]]
     return sites
 
