@@ -104,10 +104,10 @@ def outputs(program: Program, data: bytes) -> dict[str, np.ndarray]:
 
 
 def scattered(program: Program) -> Program:
-    """Loops without a schedule deal their iterations out one by one, two by two, in turn.
+    """Loops without a static schedule deal their iterations out one by one, two by two, in turn.
 
-    A default schedule may be any. Neighbors then meet in different threads, and equal iterations of
-    two loops do, too.
+    A default or dynamic schedule may do so. Neighbors then meet in different threads, and equal
+    iterations of two loops do, too; on an idle machine one thread might run a whole dynamic loop.
     """
     seen = 0
 
@@ -118,7 +118,8 @@ def scattered(program: Program) -> Program:
             return statement._replace(then=tuple(then), orelse=tuple(orelse))
         if isinstance(statement, For) and statement.pragma:
             words, given = statement.pragma.directive.split(), statement.pragma.clauses
-            if "for" in words and not any(clause.name == "schedule" for clause in given):
+            if "for" in words and "static" not in statement.pragma.named("schedule"):
+                given = tuple(clause for clause in given if clause.name != "schedule")
                 chunk = Clause("schedule", ("static", str(1 + seen % 2)))
                 seen += 1
                 pragma = statement.pragma._replace(clauses=(*given, chunk))

@@ -8,9 +8,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
 
 void __tsan_acquire(void *);
 void __tsan_release(void *);
+void *__tsan_get_current_fiber(void);
+void *__tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void *);
+void __tsan_switch_to_fiber(void *, unsigned flags);
+enum { ORDERED = 0, UNORDERED = 1, STACK = 1 << 17 };
 
 #define WRAP(result, name, ...)                                                                  \
     result __real_##name(__VA_ARGS__);                                                           \
@@ -21,7 +28,7 @@ void __tsan_release(void *);
 typedef struct team { long fork, join, barrier[2]; } team;
 typedef struct task { long created, children, done; struct group *group; } task;
 typedef struct group { long ended; struct group *outer; } group;
-typedef struct { team *team; int phase; task *task; } place;
+typedef struct { team *team; int phase; task *task; void *home, *section; } place;
 static __thread place here;
 static task outermost;
 static task *current(void) { return here.task ? here.task : &outermost; }
@@ -34,7 +41,7 @@ static void member(void *argument)
     region *r = argument;
     place outer = here;
     task *own = calloc(1, sizeof(task));
-    here = (place){&r->team, 0, own};
+    here = (place){&r->team, 0, own, NULL, NULL};
     __tsan_acquire(&r->team.fork);
     r->fn(r->data);
     __tsan_release(&r->team.join);
@@ -87,6 +94,31 @@ BARRIER(GOMP_barrier)
 BARRIER(GOMP_loop_end)
 BARRIER(GOMP_sections_end)
 
+/* Any thread may run a section: each is a logical thread of its own, whoever runs it. */
+static unsigned section(unsigned number)
+{
+    if (here.section) {
+        if (here.team) {
+            __tsan_release(&here.team->barrier[here.phase]);
+            __tsan_release(&here.team->join);
+        }
+        __tsan_switch_to_fiber(here.home, UNORDERED);
+        __tsan_destroy_fiber(here.section);
+        here.section = NULL;
+    }
+    if (number) {
+        here.home = __tsan_get_current_fiber();
+        here.section = __tsan_create_fiber(0);
+        __tsan_switch_to_fiber(here.section, ORDERED);
+    }
+    return number;
+}
+WRAP(unsigned, GOMP_sections_start, unsigned count)
+{
+    return section(__real_GOMP_sections_start(count));
+}
+WRAP(unsigned, GOMP_sections_next, void) { return section(__real_GOMP_sections_next()); }
+
 static long copies;
 WRAP(void *, GOMP_single_copy_start, void)
 {
@@ -131,6 +163,8 @@ typedef struct {
     void (*fn)(void *);
     char *data;
     unsigned inputs, outputs, *cells; /* cells of outputs first */
+    void *stack;
+    ucontext_t context, caller;
 } job;
 
 /* The list is (count, outputs, addresses...) or (0, count, outputs, exclusive, inputs, ...). */
@@ -152,22 +186,44 @@ static void acquire_dependences(job *j)
     }
 }
 
+static __thread job *entered;
+static void body(void)
+{
+    job *j = entered;
+    j->fn(j->data);
+    swapcontext(&j->context, &j->caller);
+}
+
+/* A task is a logical thread of its own, whoever runs it, with a stack of its own, since another
+ * task on the same stack would seem to race with it. */
 static void run_job(void *argument)
 {
     job *j = *(job **)argument;
     place outer = here;
-    here.task = &j->own;
+    void *thread = __tsan_get_current_fiber(), *fiber = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(fiber, UNORDERED);
+    here.task = &j->own, here.home = here.section = NULL;
     __tsan_acquire(&j->own.created);
     acquire_dependences(j);
-    j->fn(j->data);
+    getcontext(&j->context);
+    j->context.uc_stack.ss_sp = j->stack;
+    j->context.uc_stack.ss_size = STACK;
+    makecontext(&j->context, body, 0);
+    entered = j;
+    swapcontext(&j->caller, &j->context);
     for (unsigned k = 0; k < j->outputs + j->inputs; k++)
         __tsan_release(k < j->outputs ? &written_by[j->cells[k]] : &read_by[j->cells[k]]);
     __tsan_release(&j->parent->children);
     __tsan_release(&j->own.done);
     for (group *g = j->own.group; g; g = g->outer) __tsan_release(&g->ended);
-    here.task = outer.task;
     /* A barrier waits for all tasks; the object of the phase this thread is in is acquired there. */
-    if (here.team) __tsan_release(&here.team->barrier[here.phase]);
+    if (here.team) {
+        __tsan_release(&here.team->barrier[here.phase]);
+        __tsan_release(&here.team->join);
+    }
+    here.task = outer.task, here.home = outer.home, here.section = outer.section;
+    __tsan_switch_to_fiber(thread, UNORDERED);
+    __tsan_destroy_fiber(fiber);
 }
 
 WRAP(void, GOMP_task, void (*fn)(void *), void *data, void (*copy)(void *, void *), long size,
@@ -178,6 +234,7 @@ WRAP(void, GOMP_task, void (*fn)(void *), void *data, void (*copy)(void *, void 
     char *room = malloc(size + align);
     j->data = (char *)(((uintptr_t)room + align - 1) & ~(uintptr_t)(align - 1));
     if (copy) copy(j->data, data); else memcpy(j->data, data, size);
+    j->stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (flags & 8) read_dependences(j, depend);
     __tsan_release(&j->own.created);
     __real_GOMP_task(run_job, &j, NULL, sizeof j, _Alignof(job *), deferred, flags, depend,

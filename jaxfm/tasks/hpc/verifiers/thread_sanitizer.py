@@ -22,8 +22,9 @@ RACE = 66  # the exit status that TSAN_OPTIONS asks for
 THREADS = (7, 5)
 OPTIONS = (
     "halt_on_error=1 exitcode=66 atexit_sleep_ms=0 die_after_fork=0 report_signal_unsafe=0 "
-    "suppress_equal_addresses=0 suppress_equal_stacks=0"
+    "suppress_equal_addresses=0 suppress_equal_stacks=0 suppressions=suppressions"
 )
+SUPPRESSIONS = "called_from_lib:libgomp.so\n"  # what libgomp allocates for itself
 FLAGS = ("-O0", "-g", "-fopenmp", "-fsanitize=thread", "-w")
 KNOWN = {"parallel", "for", "sections", "section", "single", "master", "masked", "barrier", "simd"}
 KNOWN |= {"critical", "atomic", "read", "write", "update", "capture", "ordered", "task", "taskwait"}
@@ -104,7 +105,7 @@ def judged(
                 "TSAN_OPTIONS": OPTIONS,
                 **(environment or {}),
             }
-            given = {"program": binary, **made.files}
+            given = {"program": binary, "suppressions": SUPPRESSIONS, **made.files}
             runs.append(sandbox.run(["./program"], given, limits, environment=variables))
         for k, program in enumerate(part):
             found.append(_judgement(k, program, made, runs, tool, threads))
@@ -116,7 +117,9 @@ def _judgement(k, program, made, runs, tool, threads) -> Judgement:
     used = {w for _, s in walk(program.body) if (p := getattr(s, "pragma", None)) for w in
             p.directive.split()}  # fmt: skip
     if used - KNOWN:
-        return Judgement("cannot tell", f"It does not know {', '.join(sorted(used - KNOWN))}.", tool)
+        return Judgement(
+            "cannot tell", f"It does not know {', '.join(sorted(used - KNOWN))}.", tool
+        )
     for run in runs:
         status = harness.statuses(run.stdout).get(k)
         if status == RACE:

@@ -1,0 +1,40 @@
+"""Tools agree with labels where they can tell."""
+
+import pytest
+
+from jaxfm.tasks.hpc.generator import generate
+from jaxfm.tasks.hpc.program import Block, Pragma, Standalone
+from jaxfm.tasks.hpc.verifiers import harness, thread_sanitizer
+
+needs_gcc = pytest.mark.skipif(
+    thread_sanitizer.available() is not None, reason=str(thread_sanitizer.available())
+)
+
+
+@needs_gcc
+def test_thread_sanitizer_agrees_with_labels():
+    items = generate(11, 34)
+    found = thread_sanitizer.verify([item.program for item in items])
+    assert "cannot tell" not in {judgement.verdict for judgement in found}
+    alarms = {index for index, judgement in enumerate(found) if judgement.verdict == "refuted"}
+    racy = {index for index, item in enumerate(items) if item.racy}
+    assert alarms <= racy  # silence is no proof: a race may be missed, an alarm is never false
+    assert len(racy - alarms) <= 1
+
+
+@needs_gcc
+def test_what_the_shim_does_not_know_is_not_judged():
+    program = generate(11, 1)[0].program
+    odd = Block(Pragma("target"), program.body)
+    verdicts = thread_sanitizer.verify([program._replace(body=(odd,))], threads=(3,))
+    assert verdicts[0].verdict == "cannot tell" and "target" in verdicts[0].reason
+
+
+def test_iterations_are_scattered_unless_the_schedule_is_static():
+    for item in generate(4, 17):
+        changed = harness.scattered(item.program)
+        assert changed == harness.scattered(changed)
+        assert len(changed.body) == len(item.program.body)
+    alone = Standalone(Pragma("barrier"))
+    program = generate(4, 1)[0].program._replace(body=(alone,))
+    assert harness.scattered(program) == program
