@@ -77,7 +77,7 @@ class Vocabulary(NamedTuple):
 
 def plain_total(counts: Sequence[np.ndarray]) -> np.ndarray:
     """i64[...]: the sum of the clients' counts, without secrecy."""
-    return np.sum(counts, axis=0, dtype=np.int64)
+    return np.asarray(np.sum(counts, axis=0, dtype=np.int64))
 
 
 def federated_bpe(

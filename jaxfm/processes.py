@@ -75,7 +75,8 @@ def given(coordinator: str | None, num_processes: str | None, process_id: str | 
             f"{' and '.join(there)} without {' and '.join(missing)}: give all three, or none to "
             "have them detected."
         )
-    return _checked(Job(str(coordinator), *map(_whole, list(flags)[1:], list(flags.values())[1:])))
+    count, index = map(_whole, list(flags)[1:], list(flags.values())[1:])
+    return _checked(Job(str(coordinator), count, index))
 
 
 def detect(environ: Mapping[str, str]) -> Job | None:
@@ -113,10 +114,12 @@ def join(job: Job, *, timeout_s: int = JOIN_TIMEOUT_S, heartbeat_s: int = HEARTB
     if job.coordinator and job.process_id:
         _await(job, timeout_s)
     left = max(1, round(timeout_s - (time.monotonic() - start)))
-    ours = (job.coordinator, job.num_processes, job.process_id) if job.coordinator else ()
+    known = bool(job.coordinator)
     try:
         jax.distributed.initialize(
-            *ours,
+            job.coordinator if known else None,
+            job.num_processes if known else None,
+            job.process_id if known else None,
             local_device_ids=job.devices,
             # None of JAX's own detection where ours has spoken: it would take one GPU of several.
             cluster_detection_method="deactivate" if job.coordinator else None,
@@ -158,7 +161,8 @@ def _jax(environ: Mapping[str, str]) -> Job | None:
         return None
     index = environ.get("JAX_PROCESS_ID") or environ.get("JOB_COMPLETION_INDEX", "")
     values = _all_of({**environ, "JAX_PROCESS_ID": index}, names)
-    return Job(values[0], *map(_whole, names[1:], values[1:]), found="JAX_* variables")
+    count, number = map(_whole, names[1:], values[1:])
+    return Job(values[0], count, number, found="JAX_* variables")
 
 
 def _torchrun(environ: Mapping[str, str]) -> Job | None:

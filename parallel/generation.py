@@ -253,9 +253,9 @@ def _run(
         seen, finished = length, bool(done.all())
         yield TextPiece(new, pieces)
     final = jax.device_get(text)
-    closed = rules.sampling.grammar is not None and np.asarray(
-        complete(rules.sampling.grammar, final.states, final.limit - final.length)
-    )
+    closed = None
+    if (table := rules.sampling.grammar) is not None:
+        closed = np.asarray(complete(table, final.states, final.limit - final.length))
     if final.failed.any():
         warnings.warn(
             f"The logits of texts {np.flatnonzero(final.failed).tolist()} were not finite; they "
@@ -271,7 +271,7 @@ def _run(
             "not finite" if final.failed[i]
             else "stop string" if final.progress[i] == HIT
             else "stop token" if int(final.tokens[i, b - 1]) in stops
-            else "grammar" if np.any(closed) and closed[i] and final.length[i] < final.limit[i]
+            else "grammar" if closed is not None and closed[i] and final.length[i] < final.limit[i]
             else "length"
             for i, _, b in spans
         ],

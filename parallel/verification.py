@@ -263,10 +263,13 @@ def append(
             progress.append(rules.automaton[progress[-1], token])
             stop |= progress[-1] == HIT
         if grammar is not None:
-            after = grammars.advance(grammar, standing[-1], jnp.where(bad[:, i], 0, token))
-            standing.append(jnp.maximum(after, grammars.FREE))
+            state = standing[-1]
+            assert state is not None
+            after = grammars.advance(grammar, state, jnp.where(bad[:, i], 0, token))
+            state = jnp.maximum(after, grammars.FREE)
+            standing.append(state)
             left = text.limit - text.length - (i + 1)
-            stop |= grammars.complete(grammar, standing[-1], left)
+            stop |= grammars.complete(grammar, state, left)
         stops.append(stop)
     stopping = (jnp.stack(stops, axis=1) | bad).astype(jnp.int32)
     # A token counts if no earlier one of the block stopped the text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,7 +22,7 @@ class Choice(NamedTuple, Generic[Answer]):
     """
 
     answer: Answer
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # hides a method of tuples
     verified: int
 
 
@@ -68,6 +69,6 @@ def best_of(
     assert texts is not None
     groups = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
     return [
-        first_verified(group, lambda text, number=number: verify(number, text))
+        first_verified(group, functools.partial(verify, number))
         for number, group in enumerate(groups)
     ]

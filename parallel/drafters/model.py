@@ -102,6 +102,7 @@ def _chain(lm: CausalModel) -> Proposer:
             if grammar is None:
                 return None
             left = text.limit - text.length
+            assert text.states is not None
             states, _ = follow(grammar, text.states, drafts, left)
             here = lax.dynamic_slice_in_dim(states, i, 1, axis=1)
             return Standing(here, (left - i)[:, None])
@@ -172,6 +173,7 @@ def _tree(lm: CausalModel) -> Proposer:
             seen = history(cells, positions[None, -width:], bits[None, -width:])
             logits = sample.known_only(logits[None], question.sampling)
             if grammar is not None:
+                assert states is not None
                 standing = Standing(states[None], (end + 1 - after)[None])
             choices = sample.adjusted(logits, question.sampling, seen, standing)[0]
             ranked = _perturbed(choices, question.sampling, after)
@@ -183,6 +185,7 @@ def _tree(lm: CausalModel) -> Proposer:
             out.append((tokens, parents, gain, valid))
             if level < levels - 1:
                 if grammar is not None:
+                    assert states is not None
                     states = jnp.maximum(advance(grammar, states[parents], tokens), FREE)
                 positions, scores = after[parents], best
                 own = bit(ask.slots[level], words)

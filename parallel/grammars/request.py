@@ -43,7 +43,7 @@ def make_grammar(
         raise ValueError("A grammar needs a tokenizer, to know the bytes of each token.")
     biases = [logit_bias] * len(each) if isinstance(logit_bias, Mapping) else logit_bias
     parts: list[TokenAutomaton] = []
-    own = []
+    own: list[TokenAutomaton | None] = []
     for i, one in enumerate(each):
         if one is None:
             own.append(None)
@@ -52,7 +52,7 @@ def make_grammar(
             raise TypeError(f"A grammar must be a pattern or an automaton, got {one!r}.")
         bias = biases[i] if biases else {}
         banned = frozenset(int(t) for t, value in bias.items() if value == -np.inf)
-        made = _made(one, tokenizer, vocab_size, tuple(ends), banned)
+        made = _made(one, tokenizer, vocab_size, tuple(ends), banned)  # type: ignore[arg-type]
         least = made.needs[1] if made.steps[1] == 0 and not ends else max(made.steps[1], 1)
         if least > room[i]:
             raise ValueError(_no_room(int(least), int(room[i]), i))

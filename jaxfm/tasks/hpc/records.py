@@ -113,7 +113,7 @@ def splits(
             `UNSEEN_FAMILIES`, which "unseen family" alone has.
     """
     seen: set[str] = set()
-    found = {}
+    found: dict = {}
     for place, name in enumerate(SPLITS):
         if name not in names:
             continue

@@ -306,8 +306,8 @@ def shifted(statement: Statement, shifts: dict[str, list[int]]) -> Statement:
         case Block(pragma):
             depend = lambda a: new(a) if isinstance(a, Ref) else a
             clauses = tuple(
-                c._replace(arguments=tuple(depend(a) for a in c.arguments))
-                for c in pragma.clauses  # type: ignore[misc]
+                c._replace(arguments=tuple(depend(a) for a in c.arguments))  # type: ignore[misc]
+                for c in pragma.clauses
             )
             return Block(pragma._replace(clauses=clauses), inner)
     return statement

@@ -171,8 +171,8 @@ class Names:
                     sign = "=" if (name == "==") == holds else "!="
                     return f"({text}) mod {divisor} {sign} 0", True
             case Op(name, (left, right)) if name in _COMPARE:
-                one, other = self.linear(left, variables), self.linear(right, variables)
-                if one is not None and other is not None:
+                low, high = self.linear(left, variables), self.linear(right, variables)
+                if low is not None and high is not None:
                     sign = _COMPARE[name] if holds else _NEGATED[_COMPARE[name]]
-                    return f"{one} {sign} {other}", True
+                    return f"{low} {sign} {high}", True
         return "true", False

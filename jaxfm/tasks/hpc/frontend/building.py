@@ -143,7 +143,9 @@ def finish(
         if isinstance(part, Ref) and part.array in stored:
             raise Outside(f"The bounds of the loop depend on {part.array}, which it writes.")
     hidden = _Hider(building)
-    loop = hidden.statement(loop)
+    changed = hidden.statement(loop)
+    assert isinstance(changed, For)
+    loop = changed
     outer = tuple(dict.fromkeys(x for x in building.indices if x not in building.local))
     inner_shared = [] if private_indices else [x for x in outer if x != loop.var]
     sizes, scalars = [], []
@@ -202,7 +204,9 @@ class _Hider:
                 if self._rounds(statement):
                     statement = expanded(statement)
                     value = statement.value
-                return statement._replace(target=self.expr(target), value=self.expr(value))
+                place = self.expr(target)
+                assert isinstance(place, (Var, Ref))
+                return statement._replace(target=place, value=self.expr(value))
             case If(condition, then, orelse):
                 return If(
                     self.condition(condition),

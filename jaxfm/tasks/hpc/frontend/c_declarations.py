@@ -59,7 +59,8 @@ def declared(file: File, node: Any, function: Function | None) -> list[Symbol]:
 
 def _declarator(file, node, kind: Type, place: str, function) -> Symbol | None:
     """The symbol that one declarator declares."""
-    initial, dimensions, pointers, restrict, grouped = None, [], 0, False, False
+    dimensions: list[Any] = []
+    initial, pointers, restrict, grouped = None, 0, False, False
     while node is not None and node.type != "identifier":
         if node.type == "function_declarator":
             name = _function_name(node)
@@ -97,7 +98,7 @@ def _declarator(file, node, kind: Type, place: str, function) -> Symbol | None:
         kind.dtype,
         kind.bits,
         kind.signed,
-        place=place,
+        place=place,  # type: ignore[arg-type]
         taken=_taken(function, name),
     )  # type: ignore[arg-type]
     if place == "global":
@@ -122,9 +123,9 @@ def _declarator(file, node, kind: Type, place: str, function) -> Symbol | None:
         kind="array",
         shape=tuple(shape),
         lower=(Number(0),) * len(shape),
-        memory=memory,
-        place=place,
-    )  # type: ignore[arg-type]
+        memory=memory,  # type: ignore[arg-type]
+        place=place,  # type: ignore[arg-type]
+    )
 
 
 def _function_name(node: Any) -> str:
@@ -158,7 +159,9 @@ def _extent(file: File, function: Function | None, node: Any) -> Expr | None:
     symbol = next(iter(function.symbols.get(text, ())), None)
     if symbol is None:
         known = file.globals.get(text, ())
-        return Number(known[0].value) if len(known) == 1 and known[0].kind == "constant" else None
+        if len(known) != 1 or known[0].kind != "constant" or known[0].value is None:
+            return None
+        return Number(known[0].value)
     value = constant_value(function, symbol)
     if value is not None:
         return Number(value)

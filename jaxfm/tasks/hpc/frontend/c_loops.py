@@ -171,7 +171,8 @@ def _contains(node: Any, other: Any) -> bool:
 
 
 def _descendants(node: Any) -> list[Any]:
-    out, rest = [], [node]
+    out: list[Any] = []
+    rest = [node]
     while rest and len(out) < 10_000:
         out.append(rest.pop())
         rest += out[-1].children

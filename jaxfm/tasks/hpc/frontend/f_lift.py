@@ -208,8 +208,8 @@ class FortranLowering:
             return Op(_RELATIONS.get(word, word), (inner(left), inner(right)))
         if kind == "unary_expression":
             word = lower(node.child_by_field_name("operator"))
-            value = inner(node.child_by_field_name("argument"))
-            return value if word == "+" else Op({".not.": "!"}.get(word, word), (value,))
+            only = inner(node.child_by_field_name("argument"))
+            return only if word == "+" else Op({".not.": "!"}.get(word, word), (only,))
         if kind == "call_expression":
             return self._call(node, inner, line)
         raise Outside(f"Line {line} has an expression that is not read.")

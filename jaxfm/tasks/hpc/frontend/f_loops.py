@@ -164,7 +164,8 @@ def _written_in(use: Any) -> Any:
 
 def _regions(source: Source) -> list[tuple[int, int, str]]:
     """Where constructs with an end begin and end, innermost first."""
-    found, open_ = [], []
+    found: list[tuple[int, int, str]] = []
+    open_: list[Any] = []
     for directive in source.directives:
         words = directive.text.split()[1:]
         if words[:1] == ["end"] or (words and words[0].startswith("end")):

@@ -148,7 +148,7 @@ def _declare(unit: Unit, node: Any) -> None:
             "scalar",
             kind.dtype,
             kind.bits,
-            place=_place(unit, text, words, initial),
+            place=_place(unit, text, words, initial),  # type: ignore[arg-type]
             memory="pointer" if {"pointer", "target"} & set(words) else "restrict",
             taken=bool({"pointer", "target"} & set(words)),
             node=None,

@@ -64,7 +64,7 @@ class Lifted(NamedTuple):
     program: Program
     lines: dict[Path, int]
     local: tuple[str, ...]
-    index: tuple[str, ...]
+    index: tuple[str, ...]  # type: ignore[assignment]  # hides a method of tuples
     doubts: tuple[str, ...]
     used_after: tuple[str, ...]
     pragma: Pragma | None

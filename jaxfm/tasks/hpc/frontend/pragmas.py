@@ -114,12 +114,12 @@ def _clauses(text: str, head: str) -> tuple[Clause, ...]:
         match = _CLAUSE.match(text, position)
         if match is None:
             raise Outside(f"The clauses {text.strip()!r} cannot be read.")
-        name, position = match[1].lower(), match.end()
+        word, position = match[1].lower(), match.end()
         inner = ""
         if text[position : position + 1] == "(":
             end = _closing(text, position)
             inner, position = text[position + 1 : end], end + 1
-        found.append(_clause(name, inner))
+        found.append(_clause(word, inner))
     return tuple(found)
 
 

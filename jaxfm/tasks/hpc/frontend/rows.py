@@ -211,7 +211,9 @@ def _replaced(program: Program, name: str, shape: tuple[Expr, ...], change) -> P
     def statement(s: Statement) -> Statement:
         match s:
             case Assign(target, value):
-                return s._replace(target=expr(target), value=expr(value))
+                place = expr(target)
+                assert isinstance(place, (Var, Ref))
+                return s._replace(target=place, value=expr(value))
             case If(condition, then, orelse):
                 return If(
                     expr(condition), tuple(map(statement, then)), tuple(map(statement, orelse))

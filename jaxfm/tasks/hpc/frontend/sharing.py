@@ -51,7 +51,10 @@ def needed(lifted: Lifted) -> Plan:
     flow.body(loop.body, frozenset())
     written = {p.access.name for p in places(loop) if p.access.write}
     scalars = [s.name for s in lifted.program.scalars if s.name in written]
-    private, last, reduced, doubts = [], [], {}, []
+    private: list[str] = []
+    last: list[str] = []
+    reduced: dict[str, list[str]] = {}
+    doubts: list[str] = []
     for name in scalars:
         live = name in lifted.used_after
         if operator := _reduction(loop, name):
@@ -93,8 +96,8 @@ def given(lifted: Lifted, pragma: Pragma) -> Plan:
     for clause in pragma.clauses:
         if clause.name != "reduction":
             continue
-        for name in clause.arguments:
-            own = _reduction(loop, str(name))
+        for name in map(str, clause.arguments):
+            own = _reduction(loop, name)
             if name in known and own != clause.modifier and clause.modifier != "-":
                 doubts.append(f"The loop does more with {name} than the reduction combines.")
     return Plan(pragma, _shared(lifted, pragma, loop), tuple(doubts))
@@ -110,7 +113,8 @@ def _shared(lifted: Lifted, pragma: Pragma, loop: For) -> frozenset[str]:
     """Names without storage of each thread's own."""
     owned = {name for kind in OWNING for name in pragma.named(kind)}
     program = lifted.program
-    names = {x.name for x in (*program.arrays, *program.scalars, *program.sizes)}
+    names = {x.name for x in program.arrays}
+    names |= {x.name for x in (*program.scalars, *program.sizes)}
     collapse = int(next(iter(pragma.named("collapse")), 1))
     spread, inner = {loop.var}, loop
     while len(spread) < collapse and len(inner.body) == 1 and isinstance(inner.body[0], For):

@@ -35,7 +35,7 @@ def missing(tool: str, isolated: bool = True) -> str | None:
 def compiled(
     compiler: str,
     flags: Sequence[str],
-    files: Mapping[str, str],
+    files: Mapping[str, str | bytes],
     limits: sandbox.Limits = sandbox.Limits(seconds=60),  # noqa: B008
 ) -> bytes:
     """The program that a compiler makes of files of C.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxfm.tasks.hpc.program import Clause, For, If, Path, Program, Statement
+from jaxfm.tasks.hpc.program import Block, Clause, For, If, Path, Program, Statement
 from jaxfm.tasks.hpc.proofs.contents import contents, sizes_of
 from jaxfm.tasks.hpc.render import parameters, to_c
 
@@ -68,7 +68,8 @@ def batch(programs: Sequence[Program], kernels: Sequence[str] = (), seconds: int
         kernels: Declarations of functions `kernel_0`, ... to call instead of the programs' own.
         seconds: After which each is stopped.
     """
-    text, files, lines = HEAD, {}, {}
+    text, files = HEAD, {}
+    lines: dict = {}
     for k, program in enumerate(programs):
         if kernels:
             text += kernels[k]
@@ -124,7 +125,7 @@ def scattered(program: Program) -> Program:
                 seen += 1
                 pragma = statement.pragma._replace(clauses=(*given, chunk))
                 statement = statement._replace(pragma=pragma)
-        if hasattr(statement, "body"):
+        if isinstance(statement, (For, Block)):
             return statement._replace(body=tuple(map(changed, statement.body)))
         return statement
 

@@ -277,9 +277,7 @@ def main() -> None:
         try:
             reply = supervise(spec, isolated)
         except OSError as error:
-            refusal = (
-                f"The sandbox could not be built ({errno.errorcode.get(error.errno)}: {error})."
-            )
+            refusal = f"The sandbox could not be built ({errno.errorcode.get(error.errno or 0)}: {error})."
     if refusal and (isolated or spec["isolated"]):
         reply = {"refusal": refusal}
 

@@ -87,7 +87,8 @@ def judged(
         part = programs[first : first + harness.BATCH]
         made = harness.batch([harness.scattered(program) for program in part])
         try:
-            binary = compile.compiled(compiler, flags, {"batch.c": made.text, **files}, limits)
+            sources: dict[str, str | bytes] = {"batch.c": made.text, **files}
+            binary = compile.compiled(compiler, flags, sources, limits)
         except compile.CompileError as error:
             if len(part) == 1:
                 found.append(Judgement("cannot tell", str(error), tool))
@@ -105,7 +106,8 @@ def judged(
                 "TSAN_OPTIONS": OPTIONS,
                 **(environment or {}),
             }
-            given = {"program": binary, "suppressions": SUPPRESSIONS, **made.files}
+            given: dict[str, str | bytes] = {"program": binary, "suppressions": SUPPRESSIONS}
+            given |= made.files
             runs.append(sandbox.run(["./program"], given, limits, environment=variables))
         for k, program in enumerate(part):
             found.append(_judgement(k, program, made, runs, tool, threads))
