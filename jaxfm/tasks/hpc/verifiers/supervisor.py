@@ -277,7 +277,8 @@ def main() -> None:
         try:
             reply = supervise(spec, isolated)
         except OSError as error:
-            refusal = f"The sandbox could not be built ({errno.errorcode.get(error.errno or 0)}: {error})."
+            name = errno.errorcode.get(error.errno or 0)
+            refusal = f"The sandbox could not be built ({name}: {error})."
     if refusal and (isolated or spec["isolated"]):
         reply = {"refusal": refusal}
 
