@@ -140,6 +140,21 @@ GUARD(GOMP_critical_start, GOMP_critical_end, critical)
 GUARD(GOMP_atomic_start, GOMP_atomic_end, atomic)
 GUARD(GOMP_ordered_start, GOMP_ordered_end, ordered)
 LOCK(GOMP_critical_name_start, GOMP_critical_name_end)
+
+/* gcc updates floating-point numbers atomically by an exchange that it does not instrument, so that
+ * a plain read beside it would race unseen. With -fno-inline-atomics it calls these instead. An
+ * OpenMP atomic orders nothing else: relaxed. */
+#define EXCHANGE(bytes, bits, word)                                                              \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile word *, word *, word, int, int);  \
+    bool exchange##bytes(volatile void *, void *, word, int, int)                                \
+        __asm__("__atomic_compare_exchange_" #bytes);                                            \
+    bool exchange##bytes(volatile void *at, void *expected, word value, int success, int failure)\
+    {                                                                                            \
+        (void)success, (void)failure;                                                            \
+        return __tsan_atomic##bits##_compare_exchange_strong(at, expected, value, 0, 0);         \
+    }
+EXCHANGE(4, 32, uint32_t)
+EXCHANGE(8, 64, uint64_t)
 LOCK(omp_set_lock, omp_unset_lock)
 LOCK(omp_set_nest_lock, omp_unset_nest_lock)
 WRAP(int, omp_test_lock, void **lock)

@@ -55,7 +55,7 @@ def verify(
     """Judges programs; see the module. "Cannot tell" where one does not run, with the reason."""
     if reason := available(limits):
         return [Judgement("cannot tell", reason, "ThreadSanitizer")] * len(programs)
-    flags = (*FLAGS, *(f"-Wl,--wrap={symbol}" for symbol in _symbols()))
+    flags = (*FLAGS, "-fno-inline-atomics", *(f"-Wl,--wrap={symbol}" for symbol in _symbols()))
     return judged(programs, "gcc", flags, name(), threads, limits, {"shim.o": _shim(limits)})
 
 
