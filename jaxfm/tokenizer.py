@@ -271,17 +271,9 @@ def bpe_alphabet() -> list[str]:
 
 def bpe_of_merges(merges: Iterable[tuple[str, str]]) -> HuggingFaceTokenizer:
     """The byte-level BPE of given merges, as `train_bpe` would make it had it learnt them."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
     merges = list(merges)
     tokens = dict.fromkeys([*bpe_alphabet(), *(left + right for left, right in merges)])
-    vocab = {token: number for number, token in enumerate(tokens)}
-    backend = Backend(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return _wrap(backend)
+    return _byte_level({token: number for number, token in enumerate(tokens)}, merges)
 
 
 def load_tokenizer(path_or_name: str | Path) -> HuggingFaceTokenizer:
@@ -357,12 +349,19 @@ def _load_sentencepiece(model: Path) -> HuggingFaceTokenizer:
 
 def _byte_backend(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:
     """Returns the byte tokenizer as a BPE without merges."""
+    letters = {token: number for token, number in tokenizer.vocab.items() if number < 256}
+    return _byte_level(letters, [], use_regex=False)
+
+
+def _byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], use_regex: bool = True
+) -> HuggingFaceTokenizer:
+    """A byte-level BPE; `use_regex` splits texts into words first."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    letters = {token: number for token, number in tokenizer.vocab.items() if number < 256}
-    backend = Backend(models.BPE(vocab=letters, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return _wrap(backend)

@@ -6,6 +6,7 @@ statements alone, which is what models read. Layout is a `Style`; names are chan
 
 from __future__ import annotations
 
+import abc
 import random
 from typing import Literal, NamedTuple
 
@@ -164,7 +165,7 @@ def pragma_source(pragma: Pragma, program: Program, language: Language = "c") ->
     return render_fortran.FortranWriter(program, Style()).directive(pragma)
 
 
-class Writer:
+class Writer(abc.ABC):
     """Lines of one language: its subclass says how expressions and statements are written."""
 
     def __init__(self, program: Program, style: Style) -> None:
@@ -190,13 +191,13 @@ class Writer:
         for index, statement in enumerate(body, first):
             self.statement(statement, (*path, index), depth)
 
+    @abc.abstractmethod
     def statement(self, statement: Statement, path: Path, depth: int) -> None:
         """Writes one statement."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def expr(self, expr: Expr, level: int = 0) -> str:
         """An expression, in parentheses where its operators bind less than `level`."""
-        raise NotImplementedError
 
     def joined(self, op: str, left: str, right: str) -> str:
         """Two operands and their operator."""

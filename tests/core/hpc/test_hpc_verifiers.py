@@ -3,7 +3,19 @@
 import pytest
 
 from jaxfm.tasks.hpc.generator import generate
-from jaxfm.tasks.hpc.program import Block, Pragma, Standalone
+from jaxfm.tasks.hpc.program import (
+    Array,
+    Assign,
+    Block,
+    For,
+    Number,
+    Pragma,
+    Program,
+    Ref,
+    Scalar,
+    Standalone,
+    Var,
+)
 from jaxfm.tasks.hpc.verifiers import harness, thread_sanitizer
 
 needs_gcc = pytest.mark.skipif(
@@ -19,6 +31,31 @@ def test_thread_sanitizer_agrees_with_labels():
     alarms = {index for index, judgement in enumerate(found) if judgement.verdict == "refuted"}
     racy = {index for index, item in enumerate(items) if item.racy}
     assert alarms == racy
+
+
+def around(*body):
+    """A program of one size, n, and two arrays."""
+    arrays = (Array("a", (Var("n"),), "float"), Array("b", (Var("n"),), "float"))
+    return Program((Scalar("n", "int", 21),), arrays, (), body)
+
+
+@needs_gcc
+def test_the_end_of_a_region_waits_for_its_tasks():
+    task = Block(Pragma("task"), (Assign(Ref("a", (Var("i"),)), Ref("b", (Var("i"),))),))
+    single = Block(Pragma("single"), (For("i", Number(0), Var("n"), (task,)),))
+    found = thread_sanitizer.verify([around(Block(Pragma("parallel"), (single,)))])
+    assert found[0].verdict == "confirmed"
+
+
+@needs_gcc
+def test_a_plain_read_beside_an_atomic_update_of_a_float_is_a_race():
+    first = Ref("a", (Number(0),))
+    update = Block(Pragma("atomic"), (Assign(first, Ref("b", (Var("i"),)), "+"),))
+    read = Assign(Ref("b", (Var("i"),)), first)
+    racy, right = ((read, update), (update,))
+    loops = [For("i", Number(0), Var("n"), x, 1, Pragma("parallel for")) for x in (racy, right)]
+    found = thread_sanitizer.verify([around(loop) for loop in loops])
+    assert [judgement.verdict for judgement in found] == ["refuted", "confirmed"]
 
 
 @needs_gcc

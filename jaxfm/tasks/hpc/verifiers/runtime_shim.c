@@ -174,6 +174,7 @@ static unsigned cell(task *parent, void *address)
 }
 
 typedef struct {
+    team *team;
     task own, *parent;
     void (*fn)(void *);
     char *data;
@@ -217,6 +218,8 @@ static void run_job(void *argument)
     place outer = here;
     void *thread = __tsan_get_current_fiber(), *fiber = __tsan_create_fiber(0);
     __tsan_switch_to_fiber(fiber, UNORDERED);
+    /* At the end of a region a thread has left it already and still runs its tasks. */
+    here.team = j->team;
     here.task = &j->own, here.home = here.section = NULL;
     __tsan_acquire(&j->own.created);
     acquire_dependences(j);
@@ -236,6 +239,7 @@ static void run_job(void *argument)
         __tsan_release(&here.team->barrier[here.phase]);
         __tsan_release(&here.team->join);
     }
+    here.team = outer.team;
     here.task = outer.task, here.home = outer.home, here.section = outer.section;
     __tsan_switch_to_fiber(thread, UNORDERED);
     __tsan_destroy_fiber(fiber);
@@ -245,7 +249,7 @@ WRAP(void, GOMP_task, void (*fn)(void *), void *data, void (*copy)(void *, void 
      long align, bool deferred, unsigned flags, void **depend, int priority, void *detach)
 {
     job *j = calloc(1, sizeof(job));
-    j->parent = current(), j->fn = fn, j->own.group = j->parent->group;
+    j->parent = current(), j->team = here.team, j->fn = fn, j->own.group = j->parent->group;
     char *room = malloc(size + align);
     j->data = (char *)(((uintptr_t)room + align - 1) & ~(uintptr_t)(align - 1));
     if (copy) copy(j->data, data); else memcpy(j->data, data, size);
