@@ -11,15 +11,16 @@ byte-level tokenizers decode(encode(text)) == text.
 import importlib.util
 import json
 import operator
-import re
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from jaxfm.token_bytes import byte_characters, token_reader
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>")
 ROLES = ("bos_token", "eos_token", "pad_token", "mask_token")
@@ -65,7 +66,7 @@ class ByteTokenizer:
 
     @property
     def vocab(self) -> dict[str, int]:
-        characters = {character: byte for byte, character in enumerate(_byte_characters())}
+        characters = {character: byte for byte, character in enumerate(byte_characters())}
         return characters | {token: 256 + n for n, token in enumerate(SPECIAL_TOKENS)}
 
     def encode(self, text: str) -> list[int]:
@@ -119,7 +120,7 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self) -> list[bytes]:
         plain = {token: i for token, i in self.vocab.items() if i not in self.special_ids}
-        to_bytes = _token_reader(self.inner.backend_tokenizer, plain)
+        to_bytes = token_reader(self.inner.backend_tokenizer, plain)
         table = [b""] * self.vocab_size
         for token, number in plain.items():
             table[number] = to_bytes(token)
@@ -266,7 +267,7 @@ def bpe_words(text: str) -> list[str]:
 
 def bpe_alphabet() -> list[str]:
     """The first 260 tokens of `train_bpe`, by id: special ones, then the characters of bytes."""
-    return [*SPECIAL_TOKENS, *sorted(_byte_characters())]
+    return [*SPECIAL_TOKENS, *sorted(byte_characters())]
 
 
 def bpe_of_merges(merges: Iterable[tuple[str, str]]) -> HuggingFaceTokenizer:
@@ -372,41 +373,6 @@ def _wrap(backend: Any) -> HuggingFaceTokenizer:
 
     roles = dict(zip(ROLES, SPECIAL_TOKENS, strict=True))
     return HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))
-
-
-def _byte_characters() -> list[str]:
-    """Returns the printable character that byte-level BPE (GPT-2) writes for each of 256 bytes."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable}
-    characters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    return [characters[byte] for byte in range(256)]
-
-
-def _token_reader(backend: Any, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
-    """Returns how a tokenizer's decoder turns the written form of one of its tokens into bytes."""
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
-    if "ByteLevel" in kinds:
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-        spelled = lambda token: all(character in byte_of for character in token)
-        return lambda token: (
-            bytes(byte_of[character] for character in token) if spelled(token) else token.encode()
-        )
-    if "ByteFallback" in kinds:
-
-        def sentencepiece(token: str) -> bytes:
-            if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
-                return bytes.fromhex(byte[1])
-            return token.replace("\u2581", " ").encode()
-
-        return sentencepiece
-    # Of all others, what a token adds after some other token.
-    first = min(tokens.values(), default=0)
-    before = backend.decode([first])
-    after = backend.decode_batch([[first, number] for number in tokens.values()])
-    added = {token: text.removeprefix(before) for token, text in zip(tokens, after, strict=True)}
-    return lambda token: added[token].encode()
 
 
 def _first_line(error: Exception) -> str:

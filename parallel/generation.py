@@ -181,10 +181,10 @@ def stream(
     stop_tokens, stop_strings = listed_stops(stop_tokens, stop_strings, decoder.vocab_size)
     check_tokenizers(tokenizer, draft_tokenizer, stop_strings)
     ticks = whole_number("ticks", ticks)
-    given = {"prefill_chunk": prefill_chunk, "cells": cells}
-    prefill_chunk, cells = (
-        None if x is None else whole_number(name, x) for name, x in given.items()
-    )
+    if prefill_chunk is not None:
+        prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
+    if cells is not None:
+        cells = whole_number("cells", cells)
     top = top_count(top_logprobs, decoder)
     batch = len(ids)
     lengths = np.array([len(prompt) for prompt in ids], np.int32)
@@ -198,8 +198,7 @@ def stream(
     )
     sampling = make_sampling(
         batch, temperature, top_k, top_p, min_p, key,
-        known=known, bias=bias, penalties=penalties, grammar=grammars,
-        seeds=seeds,
+        known=known, bias=bias, penalties=penalties, grammar=grammars, seeds=seeds,
     )  # fmt: skip
     token_bytes = _bytes_of_rows(tokenizer, decoder.vocab_size)
     rules = make_rules(sampling, stop_tokens, stop_strings, token_bytes, decoder.vocab_size)

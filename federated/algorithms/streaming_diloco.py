@@ -172,19 +172,7 @@ def streaming_diloco(
         return weighted(info.examples, part), kept, info
 
     def server(state: StreamingState, totals: Mean, public, key: Key):
-        now, step = state.turn % fragments, mean(totals)
-        trace = jax.tree.map(
-            lambda m, d: momentum * m[now] + d.astype(m.dtype), state.momentum, step.params
-        )
-        pieces = cut(state.variables.params, fragments)
-        piece = jax.tree.map(
-            lambda x, d, m: x + learning_rate * (d.astype(x.dtype) + momentum * m),
-            fragment_at(pieces, now), step.params, trace,
-        )  # fmt: skip
-        params = joined(with_fragment(pieces, now, piece), state.variables.params)
-        still = jax.tree.map(jnp.zeros_like, params)
-        variables = moved(state.variables._replace(params=params), (still, exact(step.stats)))
-        new = StreamingState(variables, with_fragment(state.momentum, now, trace), state.turn + 1)
+        new = _outer_step(state, mean(totals), fragments, learning_rate, momentum)
         came = anybody(totals.den)
         return jax.tree.map(lambda a, b: jnp.where(came, a, b), new, state), {}
 
@@ -192,6 +180,25 @@ def streaming_diloco(
         model, send, client, init_client, most_caught_up=fragments - 1, changes_places=True
     )
     return Algorithm(init, (bucket,), server, model)
+
+
+def _outer_step(
+    state: StreamingState, step: Variables, fragments: int, learning_rate: float, momentum: float
+) -> StreamingState:
+    """A step of Nesterov's method of the fragment whose turn it is, by the clients' mean step."""
+    now = state.turn % fragments
+    trace = jax.tree.map(
+        lambda m, d: momentum * m[now] + d.astype(m.dtype), state.momentum, step.params
+    )
+    pieces = cut(state.variables.params, fragments)
+    piece = jax.tree.map(
+        lambda x, d, m: x + learning_rate * (d.astype(x.dtype) + momentum * m),
+        fragment_at(pieces, now), step.params, trace,
+    )  # fmt: skip
+    params = joined(with_fragment(pieces, now, piece), state.variables.params)
+    still = jax.tree.map(jnp.zeros_like, params)
+    variables = moved(state.variables._replace(params=params), (still, exact(step.stats)))
+    return StreamingState(variables, with_fragment(state.momentum, now, trace), state.turn + 1)
 
 
 def _whole(download: StreamingDownload, pieces: int) -> PyTree:

@@ -149,13 +149,8 @@ def alternate(
         check_same_noise(setup.algorithm.privacy, state.run.server)
 
     last = np.cumsum([len(units([phase], central_chunk)) for phase in phases]).tolist()
-    script = Script(
-        advance=advance,
-        watch=lambda state: setup.watch(state.run),
-        server=lambda state: state.run.server,
-        ends=ends,
-        check=check,
-    )
+    watch, server = lambda state: setup.watch(state.run), lambda state: state.run.server
+    script = Script(advance=advance, watch=watch, server=server, ends=ends, check=check)
     played = play(
         script, state, no_account(len(data.names)), length=len(steps), eval_every=eval_every,
         names=data.names, run_dir=run_dir, due=lambda number: number in last,
