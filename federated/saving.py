@@ -56,7 +56,7 @@ def save_model(
     if model.adapter is not None:
         model, variables = merge(model, variables)
     if jax.process_index() == 0:
-        hub.save(model, variables, folder, data.tokenizer, classes=data.classes)
+        hub.save(model, variables, folder, data.tokenizer, classes=data.classes, scale=data.scale)
 
 
 def save_adapter(

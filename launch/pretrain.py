@@ -118,7 +118,10 @@ def main(config: PretrainConfig) -> None:
     print(f"{count_parameters(state.variables.params):,} parameters")
     for name, value in metrics.items():
         print(f"test {name}: {value:.4f}")
-    hub.save(model, state.variables, run_dir / "model", data.tokenizer, classes=data.classes)
+    hub.save(
+        model, state.variables, run_dir / "model", data.tokenizer,
+        classes=data.classes, scale=data.scale,
+    )  # fmt: skip
     print(f"model: {run_dir / 'model'}")
     print(f"report: {write_report(run_dir)}")
 

@@ -18,6 +18,7 @@ from jaxfm.data.cifar import cifar10
 from jaxfm.data.dealing import Data, Dealing, deal_out, with_validation
 from jaxfm.data.idx import mnist
 from jaxfm.data.loading import BUILT_IN, DataSet, kind_of, load
+from jaxfm.data.scaling import Scale, load_scale
 from jaxfm.data.standard_library import stdlib
 from jaxfm.data.text import corpus, read_folder
 from jaxfm.errors import naming
@@ -68,7 +69,9 @@ class DataConfig:
     )
     length: int = option(128, "text only: tokens of a row, at most where it is classified")
     standardize: bool = option(
-        False, "columns of numbers only: mean 0 and deviation 1 in the training rows"
+        False,
+        "columns of numbers only: mean 0 and deviation 1 in the training rows; a --model that is a "
+        "folder has the scale that it was trained with",
     )
     partition: Dealing = option(
         "auto",
@@ -172,7 +175,8 @@ def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -
     Args:
       config: of the data.
       seed: of the clients.
-      model: whose folder's tokenizer reads text, where the data's config names none.
+      model: whose folder's tokenizer reads text, where the data's config names none, and whose
+        folder's scale columns of numbers are brought to.
     Raises:
       FileNotFoundError, ValueError: as of `jaxfm.data.load` and `deal_out`; an option of text for
         data that are none.
@@ -180,8 +184,9 @@ def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -
     tokenizer = "bytes" if config.tokenizer == "auto" else config.tokenizer
     if config.tokenizer == "auto" and model and model.folder and hub.reads_text(model.folder):
         tokenizer = model.folder
+    scale = load_scale(model.folder) if model and model.folder else None
     with naming(config.folder or config.source):
-        data_set = _read(config, tokenizer, seed)
+        data_set = _read(config, tokenizer, scale or config.standardize, seed)
     if data_set.tokenizer is None:
         _check_no_text(config)
     with naming(f"data.source={config.source}"):
@@ -212,7 +217,7 @@ def _check_no_text(config: DataConfig) -> None:
             )
 
 
-def _read(config: DataConfig, tokenizer_name: str, seed: int) -> DataSet:
+def _read(config: DataConfig, tokenizer_name: str, standardize: bool | Scale, seed: int) -> DataSet:
     if config.source in ("mnist", "cifar10"):
         images = (
             mnist(config.folder, writers=config.writers or None)
@@ -244,16 +249,15 @@ def _read(config: DataConfig, tokenizer_name: str, seed: int) -> DataSet:
         image_size=(height_width[0], height_width[1]) if height_width else None,
         tokenizer=tokenizer,
         length=config.length,
-        standardize=config.standardize,
+        standardize=standardize,
         seed=seed,
     )
 
 
 def save_classes(run_dir: pathlib.Path, data: Data) -> None:
-    """Writes the classes' names, in the order of logits, and columns' scale into the results."""
-    scale = {name: x.tolist() for name, x in data.scale._asdict().items()} if data.scale else {}
+    """Writes the classes' names, in the order of logits, into the results."""
     if data.classes:
-        save_results(run_dir, "data", {"classes": data.classes} | scale)
+        save_results(run_dir, "data", {"classes": data.classes})
 
 
 _SIZES = ("embed_dim", "num_layers", "num_heads", "mlp_dim")

@@ -88,7 +88,7 @@ def load(
     image_size: tuple[int, int] | None = None,
     tokenizer: Tokenizer | None = None,
     length: int = 128,
-    standardize: bool = False,
+    standardize: bool | Scale = False,
     seed: int = 0,
 ) -> DataSet:
     """Returns data from a file, a folder or the Hugging Face hub, checked and split.
@@ -123,7 +123,7 @@ def load(
       length: tokens of a row. Longer texts are cut; rows of labelled texts are as long as the
         longest needs.
       standardize: subtract the mean of each column of numbers and divide by its deviation, both of
-        the training rows; a constant column is 0.
+        the training rows; a constant column is 0. Or a scale, which is applied.
       seed: of the rows that are drawn for splits.
     Raises:
       FileNotFoundError, ValueError: in one sentence that names file, row and column.
@@ -156,9 +156,10 @@ def load(
             data = _language(table, roles, client, tokenizer, length)
         else:
             data = _labelled(table, roles, client, tokenizer, length, image_size, seed)
-        if not standardize:
+        if standardize is False:
             return data
-        splits, scale = standardized(data.splits)
+        own = None if standardize is True else standardize
+        splits, scale = standardized(data.splits, own)
         return data._replace(splits=splits, scale=scale)
 
 

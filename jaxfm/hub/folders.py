@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxfm.data.scaling import Scale
 from jaxfm.errors import naming
 from jaxfm.frozen import thaw
 from jaxfm.hub import config as hub_config
@@ -102,6 +103,7 @@ def save(
     *,
     max_shard_bytes: int = 5 * 10**9,
     classes: Sequence[str] = (),
+    scale: Scale | None = None,
 ) -> None:
     """Writes a folder that `load` opens, and `transformers` where it knows the model.
 
@@ -117,6 +119,7 @@ def save(
       tokenizer: written beside the model, by `jaxfm.tokenizer.save_tokenizer`.
       max_shard_bytes: tensors are spread over files of at most this size.
       classes: names of the classes, in the order of a classifier's logits.
+      scale: of the columns of numbers that one of our networks was trained on.
     Raises:
       TypeError: the model is of none of our families.
       ValueError: the format cannot express this model: an adapter, masked channels, layers of
@@ -128,7 +131,7 @@ def save(
             "adapter alone by `jaxfm.hub.save_adapter`."
         )
     if own_format.has_own_format(model.config):
-        own_format.save(model, variables, path, classes)
+        own_format.save(model, variables, path, classes, scale)
         return
     config, params = _to_save(model, variables)
     metadata = hub_metadata.named(config.metadata, classes) if classes else config.metadata

@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxfm import config as configs
+from jaxfm.data.scaling import Scale, save_scale
 from jaxfm.frozen import thaw
 from jaxfm.hub import files as hub_files
 from jaxfm.model import Model, Variables
@@ -48,8 +49,9 @@ def has_own_format(config: Any) -> bool:
 
 
 def save(
-    model: Model, variables: Variables, path: str | os.PathLike, classes: Sequence[str] = ()
-) -> None:
+    model: Model, variables: Variables, path: str | os.PathLike, classes: Sequence[str] = (),
+    scale: Scale | None = None,
+) -> None:  # fmt: skip
     """Writes a folder that `jaxfm.hub.load` opens; see `jaxfm.hub.save`."""
     if any(not np.asarray(leaf).all() for leaf in jax.tree.leaves(variables.masks)):
         raise ValueError("Some channels are masked; save the result of jaxfm.subnet.extract.")
@@ -65,6 +67,8 @@ def save(
     with hub_files.new_folder(path) as folder:
         hub_files.write_safetensors(folder, shapes, tensors.__getitem__, 5 * 10**9)
         (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+        if scale is not None:
+            save_scale(scale, folder)
 
 
 def load(

@@ -1,6 +1,7 @@
 """Data of one's own from the command line: a file or folder of each kind federates."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from absl import flags
 
+from jaxfm import hub
 from jaxfm.config import define_flags, from_flags
+from jaxfm.data.scaling import Scale, save_scale
 from jaxfm.launch import federate
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig, load_data, make_model
+from jaxfm.models import mlp
 
 NAMES = ("ant", "bee", "cat")
 ROWS = 96
@@ -84,7 +88,7 @@ SMALL = (
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (write_csv, ()),
+        (write_csv, ("--data.standardize",)),
         (write_jsonl, ()),
         (write_npz, ()),
         (write_parquet, ()),
@@ -102,6 +106,7 @@ def test_a_file_of_each_kind_federates(write, words, tmp_path, capsys):
     assert results["data"]["classes"] == list(NAMES)
     assert results["federate"]["test"]["global/accuracy"] > 0.9
     assert "test global/accuracy" in capsys.readouterr().out
+    assert (run / "model" / "columns.json").exists() == ("--data.standardize" in words)
 
 
 def test_clients_of_a_column_hold_their_own_rows(tmp_path):
@@ -147,3 +152,21 @@ def test_sources_that_cannot_be_are_refused(config, message):
     with pytest.raises(ValueError) as caught:
         DataConfig(**config)
     assert message in str(caught.value)
+
+
+def test_a_run_that_starts_from_a_model_scales_columns_as_that_model_was_trained(tmp_path):
+    file = write_csv(tmp_path)
+    scale = Scale(np.array([7.0, -1.0, 0.5]), np.array([2.0, 1.0, 0.25]))
+    model = mlp((3, 4, 3))
+    hub.save(model, model.init(jax.random.key(0)), tmp_path / "model", scale=scale)
+    config = command(file, f"--init={tmp_path / 'model'}")
+    data = load_data(config.data, config.seed, config.model)
+    plain = load_data(dataclasses.replace(config.data), config.seed)
+    expected = (plain.test["features"] - scale.mean) / scale.deviation
+    np.testing.assert_allclose(data.test["features"], expected, rtol=1e-5)
+    (tmp_path / "model" / "columns.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"columns\.json is not a scale of columns"):
+        load_data(config.data, config.seed, config.model)
+    save_scale(Scale(np.zeros(2), np.ones(2)), tmp_path / "model")
+    with pytest.raises(ValueError, match="The rows have 3 columns of numbers, where the scale"):
+        load_data(config.data, config.seed, config.model)
