@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from jaxfm.tasks.hpc.program import Access, Path, Pragma
 from jaxfm.tasks.hpc.proofs.machine import Machine, Unknown, Who
-from jaxfm.tasks.hpc.proofs.steps import Steps
+from jaxfm.tasks.hpc.proofs.steps import Step, Steps
 
 
 class Thread:
@@ -79,6 +80,16 @@ class Scope:
     def values(self, m: Machine) -> dict[str, int | None]:
         """What each thread of a region begins with."""
         return {n: m.values.get(n) if n in self.first else None for n in self.names}
+
+    def piece(self, m: Machine, run: Step, is_last: bool, names: Iterable[str] = ()) -> None:
+        """An iteration or a section, at whose start `names` have values."""
+        m.defined = set(names)
+        self.fresh(m)
+        self.first_reads(m)
+        run(m)
+        if is_last:
+            m.last_defined |= m.defined
+            self.last_writes(m)
 
     def first_reads(self, m: Machine) -> None:
         """`firstprivate` reads the original."""

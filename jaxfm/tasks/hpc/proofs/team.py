@@ -190,12 +190,8 @@ class Team:
         schedule = next((c for c in pragma.clauses if c.name == "schedule"), None)
         chunks = schedule.arguments if schedule else self.default
         static = chunks if chunks[:1] == ("static",) else None
-        nowait = any(clause.name == "nowait" for clause in pragma.clauses)
 
-        def run(m: Machine, threads: list[Thread]) -> None:
-            if threads:
-                threads[0].resume(m)
-            saved, start = scope.enter(m), self.epoch
+        def work(m: Machine, start: int) -> None:
             space = list(points(m, names, bounds))
             count(m, len(space))
             for number, point in enumerate(space):
@@ -205,21 +201,9 @@ class Team:
                     m.before[segment] |= self.static.get(key, 0)
                     self.static[key] = m.upto()
                 m.values.update(point)
-                m.defined = set(names)
-                scope.fresh(m)
-                scope.first_reads(m)
-                body(m)
-                if number + 1 == len(space):
-                    m.last_defined |= m.defined
-                    scope.last_writes(m)
-            scope.combine(m, start)
-            scope.leave(m, saved)
-            if threads:
-                threads[0].pause(m)
-            if not nowait and not own_region:
-                self.barrier(m, threads)
+                scope.piece(m, body, number + 1 == len(space), names)
 
-        return run
+        return self.shared(scope, pragma, work, own_region)
 
     def sections(self, block: Block, path: Path, loops: Loops, own_region: bool) -> Callable:
         """Sections, each run once by an arbitrary thread."""
@@ -231,21 +215,25 @@ class Team:
         ]
         if len(parts) != len(block.body):
             raise Unknown("A statement of `sections` stands in no section.")
-        nowait = any(clause.name == "nowait" for clause in block.pragma.clauses)
+
+        def work(m: Machine, start: int) -> None:
+            for number, part in enumerate(parts):
+                m.start(start)
+                scope.piece(m, part, number + 1 == len(parts))
+
+        return self.shared(scope, block.pragma, work, own_region)
+
+    def shared(
+        self, scope: Scope, pragma: Pragma, work: Callable[[Machine, int], None], own_region: bool
+    ) -> Callable:
+        """A construct whose pieces are shared out, all of them after what ended at `start`."""
+        nowait = any(clause.name == "nowait" for clause in pragma.clauses)
 
         def run(m: Machine, threads: list[Thread]) -> None:
             if threads:
                 threads[0].resume(m)
             saved, start = scope.enter(m), self.epoch
-            for number, part in enumerate(parts):
-                m.start(start)
-                m.defined = set()
-                scope.fresh(m)
-                scope.first_reads(m)
-                part(m)
-                if number + 1 == len(parts):
-                    m.last_defined |= m.defined
-                    scope.last_writes(m)
+            work(m, start)
             scope.combine(m, start)
             scope.leave(m, saved)
             if threads:
