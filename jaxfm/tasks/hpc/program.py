@@ -195,8 +195,11 @@ class Conflict(NamedTuple):
     iterations: tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]] = ((), ())
 
 
+Verdict = Literal["confirmed", "refuted", "cannot tell"]
+
+
 class Judgement(NamedTuple):
-    """What a proof or a tool says of the claim that a program has no data race.
+    """What a proof or a tool says of a claim, mostly that a program has no data race.
 
     Attributes:
         verdict: "confirmed" (no race), "refuted" (a race), "cannot tell".
@@ -205,7 +208,7 @@ class Judgement(NamedTuple):
         conflict: The racing pair, where one was found.
     """
 
-    verdict: Literal["confirmed", "refuted", "cannot tell"]
+    verdict: Verdict
     reason: str
     tool: str
     conflict: Conflict | None = None

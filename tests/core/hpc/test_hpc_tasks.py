@@ -38,6 +38,27 @@ def test_baselines_predict_every_row():
         assert 0 <= figures["accuracy"] <= 1
 
 
+def test_programs_show_whole_functions_and_ask_for_the_racing_lines():
+    task = records.record("program-race")
+    rows = records.splits(task, 2, 34, 17, ("train",))["train"]
+    assert all(row.source.startswith("void kernel(") for row in rows)
+    assert {row.family for row in rows} >= {"region", "tasks"}
+    assert not {row.family for row in rows} & set(records.UNSEEN_FAMILIES)
+    right = [row.lines for row in rows]
+    assert set(task.place(rows, right).values()) == {1.0}
+    reversed_pair = task.place(rows, [(0, *lines) for lines in right])
+    assert reversed_pair == {"pair_hit_at_1": 0.0, "line_hit_at_1": 0.0, "line_mrr": 0.5}
+    guessed = task.place(rows, task.place_baselines["last writes"](rows, rows))
+    assert 0 < guessed["pair_hit_at_1"] <= guessed["line_hit_at_1"] < 1
+    assert task.place([row for row in rows if not row.label], []) != guessed
+
+
+def test_figures_of_races_known_by_hand():
+    found = records.race.figures([1, 1, 0, 0, 0], [0.9, 0.2, 0.1, 0.7, 0.5])
+    assert found["accuracy"] == 0.6 and found["f1"] == 0.5
+    assert found["specificity"] == found["safe_precision"] == pytest.approx(2 / 3)
+
+
 def test_pragmas_are_asked_of_loops_that_have_none():
     task = records.record("pragma")
     rows = records.splits(task, 1, 24, 12, ("train",))["train"]
@@ -49,6 +70,9 @@ def test_pragmas_are_asked_of_loops_that_have_none():
 def test_a_task_without_a_baseline_or_with_a_taken_name_is_refused():
     with pytest.raises(ValueError, match="has no baseline"):
         records.register(RACES._replace(name="new", baselines={}))
+    placed = RACES._replace(name="new", place=records.race.places)
+    with pytest.raises(ValueError, match="has no baseline"):
+        records.register(placed)
     with pytest.raises(ValueError, match="is a task 'pragma' already"):
         records.register(RACES._replace(name="pragma"))
     with pytest.raises(ValueError, match="race-detection"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from jaxfm.tasks.hpc.frontend.accesses import places
 from jaxfm.tasks.hpc.frontend.loop import Lifted
 from jaxfm.tasks.hpc.frontend.names import Symbol
 from jaxfm.tasks.hpc.frontend.reductions import expanded
@@ -33,6 +32,7 @@ from jaxfm.tasks.hpc.program import (
     affine,
     walk,
 )
+from jaxfm.tasks.hpc.proofs.accesses import places
 
 DEEPEST = 12  # loops in a loop, and branches in them
 _COMPARISONS = frozenset(("<", "<=", ">", ">=", "==", "!="))

@@ -6,8 +6,6 @@ are different elements only where each stays within its dimension.
 
 from __future__ import annotations
 
-from jaxfm.tasks.hpc.frontend.accesses import Names, places
-from jaxfm.tasks.hpc.frontend.integer_points import TooLong, sets
 from jaxfm.tasks.hpc.program import (
     Array,
     Assign,
@@ -23,6 +21,8 @@ from jaxfm.tasks.hpc.program import (
     Var,
     affine,
 )
+from jaxfm.tasks.hpc.proofs.accesses import Names, places
+from jaxfm.tasks.hpc.proofs.integer_points import TooLong, sets
 
 Polynomial = dict[tuple[str, ...], int]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxfm.tasks.hpc.frontend.accesses import places
 from jaxfm.tasks.hpc.frontend.loop import Lifted
 from jaxfm.tasks.hpc.frontend.source import Outside
 from jaxfm.tasks.hpc.program import (
@@ -21,6 +20,7 @@ from jaxfm.tasks.hpc.program import (
     Var,
     walk,
 )
+from jaxfm.tasks.hpc.proofs.accesses import places
 
 _REDUCTIONS = frozenset(("+", "*", "min", "max", "|", "&", "^"))
 OWNING = ("private", "firstprivate", "lastprivate", "reduction")

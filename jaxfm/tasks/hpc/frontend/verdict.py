@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from jaxfm.tasks.hpc.frontend.conflicts import Found, search
 from jaxfm.tasks.hpc.frontend.loop import Lifted
 from jaxfm.tasks.hpc.frontend.pragmas import KNOWN
 from jaxfm.tasks.hpc.frontend.rows import flattened, is_written, leaving, with_rows
 from jaxfm.tasks.hpc.frontend.sharing import Plan, given, needed
 from jaxfm.tasks.hpc.frontend.source import Outside
 from jaxfm.tasks.hpc.program import Access, Conflict, For, Judgement, Pragma
+from jaxfm.tasks.hpc.proofs.conflicts import Found, search
 
 TOOL = "integer sets of the front end"
 WORKSHARING = ("parallel for", "parallel for simd", "for", "for simd")

@@ -2,13 +2,14 @@
 
 The enumeration speaks of one choice of sizes. Here sizes are symbols, and the question is whether
 any sizes have two iterations that meet: an integer point is a witness, and the empty set a proof.
-The sets are made by `frontend.conflicts`, which judges the loops of real files in the same way;
+The sets are made by `conflicts`, which judges the loops of real files in the same way;
 here a whole `Program` is judged, with the directives that it has.
 """
 
 from __future__ import annotations
 
-from jaxfm.tasks.hpc.frontend import conflicts
+import importlib.util
+
 from jaxfm.tasks.hpc.program import (
     Assign,
     Block,
@@ -23,9 +24,16 @@ from jaxfm.tasks.hpc.program import (
     Var,
     walk,
 )
+from jaxfm.tasks.hpc.proofs import conflicts
 from jaxfm.tasks.hpc.proofs.clauses import names, written
 
 SCOPES = ("private", "firstprivate", "lastprivate", "reduction")
+
+
+def available() -> str | None:
+    """Why the proof cannot be used, or None."""
+    found = importlib.util.find_spec("islpy")
+    return None if found else "islpy is not installed; pip install 'jaxfm[hpc]'."
 
 
 def for_all_sizes(program: Program) -> Judgement:

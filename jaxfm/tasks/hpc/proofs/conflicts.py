@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-from jaxfm.tasks.hpc.frontend.accesses import Names, Place, places
-from jaxfm.tasks.hpc.frontend.integer_points import TooLong, sets
 from jaxfm.tasks.hpc.program import Conflict, For, affine
+from jaxfm.tasks.hpc.proofs.accesses import Names, Place, places
+from jaxfm.tasks.hpc.proofs.integer_points import TooLong, sets
 
 _MOST_PAIRS = 3000
 

@@ -1,0 +1,150 @@
+"""What a task is: examples, splits, metric, baselines; the tasks that there are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxfm.plain_types import suggest
+from jaxfm.tasks.hpc.generator import Item, generate
+from jaxfm.tasks.hpc.lexer import lex, normalized
+
+UNSEEN_FAMILIES = ("stencil", "guard", "scan", "critical", "sections")
+SPLITS = (
+    "train", "validation", "in distribution", "unseen coefficients", "unseen family",
+    "longer bodies", "other language", "renamed",
+)  # fmt: skip
+
+
+class Example(NamedTuple):
+    """A source and its answer.
+
+    Attributes:
+        source: What a model reads.
+        label: The answer: 1 for a race, a directive's text, a number, costs by configuration; see
+            the task's module.
+        lines: The lines (from 1) of the racing pair; empty without one.
+        family: The generator's.
+        item: What the generator knows, for verifiers.
+    """
+
+    source: str
+    label: int | float | str | tuple[float, ...]
+    lines: tuple[int, ...]
+    family: str
+    item: Item
+
+
+Baseline = Callable[[Sequence[Example], Sequence[Example]], np.ndarray | list]
+
+
+class Record(NamedTuple):
+    """A task.
+
+    Attributes:
+        name: Of the task, for example "race-detection".
+        examples: `(item, rng, language) -> examples` of one item, none where it has none.
+        families: The generator's families that it draws from.
+        metric: `(labels, predictions) -> figures by name`.
+        baselines: By name, `(train, test) -> predictions` without any network.
+        verifier: What confirms an answer: a module of `jaxfm.tasks.hpc`.
+        place: `(test examples, ranked lines of each) -> figures by name`, where the task asks for
+            places, too.
+        place_baselines: By name, `(train, test) -> ranked lines of each`, the likeliest first.
+    """
+
+    name: str
+    examples: Callable[[Item, random.Random, str], Iterable[Example]]
+    families: tuple[str, ...]
+    metric: Callable[[Sequence, Sequence], dict[str, float]]
+    baselines: dict[str, Baseline]
+    verifier: str
+    place: Callable[[Sequence[Example], Sequence[Sequence[int]]], dict[str, float]] | None = None
+    place_baselines: dict[str, Baseline] | None = None
+
+
+_RECORDS: dict[str, Record] = {}
+
+
+def register(record: Record) -> Record:
+    """Adds a task.
+
+    Raises:
+        ValueError: It has no baseline, or its name is taken.
+    """
+    if not record.baselines or (record.place and not record.place_baselines):
+        raise ValueError(
+            f"The task {record.name!r} has no baseline; give it a trivial one, such as the "
+            "majority, so that its figures say something."
+        )
+    if record.name in _RECORDS:
+        raise ValueError(f"There is a task {record.name!r} already; choose another name.")
+    _RECORDS[record.name] = record
+    return record
+
+
+def record(name: str) -> Record:
+    """The task of a name.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in _RECORDS:
+        raise ValueError(f"There is no task {name!r}. {suggest(name, _RECORDS)}")
+    return _RECORDS[name]
+
+
+def names() -> tuple[str, ...]:
+    """The tasks that there are."""
+    return tuple(_RECORDS)
+
+
+def splits(
+    task: Record, seed: int, train: int, test: int, names: Sequence[str] = SPLITS
+) -> dict[str, list[Example]]:
+    """Examples of each split, none with the normal form of one in a split before it.
+
+    Args:
+        task: Whose examples.
+        seed: Decides everything.
+        train, test: Items drawn for the training split, and for each other one.
+        names: Of `SPLITS`; "train" always comes first. The training split is C and lacks
+            `UNSEEN_FAMILIES`, which "unseen family" alone has.
+    """
+    seen: set[str] = set()
+    found: dict[str, list[Example]] = {}
+    for place, name in enumerate(SPLITS):
+        if name not in names:
+            continue
+        count = train if name == "train" else test
+        hidden = name == "unseen family"
+        families = [f for f in task.families if (f in UNSEEN_FAMILIES) == hidden]
+        items = generate(
+            seed * len(SPLITS) + place, count, families,
+            coefficients="unseen" if name == "unseen coefficients" else "usual",
+            statements=3 if name == "longer bodies" else 0,
+        )  # fmt: skip
+        rng = random.Random(f"{seed}/{name}")
+        language = "fortran" if name == "other language" else "c"
+        rows = [row for item in items for row in task.examples(item, rng, language)]
+        rows = [_obscured(row) if name == "renamed" else row for row in rows]
+        keys = [normalized(row.source) for row in rows]
+        found[name] = []
+        for key, row in zip(keys, rows):
+            if key not in seen:
+                seen.add(key)
+                found[name].append(row)
+    return found
+
+
+def _obscured(row: Example) -> Example:
+    """The same with identifiers that no other split uses."""
+    new: dict[str, str] = {}
+    words = [
+        new.setdefault(p.text, f"zq{len(new)}_{len(p.text)}") if p.kind == "word" else p.text
+        for p in lex(row.source)
+    ]
+    return row._replace(source="".join(words))
