@@ -14,6 +14,7 @@ from jaxfm.federated.accounting.ledger import (
     client_work,
     round_costs,
 )
+from jaxfm.federated.accounting.memory import ClientMemory, client_memory, compiled_costs
 from jaxfm.federated.accounting.metrics import (
     client_metrics,
     global_metrics,
@@ -114,6 +115,7 @@ __all__ = [
     "Bucket",
     "ClientCost",
     "ClientData",
+    "ClientMemory",
     "Cohort",
     "Device",
     "Distill",
@@ -155,10 +157,12 @@ __all__ = [
     "client_costs",
     "client_data",
     "client_key",
+    "client_memory",
     "client_metrics",
     "client_variables",
     "client_work",
     "compile_rounds",
+    "compiled_costs",
     "coverage_vote",
     "difference",
     "draw",

@@ -9,6 +9,7 @@ import numpy as np
 from jaxfm.data.dealing import Data
 from jaxfm.data.federation import Federation, summary
 from jaxfm.federated.accounting.ledger import ClientCost, client_costs
+from jaxfm.federated.accounting.memory import compiled_costs
 from jaxfm.federated.accounting.resources import (
     Device,
     assign,
@@ -75,7 +76,9 @@ def place(
     anywhere = Population(
         train, profiles(num_clients), np.zeros(num_clients, np.int32), local_validation
     )
-    costs, bucket = client_costs(algorithm, anywhere, variables, public), algorithm.assignment
+    # A machine's memory must hold activations, too; without machines only the order counts.
+    priced = client_costs if machines is None else compiled_costs
+    costs, bucket = priced(algorithm, anywhere, variables, public), algorithm.assignment
     if machines is not None:
         if steps is None:
             raise ValueError("place(machines=...) needs steps=wanted_steps(train, local).")
@@ -114,10 +117,13 @@ def describe_clients(placement: Placement, data: Data) -> str:
     labels = data.train.examples.get("label")
     table = summary(data.train, None if labels is None else np.asarray(labels), data.names)
     lines = [table, ""]
+    kind = "of parameters, optimizer state and gradient"  # no activations: see `place`
+    if placement.machines is not None:
+        kind = "while training"
     for b, cost in enumerate(placement.costs):
         lines.append(
             f"bucket {b}: {int((placement.bucket == b).sum())} clients, {cost.parameters:,} "
-            f"parameters, {cost.memory_bytes / 1e6:.1f} MB while training, "
+            f"parameters, {cost.memory_bytes / 1e6:.1f} MB {kind}, "
             f"{cost.bytes_down / 1e6:.2f} MB down and {cost.bytes_up / 1e6:.2f} MB up a round, "
             f"{cost.flops_per_step / 1e9:.2f} GFLOP a step"
         )

@@ -25,8 +25,8 @@ from jaxfm.federated import (
     ClientCost,
     Local,
     Population,
-    client_costs,
     compile_rounds,
+    compiled_costs,
     fed_avg,
     profiles,
     round_costs,
@@ -121,7 +121,7 @@ def programs(work: Work, method: Method, num_seeds: int) -> Programs:
     return Programs(
         work, model, deals, people,
         [flat[i : i + size.clients] for i in range(0, len(flat), size.clients)],
-        client_costs(algorithm(0.1, 1), people[0], shapes),
+        compiled_costs(algorithm(0.1, 1), people[0], shapes),
         jax.jit(lambda variables, key: attach(model, variables, key)),
         functools.cache(
             lambda rate: compile_rounds(algorithm(rate, 1), people[0], cohort_size=size.cohort)

@@ -34,7 +34,7 @@ class ClientCost(NamedTuple):
       bytes_down, bytes_up: of one download and one upload.
       parameters: that it trains.
       memory_bytes: that training holds from step to step (parameters, optimizer state, statistics)
-        and one gradient; activations come on top.
+        and one gradient; activations come on top, and are counted by `compiled_costs`.
       flops_per_step: of one local step.
       flops_per_round: beside them, once a round: a search, predictions on public data.
       bytes_once: of frozen parameters, which only a client's first download holds.
