@@ -3,7 +3,7 @@
 from jaxfm.tasks.choose import task_for
 from jaxfm.tasks.classify import classification
 from jaxfm.tasks.evaluation import evaluate, metric_totals
-from jaxfm.tasks.language import causal_lm, masked_lm
+from jaxfm.tasks.language import causal_lm, completion, masked_lm
 from jaxfm.tasks.tag import tagging
 from jaxfm.tasks.task import Task, prepare_weighted
 
@@ -11,6 +11,7 @@ __all__ = [
     "Task",
     "causal_lm",
     "classification",
+    "completion",
     "evaluate",
     "masked_lm",
     "metric_totals",

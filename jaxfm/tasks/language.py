@@ -42,6 +42,54 @@ def causal_lm(bytes_per_token: np.ndarray | None = None, pad_id: int | None = No
     return Task(prepare, cross_entropy, metrics)
 
 
+def completion(pad_id: int | None = None, prompt_weight: float = 0.0) -> Task:
+    """Predicts the tokens of an answer from a prompt before it and those of the answer so far.
+
+    Batch: "tokens" i32[B, T + 1], prompt and answer; "begin" i32[B], the place of the answer's
+    first token, at least 1. Outputs: logits [B, T, V]. Metrics: "loss" in nats per token of
+    answers, "accuracy" of such tokens, and "exact_match", the share of answers with all tokens right
+    where each is given those before it, which is what greedy decoding writes.
+
+    Args:
+      pad_id: targets with this id have weight 0.
+      prompt_weight: of the prompt's own tokens in the loss; metrics never count them.
+    Raises:
+      ValueError: a negative weight.
+    """
+    if not prompt_weight >= 0:
+        raise ValueError(f"prompt_weight must be 0 or more, got {prompt_weight}.")
+
+    def prepare(batch, key=None):
+        tokens = leaf(batch, "tokens")
+        targets = tokens[:, 1:]
+        places = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None]
+        real = row_weight(batch, targets)
+        if pad_id is not None:
+            real = jnp.where(targets == pad_id, 0.0, real)
+        answer = places >= leaf(batch, "begin")[:, None]
+        return tokens[:, :-1], (targets, answer), real
+
+    def weighted(targets, weight):
+        targets, answer = targets
+        return targets, jnp.where(answer, weight, prompt_weight * weight)
+
+    def loss(outputs, targets, weight):
+        return cross_entropy(outputs, *weighted(targets, weight))
+
+    def metrics(outputs, targets, weight):
+        targets, answer = targets
+        weight = jnp.where(answer, weight, 0.0)
+        wrong = (outputs.argmax(-1) != targets) & (weight > 0)
+        rows = weight.max(-1)
+        return {
+            "loss": cross_entropy(outputs, targets, weight),
+            "accuracy": count_correct(outputs, targets, weight),
+            "exact_match": (weighted_sum(~wrong.any(-1), rows), jnp.sum(rows)),
+        }
+
+    return Task(prepare, loss, metrics)
+
+
 def masked_lm(
     mask_id: int,
     vocab_size: int,

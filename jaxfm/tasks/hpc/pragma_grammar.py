@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 NONE = "none"  # the answer that no pragma helps
 _DIRECTIVES = {"c": "#pragma omp parallel for", "fortran": "!$omp parallel do"}
-_OPERATORS = {"c": ("+", "*", "min", "max"), "fortran": ("+", "*", "min", "max")}
+OPERATORS = {"c": ("+", "*", "min", "max"), "fortran": ("+", "*", "min", "max")}
 
 
 def pragma_grammar(
-    variables: Sequence[str], arrays: Sequence[str] = (), *, depth: int = 1, language: str = "c"
-) -> str:
+    variables: Sequence[str], arrays: Sequence[str] = (), *, sections: Sequence[str] = (),
+    depth: int = 1, language: str = "c",
+) -> str:  # fmt: skip
     """The pattern of an OpenMP loop directive whose clauses name only what the loop has, or "none".
 
-    Clauses stand in one order, each at most once: private, firstprivate, lastprivate, reduction,
-    collapse, schedule. A list has each name at most once, in the order given here; the pattern
-    does not keep a name from standing in two clauses.
+    Clauses stand in one order, each at most once: private, firstprivate, lastprivate, a reduction
+    for each operator, collapse, schedule. A list has each name at most once, in the order given
+    here; the pattern does not keep a name from standing in two clauses.
 
     Args:
       variables: scalars that the loop reads or writes.
       arrays: names that only private, firstprivate and lastprivate may have, too.
+      sections: what only reductions may have, too, for example "h[0:n]" in C.
       depth: loops nested perfectly, which `collapse` may count to.
       language: "c" or "fortran".
     Raises:
@@ -34,9 +36,9 @@ def pragma_grammar(
     options = []
     if names := [*variables, *arrays]:
         options += [rf"{kind}\({_listed(names)}\)" for kind in _KINDS]
-    if variables:
-        operators = "|".join(map(re.escape, _OPERATORS[language]))
-        options.append(rf"reduction\((?:{operators}): {_listed(variables)}\)")
+    if reduced := [*variables, *sections]:
+        signs = map(re.escape, OPERATORS[language])
+        options += [rf"reduction\({sign}: {_listed(reduced)}\)" for sign in signs]
     if depth > 1:
         options.append(rf"collapse\((?:{'|'.join(str(n) for n in range(2, depth + 1))})\)")
     options.append(r"schedule\((?:static|dynamic|guided)(?:, [1-9]\d{0,3})?\)")
