@@ -47,8 +47,8 @@ def completion(pad_id: int | None = None, prompt_weight: float = 0.0) -> Task:
 
     Batch: "tokens" i32[B, T + 1], prompt and answer; "begin" i32[B], the place of the answer's
     first token, at least 1. Outputs: logits [B, T, V]. Metrics: "loss" in nats per token of
-    answers, "accuracy" of such tokens, and "exact_match", the share of answers with all tokens right
-    where each is given those before it, which is what greedy decoding writes.
+    answers, "accuracy" of such tokens, and "exact_match", the share of answers whose tokens are all
+    right, each given those before it: what greedy decoding writes.
 
     Args:
       pad_id: targets with this id have weight 0.

@@ -146,7 +146,10 @@ def scores(completer: Completer, groups: Sequence[dict[str, np.ndarray]]) -> dic
     task = completion(padding_id(completer.tokenizer))
     rows = [group for group in groups if len(group["tokens"])]
     found = [
-        (len(group["tokens"]), evaluate(completer.model.apply, completer.variables, task, group, 64))
+        (
+            len(group["tokens"]),
+            evaluate(completer.model.apply, completer.variables, task, group, 64),
+        )
         for group in rows
     ]
     total = sum(count for count, _ in found)

@@ -9,28 +9,21 @@ the order of the source. Source: the pragma after its loop is OMPGPT's (Chen et 
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma, write_pragma
-from jaxfm.tasks.hpc.frontend.source import Outside
-from jaxfm.tasks.hpc.generator import Item, asked
-from jaxfm.tasks.hpc.lexer import lex
-from jaxfm.tasks.hpc.naming import restyle
-from jaxfm.tasks.hpc.pragma_grammar import NONE, OPERATORS, pragma_grammar
-from jaxfm.tasks.hpc.program import Clause, For, Judgement, Path, Pragma, Program, walk
-from jaxfm.tasks.hpc.proofs.clauses import (
-    own_names,
-    propose,
-    right,
-    statement_at,
-    with_pragma,
-    written,
-)
-from jaxfm.tasks.hpc.render import CWriter, Language, Rendered, Style, loop_source
+from jaxfm.tasks.hpc.frontend.pragmas import write_pragma
+from jaxfm.tasks.hpc.lexer import lex, rename
+from jaxfm.tasks.hpc.naming import named, renamed
+from jaxfm.tasks.hpc.pragma_grammar import OPERATORS, pragma_grammar
+from jaxfm.tasks.hpc.program import Clause, For, Path, Pragma, Program, walk
+from jaxfm.tasks.hpc.proofs.clauses import own_names, statement_at, written
+from jaxfm.tasks.hpc.render import CWriter, Language, Rendered, Style
+from jaxfm.tasks.hpc.verifiers.verified import Verified, pragmas_verified
+from jaxfm.tasks.hpc.verifiers.verifier import VERIFIERS, Verifier
 
-PLACES = {"c": "#pragma omp", "fortran": "!$omp"}
-_READER = "reader of directives"
+PLACES: dict[Language, str] = {"c": "#pragma omp", "fortran": "!$omp"}
+PROOFS = (VERIFIERS["enumeration"], VERIFIERS["clauses"])
 _ONE_NAME = ("private", "firstprivate", "lastprivate")
 
 
@@ -52,21 +45,6 @@ class Question(NamedTuple):
     path: Path
     language: Language
     family: str
-
-
-def question(item: Item, rng: random.Random, language: Language = "c") -> Question | None:
-    """The question that an item asks; None if it asks for no directive, or it cannot be judged."""
-    if item.target is None or language not in item.languages:
-        return None
-    program, style = restyle(asked(item), rng)
-    proposal = propose(program, item.target)
-    if proposal.trace.unknown:
-        return None
-    source = placed(loop_source(program, language, style), item.target, language)
-    answer = NONE
-    if proposal.pragma is not None:
-        answer = canonical(proposal.pragma, program, source, language)
-    return Question(source, answer, program, item.target, language, item.family)
 
 
 def placed(shown: Rendered, path: Path, language: Language) -> str:
@@ -118,30 +96,33 @@ def grammar_of(asked: Question) -> str:
     return pragma_grammar(scalars, sections=sections, language=asked.language)
 
 
-def judge(asked: Question, text: str) -> Judgement:
-    """Whether an answer is right, by the exact enumeration; clauses count by their meaning."""
-    line = text.strip()
-    if line == NONE:
-        proposal = propose(asked.program, asked.path)
-        if proposal.pragma is not None:
-            return Judgement("refuted", "A directive makes the loop right.", _READER)
-        return Judgement("confirmed", "No choice of clauses makes the loop right.", _READER)
-    sentinel = "#pragma" if asked.language == "c" else "!$"
-    if not line.startswith(sentinel):
-        return Judgement("refuted", "It is no directive.", _READER)
-    try:
-        pragma = parse_pragma(line[len(sentinel) :], asked.language)
-    except Outside as reason:
-        return Judgement("refuted", str(reason), _READER)
-    if pragma is None or pragma.directive != "parallel for":
-        return Judgement("refuted", "It is no directive that makes a loop parallel.", _READER)
-    whole = tuple(
-        c._replace(arguments=tuple(str(a).partition("[")[0] for a in c.arguments))
-        if c.name == "reduction" else c
-        for c in pragma.clauses
+def verified(
+    asked: Sequence[tuple[Question, str]], verifiers: Sequence[Verifier] = PROOFS
+) -> list[Verified]:
+    """What verifiers say of answers, the exact enumeration by default; see `pragmas_verified`."""
+    found = []
+    for language in PLACES:
+        own = [(n, q, text) for n, (q, text) in enumerate(asked) if q.language == language]
+        triples = [(q.program, text, q.path) for _, q, text in own]
+        said = pragmas_verified(triples, verifiers=verifiers, language=language)
+        found += [(n, result) for (n, _, _), result in zip(own, said)]
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+
+def in_order(asked: Question) -> Question:
+    """The same with names v0, v1, ... by the order of their first use, as `lexer.rename` gives."""
+    new = {name: short for short, name in rename(asked.source).names.items()}
+    unused = (name for name in named(asked.program) if name not in new)
+    return with_names(asked, new | {name: f"v{len(new) + k}" for k, name in enumerate(unused)})
+
+
+def with_names(asked: Question, new: dict[str, str]) -> Question:
+    """The same with other names."""
+    change = lambda text: "".join(new.get(piece.text, piece.text) for piece in lex(text))
+    return asked._replace(
+        source=change(asked.source), answer=change(asked.answer),
+        program=renamed(asked.program, new),
     )  # fmt: skip
-    pragma = pragma._replace(clauses=whole)
-    return right(with_pragma(asked.program, asked.path, pragma))
 
 
 def _order(source: str) -> dict[str, int]:

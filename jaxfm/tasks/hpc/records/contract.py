@@ -11,6 +11,7 @@ import numpy as np
 from jaxfm.plain_types import suggest
 from jaxfm.tasks.hpc.generator import Item, generate
 from jaxfm.tasks.hpc.lexer import lex, normalized
+from jaxfm.tasks.hpc.naming import renamed
 
 UNSEEN_FAMILIES = ("stencil", "guard", "scan", "critical", "sections")
 SPLITS = (
@@ -141,10 +142,13 @@ def splits(
 
 
 def _obscured(row: Example) -> Example:
-    """The same with identifiers that no other split uses."""
+    """The same with identifiers that no other split uses, in an answer that is text, too."""
     new: dict[str, str] = {}
-    words = [
-        new.setdefault(p.text, f"zq{len(new)}_{len(p.text)}") if p.kind == "word" else p.text
-        for p in lex(row.source)
-    ]
-    return row._replace(source="".join(words))
+    for piece in lex(row.source):
+        if piece.kind == "word":
+            new.setdefault(piece.text, f"zq{len(new)}_{len(piece.text)}")
+    change = lambda text: "".join(new.get(piece.text, piece.text) for piece in lex(text))
+    if isinstance(row.label, str):
+        item = row.item._replace(program=renamed(row.item.program, new))
+        row = row._replace(label=change(row.label), item=item)
+    return row._replace(source=change(row.source))
