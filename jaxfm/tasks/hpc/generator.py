@@ -67,6 +67,7 @@ def generate(
     *,
     coefficients: Literal["usual", "unseen"] = "usual",
     statements: int = 0,
+    start: int = 0,
 ) -> list[Item]:
     """Draws labelled programs; the first ones are the same whatever the count.
 
@@ -78,6 +79,7 @@ def generate(
             program with the usual ones has.
         statements: How many statements without influence on the label each loop gets besides its
             own; 0: none or one, by chance.
+        start: How many items to skip, so that several processes can each draw a part of them.
 
     Raises:
         ValueError: A family or a class of coefficients that there is not, or a negative count.
@@ -90,10 +92,10 @@ def generate(
         raise ValueError("No family was given; name one, or pass None for all.")
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"Coefficients are {', '.join(COEFFICIENTS)}, not '{coefficients}'.")
-    if count < 0 or statements < 0:
-        raise ValueError(f"A count is at least 0, not {min(count, statements)}.")
+    if min(count, statements, start) < 0:
+        raise ValueError(f"A count is at least 0, not {min(count, statements, start)}.")
     items = []
-    for index in range(count):
+    for index in range(start, start + count):
         rng = random.Random(f"{seed}/{index}/{coefficients}/{statements}")
         items.append(item(rng, names[index % len(names)], coefficients, statements))
     return items

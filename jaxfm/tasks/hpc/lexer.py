@@ -123,6 +123,33 @@ def restore(text: str, names: Mapping[str, str]) -> str:
     )
 
 
+def compact(text: str) -> str:
+    """A text without its layout: no indents, no empty lines, no comments, few blanks.
+
+    Lines stay, as directives and Fortran end with them. It has half the tokens, so that a model
+    reads longer loops, and reads each in one form.
+
+    >>> compact("for (i = 0; i < n; i++)  // each\\n    int x = a[i];")
+    'for(i=0;i<n;i++)\\nint x=a[i];'
+    """
+    parts: list[str] = []
+    wordy = False
+    for piece in lex(text):
+        if piece.kind == "verbatim" and piece.text.startswith(("/*", "//")):
+            continue
+        if piece.kind == "space":
+            if "\n" in piece.text and parts and parts[-1] != "\n":
+                parts.append("\n")
+                wordy = False
+            continue
+        word = piece.kind in ("word", "keyword", "number") or piece.text in ("#pragma", "!$omp")
+        if word and wordy:
+            parts.append(" ")
+        parts.append(piece.text)
+        wordy = word
+    return "".join(parts).rstrip("\n")
+
+
 def normalized(text: str) -> str:
     """What is left of a text without its names, its layout and its comments.
 

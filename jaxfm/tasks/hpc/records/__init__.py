@@ -13,6 +13,8 @@ from jaxfm.tasks.hpc.records.contract import (
     Baseline,
     Example,
     Record,
+    drawn,
+    fresh,
     names,
     record,
     register,
@@ -20,6 +22,6 @@ from jaxfm.tasks.hpc.records.contract import (
 )
 
 __all__ = [
-    "SPLITS", "UNSEEN_FAMILIES", "Baseline", "Example", "Record", "names", "pragma", "race",
+    "SPLITS", "UNSEEN_FAMILIES", "Baseline", "Example", "Record", "drawn", "fresh", "names", "pragma", "race",
     "record", "register", "splits",
 ]  # fmt: skip

@@ -29,14 +29,14 @@ class Example(NamedTuple):
             the task's module.
         lines: The lines (from 1) of the racing pair; empty without one.
         family: The generator's.
-        item: What the generator knows, for verifiers.
+        item: What the generator knows, for verifiers; None in rows that were read from a file.
     """
 
     source: str
     label: int | float | str | tuple[float, ...]
     lines: tuple[int, ...]
     family: str
-    item: Item
+    item: Item | None = None
 
 
 Baseline = Callable[[Sequence[Example], Sequence[Example]], np.ndarray | list]
@@ -117,28 +117,39 @@ def splits(
     """
     seen: set[str] = set()
     found: dict[str, list[Example]] = {}
-    for place, name in enumerate(SPLITS):
-        if name not in names:
-            continue
-        count = train if name == "train" else test
-        hidden = name == "unseen family"
-        families = [f for f in task.families if (f in UNSEEN_FAMILIES) == hidden]
-        items = generate(
-            seed * len(SPLITS) + place, count, families,
-            coefficients="unseen" if name == "unseen coefficients" else "usual",
-            statements=3 if name == "longer bodies" else 0,
-        )  # fmt: skip
-        rng = random.Random(f"{seed}/{name}")
-        language = "fortran" if name == "other language" else "c"
-        rows = [row for item in items for row in task.examples(item, rng, language)]
-        rows = [_obscured(row) if name == "renamed" else row for row in rows]
-        keys = [normalized(row.source) for row in rows]
-        found[name] = []
-        for key, row in zip(keys, rows):
-            if key not in seen:
-                seen.add(key)
-                found[name].append(row)
+    for name in SPLITS:
+        if name in names:
+            rows = drawn(task, seed, name, 0, train if name == "train" else test)
+            found[name] = fresh(rows, seen)
     return found
+
+
+def drawn(task: Record, seed: int, name: str, start: int, count: int) -> list[Example]:
+    """The examples of the items `start` to `start + count` of a split, duplicates among them."""
+    hidden = name == "unseen family"
+    items = generate(
+        seed * len(SPLITS) + SPLITS.index(name), count,
+        [f for f in task.families if (f in UNSEEN_FAMILIES) == hidden],
+        coefficients="unseen" if name == "unseen coefficients" else "usual",
+        statements=3 if name == "longer bodies" else 0,
+        start=start,
+    )  # fmt: skip
+    language = "fortran" if name == "other language" else "c"
+    rows: list[Example] = []
+    for number, item in enumerate(items, start):
+        rows += task.examples(item, random.Random(f"{seed}/{name}/{number}"), language)
+    return [_obscured(row) for row in rows] if name == "renamed" else rows
+
+
+def fresh(rows: Sequence[Example], seen: set[str]) -> list[Example]:
+    """The rows whose normal form is not among those seen, to which theirs are added."""
+    kept = []
+    for row in rows:
+        key = normalized(row.source)
+        if key not in seen:
+            seen.add(key)
+            kept.append(row)
+    return kept
 
 
 def _obscured(row: Example) -> Example:

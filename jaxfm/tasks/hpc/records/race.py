@@ -2,7 +2,8 @@
 
 "race-detection" shows a loop with its directive. "program-race" shows a whole function, regions,
 sections and tasks among them, and asks for the lines of the racing pair, too. The label is 1 for a
-race, 0 for none.
+race, 0 for none. Sizes that are symbols in the source may be anything, so it is the race for any of
+them that counts; those that are numbers count as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxfm.tasks.hpc.families import FAMILIES, LOOPS
 from jaxfm.tasks.hpc.generator import Item
 from jaxfm.tasks.hpc.naming import restyle
 from jaxfm.tasks.hpc.program import Rendered
+from jaxfm.tasks.hpc.proofs.enumeration import at_any_size
 from jaxfm.tasks.hpc.records.baselines import majority, ngrams
 from jaxfm.tasks.hpc.records.contract import Example, Record, register
 from jaxfm.tasks.hpc.render import loop_source, to_c, to_fortran
@@ -37,10 +39,10 @@ def function(item: Item, rng: random.Random, language: str) -> Iterator[Example]
 
 
 def _example(shown: Rendered, item: Item) -> Example:
-    pair = item.conflict
+    pair = at_any_size(item.program).conflict
     paths = (pair.first.path, pair.second.path) if pair else ()
     lines = tuple(sorted({shown.lines[path] for path in paths if path in shown.lines}))
-    return Example(shown.text, int(item.racy), lines, item.family, item)
+    return Example(shown.text, int(pair is not None), lines, item.family, item)
 
 
 def figures(labels: Sequence, predictions: Sequence) -> dict[str, float]:
