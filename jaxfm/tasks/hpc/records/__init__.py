@@ -22,6 +22,6 @@ from jaxfm.tasks.hpc.records.contract import (
 )
 
 __all__ = [
-    "SPLITS", "UNSEEN_FAMILIES", "Baseline", "Example", "Record", "drawn", "fresh", "names", "pragma",
-    "race", "record", "register", "splits",
+    "SPLITS", "UNSEEN_FAMILIES", "Baseline", "Example", "Record", "drawn", "fresh", "names",
+    "pragma", "race", "record", "register", "splits",
 ]  # fmt: skip
