@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Info, Profile, added
+from jaxfm.federated.client_steps import wide
 from jaxfm.federated.cohort import cohorts_of, draw, round_keys
 from jaxfm.federated.population import Population
-from jaxfm.federated.rounds import RunState, wide
+from jaxfm.federated.rounds import RunState
 from jaxfm.model import Key, PyTree
 
 

@@ -18,9 +18,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.data.federation import RowIndex
 from jaxfm.federated import homes
-from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile, added
+from jaxfm.federated.algorithm import Algorithm, Bucket, added
+from jaxfm.federated.client_steps import client_after_client, client_of, client_step
 from jaxfm.federated.cohort import (
     Rate,
     Report,
@@ -245,45 +245,12 @@ def _over_devices(engine: _Engine, bucket: Bucket, at_once: int) -> Callable:
 
     def on_device(server, public, people, memories, slots: Slots, present: Array, key: Key):
         download = bucket.send(server, public)
-        one = functools.partial(_run_client, bucket, download, server, public, people, key)
-        run = jax.jit(one, inline=True)  # traced once, for its shapes and in the loop
+        one = functools.partial(client_step, bucket, download, server, public, people, key)
         own = jax.tree.map(lambda x: jnp.take(x, slots.memory, axis=0, mode="clip"), memories)
-        shapes = jax.eval_shape(
-            run, *jax.tree.map(lambda x: x[0], (slots.client, slots.row, present, own))
-        )
-        summed, _, reported = shapes
-        is_sum = bucket.combine is None
-        zeros = lambda tree, *lead: jax.tree.map(lambda x: jnp.zeros(lead + x.shape, x.dtype), tree)
-        grouped = lambda x: x.reshape(-1, at_once, *x.shape[1:])
-        groups = slots.client.shape[0] // at_once
-        inputs = jax.tree.map(grouped, (slots.client, slots.row, present))
-
-        def step(i: Array, carry):
-            sums, received, reports, memories = carry
-            slot = jax.tree.map(lambda x: x[i], (*inputs, memories))
-            if at_once == 1:
-                slot = jax.tree.map(lambda x: x[0], slot)
-                new = jax.tree.map(lambda x: x[None], run(*slot))
-            else:
-                new = jax.vmap(run)(*slot)
-            write = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
-            if is_sum:
-                sums = jax.tree.map(lambda x, y: x + y.sum(0), sums, new[0])
-            else:
-                received = jax.tree.map(write, received, new[0])
-            return (
-                sums, received, jax.tree.map(write, reports, new[2]),
-                jax.tree.map(write, memories, new[1]),
-            )  # fmt: skip
-
-        start = (
-            zeros(summed) if is_sum else (), () if is_sum else zeros(summed, groups, at_once),
-            zeros(reported, groups, at_once), jax.tree.map(grouped, own),
+        sums, received, reports, own = client_after_client(
+            one, (slots.client, slots.row, present), own, slots.taken, at_once,
+            is_sum=bucket.combine is None,
         )  # fmt: skip
-        # Taken slots come first, so empty groups are never run.
-        busy = (slots.taken.sum(dtype=jnp.int32) + at_once - 1) // at_once
-        sums, *columns = lax.fori_loop(0, busy, step, start)
-        received, reports, own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns)
         if engine.lives_at_home:
             write = lambda x, new: x.at[slots.memory].set(new, mode="drop")
             own = jax.tree.map(write, memories, own)
@@ -298,29 +265,6 @@ def _over_devices(engine: _Engine, bucket: Bucket, at_once: int) -> Callable:
         out_specs=(P(), spread, spread, spread),
         check_vma=False,
     )
-
-
-def _run_client(
-    bucket: Bucket, download, server, public, people, key: Key,
-    client: Array, row: Array, present: Array, memory: PyTree,
-) -> tuple[PyTree, PyTree, Report]:  # fmt: skip
-    """(what the server received, the new memory, the report) of one client."""
-    data, profile = _client_of(people, row)
-    data = data._replace(count=jnp.where(present, data.count, 0))
-    upload, new, info = bucket.client(
-        download, memory, data, profile, jax.random.fold_in(key, client)
-    )
-    works = data.count > 0
-    finite = jnp.array([jnp.isfinite(x).all() for x in _floats((upload, new))]).all()
-    counted = works & finite
-    keep = lambda x, otherwise: jnp.where(counted, x, otherwise)
-    received = bucket.receive(server, public, upload)
-    received = jax.tree.map(lambda x: keep(wide(x), 0), received)
-    spend = lambda x: jnp.where(works & jnp.isfinite(x), x, 0)
-    info = jax.tree.map(lambda x: keep(x, 0), info)._replace(spent=jax.tree.map(spend, info.spent))
-    as_float = lambda x: x.astype(jnp.float32)
-    report = Report(as_float(counted), as_float(works & ~finite), info)
-    return received, jax.tree.map(keep, new, memory), report
 
 
 def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> RunState:
@@ -338,7 +282,7 @@ def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> Ru
 
             def one(client: Array, row: Array) -> PyTree:
                 own_key = jax.random.fold_in(key, client)
-                return bucket.init_client(download, *_client_of(people, row), own_key)
+                return bucket.init_client(download, *client_of(people, row), own_key)
 
             return jax.vmap(one)(clients, rows)
 
@@ -354,29 +298,6 @@ def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> Ru
 
     memories = tuple(map(of_bucket, engine.algorithm.buckets, engine.members))
     return RunState(server, memories, jnp.zeros((), jnp.int32), key)
-
-
-def _client_of(people, row: Array) -> tuple[ClientData, Profile]:
-    """One client's part of (federation, profiles, index and count of validation rows)."""
-    federation, profiles, validation = people
-    held = () if validation is None else validation
-    own: Any = [
-        x.padded(row) if isinstance(x, RowIndex) else x[row] for x in (*federation[1:], *held)
-    ]
-    data = ClientData(federation.examples, *own)
-    return data, jax.tree.map(lambda x: x[row], profiles)
-
-
-def _floats(tree: PyTree) -> list[Array]:
-    """The leaves that may be infinite; not keys, nor integers."""
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-
-def wide(x: Array) -> Array:
-    """The array in a dtype to sum in: bfloat16 forgets small terms, int8 overflows."""
-    if x.dtype.itemsize >= 4:
-        return x
-    return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
 
 
 def _check_options(mesh: Mesh, num_rounds: int, at_once: int | None) -> None:
