@@ -154,7 +154,7 @@ def test_what_cannot_arrive_at_any_time_is_refused():
         compile_asynchronous(other, image_people(CLIENTS), plan).init(
             model.init(jax.random.key(0)), jax.random.key(0)
         )
-    with pytest.raises(ValueError, match="has a client 6, and the population has 2"):
+    with pytest.raises(ValueError, match="has a client 4, and the population has 2"):
         compile_asynchronous(toy(), image_people(), plan)
     with pytest.raises(ValueError, match=r"rate=1.5 must be in \(0, 1\]"):
         compile_asynchronous(toy(), people(), plan, rate=1.5)
