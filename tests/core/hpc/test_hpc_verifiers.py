@@ -68,9 +68,9 @@ def test_what_the_shim_does_not_know_is_not_judged():
 
 def test_iterations_are_scattered_unless_the_schedule_is_static():
     for item in generate(4, 17):
-        changed = harness.scattered(item.program)
-        assert changed == harness.scattered(changed)
+        changed = harness.dealt(item.program)
+        assert changed == harness.dealt(changed)
         assert len(changed.body) == len(item.program.body)
     alone = Standalone(Pragma("barrier"))
     program = generate(4, 1)[0].program._replace(body=(alone,))
-    assert harness.scattered(program) == program
+    assert harness.dealt(program) == program

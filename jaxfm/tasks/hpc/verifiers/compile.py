@@ -1,4 +1,4 @@
-"""Compiles C in the sandbox."""
+"""Compiles C and Fortran in the sandbox."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ def compiled(
     files: Mapping[str, str | bytes],
     limits: sandbox.Limits = sandbox.Limits(seconds=60),  # noqa: B008
 ) -> bytes:
-    """The program that a compiler makes of files of C.
+    """The program that a compiler makes of files of C and free-form Fortran.
 
     Raises:
         CompileError: It refuses them.
         sandbox.Refused: There is no sandbox.
     """
-    sources = [name for name in files if name.endswith((".c", ".o"))]
+    sources = [name for name in files if name.endswith((".c", ".f90", ".o"))]
     libraries = [flag for flag in flags if flag.startswith(("-Wl,", "-l"))]
     options = [flag for flag in flags if flag not in libraries]
-    command = [compiler, *options, "-o", "program", *sources, *libraries, "-lm"]
+    runtime = ["-lgfortran"] if any(name.endswith(".f90") for name in files) else []
+    command = [compiler, *options, "-o", "program", *sources, *libraries, *runtime, "-lm"]
     result = sandbox.run(command, files, limits, keep=["program"])
     if result.returncode != 0 or "program" not in result.files:
         lines = result.stderr.splitlines()

@@ -1,23 +1,27 @@
-"""C programs around kernels: what is compiled and run to judge programs.
+"""C programs around kernels in C or Fortran: what is compiled and run to judge programs.
 
-A batch of programs becomes one file. Its `main` runs each kernel in a process of its own, which
-reads the arrays from a file, calls the kernel and writes arrays and results to another, so that one
-that crashes, hangs or races takes no other with it. Line numbers of the file are led back to
+A batch of kernels becomes one program. Its `main` runs each in a process of its own, which reads
+the arrays from a file, calls the kernel and writes arrays and results to another, so that one that
+crashes, hangs or races takes no other with it. Line numbers of the sources are led back to
 statements.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxfm.tasks.hpc.program import Block, Clause, For, If, Path, Program, Statement
+from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma
+from jaxfm.tasks.hpc.frontend.source import Outside
+from jaxfm.tasks.hpc.program import Block, Clause, For, If, Path, Pragma, Program, Statement, walk
 from jaxfm.tasks.hpc.proofs.contents import contents, sizes_of
-from jaxfm.tasks.hpc.render import parameters, to_c
+from jaxfm.tasks.hpc.render import Language, parameters, to_c, to_fortran
 
 BATCH = 25
+SUFFIXES = {"c": ".c", "fortran": ".f90"}
 DTYPES = {"double": np.float64, "float": np.float32, "int": np.int32, "long": np.int64}
 HEAD = """#include <math.h>
 #include <stdio.h>
@@ -46,42 +50,80 @@ MAIN = """int main(void)
 """
 
 
-class Batch(NamedTuple):
-    """A file of C and the files that its programs read.
+class Kernel(NamedTuple):
+    """A function to call: a program written in a language, or a text that is to do the same.
 
     Attributes:
-        text: The file.
-        files: The arrays of program k as `in_k`.
-        lines: By line of the file: the program's number and the path of its statement.
+        program: Declares what is given to the function and what it leaves.
+        text: A function called `kernel` with the parameters that `render.to_c` or `to_fortran`
+            gives it; empty for the program itself.
+        language: Of the function.
     """
 
-    text: str
-    files: dict[str, bytes]
-    lines: dict[int, tuple[int, Path]]
+    program: Program
+    text: str = ""
+    language: Language = "c"
 
 
-def batch(programs: Sequence[Program], kernels: Sequence[str] = (), seconds: int = 5) -> Batch:
-    """Puts programs into one file.
+class Batch(NamedTuple):
+    """Source files, and the files that their programs read.
+
+    Attributes:
+        sources: The files of source by name.
+        files: The arrays of kernel k as `in_k`.
+        lines: By file and line: the kernel's number and the path of its statement.
+    """
+
+    sources: dict[str, str | bytes]
+    files: dict[str, str | bytes]
+    lines: dict[tuple[str, int], tuple[int, Path]]
+
+
+def batch(kernels: Sequence[Kernel], seconds: int = 5) -> Batch:
+    """Puts kernels into one program; each text has a file of its own.
 
     Args:
-        programs: What to run.
-        kernels: Declarations of functions `kernel_0`, ... to call instead of the programs' own.
+        kernels: What to run.
         seconds: After which each is stopped.
     """
-    text, files = HEAD, {}
+    shared = {"c": "#include <math.h>\n", "fortran": ""}
+    sources: dict[str, str | bytes] = {}
+    files: dict[str, str | bytes] = {}
     lines: dict = {}
-    for k, program in enumerate(programs):
-        if kernels:
-            text += kernels[k]
+    main = HEAD
+    for k, (program, text, language) in enumerate(kernels):
+        suffix = SUFFIXES[language]
+        if text:
+            sources[f"kernel_{k}{suffix}"] = _included(language) + _called(text, k)
         else:
-            rendered = to_c(program, f"kernel_{k}")
-            first = text.count("\n")
-            lines |= {first + line: (k, path) for path, line in rendered.lines.items()}
-            text += rendered.text
-        text += _caller(program, k)
-        files[f"in_{k}"] = b"".join(a.tobytes() for a in inputs(program).values())
-    runs = ", ".join(f"run_{k}" for k in range(len(programs)))
-    return Batch(text + MAIN.format(runs=runs, count=len(programs), seconds=seconds), files, lines)
+            write = to_c if language == "c" else to_fortran
+            rendered = write(program, f"kernel_{k}")
+            first = shared[language].count("\n")
+            name = f"kernels{suffix}"
+            lines |= {(name, first + at): (k, path) for path, at in rendered.lines.items()}
+            shared[language] += rendered.text
+        main += _caller(program, k, language)
+        order = _order(language)
+        files[f"in_{k}"] = b"".join(a.tobytes(order) for a in inputs(program).values())
+    runs = ", ".join(f"run_{k}" for k in range(len(kernels)))
+    sources["batch.c"] = main + MAIN.format(runs=runs, count=len(kernels), seconds=seconds)
+    sources |= {f"kernels{SUFFIXES[name]}": text for name, text in shared.items() if text}
+    return Batch(sources, files, lines)
+
+
+def _included(language: Language) -> str:
+    """What stands before a text; its lines count from the next one."""
+    return "#include <math.h>\n" if language == "c" else ""
+
+
+def _called(text: str, k: int) -> str:
+    """A text whose function has a number."""
+    return re.sub(r"\bkernel\b", f"kernel_{k}", text, flags=re.IGNORECASE)
+
+
+def _order(language: Language) -> Literal["C", "F"]:
+    """How elements lie in memory."""
+    return "C" if language == "c" else "F"
 
 
 def inputs(program: Program) -> dict[str, np.ndarray]:
@@ -89,7 +131,7 @@ def inputs(program: Program) -> dict[str, np.ndarray]:
     return {array.name: contents(array, sizes_of(program)) for array in program.arrays}
 
 
-def outputs(program: Program, data: bytes) -> dict[str, np.ndarray]:
+def outputs(program: Program, data: bytes, language: Language = "c") -> dict[str, np.ndarray]:
     """Arrays and results out of the file that a run left; raises ValueError where it is short."""
     found, at = {}, 0
     shapes = {name: (array.shape, array.dtype) for name, array in inputs(program).items()}
@@ -99,12 +141,40 @@ def outputs(program: Program, data: bytes) -> dict[str, np.ndarray]:
             shapes[parameter.name] = ((), np.dtype(DTYPES[scalars[parameter.name]]))
     for name, (shape, dtype) in shapes.items():
         count = int(np.prod(shape, dtype=int))
-        found[name] = np.frombuffer(data, dtype, count, at).reshape(shape)
+        values = np.frombuffer(data, dtype, count, at)
+        found[name] = values.reshape(shape, order=_order(language))
         at += count * dtype.itemsize
     return found
 
 
-def scattered(program: Program) -> Program:
+def as_kernel(one: Program | Kernel) -> Kernel:
+    """A program as a kernel in C; a kernel as it is."""
+    return one if isinstance(one, Kernel) else Kernel(one)
+
+
+def directives(kernel: Kernel) -> list[Pragma]:
+    """The directives of a kernel; one that cannot be read has the directive "unreadable"."""
+    if not kernel.text:
+        found = (getattr(s, "pragma", None) for _, s in walk(kernel.program.body))
+        return [pragma for pragma in found if pragma]
+    joined = re.sub(r"\\\s*\n|&\s*\n\s*!\$omp\s*&?", " ", kernel.text, flags=re.IGNORECASE)
+    sentinel = r"#\s*pragma" if kernel.language == "c" else r"!\$"
+    read = []
+    for line in re.findall(rf"^\s*{sentinel}(\s*omp\b.*)", joined, re.MULTILINE | re.IGNORECASE):
+        try:
+            pragma = parse_pragma(line, kernel.language)
+        except Outside:
+            pragma = Pragma("unreadable")
+        read += [pragma] if pragma else []
+    return read
+
+
+def scattered(kernel: Kernel) -> Kernel:
+    """A kernel whose iterations are dealt out so that neighbors meet; a text stays as it is."""
+    return kernel if kernel.text else kernel._replace(program=dealt(kernel.program))
+
+
+def dealt(program: Program) -> Program:
     """Loops without a static schedule deal their iterations out one by one, two by two, in turn.
 
     A default or dynamic schedule may do so. Neighbors then meet in different threads, and equal
@@ -133,39 +203,43 @@ def scattered(program: Program) -> Program:
 
 
 def statuses(stdout: str) -> dict[int, int]:
-    """By program: its exit status, or minus the signal that ended it."""
+    """By kernel: its exit status, or minus the signal that ended it."""
     pairs = (line.split() for line in stdout.splitlines())
     return {int(pair[0]): int(pair[1]) for pair in pairs if len(pair) == 2}
 
 
-def _caller(program: Program, k: int) -> str:
+def _caller(program: Program, k: int, language: Language) -> str:
     """A function that reads the arrays, calls the kernel and writes what it left."""
-    before, after, arguments = [], [], []
+    before, after, arguments, types = [], [], [], []
     declared = inputs(program)
     arrays = {array.name: array for array in program.arrays}
     scalars = {s.name: s for s in (*program.sizes, *program.scalars)}
     for parameter in parameters(program):
         name = parameter.name
         if parameter.kind == "array":
-            size = max(declared[name].nbytes, 1)
-            before.append(f"{arrays[name].dtype} *{name} = malloc({size});")
-            before.append(f"if (fread({name}, 1, {declared[name].nbytes}, file_) > {size}) return;")
-            after.append(f"fwrite({name}, 1, {declared[name].nbytes}, file_);")
+            count, dtype = declared[name].nbytes, arrays[name].dtype
+            before.append(f"{dtype} *{name} = malloc({max(count, 1)});")
+            before.append(f"if (fread({name}, 1, {count}, file_) > {max(count, 1)}) return;")
+            after.append(f"fwrite({name}, 1, {count}, file_);")
         else:
             dtype = "int" if parameter.kind == "size" else scalars[name].dtype
             before.append(f"{dtype} {name} = {scalars[name].value};")
         if parameter.kind == "result":
             after.append(f"fwrite(&{name}, sizeof {name}, 1, file_);")
-        prefix = {"result": "&", "array": "(void *)"}.get(parameter.kind, "")
-        arguments.append(prefix + name)
+        by_value = parameter.kind in ("size", "value") and language == "c"
+        arguments.append(("" if by_value or parameter.kind == "array" else "&") + name)
+        types.append(dtype if by_value else "void *")
+    symbol = f"kernel_{k}" if language == "c" else f"kernel_{k}_"
     lines = [
         f'FILE *file_ = fopen("in_{k}", "rb");',
         *before,
         "fclose(file_);",
-        f"kernel_{k}({', '.join(arguments)});",
+        f"{symbol}({', '.join(arguments)});",
         f'file_ = fopen("out_{k}", "wb");',
         *after,
         "fclose(file_);",
     ]
     body = "\n".join(f"    {line}" for line in lines)
-    return f"static void run_{k}(void)\n{{\n{body}\n}}\n"
+    return (
+        f"void {symbol}({', '.join(types) or 'void'});\nstatic void run_{k}(void)\n{{\n{body}\n}}\n"
+    )

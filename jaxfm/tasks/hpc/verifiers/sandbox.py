@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 SUPERVISOR = pathlib.Path(__file__).with_name("supervisor.py")
-HIDDEN = ("/home", "/root", "/run", "/var/run", "/var/tmp", "/dev/shm", "/mnt", "/media", "/srv")
+HIDDEN = ("/home", "/root", "/run", "/var/run", "/var/tmp", "/mnt", "/media", "/srv")
 TOOLS = ("gcc", "gfortran", "clang", "valgrind")
 
 

@@ -83,12 +83,15 @@ def build_view(hidden: list[str], disk_bytes: int) -> str:
         os.close(os.open(f"/dev/{name}", os.O_CREAT | os.O_WRONLY, 0o666))
         mount(f"/proc/self/fd/{descriptor}", f"/dev/{name}", None, BIND)
         os.close(descriptor)
+    os.mkdir("/dev/shm")
     for folder in hidden:
         if os.path.isdir(folder):
             mount("tmpfs", folder, "tmpfs", NOSUID | NODEV, "size=4k,mode=555")
     attributes = ctypes.create_string_buffer(struct.pack("QQQQ", READ_ONLY, 0, 0, 0))
     status = libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, 32)
     checked(status, "making all read-only")
+    # LLVM's OpenMP runtime registers itself in shared memory; this is the command's own.
+    mount("tmpfs", "/dev/shm", "tmpfs", NOSUID | NODEV, "size=1m,mode=700,nr_inodes=1024")
     mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"size={disk_bytes},mode=700,nr_inodes=4096")
     with contextlib.suppress(OSError):  # refused where /proc is masked; the old one then stays
         mount("proc", "/proc", "proc", NOSUID | NODEV)

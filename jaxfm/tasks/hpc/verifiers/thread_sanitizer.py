@@ -13,8 +13,9 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxfm.tasks.hpc.program import Judgement, Program, walk
+from jaxfm.tasks.hpc.program import Judgement, Program
 from jaxfm.tasks.hpc.verifiers import compile, harness, sandbox
+from jaxfm.tasks.hpc.verifiers.harness import Kernel
 from jaxfm.tasks.hpc.verifiers.sandbox import Limits
 
 SHIM = pathlib.Path(__file__).with_name("runtime_shim.c")
@@ -48,7 +49,7 @@ def name() -> str:
 
 
 def verify(
-    programs: Sequence[Program],
+    programs: Sequence[Program | Kernel],
     threads: Sequence[int] = THREADS,
     limits: Limits = Limits(seconds=120),  # noqa: B008
 ) -> list[Judgement]:
@@ -60,7 +61,7 @@ def verify(
 
 
 def plain(
-    programs: Sequence[Program],
+    programs: Sequence[Program | Kernel],
     threads: Sequence[int] = (7,),
     limits: Limits = Limits(seconds=120),  # noqa: B008
 ) -> list[Judgement]:
@@ -72,7 +73,7 @@ def plain(
 
 
 def judged(
-    programs: Sequence[Program],
+    programs: Sequence[Program | Kernel],
     compiler: str,
     flags: Sequence[str],
     tool: str,
@@ -85,10 +86,9 @@ def judged(
     found: list[Judgement] = []
     for first in range(0, len(programs), harness.BATCH):
         part = programs[first : first + harness.BATCH]
-        made = harness.batch([harness.scattered(program) for program in part])
+        made = harness.batch([harness.scattered(harness.as_kernel(one)) for one in part])
         try:
-            sources: dict[str, str | bytes] = {"batch.c": made.text, **files}
-            binary = compile.compiled(compiler, flags, sources, limits)
+            binary = compile.compiled(compiler, flags, {**made.sources, **files}, limits)
         except compile.CompileError as error:
             if len(part) == 1:
                 found.append(Judgement("cannot tell", str(error), tool))
@@ -109,29 +109,32 @@ def judged(
             given: dict[str, str | bytes] = {"program": binary, "suppressions": SUPPRESSIONS}
             given |= made.files
             runs.append(sandbox.run(["./program"], given, limits, environment=variables))
-        for k, program in enumerate(part):
-            found.append(_judgement(k, program, made, runs, tool, threads))
+        for k, one in enumerate(part):
+            found.append(_judgement(k, harness.as_kernel(one), made, runs, tool, threads))
     return found
 
 
-def _judgement(k, program, made, runs, tool, threads) -> Judgement:
-    """What the runs say of program k of a batch."""
-    used = {w for _, s in walk(program.body) if (p := getattr(s, "pragma", None)) for w in
-            p.directive.split()}  # fmt: skip
+def _judgement(k, kernel, made, runs, tool, threads) -> Judgement:
+    """What the runs say of kernel k of a batch."""
+    used = {word for pragma in harness.directives(kernel) for word in pragma.directive.split()}
+    used.discard("end")
     if used - KNOWN:
         return Judgement(
             "cannot tell", f"It does not know {', '.join(sorted(used - KNOWN))}.", tool
         )
     for run in runs:
         status = harness.statuses(run.stdout).get(k)
-        if status == RACE:
-            report = run.stderr.partition(f"=== {k}\n")[2].partition("=== ")[0]
-            lines = [int(n) for n in re.findall(r"batch\.c:(\d+)", report)]
-            places = list(dict.fromkeys(made.lines[n][1] for n in lines if n in made.lines))[:2]
-            where = " and ".join(map(str, places)) or "statements unknown"
-            return Judgement("refuted", f"Two threads meet at the statements {where}.", tool)
+        report = run.stderr.partition(f"=== {k}\n")[2].partition("=== ")[0]
+        if status == RACE and "ThreadSanitizer: data race" in report:
+            where = re.findall(r"(kernels\.c|kernels\.f90):(\d+)", report)
+            met = [made.lines[at] for name, n in where if (at := (name, int(n))) in made.lines]
+            places = list(dict.fromkeys(path for _, path in met))[:2]
+            told = " and ".join(map(str, places)) or "unknown"
+            return Judgement("refuted", f"Two threads meet at the statements {told}.", tool)
         if status != 0:
-            why = run.reason or f"It ended with status {status}."
+            error = re.search(r"ERROR: (ThreadSanitizer: \w+)", report)
+            ended = f"It ended with {error[1]}." if error else f"It ended with status {status}."
+            why = run.reason or ended
             return Judgement("cannot tell", why, tool)
     counts = " and ".join(map(str, threads))
     return Judgement("confirmed", f"No race was seen with {counts} threads.", tool)
