@@ -20,7 +20,7 @@ from jaxfm.tasks.hpc.program import (
     Standalone,
     Var,
 )
-from jaxfm.tasks.hpc.proofs.clauses import minimal, right
+from jaxfm.tasks.hpc.proofs.clauses import minimal, propose, right
 from jaxfm.tasks.hpc.proofs.enumeration import judge
 
 N = Number(8)
@@ -286,3 +286,21 @@ def test_minimal_clauses_known_by_hand(clauses, body, after):
 def test_clauses_without_a_race_may_still_be_wrong(clause, complaint):
     found = right(program(loop(ADD, clauses=[clause])))
     assert found.verdict == "refuted" and re.search(complaint, found.reason)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ([block("critical", S1)], "s"),
+        ([block("critical", ADD), block("critical", Assign(a(I), Var("s")))], "s"),
+        ([block("critical", ADD), block("atomic", ADD)], ""),
+        ([block("critical", ADD), block("critical", SET_A)], ""),
+        ([block("critical", ADD, Assign(Var("s"), b(I), "*"))], "s"),
+    ],
+)
+def test_the_order_of_critical_sections_may_decide_results(body, name):
+    serial = program(For("i", Number(1), N, tuple(body)))
+    found = propose(serial)
+    assert found.order == name and (name == "" or found.pragma is None)
+    judged = right(program(loop(*body)))
+    assert (name in judged.reason and judged.verdict == "cannot tell") or not name

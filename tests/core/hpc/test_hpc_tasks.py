@@ -1,8 +1,12 @@
+import math
+
+import numpy as np
 import pytest
 
 from jaxfm.tasks.hpc import records
 from jaxfm.tasks.hpc.graph import RELATIONS, edges
 from jaxfm.tasks.hpc.lexer import normalized
+from jaxfm.tasks.hpc.operations import operations
 from jaxfm.tasks.hpc.proofs.enumeration import at_any_size
 
 RACES = records.record("race-detection")
@@ -57,6 +61,29 @@ def test_figures_of_races_known_by_hand():
     found = records.race.figures([1, 1, 0, 0, 0], [0.9, 0.2, 0.1, 0.7, 0.5])
     assert found["accuracy"] == 0.6 and found["f1"] == 0.5
     assert found["specificity"] == found["safe_precision"] == pytest.approx(2 / 3)
+
+
+def test_costs_are_counts_of_the_shown_sizes():
+    task = records.record("cost")
+    made = records.splits(task, 4, 42, 14, ("train", "in distribution", "other language"))
+    for row in (*made["train"], *made["other language"]):
+        program = row.item.program
+        assert row.label == pytest.approx(math.log10(records.cost.total(operations(program))))
+        for size in program.sizes:
+            assert f"{size.name} = {size.value}" in row.source
+    test = made["in distribution"]
+    for name, baseline in task.baselines.items():
+        found = task.metric([row.label for row in test], baseline(made["train"], test))
+        assert np.isfinite(list(found.values())).all(), name
+    best = task.metric([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert best == {"spearman": 1.0, "pair_accuracy": 1.0, "log10_error": 0.0, "factor": 1.0}
+    bare = [row._replace(item=None) for row in test]
+    with pytest.raises(ValueError, match="have no programs"):
+        task.baselines["linear"](bare, bare)
+    again = task.baselines["words and sizes"](bare, bare)
+    assert np.array_equal(again, task.baselines["words and sizes"](test, test))
+    flat = task.metric([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
+    assert (flat["spearman"], flat["pair_accuracy"]) == (0.0, 0.5)
 
 
 def test_pragmas_are_asked_of_loops_that_have_none():

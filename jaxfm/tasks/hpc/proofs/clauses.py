@@ -32,6 +32,7 @@ from jaxfm.tasks.hpc.program import (
 )
 from jaxfm.tasks.hpc.proofs.enumeration import TOOL, Trace, trace
 
+SCOPES = ("private", "firstprivate", "lastprivate", "reduction")
 REDUCED = {"+": "+", "-": "+", "*": "*", "min": "min", "max": "max"}
 
 
@@ -42,11 +43,14 @@ class Proposal(NamedTuple):
         pragma: The directive that makes it right with the fewest clauses, or None.
         candidate: The directive that was tried, with its clauses even where they do not suffice.
         trace: The enumeration of the program with the candidate.
+        order: A name whose value may depend on the order in which threads enter critical sections;
+            empty if there is none.
     """
 
     pragma: Pragma | None
     candidate: Pragma
     trace: Trace
+    order: str = ""
 
 
 def minimal(program: Program, path: Path = (0,)) -> Pragma | None:
@@ -75,13 +79,53 @@ def propose(program: Program, path: Path = (0,)) -> Proposal:
             candidate = candidate._replace(clauses=(*candidate.clauses, extra))
             found = trace(with_pragma(program, path, candidate))
     private = {*candidate.named("private"), *candidate.named("lastprivate")}
+    order = order_matters(program, path, candidate)
     wrong = (
         found.conflict
         or found.unknown
+        or order
         or private & found.undefined
         or set(candidate.named("lastprivate")) - found.last_defined
     )
-    return Proposal(None if wrong else candidate, candidate, found)
+    return Proposal(None if wrong else candidate, candidate, found, order)
+
+
+def order_matters(program: Program, path: Path, pragma: Pragma) -> str:
+    """A name that keeps what the last thread in a critical section left; empty if there is none.
+
+    It is one that two iterations would race for without the critical sections and atomics, other
+    than those that are only updated with one operator, whose order does not matter.
+    """
+    loop = statement_at(program.body, path)
+    assert isinstance(loop, For)
+    opened = unlocked(loop.body)
+    if opened == loop.body:
+        return ""
+    copied = {name for scope in SCOPES for name in pragma.named(scope)}
+    sums = tuple(
+        Clause("reduction", (name,), operator)
+        for name in sorted(written(loop.body) - copied)
+        if (operator := only_updates(loop.body, name))
+    )
+    changed = loop._replace(body=opened, pragma=pragma._replace(clauses=(*pragma.clauses, *sums)))
+    found = trace(program._replace(body=replaced(program.body, path, (changed,))))
+    return found.conflict.second.name if found.conflict else ""
+
+
+def unlocked(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+    """Statements without the critical sections and atomics around them."""
+    found: list[Statement] = []
+    for statement in body:
+        if isinstance(statement, Block) and statement.pragma.directive in ("critical", "atomic"):
+            found += unlocked(statement.body)
+        elif isinstance(statement, If):
+            then, orelse = unlocked(statement.then), unlocked(statement.orelse)
+            found.append(statement._replace(then=then, orelse=orelse))
+        elif isinstance(statement, (For, Block)):
+            found.append(statement._replace(body=unlocked(statement.body)))
+        else:
+            found.append(statement)
+    return tuple(found)
 
 
 def clauses_for(program: Program, path: Path) -> Iterator[Clause]:
@@ -117,6 +161,9 @@ def right(program: Program) -> Judgement:
         if isinstance(loop, For) and loop.pragma and loop.pragma.directive == "parallel for":
             if reason := fault(program, path, loop, loop.pragma, found):
                 return Judgement("refuted", reason, TOOL)
+            if name := order_matters(program, path, loop.pragma):
+                reason = f"The order in which threads change {name} may decide its value."
+                return Judgement("cannot tell", reason, TOOL)
         elif getattr(loop, "pragma", None) and not isinstance(loop, Block):
             return Judgement("cannot tell", "There are directives besides `parallel for`.", TOOL)
     return Judgement("confirmed", "It has no race and the results of the serial loop.", TOOL)

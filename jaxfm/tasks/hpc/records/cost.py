@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from jaxfm.tasks.hpc.records.contract import Example, Record, register
 from jaxfm.tasks.hpc.render import loop_source
 
 SMALLEST, LARGEST = 16, 1600
+SIZE = re.compile(r"^(?:int )?\w+ = (\d+);?$", re.MULTILINE)
 
 
 def loop(item: Item, rng: random.Random, language: str) -> Iterator[Example]:
@@ -98,7 +100,7 @@ def words_and_sizes(train: Sequence[Example], test: Sequence[Example]) -> np.nda
 
 
 def _sizes(row: Example) -> list[float]:
-    logs = sorted(math.log10(size.value) for size in row.item.program.sizes)
+    logs = sorted(math.log10(int(value)) for value in SIZE.findall(row.source))
     return [sum(logs), logs[-1] if logs else 0.0]
 
 
@@ -119,6 +121,11 @@ def nearest(train: Sequence[Example], test: Sequence[Example]) -> np.ndarray:
 
 
 def _features(rows: Sequence[Example]) -> np.ndarray:
+    if any(row.item is None for row in rows):
+        raise ValueError(
+            "These rows were read from a file and have no programs, which this baseline reads; "
+            "draw them by `records.splits`."
+        )
     return np.array([features(row.item.program) for row in rows])
 
 

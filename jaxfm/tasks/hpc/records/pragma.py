@@ -25,7 +25,7 @@ def loop(item: Item, rng: random.Random, language: str) -> Iterator[Example]:
         return
     program, style = restyle(asked(item), rng)
     proposal = propose(program, item.target)
-    if proposal.trace.unknown:
+    if proposal.trace.unknown or proposal.order:
         return
     spoken: Language = language  # type: ignore[assignment]
     source = placed(loop_source(program, spoken, style), item.target, spoken)

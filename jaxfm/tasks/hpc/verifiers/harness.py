@@ -9,7 +9,7 @@ statements.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxfm.tasks.hpc.frontend.source import Outside
 from jaxfm.tasks.hpc.program import Block, Clause, For, If, Path, Pragma, Program, Statement, walk
 from jaxfm.tasks.hpc.proofs.contents import contents, sizes_of
 from jaxfm.tasks.hpc.render import Language, parameters, to_c, to_fortran
+from jaxfm.tasks.hpc.verifiers import compile
 
 BATCH = 25
 SUFFIXES = {"c": ".c", "fortran": ".f90"}
@@ -79,12 +80,13 @@ class Batch(NamedTuple):
     lines: dict[tuple[str, int], tuple[int, Path]]
 
 
-def batch(kernels: Sequence[Kernel], seconds: int = 5) -> Batch:
+def batch(kernels: Sequence[Kernel], seconds: int = 5, forked: bool = True) -> Batch:
     """Puts kernels into one program; each text has a file of its own.
 
     Args:
         kernels: What to run.
         seconds: After which each is stopped.
+        forked: Whether each runs in a process of its own.
     """
     shared = {"c": "#include <math.h>\n", "fortran": ""}
     sources: dict[str, str | bytes] = {}
@@ -106,7 +108,12 @@ def batch(kernels: Sequence[Kernel], seconds: int = 5) -> Batch:
         order = _order(language)
         files[f"in_{k}"] = b"".join(a.tobytes(order) for a in inputs(program).values())
     runs = ", ".join(f"run_{k}" for k in range(len(kernels)))
-    sources["batch.c"] = main + MAIN.format(runs=runs, count=len(kernels), seconds=seconds)
+    if forked:
+        main += MAIN.format(runs=runs, count=len(kernels), seconds=seconds)
+    else:
+        calls = "".join(f"    run_{k}();\n" for k in range(len(kernels)))
+        main += f"int main(void)\n{{\n{calls}    return 0;\n}}\n"
+    sources["batch.c"] = main
     sources |= {f"kernels{SUFFIXES[name]}": text for name, text in shared.items() if text}
     return Batch(sources, files, lines)
 
@@ -147,6 +154,11 @@ def outputs(program: Program, data: bytes, language: Language = "c") -> dict[str
     return found
 
 
+def fortran() -> bool:
+    """Whether there is a compiler of Fortran."""
+    return compile.version("gfortran") is not None
+
+
 def as_kernel(one: Program | Kernel) -> Kernel:
     """A program as a kernel in C; a kernel as it is."""
     return one if isinstance(one, Kernel) else Kernel(one)
@@ -182,19 +194,28 @@ def dealt(program: Program) -> Program:
     """
     seen = 0
 
-    def changed(statement: Statement) -> Statement:
+    def changed(pragma: Pragma) -> Pragma:
         nonlocal seen
+        words = pragma.directive.split()
+        if "for" not in words or "static" in pragma.named("schedule"):
+            return pragma
+        given = tuple(clause for clause in pragma.clauses if clause.name != "schedule")
+        chunk = Clause("schedule", ("static", str(1 + seen % 2)))
+        seen += 1
+        return pragma._replace(clauses=(*given, chunk))
+
+    return with_directives(program, changed)
+
+
+def with_directives(program: Program, change: Callable[[Pragma], Pragma | None]) -> Program:
+    """A program with other directives on its loops."""
+
+    def changed(statement: Statement) -> Statement:
         if isinstance(statement, If):
             then, orelse = map(changed, statement.then), map(changed, statement.orelse)
             return statement._replace(then=tuple(then), orelse=tuple(orelse))
         if isinstance(statement, For) and statement.pragma:
-            words, given = statement.pragma.directive.split(), statement.pragma.clauses
-            if "for" in words and "static" not in statement.pragma.named("schedule"):
-                given = tuple(clause for clause in given if clause.name != "schedule")
-                chunk = Clause("schedule", ("static", str(1 + seen % 2)))
-                seen += 1
-                pragma = statement.pragma._replace(clauses=(*given, chunk))
-                statement = statement._replace(pragma=pragma)
+            statement = statement._replace(pragma=change(statement.pragma))
         if isinstance(statement, (For, Block)):
             return statement._replace(body=tuple(map(changed, statement.body)))
         return statement

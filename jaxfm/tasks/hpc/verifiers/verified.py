@@ -35,7 +35,7 @@ class Verified(NamedTuple):
         verdict: "refuted" if one refutes it; "confirmed" if one confirms that it is race-free and
             one that its results are those of the serial program; else "cannot tell".
         reason: Of the judgement that decided.
-        reach: Of the strongest confirmation that there is no race; empty without one.
+        reach: Of the strongest confirmation that there is no race; empty unless confirmed.
         judgements: By verifier, what each said.
     """
 
@@ -116,13 +116,14 @@ def combined(judgements: dict[str, Judgement], tools: dict[str, Verifier]) -> Ve
         if judgement.verdict == "refuted":
             return Verified("refuted", judgement.reason, "", judgements)
     sure = [tools[name] for name, j in judgements.items() if j.verdict == "confirmed"]
-    reaches = [tool.reach for tool in sure]
+    reaches = [tool.reach for tool in sure if tool.claim != "same results"]
     reach: Reach | Literal[""] = next((reach for reach in REACHES if reach in reaches), "")
-    if not any(tool.claim == "right" for tool in sure):
-        doubt = [j for name, j in judgements.items() if tools[name].claim == "right"]
-        reason = doubt[0].reason if doubt else "No verifier compares its results."
-        return Verified("cannot tell", reason, reach, judgements)
-    best = max(sure, key=lambda tool: -REACHES.index(tool.reach))
+    for claim in ("race-free", "same results"):
+        if not any(tool.claim in (claim, "right") for tool in sure):
+            doubt = [j for name, j in judgements.items() if tools[name].claim in (claim, "right")]
+            reason = doubt[0].reason if doubt else f"No verifier says whether it is {claim}."
+            return Verified("cannot tell", reason, "", judgements)
+    best = min(sure, key=lambda tool: REACHES.index(tool.reach))
     return Verified("confirmed", judgements[best.name].reason, reach, judgements)
 
 
@@ -176,8 +177,9 @@ def _none(program: Program, path: Path) -> Verified:
     proposal = propose(program, path)
     if proposal.pragma is not None:
         judgement = Judgement("refuted", "A directive makes the loop right.", TOOL)
-    elif proposal.trace.unknown:
-        judgement = Judgement("cannot tell", proposal.trace.unknown, TOOL)
+    elif proposal.trace.unknown or proposal.order:
+        order = f"The order of critical sections may decide {proposal.order}."
+        judgement = Judgement("cannot tell", proposal.trace.unknown or order, TOOL)
     else:
         judgement = Judgement("confirmed", "No choice of clauses makes the loop right.", TOOL)
     reach: Reach | Literal[""] = "these sizes" if judgement.verdict == "confirmed" else ""

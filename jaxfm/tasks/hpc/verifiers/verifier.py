@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 
 from jaxfm.tasks.hpc.program import Judgement, Program
 from jaxfm.tasks.hpc.proofs import clauses, enumeration, integer_sets
-from jaxfm.tasks.hpc.verifiers import thread_sanitizer
+from jaxfm.tasks.hpc.verifiers import archer, same_output, thread_sanitizer
 
-Claim = Literal["race-free", "right"]
+Claim = Literal["race-free", "right", "same results"]
 Reach = Literal["all sizes", "these sizes", "these runs"]
 
 
@@ -27,12 +27,13 @@ class Verifier(NamedTuple):
 
     Attributes:
         name: For tables; a judgement's `tool` has the version, too.
-        claim: What is confirmed or refuted: "race-free", or "right", which is race-free and with
-            the results of the serial program.
+        claim: What is confirmed or refuted: "race-free"; "same results" as the serial program; or
+            "right", which is both.
         reach: What a confirmation holds for.
         executes: Whether it compiles and runs the program, in the sandbox.
         available: Why it cannot be used here, as a sentence, or None.
-        verify: One judgement for each program.
+        verify: One judgement for each program; tools that execute take kernels of the harness,
+            too.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Verifier(NamedTuple):
     reach: Reach
     executes: bool
     available: Callable[[], str | None]
-    verify: Callable[[Sequence[Program]], list[Judgement]]
+    verify: Callable[[Sequence], list[Judgement]]
 
 
 def _each(judge: Callable[[Program], Judgement]) -> Callable[[Sequence[Program]], list[Judgement]]:
@@ -62,6 +63,11 @@ VERIFIERS: dict[str, Verifier] = {
         Verifier(
             "ThreadSanitizer", "race-free", "these runs", True,
             thread_sanitizer.available, thread_sanitizer.verify,
+        ),
+        Verifier("Archer", "race-free", "these runs", True, archer.available, archer.verify),
+        Verifier(
+            "same output", "same results", "these runs", True,
+            same_output.available, same_output.verify,
         ),
     )
 }  # fmt: skip
