@@ -83,7 +83,9 @@ def test_one_refutation_suffices_and_silence_confirms_nothing():
     assert combined({"clauses": yes, "enumeration": no}, tools).verdict == "refuted"
     assert combined({"clauses": yes, "enumeration": doubt}, tools).verdict == "confirmed"
     alone = combined({"enumeration": yes}, tools)
-    assert (alone.verdict, alone.reach) == ("cannot tell", "these sizes")
+    assert (alone.verdict, alone.reach) == ("cannot tell", "")
+    silent = combined({"enumeration": yes, "same output": yes}, tools)
+    assert (silent.verdict, silent.reach) == ("confirmed", "these sizes")
     assert combined({"clauses": doubt, "enumeration": yes}, tools).reason == "Who knows."
     assert combined({"clauses": yes, "integer sets": yes}, tools).reach == "all sizes"
 

@@ -121,12 +121,13 @@ def nearest(train: Sequence[Example], test: Sequence[Example]) -> np.ndarray:
 
 
 def _features(rows: Sequence[Example]) -> np.ndarray:
-    if any(row.item is None for row in rows):
+    found = [features(row.item.program) for row in rows if row.item is not None]
+    if len(found) < len(rows):
         raise ValueError(
             "These rows were read from a file and have no programs, which this baseline reads; "
             "draw them by `records.splits`."
         )
-    return np.array([features(row.item.program) for row in rows])
+    return np.array(found)
 
 
 def features(program: Program) -> list[float]:
