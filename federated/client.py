@@ -188,21 +188,24 @@ def python_round(
                 received.append(sums)
                 memories[client] = answer.memory
             found += own
-        sums = _combined(algorithm, b, population, state.server, public, download, received)
+        like = client_data(population, int(np.argmax(bucket_of == b)))
+        sums = combined(bucket, state.server, public, download, like, received)
         lifted = bucket.lift(state.server, sums)
         totals = lifted if totals is None else added(totals, lifted)
     server, _ = algorithm.server(state.server, totals, public, round_keys(state.key, number)[3])
     return state._replace(server=server, round=state.round + 1), memories, found
 
 
-def _combined(
-    algorithm: Algorithm, b: int, population: Population, server, public, download,
-    received: Sequence[PyTree],
+def combined(
+    bucket: Bucket, server: PyTree, public: PyTree, download: PyTree,
+    like: tuple[ClientData, Profile], received: Sequence[PyTree],
 ) -> PyTree:  # fmt: skip
-    """The sums of what was received; zeros in the right shapes where nothing was."""
-    bucket = algorithm.buckets[b]
+    """The sums of what was received; zeros in the right shapes where nothing was.
+
+    Args:
+      like: a client of the bucket, or its shapes.
+    """
     if not received:
-        client = client_data(population, int(np.argmax(population.bucket == b)))
         key = jax.random.key(0)
 
         def shapes(download, data: ClientData, profile: Profile) -> Any:
@@ -210,7 +213,7 @@ def _combined(
             upload, _, _ = bucket.client(download, memory, data, profile, key)
             return jax.tree.map(wide, bucket.receive(server, public, upload))
 
-        shape = jax.eval_shape(shapes, download, *client)
+        shape = jax.eval_shape(shapes, download, *like)
         received = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape)]
         counted = np.zeros(1, bool)
     else:

@@ -1,0 +1,156 @@
+"""The two halves of a Flower app that runs a config of `jaxfm.launch.federate`."""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from jaxfm import config as configs
+from jaxfm.federated.remote import standalone
+
+PACKAGE = "jaxfm_app"
+VARIABLES = "variables.safetensors"  # of the trained model, in the run's folder
+_PYPROJECT = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "jaxfm-app"
+version = "1.0.0"
+description = "A federated run of jaxfm."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "jaxfm"
+
+[tool.flwr.app.components]
+serverapp = "jaxfm_app.server:app"
+clientapp = "jaxfm_app.client:app"
+
+[tool.flwr.app.config]
+flags = {flags}
+round_s = {round_s}
+hello_s = {hello_s}
+nodes = {nodes}
+"""
+_SERVER = '''"""The server of the run."""
+
+from jaxfm.launch.flower.app import server_app
+
+app = server_app()
+'''
+_CLIENT = '''"""A client of the run; only its first message needs the library."""
+
+from jaxfm_app.standalone import client_app
+
+
+def prepare(folder, order, context):
+    """Exports the client's step."""
+    from jaxfm.launch.flower.app import prepare_client
+
+    prepare_client(folder, order, context)
+
+
+app = client_app(prepare)
+'''
+
+
+def write_app(folder: pathlib.Path, words: list[str], limits: Mapping[str, float]) -> None:
+    """Writes a Flower app whose flags of `jaxfm.launch.federate` are `words`.
+
+    Args:
+      folder: of the app; files of an earlier one are replaced.
+      words: the flags.
+      limits: as of `flower.Limits`, by name.
+    """
+    read_flags(words)  # raises where they are none
+    package = folder / PACKAGE
+    package.mkdir(parents=True, exist_ok=True)
+    text = _PYPROJECT.format(flags=_quoted(shlex.join(words)), **limits)
+    (folder / "pyproject.toml").write_text(text)
+    (package / "__init__.py").write_text('"""A federated run."""\n')
+    (package / "server.py").write_text(_SERVER)
+    (package / "client.py").write_text(_CLIENT)
+    shutil.copyfile(standalone.__file__, package / "standalone.py")
+
+
+def _quoted(text: str) -> str:
+    """A string of TOML."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def read_flags(words: list[str]) -> Any:
+    """The config of `jaxfm.launch.federate` that flags describe; raises ValueError."""
+    from jaxfm.federated.registry import load_named_files
+    from jaxfm.launch.federate_config import federate_config
+
+    argv = load_named_files(["federate", *words])
+    cls, own = federate_config(), flags.FlagValues()
+    configs.define_flags(cls, own)
+    return configs.read_command(cls, argv, own)
+
+
+def server_app() -> Any:
+    """A Flower ServerApp that plays the run that its config's "flags" describe."""
+    from flwr.serverapp import ServerApp
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Any, context: Any) -> None:
+        play_on(grid, context.run_config)
+
+    return app
+
+
+def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
+    """Plays the run over a grid; its folder gets metrics, refusals, results and the model."""
+    from jaxfm.federated.remote.flower import Limits, Nodes, grid_exchange, wait_for
+    from jaxfm.federated.remote.run import serve
+    from jaxfm.federated.remote.trees import flat
+    from jaxfm.launch.federate import ready
+    from jaxfm.run_folder import in_folder, open_run, save_results
+
+    config = read_flags(shlex.split(str(run_config["flags"])))
+    config = in_folder(config, "flower", config.algorithm, config.data.source)
+    run_dir = open_run(config, config.run_dir)
+    data, _, prepared = ready(config)
+    limits = Limits(*(type(x)(run_config[name]) for name, x in Limits()._asdict().items()))
+    nodes = Nodes(grid, len(data.names))
+    wait_for(nodes, limits)
+    result = serve(
+        prepared, data, grid_exchange(grid, nodes, limits), num_rounds=config.rounds,
+        cohort_size=config.cohort_size, seed=config.seed, eval_every=config.eval_every,
+        eval_examples=config.eval_examples, test_examples=config.test_examples, run_dir=run_dir,
+    )  # fmt: skip
+    for name, value in result.test.items():
+        print(f"test {name}: {value:.4f}")
+    refused = [{"round": number, **one._asdict()} for number, one in result.refused]
+    save_results(
+        run_dir, "flower", {"test": result.test, "totals": result.totals, "refused": refused}
+    )
+    variables = flat("variables", result.state.run.server.variables)
+    standalone.save_arrays(run_dir / VARIABLES, variables)
+
+
+def prepare_client(folder: pathlib.Path, order: Mapping[str, Any], context: Any) -> None:
+    """Exports a client's step into its folder, from the run's flags and the client's own rows."""
+    from jaxfm.federated.client import client_data
+    from jaxfm.federated.remote.run import population_of
+    from jaxfm.federated.remote.site import Client, prepare_site
+    from jaxfm.launch.federate import ready
+
+    config = read_flags(shlex.split(str(context.run_config["flags"])))
+    data, _, prepared = ready(config)
+    own = client_data(population_of(prepared, data), order["client"])
+    client = Client(prepared.algorithm, prepared.variables, *own, data.public)
+    prepare_site(folder, client, order["bucket"])
