@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxfm.federated.remote.checking import Reply
-from jaxfm.federated.remote.server import Exchange, Order
+from jaxfm.federated.remote.orders import Order
+from jaxfm.federated.remote.server import Exchange
 from jaxfm.federated.remote.standalone import pack, to_records
 
 POLL_S = 0.2
@@ -70,7 +71,7 @@ class Nodes:
         asked = {node: Message(content(), node, "query") for node in nodes}
         for node, message, failure in _replies(self.grid, asked, timeout_s):
             try:
-                self._add(node, message.content["config"]["client"] if not failure else failure)
+                self._add(node, failure or message.content["config"]["client"])
             except Exception as error:  # whatever a node sends, the server goes on
                 self._add(node, error)
 
@@ -154,9 +155,8 @@ def _replies(
     if not order:
         return
     ids = list(grid.push_messages([sent[node] for node in order]))
-    pending = {
-        message_id: node for message_id, node in zip(ids, order) if message_id is not None
-    }
+    pending: dict[str, int] = dict(zip(ids, order, strict=False))
+    pending.pop(None, None)  # type: ignore[call-overload]  # messages that could not be sent
     for node in set(order) - set(pending.values()):
         yield node, None, "the message could not be sent"
     end = time.monotonic() + timeout_s

@@ -28,9 +28,8 @@ from jaxfm.federated.playing import Line, Script, play
 from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.remote.checking import Refused
-from jaxfm.federated.remote.server import (
-    Exchange, Held, Remote, RemoteState, play_round, start,
-)  # fmt: skip
+from jaxfm.federated.remote.orders import Remote, RemoteState
+from jaxfm.federated.remote.server import Exchange, Held, play_round, start
 
 REFUSED = "refused.jsonl"
 
@@ -108,8 +107,10 @@ def serve(
 
     script = Script(
         advance=advance,
-        watch=lambda state: watch(state, some, "validation/")
-        | epsilon_line(prepared.algorithm.privacy, state.run.server),
+        watch=lambda state: (
+            watch(state, some, "validation/")
+            | epsilon_line(prepared.algorithm.privacy, state.run.server)
+        ),
         server=lambda state: state.run.server,
     )
     played = play(

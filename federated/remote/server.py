@@ -13,88 +13,31 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfm.federated.algorithm import (
-    Algorithm, ClientData, Info, Known, Profile, added,
-)  # fmt: skip
-from jaxfm.federated.client import client_key, combined, receive, send
+from jaxfm.federated.algorithm import Info, added
+from jaxfm.federated.client import combined, receive, send
 from jaxfm.federated.cohort import Report, RoundInfo, Slots, cohorts_of, draw, joined, round_keys
-from jaxfm.federated.remote.checking import (
-    Expected, Refused, Reply, as_tree, check_info, check_reply,
+from jaxfm.federated.remote.checking import Refused, Reply, as_tree, check_info, check_reply
+from jaxfm.federated.remote.orders import (
+    Order,
+    Remote,
+    RemoteState,
+    Side,
+    expected_of,
+    order_of,
+    side_of,
 )  # fmt: skip
-from jaxfm.federated.remote.site import Shapes, first_program, shapes_of_client
-from jaxfm.federated.remote.standalone import FIRST, NEVER, Arrays, Refusal, digest, not_finite
-from jaxfm.federated.remote.trees import flat, leaves_of, names_of, tree_of
+from jaxfm.federated.remote.standalone import NEVER, Refusal, not_finite
+from jaxfm.federated.remote.trees import flat, tree_of
 from jaxfm.federated.rounds import RunState
 from jaxfm.model import Key, PyTree, Variables
 
-_SMALL = 1024  # bytes of a leaf that is not worth remembering
-
-
-class Order(NamedTuple):
-    """What the server asks of a client.
-
-    Attributes:
-      config: run, round, client, bucket, nonce; the round of the client that counted last; names
-        and digests of constant leaves that the client holds, and of those that it shall keep.
-      arrays: the leaves of the download that it does not hold, and its key.
-    """
-
-    config: dict[str, Any]
-    arrays: Arrays
-
-
 Exchange = Callable[[Mapping[int, Order]], Iterable[Reply]]
-
-
-class Remote(NamedTuple):
-    """A run with clients elsewhere.
-
-    Attributes:
-      algorithm: what clients and server do.
-      bucket_of: i32[C], who trains what.
-      like: (data, profile) of any client, or their shapes.
-      cohort_size: clients drawn a round.
-      public: the server's own data.
-      most_examples: f64[C], rows (or their weights) that each client may count by; None: any.
-      most_steps: i32[C], local steps of a round; None: any.
-    """
-
-    algorithm: Algorithm
-    bucket_of: np.ndarray
-    like: tuple[ClientData, Profile]
-    cohort_size: int
-    public: PyTree = None
-    most_examples: np.ndarray | None = None
-    most_steps: np.ndarray | None = None
-
-
-class RemoteState(NamedTuple):
-    """All that the server needs to go on; a checkpoint of it resumes the run.
-
-    Attributes:
-      run: server state, round and key, as of the engine; memories are with the clients.
-      counted: i32[C], the last round of each client that counted; -1: none.
-      first: the server's state before the first round, of which clients make their first memory.
-      name: u8[16], of the run; clients keep its memories under it.
-    """
-
-    run: RunState
-    counted: np.ndarray
-    first: PyTree
-    name: np.ndarray
-
-    @property
-    def text(self) -> str:
-        """The name of the run as text."""
-        return bytes(np.asarray(self.name, np.uint8)).hex()
-
-
 Held = dict[int, dict[str, str]]  # by client: names and digests of constants that it has
 
 
@@ -117,125 +60,44 @@ def play_round(
     Returns:
       The state after the round, its report (one round, as of the engine), and who was refused.
     """
-    algorithm, (server, _, number, key) = remote.algorithm, state.run
-    number = int(number)
-    places, rate = cohorts_of(algorithm, len(remote.bucket_of), remote.cohort_size)
-    drawn = np.asarray(draw(key, number, len(remote.bucket_of), places, 0.0, rate)[0])
-    sides = {
-        b: _Side(remote, state, b)
-        for b in sorted({int(remote.bucket_of[i]) for i in drawn if i >= 0})
-    }
-    orders = {
-        int(i): sides[int(remote.bucket_of[i])].order(int(i), held.get(int(i), {}))
-        for i in drawn
-        if i >= 0
-    }
-    taken, refused = _collect(remote, sides, orders, exchange(orders))
-    for client, order in orders.items():
-        if client in taken and taken[client].sums is not None:
-            names, marks = order.config["keep_names"], order.config["keep_digests"]
-            held[client] = {**held.get(client, {}), **dict(zip(names, marks, strict=True))}
-        else:  # it may have lost what it had
-            held.pop(client, None)
-    totals = None
-    for b, bucket in enumerate(algorithm.buckets):
-        if not (remote.bucket_of == b).any():
-            continue
-        received = [
-            taken[int(i)].sums
-            for i in drawn
-            if int(i) in taken and remote.bucket_of[i] == b and taken[int(i)].sums is not None
-        ]
-        download = sides[b].download if b in sides else send(bucket, server, remote.public)
-        sums = combined(bucket, server, remote.public, download, remote.like, received)
-        lifted = bucket.lift(server, sums)
-        totals = lifted if totals is None else added(totals, lifted)
-    after, figures = jax.jit(algorithm.server)(server, totals, remote.public, round_keys(key, number)[3])
-    counted = state.counted.copy()
-    for client, own in taken.items():
-        counted[client] = number if own.sums is not None else counted[client]
+    key, number, num_clients = state.run.key, int(state.run.round), len(remote.bucket_of)
+    places, rate = cohorts_of(remote.algorithm, num_clients, remote.cohort_size)
+    drawn = np.asarray(draw(key, number, num_clients, places, 0.0, rate)[0], np.int32)
+    cohort = [int(i) for i in drawn if i >= 0]
+    present = {int(remote.bucket_of[i]) for i in cohort}
+    sides = {b: side_of(remote, state, b) for b in sorted(present)}
+    orders = {}
+    for i in cohort:
+        if remote.most_examples is None or remote.most_examples[i] > 0:
+            side = sides[int(remote.bucket_of[i])]
+            orders[i] = order_of(remote, state, side, i, held.get(i, {}))
+    taken, refused = _collect(remote, state, sides, orders, exchange(orders))
+    _remember(held, orders, taken)
+    totals = _totals(remote, state, sides, cohort, taken)
+    after, figures = jax.jit(remote.algorithm.server)(
+        state.run.server, totals, remote.public, round_keys(key, number)[3]
+    )
+    counted = np.array(state.counted)
+    counted[[i for i, own in taken.items() if own.sums is not None]] = number
     run = state.run._replace(server=after, round=state.run.round + 1)
     report = _report(remote, sides, drawn, taken, figures)
     return state._replace(run=run, counted=counted), report, refused
 
 
 class _Own(NamedTuple):
-    """What a client contributed: sums as of `Bucket.receive`, None where its numbers were not
-    finite; its report."""
+    """What a client contributed.
+
+    Attributes:
+      sums: as of `Bucket.receive`; None where its numbers were not finite.
+      info: its report.
+    """
 
     sums: PyTree
     info: Info
 
 
-class _Side:
-    """One bucket's share of a round: its download, and what is expected back."""
-
-    def __init__(self, remote: Remote, state: RemoteState, b: int):
-        self.bucket, self.b = remote.algorithm.buckets[b], b
-        self.remote, self.state = remote, state
-        self.download = send(self.bucket, state.run.server, remote.public)
-        self.arrays = flat("download", self.download)
-        self.shapes = _shapes(self.bucket, remote, state)
-        self.constants = {name: digest(self.arrays[name]) for name in _constant(self.download)}
-        self.upload = leaves_of("upload", self.shapes.upload)
-        self.info = leaves_of("info", self.shapes.info)
-
-    def order(self, client: int, held: Mapping[str, str]) -> Order:
-        """What the client is asked for, given the constants that it holds."""
-        number, key = int(self.state.run.round), self.state.run.key
-        has = {name: mark for name, mark in self.constants.items() if held.get(name) == mark}
-        keep = {name: mark for name, mark in self.constants.items() if name not in has}
-        config = {
-            "run": self.state.text, "round": number, "client": client, "bucket": self.b,
-            "nonce": secrets.token_hex(16), "counted": int(self.state.counted[client]),
-            "held_names": [*has], "held_digests": [*has.values()],
-            "keep_names": [*keep], "keep_digests": [*keep.values()],
-        }  # fmt: skip
-        arrays = {name: x for name, x in self.arrays.items() if name not in has}
-        arrays |= flat("key", client_key(key, client, number))
-        if config["counted"] == NEVER:
-            arrays |= {FIRST + name: x for name, x in self._first(client).items()}
-        return Order(config, arrays)
-
-    def _first(self, client: int) -> Arrays:
-        """What the client's first memory is made of, where it is not what is sent now."""
-        found = flat("key", client_key(self.state.run.key, client, None))
-        if int(self.state.run.round) == 0:
-            return found
-        used = first_program(self.bucket, self.shapes).module_kept_var_idx
-        early = flat("download", send(self.bucket, self.state.first, self.remote.public))
-        for place, name in enumerate(early):
-            if place in used and digest(early[name]) != digest(self.arrays[name]):
-                found[name] = early[name]
-        return found
-
-    def expected(self, order: Order) -> Expected:
-        """What an answer to the order must look like."""
-        client = order.config["client"]
-        most = lambda column: np.inf if column is None else float(column[client])
-        config = {name: order.config[name] for name in ("run", "round", "client", "nonce")}
-        return Expected(
-            config, self.upload, self.info, most(self.remote.most_examples),
-            most(self.remote.most_steps),
-        )  # fmt: skip
-
-    def take(self, reply: Reply, order: Order) -> _Own:
-        """What the server makes of a reply; raises Refusal."""
-        expected = self.expected(order)
-        upload, leaves, fault = check_reply(reply, expected)
-        info: Info = as_tree(self.shapes.info, leaves)
-        check_info(info, expected)
-        if fault:
-            return _Own(None, info)
-        tree = tree_of(self.shapes.upload, upload)
-        sums = receive(self.bucket, self.state.run.server, self.remote.public, tree)
-        if sentence := not_finite(flat("received", sums)):
-            raise Refusal(sentence)
-        return _Own(sums, info)
-
-
 def _collect(
-    remote: Remote, sides: Mapping[int, _Side], orders: Mapping[int, Order],
+    remote: Remote, state: RemoteState, sides: Mapping[int, Side], orders: Mapping[int, Order],
     replies: Iterable[Reply],
 ) -> tuple[dict[int, _Own], list[Refused]]:  # fmt: skip
     """The replies that are in order, by client, and the others with their reasons."""
@@ -249,58 +111,83 @@ def _collect(
             if client in taken:
                 raise Refusal("It has already answered in this round.")
             side = sides[int(remote.bucket_of[client])]
-            taken[client] = side.take(reply, orders[client])
+            taken[client] = _take(remote, state, side, orders[client], reply)
         except Refusal as error:
             refused.append(Refused(client, str(error)))
     return taken, refused
 
 
-def _constant(download: PyTree) -> list[str]:
-    """Names of the leaves that hardly ever change: frozen parameters and public data."""
-    marked = (Variables, Known)
-
-    def mark(part: Any) -> Any:
-        if isinstance(part, Known):
-            return jax.tree.map(lambda _: True, part)
-        if isinstance(part, Variables):
-            rest = jax.tree.map(lambda _: False, part)
-            return rest._replace(frozen=jax.tree.map(lambda _: True, part.frozen))
-        return False
-
-    flags = jax.tree.map(mark, download, is_leaf=lambda x: isinstance(x, marked))
-    names, leaves = names_of("download", download), jax.tree.leaves(download)
-    return [
-        name
-        for name, is_constant, leaf in zip(names, jax.tree.leaves(flags), leaves, strict=True)
-        if is_constant and np.asarray(leaf).nbytes >= _SMALL
-    ]
+def _take(remote: Remote, state: RemoteState, side: Side, order: Order, reply: Reply) -> _Own:
+    """What the server makes of a reply; raises Refusal."""
+    expected = expected_of(remote, side, order)
+    upload, leaves, fault = check_reply(reply, expected)
+    info: Info = as_tree(side.shapes.info, leaves)
+    check_info(info, expected)
+    if fault:
+        return _Own(None, info)
+    tree = tree_of(side.shapes.upload, upload)
+    sums = receive(side.bucket, state.run.server, remote.public, tree)
+    if sentence := not_finite(flat("received", sums)):
+        raise Refusal(sentence)
+    return _Own(sums, info)
 
 
-def _shapes(bucket: Any, remote: Remote, state: RemoteState) -> Shapes:
-    return shapes_of_client(bucket, state.run.server, remote.public, remote.like)
+def _remember(held: Held, orders: Mapping[int, Order], taken: Mapping[int, _Own]) -> None:
+    """Brings up to date which constants clients hold; one that failed may have lost them."""
+    for client, order in orders.items():
+        if client not in taken:
+            held.pop(client, None)
+            continue
+        names, marks = order.config["keep_names"], order.config["keep_digests"]
+        held[client] = {**held.get(client, {}), **dict(zip(names, marks, strict=True))}
+
+
+def _totals(
+    remote: Remote, state: RemoteState, sides: Mapping[int, Side], cohort: list[int],
+    taken: Mapping[int, _Own],
+) -> PyTree:  # fmt: skip
+    """The sums of all buckets, each added up in the cohort's order."""
+    totals, server = None, state.run.server
+    for b, bucket in enumerate(remote.algorithm.buckets):
+        if not (remote.bucket_of == b).any():
+            continue
+        own = [taken[i] for i in cohort if i in taken and remote.bucket_of[i] == b]
+        received = [one.sums for one in own if one.sums is not None]
+        download = sides[b].download if b in sides else send(bucket, server, remote.public)
+        sums = combined(bucket, server, remote.public, download, remote.like, received)
+        lifted = bucket.lift(server, sums)
+        totals = lifted if totals is None else added(totals, lifted)
+    return totals
 
 
 def _report(
-    remote: Remote, sides: Mapping[int, _Side], drawn: np.ndarray, taken: Mapping[int, _Own],
+    remote: Remote, sides: Mapping[int, Side], drawn: np.ndarray, taken: Mapping[int, _Own],
     figures: Mapping,
 ) -> RoundInfo:  # fmt: skip
     """The report of a round as the engine makes it, with a leading axis of one round."""
     slots: list[Slots | None] = [None] * len(remote.algorithm.buckets)
     reports: list[Report | None] = [None] * len(remote.algorithm.buckets)
+    flag = lambda yes: jnp.asarray(yes, jnp.float32)
     for b, side in sides.items():
         place = np.asarray([p for p, i in enumerate(drawn) if i >= 0 and remote.bucket_of[i] == b])
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), side.shapes.info)
         columns = []
         for client in drawn[place]:
             own = taken.get(int(client))
-            counts, fails = own is not None and own.sums is not None, own is not None and own.sums is None
-            info = nothing if own is None else own.info
-            if fails:
-                info = nothing._replace(spent=info.spent)
-            columns.append(Report(np.float32(counts), np.float32(fails), info))
-        reports[b] = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *columns)
-        zeros = np.zeros(len(place), np.int32)
-        own_slots = Slots(drawn[place], zeros == 0, place.astype(np.int32), zeros, zeros)
-        slots[b] = jax.tree.map(jnp.asarray, own_slots)
-    info = joined(jnp.asarray(drawn, jnp.int32), slots, reports, dict(figures))
+            if own is None:
+                columns.append(Report(flag(0), flag(0), nothing))
+            elif own.sums is None:
+                columns.append(Report(flag(0), flag(1), nothing._replace(spent=own.info.spent)))
+            else:
+                columns.append(Report(flag(1), flag(0), own.info))
+        reports[b] = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *columns)
+        zeros = jnp.zeros(len(place), jnp.int32)
+        slots[b] = Slots(
+            client=jnp.asarray(drawn[place]),
+            taken=zeros == 0,
+            place=jnp.asarray(place, jnp.int32),
+            row=zeros,
+            memory=zeros,
+        )
+    info = joined(jnp.asarray(drawn), slots, reports, dict(figures))
     return jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(info))

@@ -210,7 +210,6 @@ def answer(
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder, config)
     site = open_site(folder)
-    _use_cache(folder / "xla")
     download, first = _download(config, wires, site)
     memory = _memory(config, site, download, first)
     data = load_arrays(folder / "data.safetensors")
@@ -307,8 +306,8 @@ def _forget(folder: pathlib.Path, rounds: set[int]) -> None:
             path.unlink()
 
 
-def _use_cache(folder: pathlib.Path) -> None:
-    """Compiled programs stay on disk; each client has a cache of its own, as entries are not
+def use_cache(folder: pathlib.Path) -> None:
+    """Keeps compiled programs on disk; each client has a cache of its own, as entries are not
     written atomically."""
     import jax
 
@@ -361,6 +360,7 @@ def client_app(prepare: Callable[[pathlib.Path, Config, Any], None]) -> Any:
         home = os.environ.get("FLWR_HOME", "~/.flwr")
         root = pathlib.Path(str(node.get("folder", f"{home}/jaxfm"))).expanduser()
         ready = lambda folder, order: prepare(folder, order, context)
+        use_cache(_folder(config, root) / "xla")
         reply = answer(config, dict(message.content["arrays"]), root, ready)
         return Message(to_records(*reply), reply_to=message)
 

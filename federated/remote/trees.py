@@ -24,7 +24,7 @@ def names_of(part: str, tree: PyTree) -> list[str]:
 
 def flat(part: str, tree: PyTree) -> Arrays:
     """The leaves by name, on the host; typed keys as their words."""
-    leaves = [jax.random.key_data(x) if _is_key(x) else x for x in map(_array, jax.tree.leaves(tree))]
+    leaves = words_of(jax.tree.map(_array, tree))
     return dict(zip(names_of(part, tree), map(np.asarray, jax.device_get(leaves)), strict=True))
 
 
@@ -41,7 +41,8 @@ def leaves_of(part: str, shapes: PyTree) -> dict[str, Leaf]:
 
 def shapes_of(tree: PyTree) -> PyTree:
     """The tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.tree.map(_array, tree))
+    shape = lambda x: jax.ShapeDtypeStruct(_array(x).shape, _array(x).dtype)
+    return jax.tree.map(shape, tree)
 
 
 def tree_of(shapes: PyTree, leaves: list) -> PyTree:

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from jaxfm import config as configs
 from jaxfm.plain_types import suggest
 
-COMMANDS = {
-    name: f"jaxfm.launch.flower.{name}" for name in ("local", "serve", "join", "keys")
-}
+COMMANDS = {name: f"jaxfm.launch.flower.{name}" for name in ("local", "serve", "join", "keys")}
 
 
 def split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:

@@ -20,7 +20,14 @@ from collections.abc import Iterator
 from jaxfm.config import check, check_whole, option
 from jaxfm.launch.flower.app import read_flags, write_app
 from jaxfm.launch.flower.processes import (
-    CONNECTION, Certificates, connect, environment, program, running, superlink, wait_for_port,
+    CONNECTION,
+    Certificates,
+    connect,
+    environment,
+    program,
+    running,
+    superlink,
+    wait_for_port,
 )  # fmt: skip
 
 TAKES_FLAGS = True
