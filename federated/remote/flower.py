@@ -155,8 +155,7 @@ def _replies(
     if not order:
         return
     ids = list(grid.push_messages([sent[node] for node in order]))
-    pending: dict[str, int] = dict(zip(ids, order, strict=False))
-    pending.pop(None, None)  # type: ignore[call-overload]  # messages that could not be sent
+    pending = {str(i): node for i, node in zip(ids, order, strict=False) if i is not None}
     for node in set(order) - set(pending.values()):
         yield node, None, "the message could not be sent"
     end = time.monotonic() + timeout_s
