@@ -88,7 +88,7 @@ def play(
     history: list[Line] = []
     with contextlib.ExitStack() as stack:
         checkpoints = log = None
-        asked: Callable[[int], bool] = lambda number: False
+        asked: Callable[[], bool] = lambda: False
         if run_dir is not None:
             folder = pathlib.Path(run_dir)
             checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=2))
@@ -119,7 +119,7 @@ def play(
             history.append({"round": float(number)} | line)
             if log is not None:
                 log.write(number, line)
-            stops = asked(number) and number < length
+            stops = asked() and number < length
             if is_due:
                 say_line(number, length, line)
                 check_progress(number, evaluated, account, script.server(state).variables, names)

@@ -34,7 +34,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -45,11 +44,12 @@ from absl import app, flags, logging
 from jaxfm import processes
 from jaxfm.config_fields import (
     Choice,
-    Leaf,
+    LeafParser,
     as_given,
     by_name,
     default_of,
     fields_of,
+    illegal_value,
     is_chosen,
     leaves,
     put,
@@ -57,6 +57,7 @@ from jaxfm.config_fields import (
 )
 from jaxfm.errors import explain, reported
 from jaxfm.plain_types import convert, is_config, parse, show, suggest, to_json, type_name
+from jaxfm.together import as_one, ends_with_others
 
 T = TypeVar("T")
 
@@ -182,7 +183,7 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS) -> None
         elif leaf.repeat:
             flag = flags.MultiFlag(flags.ArgumentParser(), None, name, None, leaf.help)
         else:
-            flag = flags.Flag(_Parser(leaf), None, name, None, leaf.help)
+            flag = flags.Flag(LeafParser(leaf), None, name, None, leaf.help)
         flags.DEFINE_flag(flag, flag_values, module_name=sys.argv[0])
     if "config" not in flag_values:
         flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=flag_values)
@@ -203,13 +204,21 @@ def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
     return config
 
 
-def run(main: Callable[[T], object], cls: type[T], *, joins: bool = False) -> None:
+def run(
+    main: Callable[[T], object], cls: type[T], *, joins: bool = False, saves: bool = True
+) -> None:
     """Runs `main` on the config that the command line describes, then exits.
 
-    The processes of a script that `joins` meet before `main` (`jaxfm.processes`). A mistake on the
-    command line, in a file or in the data gives one sentence and exit status 2; a run that fails
-    for another reason gives one and exit status 1; --traceback shows where it was found. --help
-    describes the fields that matter for the choices made, --help=all every field.
+    A mistake on the command line, in a file or in the data gives one sentence and exit status 2; a
+    run that fails for another reason gives one and exit status 1; --traceback shows where it was
+    found. --help describes the fields that matter for the choices made, --help=all every field.
+
+    Args:
+      main: the script.
+      cls: its config.
+      joins: whether it runs in several processes, which then meet before `main`
+        (`jaxfm.processes`).
+      saves: whether one that joins answers SIGTERM (`jaxfm.preemption`); else it ends at once.
     """
 
     def parse_flags(argv: Sequence[str]) -> T:
@@ -227,12 +236,13 @@ def run(main: Callable[[T], object], cls: type[T], *, joins: bool = False) -> No
             sys.exit(2)
 
     def guarded(config: T) -> None:
-        with reported(flags.FLAGS["traceback"].value):
+        with ends_with_others(), reported(flags.FLAGS["traceback"].value):
             if not flags.FLAGS["traceback"].value:
                 logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback, and raises as well
             if joins:
-                processes.join_from(flags.FLAGS.flag_values_dict(), os.environ)
-            main(config)
+                processes.join_from(flags.FLAGS.flag_values_dict(), os.environ, saves=saves)
+            with as_one():
+                main(config)
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # what is said goes into a file at once, too
         sys.stdout.reconfigure(line_buffering=True)
@@ -261,7 +271,7 @@ def read_command(
     except flags.UnrecognizedFlagError as error:
         raise ValueError(_unknown(cls, error.flagname)) from None
     except flags.IllegalFlagValueError as error:
-        raise ValueError(_illegal(str(error))) from None
+        raise ValueError(illegal_value(str(error))) from None
     except flags.Error as error:
         raise ValueError(f"{error}.") from None
     if extra:
@@ -312,17 +322,6 @@ _CONFIG_HELP = "a config.json to start from, as every run folder has one; flags 
 _GENERAL = {"config": _CONFIG_HELP, "traceback": _TRACEBACK_HELP}
 
 
-class _Parser(flags.ArgumentParser):
-    """absl's view of `parse`."""
-
-    def __init__(self, leaf: Leaf):
-        self.leaf = leaf
-        self.syntactic_help = type_name(leaf.annotation)
-
-    def parse(self, argument: str) -> Any:
-        return parse(self.leaf.annotation, argument, self.leaf.name)
-
-
 def _given(cls: type, flag_values: flags.FlagValues) -> dict[str, Any]:
     """What --config and the flags say, as JSON values."""
     path = flag_values["config"].value
@@ -346,20 +345,13 @@ def _choices(cls: type, argv: Sequence[str]) -> Any:
         return as_given(cls, {})
 
 
-def _illegal(message: str) -> str:
-    """The sentence for a value that is none, of absl's "flag --name=text: " and its parser's."""
-    parts = re.fullmatch(r"flag --([\w.]+)=(.*?): (.*)", message, re.DOTALL)
-    if parts is None:
-        return message
-    is_ours = re.match(r"[\w.]+=", parts[3])
-    return parts[3] if is_ours else f"{parts[1]}={parts[2]!r}: write true or false."
-
-
 def _unknown(cls: type, name: str) -> str:
     """The sentence that answers an unknown flag."""
     for old in (name, name.removeprefix("no")):
         if sentence := renamed(cls, old, "--"):
             return sentence
+    if name in processes.FLAGS:
+        return f"--{name} is for scripts that run in several processes; this one runs in one."
     helps = _GENERAL | {full: leaf.help for full, leaf in by_name(cls).items()}
     hint = suggest(name, helps, "--", helps)
     return f"Unknown flag --{name}. {'' if hint.startswith('Known') else hint}".rstrip()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxfm.plain_types import is_config, type_name, unpack_optional
+from absl import flags
+
+from jaxfm.plain_types import is_config, parse, type_name, unpack_optional
 
 
 class Choice(NamedTuple):
@@ -143,3 +146,23 @@ def put(values: dict[str, Any], name: str, value: Any) -> None:
     for head in heads:
         values = values.setdefault(head, {})
     values[last] = value
+
+
+class LeafParser(flags.ArgumentParser):
+    """absl's view of `parse`."""
+
+    def __init__(self, leaf: Leaf):
+        self.leaf = leaf
+        self.syntactic_help = type_name(leaf.annotation)
+
+    def parse(self, argument: str) -> Any:
+        return parse(self.leaf.annotation, argument, self.leaf.name)
+
+
+def illegal_value(message: str) -> str:
+    """The sentence for a value that is none, of absl's "flag --name=text: " and its parser's."""
+    parts = re.fullmatch(r"flag --([\w.]+)=(.*?): (.*)", message, re.DOTALL)
+    if parts is None:
+        return message
+    is_ours = re.match(r"[\w.]+=", parts[3])
+    return parts[3] if is_ours else f"{parts[1]}={parts[2]!r}: write true or false."

@@ -23,6 +23,7 @@ import jax
 
 JOIN_TIMEOUT_S = 300
 HEARTBEAT_S = 20  # JAX waits 100 s for a silent process; whoever pays for idle nodes does not
+SHUTDOWN_S = 3600  # the others wait at the end while process 0 writes a large model
 TPU_PORT = 8482
 _PORTS = (61440, 4096)  # the first, and how many; a port of its own for each job of a cluster
 
@@ -125,7 +126,7 @@ def join(job: Job, *, timeout_s: int = JOIN_TIMEOUT_S, heartbeat_s: int = HEARTB
             cluster_detection_method="deactivate" if job.coordinator else None,
             initialization_timeout=left,
             heartbeat_timeout_seconds=heartbeat_s,
-            shutdown_timeout_seconds=max(60, heartbeat_s),
+            shutdown_timeout_seconds=SHUTDOWN_S,
         )
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")[:160]
@@ -346,12 +347,15 @@ def _checked(job: Job) -> Job:
     return job
 
 
-def join_from(values: Mapping[str, str | None], environ: Mapping[str, str]) -> Job | None:
+def join_from(
+    values: Mapping[str, str | None], environ: Mapping[str, str], *, saves: bool = True
+) -> Job | None:
     """Joins the job that flags or the environment name; returns it, or None where there is none.
 
     Args:
       values: of `FLAGS`, by name; None: not given.
       environ: as `os.environ`.
+      saves: whether the program answers SIGTERM (`jaxfm.preemption`); else SIGTERM ends it.
     Raises:
       ValueError, JoinError: as `given`, `detect` and `join`.
     """
@@ -362,5 +366,6 @@ def join_from(values: Mapping[str, str | None], environ: Mapping[str, str]) -> J
     )
     times = seconds("join_timeout_s", JOIN_TIMEOUT_S), seconds("heartbeat_s", HEARTBEAT_S)
     if job is not None and job.num_processes != 1:
+        jax.config.update("jax_enable_preemption_service", saves)
         join(job, timeout_s=times[0], heartbeat_s=times[1])
     return job

@@ -141,4 +141,4 @@ def main(config: ContinualConfig) -> None:
 
 
 if __name__ == "__main__":
-    configs.run(main, ContinualConfig)
+    configs.run(main, ContinualConfig, joins=True)

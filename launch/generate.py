@@ -23,7 +23,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -148,6 +148,9 @@ def main(config: GenerateConfig) -> None:
     options = chosen_options(config, "decoder")
     if config.decoder == "pipeinfer":
         use_cores(options["stages"] + options["own_slot"])
+    if jax.distributed.is_initialized():
+        _check_job(config.decoder, options)
+    if config.decoder == "pipeinfer":
         options["record"] = _RECORDED if config.report else 0
     prompt = config.prompt or _read(config.prompt_file)
     loaded = load_decoder(
@@ -169,10 +172,28 @@ def main(config: GenerateConfig) -> None:
     next(pieces(1))  # compiles all that the text needs, so that its time is that of decoding
     warm = time.monotonic()
     result = _show(prompt, pieces(config.ticks))
+    if jax.process_index() != 0:
+        return
     print(describe(result, warm - start, time.monotonic() - warm), file=sys.stderr)
     if config.report:
         write_timeline(result.counters, config.report)
         print(f"report: {config.report}", file=sys.stderr)
+
+
+def _check_job(decoder: str, options: dict[str, Any]) -> None:
+    """Raises ValueError for a job of several processes some of which would have nothing to do."""
+    devices, processes = len(jax.devices()), jax.process_count()
+    if decoder != "pipeinfer":
+        raise ValueError(
+            f"decoder={decoder} runs in one process, and this job has {processes}; give "
+            "--decoder=pipeinfer, whose stages they share."
+        )
+    stages, own_slot, tensor = (options[name] for name in ("stages", "own_slot", "tensor"))
+    if (needed := (stages + own_slot) * tensor) != devices:
+        raise ValueError(
+            f"pipeinfer.stages={stages} needs {needed} devices in all, and the {processes} "
+            f"processes of this job have {devices}; give as many stages as use all."
+        )
 
 
 def _read(path: str) -> str:
@@ -215,4 +236,4 @@ def describe(result: Generation, compile_s: float, total_s: float) -> str:
 
 
 if __name__ == "__main__":
-    configs.run(main, GenerateConfig)
+    configs.run(main, GenerateConfig, joins=True, saves=False)

@@ -39,7 +39,8 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.log import RunLog, progress, say_figures
 from jaxfm.model import Model, count_parameters
-from jaxfm.parallel.mesh import make_mesh
+from jaxfm.parallel.mesh import make_mesh, put
+from jaxfm.preemption import Preempted, stop_requests
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 from jaxfm.tasks import evaluate
 
@@ -67,15 +68,14 @@ class PretrainConfig:
 def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     """Runs all steps, or those that remain after a restart; batches are split over devices."""
     optimizer = make_optimizer(config.local)
-    mesh = make_mesh(data=_divisor(config.batch_size, len(jax.devices())))
+    mesh = make_mesh(data=shards(config.batch_size))
     everywhere = NamedSharding(mesh, PartitionSpec())
     variables = model.init(jax.random.key(config.seed))
     state = TrainState(
         variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32),
         jax.random.key(config.seed + 1),
     )  # fmt: skip
-    state = jax.device_put(state, everywhere)
-    examples = jax.device_put(merge(data.train), everywhere)
+    state, examples = jax.tree.map(lambda x: put(x, everywhere), (state, merge(data.train)))
     program = functools.cache(  # by the number of steps: the last chunk may be shorter
         lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
     )
@@ -85,7 +85,8 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
         if checkpoints.latest_step() is not None:
             done, state = checkpoints.restore(like=state)
             print(f"Continuing after step {done}, from {checkpoints.folder}.")
-        with RunLog(config.run_dir, resume_step=done or None) as log:
+        resumed = RunLog(config.run_dir, resume_step=done or None)
+        with stop_requests() as asked, resumed as log:
             for start in progress(range(done, config.steps, config.eval_every), "chunks"):
                 number = min(start + config.eval_every, config.steps)
                 state, losses = program(number - start)(state, examples)
@@ -95,11 +96,23 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
                 log.write(number, line)
                 say_figures(f"Step {number} of {config.steps}", line)
                 checkpoints.save(number, state)
+                if asked() and number < config.steps:
+                    raise Preempted(number, config.run_dir, "step")
     return state
 
 
-def _divisor(batch_size: int, devices: int) -> int:
-    """Returns the largest number of devices that share a batch evenly."""
+def shards(batch_size: int) -> int:
+    """The largest number of devices that share a batch evenly.
+
+    Raises:
+      ValueError: the devices of a job of several processes, which all have to take part, do not.
+    """
+    devices = len(jax.devices())
+    if jax.process_count() > 1 and batch_size % devices:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over the {devices} devices of this job: give "
+            "a multiple."
+        )
     return max(n for n in range(1, devices + 1) if batch_size % n == 0)
 
 
@@ -118,13 +131,14 @@ def main(config: PretrainConfig) -> None:
     print(f"{count_parameters(state.variables.params):,} parameters")
     for name, value in metrics.items():
         print(f"test {name}: {value:.4f}")
-    hub.save(
-        model, state.variables, run_dir / "model", data.tokenizer,
-        classes=data.classes, scale=data.scale,
-    )  # fmt: skip
+    if jax.process_index() == 0:
+        hub.save(
+            model, state.variables, run_dir / "model", data.tokenizer,
+            classes=data.classes, scale=data.scale,
+        )  # fmt: skip
     print(f"model: {run_dir / 'model'}")
     print(f"report: {write_report(run_dir)}")
 
 
 if __name__ == "__main__":
-    configs.run(main, PretrainConfig)
+    configs.run(main, PretrainConfig, joins=True)

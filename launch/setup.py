@@ -385,10 +385,11 @@ def use_cores(most: int) -> None:
 
     More devices than cores would wait for each other in every collective. Where other processes
     keep a core busy, one device may still come 40 s late, after which XLA would end the process: it
-    is made to wait for an hour. If XLA_FLAGS already sets the number of devices, all is left alone.
+    is made to wait for an hour. If XLA_FLAGS already sets the number of devices, all is left alone;
+    in a job of several processes, too, each of which is one device that computes on all its cores.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags:
+    if "xla_force_host_platform_device_count" in flags or jax.distributed.is_initialized():
         return
     number = max(1, min(most, os.cpu_count() or 1))
     jax.config.update("jax_num_cpu_devices", number)

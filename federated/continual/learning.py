@@ -31,6 +31,7 @@ from jaxfm.federated.continual.stream import Stage
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import RunState, compile_rounds
 from jaxfm.model import Model, Variables
+from jaxfm.preemption import Preempted, stop_requests
 from jaxfm.tasks import Task, evaluate
 
 
@@ -109,6 +110,7 @@ def learn(
       mesh: as in `compile_rounds`.
     Raises:
       ValueError: stages whose examples differ in shape.
+      Preempted: SIGTERM asked to stop; the state after the last stage is in the folder.
     """
     num_clients = len(stages[0].federation.count)
     people = [
@@ -121,7 +123,7 @@ def learn(
         accuracy=np.zeros((len(stages), len(stages))),
         loss=np.zeros(sum(stage.rounds for stage in stages)),
     )
-    with _checkpoints(folder) as saved:
+    with _checkpoints(folder) as saved, _stops(folder) as asked:
         done = 0
         if saved is not None and saved.latest_step() is not None:
             done, (state, record) = saved.restore(like=(state, record))
@@ -141,6 +143,8 @@ def learn(
                 state = between(state, people[number])
             if saved is not None:
                 saved.save(number + 1, (state, record))
+            if asked() and number < len(stages) - 1:
+                raise Preempted(number + 1, folder, "stage")
     return Learned(state, scores(record.accuracy), record.loss)
 
 
@@ -153,3 +157,7 @@ class _Record(NamedTuple):
 
 def _checkpoints(folder: str | pathlib.Path | None) -> Any:
     return contextlib.nullcontext() if folder is None else Checkpointer(folder, keep=1)
+
+
+def _stops(folder: str | pathlib.Path | None) -> Any:
+    return contextlib.nullcontext(lambda: False) if folder is None else stop_requests()
