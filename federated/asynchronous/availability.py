@@ -109,5 +109,5 @@ def read(path: str | os.PathLike[str], num_clients: int, period: float = math.in
             rows.append((client, begin, end))
     if not rows:
         raise ValueError(f"{path} has no window, so nobody can ever be reached.")
-    client, begin, end = zip(*rows, strict=True)
-    return Availability(np.array(client), np.array(begin), np.array(end), num_clients, period)
+    clients, begins, ends = map(np.array, zip(*rows, strict=True))
+    return Availability(clients, begins, ends, num_clients, period)

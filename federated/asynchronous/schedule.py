@@ -151,7 +151,8 @@ def synchronous(
     clock = _Clock(seconds, when, jitter, np.random.default_rng(seed))
     found = _empty(num_steps, cohort_size)
     for step in range(num_steps):
-        begin, waiting = clock.now, []
+        begin = clock.now
+        waiting: list[tuple[int, int, int]] = []
         clock.start(wanted, step)
         begin = max(begin, clock.now)  # nobody could be reached before
         while len(waiting) < cohort_size and (clock.at_work or not waiting):

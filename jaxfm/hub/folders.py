@@ -138,10 +138,10 @@ def save(
     fields = hub_config.to_hf(config)
     leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
     # The file's reader scales scores by head_dim**-0.5; what differs from it goes into q.
-    scale = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
+    of_scores = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
     for name in ("layers.attention.q.kernel", "layers.attention.q.bias"):
-        if name in leaves and not np.isclose(scale, 1.0, rtol=1e-6):
-            scaled = leaves[name].astype(np.float32) * np.float32(scale)
+        if name in leaves and not np.isclose(of_scores, 1.0, rtol=1e-6):
+            scaled = leaves[name].astype(np.float32) * np.float32(of_scores)
             leaves[name] = scaled.astype(leaves[name].dtype)
     tensors = tensor_map(config, leaves)
 

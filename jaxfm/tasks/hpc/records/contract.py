@@ -160,6 +160,7 @@ def _obscured(row: Example) -> Example:
             new.setdefault(piece.text, f"zq{len(new)}_{len(piece.text)}")
     change = lambda text: "".join(new.get(piece.text, piece.text) for piece in lex(text))
     if isinstance(row.label, str):
+        assert row.item is not None  # a text is about a program
         item = row.item._replace(program=renamed(row.item.program, new))
         row = row._replace(label=change(row.label), item=item)
     return row._replace(source=change(row.source))

@@ -35,7 +35,7 @@ def loop(item: Item, rng: random.Random, language: str) -> Iterator[Example]:
 
 def question(example: Example) -> Question:
     """What an example of this task asks, with what verifiers and the grammar need of it."""
-    assert example.item.target is not None
+    assert example.item is not None and example.item.target is not None
     language: Language = "fortran" if PLACES["fortran"] in example.source else "c"
     return Question(
         source=example.source, answer=str(example.label), program=example.item.program,
