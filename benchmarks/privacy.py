@@ -1,16 +1,22 @@
-"""What differential privacy of clients costs in accuracy, and what its accounting saves in noise.
+"""What differential privacy costs in accuracy, and what attacks get with it and without it.
 
     python benchmarks/privacy.py
 
 Handwritten digits at many clients of a few rows each, a linear model, federated averaging by
-Poisson cohorts, with the same clipping norm, cohorts and rounds at every epsilon. The last line is
-one JSON object:
+Poisson cohorts, with the same clipping norm, cohorts and rounds at every epsilon. Then privacy of
+examples: DP-SGD on ten clients of 20 digits and a canary each, a network that learns these by
+heart, and attacks on it: which rows it was trained on (by their losses), and how well it knows the
+canaries, images of noise with a label drawn at random. At last an image and a text are read off
+the gradient of a single row. The last line is one JSON object:
 
 - dp8_accuracy_drop: test accuracy at an infinite epsilon (clipped, without noise) less that at 8;
 - accuracy: by epsilon, the mean over seeds, with the spread over these, and of federated averaging
   without clipping ("plain");
 - noise_multipliers: what epsilon 8 asks for, by way of sampling and accountant;
-- round_ratio: seconds of a private round over those of a plain one.
+- round_ratio: seconds of a private round over those of a plain one;
+- dp_sgd: by epsilon of an example, accuracy, "advantage" (0: members cannot be told) and "exposure"
+  (1 bit: a canary is as unknown as any other; at most 9);
+- inversion: as `privacy_parts.leaks.inverted` says, "private" with the noise of epsilon 8.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import time
 import jax
 import numpy as np
 import optax
+from privacy_parts import leaks
 
 from jaxfm import config as configs
 from jaxfm import tasks
@@ -50,6 +57,7 @@ class Config:
     cohort_size: int = option(150, "clients drawn a round, on average")
     rounds: int = option(40, "rounds in all")
     seeds: int = option(3, "runs of each")
+    example_rounds: int = option(60, "rounds of DP-SGD")
 
     def __post_init__(self):
         check(self)
@@ -101,7 +109,9 @@ def multipliers(config: Config) -> dict[str, float]:
 def main(config: Config) -> None:
     """Runs every epsilon, and prints the line."""
     if config.quick:
-        config = dataclasses.replace(config, num_clients=200, cohort_size=50, rounds=6, seeds=1)
+        config = dataclasses.replace(
+            config, num_clients=200, cohort_size=50, rounds=6, seeds=1, example_rounds=4
+        )
     rows = digits()["train"].examples
     accuracy: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
@@ -135,6 +145,12 @@ def main(config: Config) -> None:
         "rounds": config.rounds,
         "noise_multipliers": multipliers(config),
         "round_ratio": round(float(np.median(seconds["8"]) / np.median(seconds["plain"])), 3),
+        "dp_sgd": leaks.dp_sgd(
+            (8.0,) if config.quick else EPSILONS, config.example_rounds, config.seeds
+        ),
+        "inversion": leaks.inverted(
+            leaks.example_noise(8.0, config.example_rounds), 1 if config.quick else 4
+        ),
         "quick": config.quick,
     }
     print(json.dumps(line))

@@ -9,6 +9,7 @@ Source: Geiping et al. 2020 (Inverting gradients), equation 4 and section 5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,9 +41,17 @@ def batch_gradient(
 ) -> PyTree:
     """The gradient of the task's mean loss on a batch, like the parameters, in evaluation mode."""
 
+    return gradient_by(model.apply, variables, task, batch)
+
+
+def gradient_by(
+    apply: Callable, variables: Variables, task: Task, batch: dict[str, Array]
+) -> PyTree:
+    """As `batch_gradient`, by a model's `apply`, which compiled functions may be told apart by."""
+
     def loss(params: PyTree) -> Array:
         inputs, targets, weight = task.prepare(batch, None)
-        outputs, _ = model.apply(variables._replace(params=params), inputs)
+        outputs, _ = apply(variables._replace(params=params), inputs)
         total, count = task.loss(outputs, targets, weight)
         return total / jnp.where(count > 0, count, 1)
 
@@ -94,7 +103,7 @@ def invert_gradient(
 
     def mismatch(images: Array) -> Array:
         batch = {leaf: images, "label": jnp.asarray(labels)}
-        return 1 - _cosine(batch_gradient(model, variables, task, batch), gradient)
+        return 1 - cosine(batch_gradient(model, variables, task, batch), gradient)
 
     def cost(images: Array) -> Array:
         return mismatch(images) + total_variation * _variation(images)
@@ -122,7 +131,8 @@ def reconstruction_error(images: Array, recovered: Array) -> np.ndarray:
     return errors[rows, columns]
 
 
-def _cosine(a: PyTree, b: PyTree) -> Array:
+def cosine(a: PyTree, b: PyTree) -> Array:
+    """The cosine f32[] of two trees of floats, as long vectors."""
     inner = lambda x, y: sum(
         jnp.vdot(p.astype(jnp.float32), q.astype(jnp.float32))
         for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
