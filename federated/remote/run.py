@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ class Served(NamedTuple):
       history: a line of figures for each round of this call.
       test: metrics of the global model on the test set; empty where there is no global model.
       refused: rounds (from 1) and refusals, of this call.
+      round_s: seconds by the clock of each round of this call, replies awaited.
     """
 
     state: RemoteState
@@ -50,6 +52,7 @@ class Served(NamedTuple):
     history: list[Line]
     test: dict[str, float]
     refused: list[tuple[int, Refused]]
+    round_s: list[float]
 
 
 def remote_of(prepared: Prepared, data: Data, cohort_size: int) -> Remote:
@@ -94,9 +97,13 @@ def serve(
     some = subsample(data.validation, eval_examples)
     held: Held = {}
     refused: list[tuple[int, Refused]] = []
+    round_s: list[float] = []
 
     def advance(number: int, state: RemoteState, account: Account) -> tuple:
+        before = time.perf_counter()
         state, info, new = play_round(remote, state, exchange, held)
+        jax.block_until_ready(state.run.server)
+        round_s.append(time.perf_counter() - before)
         account, line = add_round(account, prepared.placement, info)
         warn(number, info, data.names)
         for one in new:
@@ -124,6 +131,7 @@ def serve(
         history=played.history,
         test=watch(played.state, subsample(data.test, test_examples), ""),
         refused=refused,
+        round_s=round_s,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from jaxfm.federated.remote import standalone
 
 PACKAGE = "jaxfm_app"
 VARIABLES = "variables.safetensors"  # of the trained model, in the run's folder
+_CARRIED = "carried_"  # before the name of a file that travels with the app
 _PYPROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -75,12 +77,30 @@ def write_app(folder: pathlib.Path, words: list[str], limits: Mapping[str, float
     read_flags(words)  # raises where they are none
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
+    words = [_carried(word, package) for word in words]
     text = _PYPROJECT.format(flags=_quoted(shlex.join(words)), **limits)
     (folder / "pyproject.toml").write_text(text)
     (package / "__init__.py").write_text('"""A federated run."""\n')
     (package / "server.py").write_text(_SERVER)
     (package / "client.py").write_text(_CLIENT)
     shutil.copyfile(standalone.__file__, package / "standalone.py")
+
+
+def _carried(word: str, package: pathlib.Path) -> str:
+    """A flag whose file of an algorithm travels with the app."""
+    name, _, value = word.partition("=")
+    if name.lstrip("-") != "algorithm" or not value.endswith(".py"):
+        return word
+    file = pathlib.Path(value)
+    shutil.copyfile(file, package / f"{_CARRIED}{file.name}")
+    return f"{name}={_CARRIED}{file.name}"
+
+
+def flags_of(run_config: Mapping[str, Any]) -> Any:
+    """The config that an app's "flags" describe, in a process of the app."""
+    package = pathlib.Path(importlib.import_module(PACKAGE).__file__ or "").parent
+    words = shlex.split(str(run_config["flags"]))
+    return read_flags([word.replace(f"={_CARRIED}", f"={package / _CARRIED}") for word in words])
 
 
 def _quoted(text: str) -> str:
@@ -120,7 +140,7 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
     from jaxfm.launch.federate import ready
     from jaxfm.run_folder import in_folder, open_run, save_results
 
-    config = read_flags(shlex.split(str(run_config["flags"])))
+    config = flags_of(run_config)
     config = in_folder(config, "flower", config.algorithm, config.data.source)
     run_dir = open_run(config, config.run_dir)
     data, _, prepared = ready(config)
@@ -135,9 +155,8 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
     refused = [{"round": number, **one._asdict()} for number, one in result.refused]
-    save_results(
-        run_dir, "flower", {"test": result.test, "totals": result.totals, "refused": refused}
-    )
+    results = {"test": result.test, "totals": result.totals, "round_s": result.round_s}
+    save_results(run_dir, "flower", results | {"refused": refused})
     variables = flat("variables", result.state.run.server.variables)
     standalone.save_arrays(run_dir / VARIABLES, variables)
 
@@ -149,7 +168,7 @@ def prepare_client(folder: pathlib.Path, order: Mapping[str, Any], context: Any)
     from jaxfm.federated.remote.site import Client, prepare_site
     from jaxfm.launch.federate import ready
 
-    config = read_flags(shlex.split(str(context.run_config["flags"])))
+    config = flags_of(context.run_config)
     data, _, prepared = ready(config)
     own = client_data(population_of(prepared, data), order["client"])
     client = Client(prepared.algorithm, prepared.variables, *own, data.public)

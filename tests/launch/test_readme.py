@@ -1,5 +1,6 @@
 """The README stays true: its code runs, its commands and links exist."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -12,6 +13,9 @@ from jaxfm.config import define_flags, from_flags
 from jaxfm.launch import continual, demo, generate, pretrain, prompts, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.launch.federate_config import FederateConfig
+from jaxfm.launch.flower.app import read_flags
+from jaxfm.launch.flower.commands import COMMANDS as COMMANDS_OF_FLOWER
+from jaxfm.launch.flower.commands import split
 from jaxfm.launch.hpc.commands import command as hpc_command
 from jaxfm.launch.setup import load_data
 from jaxfm.testing import tiny_decoder
@@ -59,6 +63,11 @@ def test_commands_exist(command):
         if words[1] == "jaxfm.launch.hpc":
             module, flagged = hpc_command(words[2:])
             config, words = module.CONFIG, [*words[:2], *flagged[1:]]
+        elif words[1] == "jaxfm.launch.flower":
+            name, own, flagged = split(words[2:])
+            module = importlib.import_module(COMMANDS_OF_FLOWER[name])
+            config, words = module.CONFIG, [*words[:2], *own]
+            assert read_flags(flagged).data.source
         else:
             config = CONFIGS[words[1].removeprefix("jaxfm.launch.")]
         values = flags.FlagValues()
