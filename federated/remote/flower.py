@@ -57,14 +57,17 @@ class Nodes:
     def refresh(self, timeout_s: float) -> dict[int, int]:
         """Nodes that are there now, by client."""
         infos = {info.node_id: info for info in self.grid.get_nodes()}
+        self.client_of = {node: i for node, i in self.client_of.items() if node in infos}
         new = [i for i in infos if i not in self.client_of and i not in self.ignored]
         named = [i for i in new if infos[i].name.startswith(_CLIENT)]
         for node in named:
             self._add(node, _as_number(infos[node].name.removeprefix(_CLIENT)))
         self._ask([i for i in new if i not in named], timeout_s)
-        return {client: node for node, client in self.client_of.items() if node in infos}
+        return {client: node for node, client in self.client_of.items()}
 
     def _ask(self, nodes: list[int], timeout_s: float) -> None:
+        if not nodes:
+            return
         from flwr.app import ConfigRecord, Message, RecordDict
 
         content = lambda: RecordDict({"config": ConfigRecord({})})
