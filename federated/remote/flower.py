@@ -164,9 +164,9 @@ def _replies(
     end = time.monotonic() + timeout_s
     while pending and time.monotonic() < end:
         for message_id, message, failure in _pulled(grid, list(pending)):
-            node = pending.pop(message_id, None)
-            if node is None:
+            if message_id not in pending:
                 continue
+            node = pending.pop(message_id)
             if message is not None and not message.has_error():
                 source = message.metadata.src_node_id
                 if source != node:
