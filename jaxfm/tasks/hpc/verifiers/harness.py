@@ -51,6 +51,10 @@ MAIN = """int main(void)
 """
 
 
+class Ended(RuntimeError):
+    """A limit ended a batch; the message says which."""
+
+
 class Kernel(NamedTuple):
     """A function to call: a program written in a language, or a text that is to do the same.
 
@@ -182,8 +186,22 @@ def directives(kernel: Kernel) -> list[Pragma]:
 
 
 def scattered(kernel: Kernel) -> Kernel:
-    """A kernel whose iterations are dealt out so that neighbors meet; a text stays as it is."""
-    return kernel if kernel.text else kernel._replace(program=dealt(kernel.program))
+    """A kernel whose iterations are dealt out so that neighbors meet; see `dealt`."""
+    if kernel.text:
+        given = r"\bschedule\s*\(\s*(?:dynamic|guided|auto|runtime)[^)\n]*\)"
+        free = re.sub(given, "", kernel.text, flags=re.IGNORECASE)
+        return kernel._replace(text=scheduled(free, kernel.language, "static, 1"))
+    return kernel._replace(program=dealt(kernel.program))
+
+
+def scheduled(text: str, language: Language, schedule: str) -> str:
+    """A text whose loops without a schedule get one; directives of several lines stay."""
+    start = r"#\s*pragma\s+omp" if language == "c" else r"!\$omp"
+    loop = r"\s+(?:parallel\s*)?(?:for|do)\b(?![^\n]*\bschedule\b)[^\n]*?(?<![\\&])[ \t]*$"
+    return re.sub(
+        rf"^([ \t]*{start}{loop})", rf"\1 schedule({schedule})", text,
+        flags=re.MULTILINE | re.IGNORECASE,
+    )  # fmt: skip
 
 
 def dealt(program: Program) -> Program:

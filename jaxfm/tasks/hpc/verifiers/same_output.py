@@ -62,9 +62,9 @@ def _judged(kernels: Sequence[Kernel], runs, limits: Limits) -> list[Judgement]:
             {"OMP_NUM_THREADS": str(n), "OMP_SCHEDULE": schedule, "OMP_DYNAMIC": "false"}
             for n, schedule in runs
         ]
-        parallel = [kernel._replace(program=flexible(kernel.program)) for kernel in kernels]
+        parallel = [flexible(kernel) for kernel in kernels]
         seen = _left(parallel, (*FLAGS, "-fopenmp"), variables, limits)
-    except compile.CompileError as error:
+    except (compile.CompileError, harness.Ended) as error:
         if len(kernels) == 1:
             return [Judgement("cannot tell", str(error), name())]
         return [judgement for one in kernels for judgement in _judged([one], runs, limits)]
@@ -88,6 +88,8 @@ def _left(
     for environment in environments:
         given: dict[str, str | bytes] = {"program": binary, **made.files}
         done = sandbox.run(["./program"], given, limits, environment=environment, keep=keep)
+        if done.reason and len(kernels) > 1:
+            raise harness.Ended(done.reason)  # one of them did it; each is run by itself
         ended = harness.statuses(done.stdout)
         found.append([_read(kernel, k, ended, done) for k, kernel in enumerate(kernels)])
     return found
@@ -127,12 +129,14 @@ def equal(wanted: np.ndarray, found: np.ndarray) -> bool:
     return bool(np.allclose(found, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
 
 
-def flexible(program: Program) -> Program:
-    """A program whose loops without a schedule take that of the environment."""
+def flexible(kernel: Kernel) -> Kernel:
+    """A kernel whose loops without a schedule take that of the environment."""
+    if kernel.text:
+        return kernel._replace(text=harness.scheduled(kernel.text, kernel.language, "runtime"))
 
     def changed(pragma: Pragma) -> Pragma:
         if "for" not in pragma.directive.split() or pragma.named("schedule"):
             return pragma
         return pragma._replace(clauses=(*pragma.clauses, Clause("schedule", ("runtime",))))
 
-    return harness.with_directives(program, changed)
+    return kernel._replace(program=harness.with_directives(kernel.program, changed))

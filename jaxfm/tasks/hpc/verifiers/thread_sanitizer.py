@@ -89,7 +89,8 @@ def judged(
         made = harness.batch([harness.scattered(harness.as_kernel(one)) for one in part])
         try:
             binary = compile.compiled(compiler, flags, {**made.sources, **files}, limits)
-        except compile.CompileError as error:
+            runs = _runs(made, binary, threads, limits, environment or {}, len(part))
+        except (compile.CompileError, harness.Ended) as error:
             if len(part) == 1:
                 found.append(Judgement("cannot tell", str(error), tool))
             else:  # which one is it?
@@ -98,20 +99,27 @@ def judged(
                         [one], compiler, flags, tool, threads, limits, files, environment
                     )
             continue
-        runs = []
-        for count in threads:
-            variables = {
-                "OMP_NUM_THREADS": str(count),
-                "OMP_DYNAMIC": "false",
-                "TSAN_OPTIONS": OPTIONS,
-                **(environment or {}),
-            }
-            given: dict[str, str | bytes] = {"program": binary, "suppressions": SUPPRESSIONS}
-            given |= made.files
-            runs.append(sandbox.run(["./program"], given, limits, environment=variables))
         for k, one in enumerate(part):
             found.append(_judgement(k, harness.as_kernel(one), made, runs, tool, threads))
     return found
+
+
+def _runs(made, binary, threads, limits, environment, count) -> list[sandbox.Result]:
+    """A run of a batch with each number of threads; raises `Ended` where one ends the others."""
+    runs = []
+    for threads_count in threads:
+        variables = {
+            "OMP_NUM_THREADS": str(threads_count),
+            "OMP_DYNAMIC": "false",
+            "TSAN_OPTIONS": OPTIONS,
+            **environment,
+        }
+        given: dict[str, str | bytes] = {"program": binary, "suppressions": SUPPRESSIONS}
+        done = sandbox.run(["./program"], {**given, **made.files}, limits, environment=variables)
+        if done.reason and count > 1:
+            raise harness.Ended(done.reason)
+        runs.append(done)
+    return runs
 
 
 def _judgement(k, kernel, made, runs, tool, threads) -> Judgement:

@@ -111,16 +111,17 @@ def _judged(programs: Sequence[Program], tools: Sequence[Verifier]) -> list[dict
 
 
 def combined(judgements: dict[str, Judgement], tools: dict[str, Verifier]) -> Verified:
-    """The verdict of all judgements; see `Verified`."""
+    """The verdict of all judgements; see `Verified`. What is no verifier's can only refute."""
     for judgement in judgements.values():
         if judgement.verdict == "refuted":
             return Verified("refuted", judgement.reason, "", judgements)
-    sure = [tools[name] for name, j in judgements.items() if j.verdict == "confirmed"]
+    known = {name: j for name, j in judgements.items() if name in tools}
+    sure = [tools[name] for name, j in known.items() if j.verdict == "confirmed"]
     reaches = [tool.reach for tool in sure if tool.claim != "same results"]
     reach: Reach | Literal[""] = next((reach for reach in REACHES if reach in reaches), "")
     for claim in ("race-free", "same results"):
         if not any(tool.claim in (claim, "right") for tool in sure):
-            doubt = [j for name, j in judgements.items() if tools[name].claim in (claim, "right")]
+            doubt = [j for name, j in known.items() if tools[name].claim in (claim, "right")]
             reason = doubt[0].reason if doubt else f"No verifier says whether it is {claim}."
             return Verified("cannot tell", reason, "", judgements)
     best = min(sure, key=lambda tool: REACHES.index(tool.reach))
