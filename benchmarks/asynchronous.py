@@ -133,15 +133,15 @@ def hours_to_target(config: AsynchronousConfig, arm: Arm, rate: float, seed: int
     seconds = client_seconds(machines, large, np.maximum(steps, 1))
     when = diurnal(config.clients, hours=config.hours, seed=seed)
     plan = arm.plan(config, seconds, when, seed)
+    chunk = max(1, len(plan.client) // 40)
     rounds = compile_asynchronous(
-        algorithm, population, plan,
+        algorithm, population, plan, num_rounds=chunk,
         staleness=arm.staleness, rate=rate, mixes_models=arm.mixes_models,
     )  # fmt: skip
     state = rounds.init(variables, jax.random.key(seed))
-    chunk = max(1, len(plan.client) // 40)
     for first in range(0, len(plan.client) - chunk + 1, chunk):
-        state, _ = rounds.run(state, plan, chunk)
-        found = evaluate(MODEL.apply, state.run.server.variables, TASK, validation, 64)
+        state, _ = rounds.run(state)
+        found = evaluate(MODEL.apply, state.server.variables, TASK, validation, 64)
         if found["accuracy"] >= config.target:
             return float(plan.seconds[first + chunk - 1]) / 3600
     return math.inf

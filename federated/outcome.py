@@ -81,6 +81,8 @@ def add_round(
     spent |= {"absent": selected - reported - failed} | dict.fromkeys(SIMULATED, 0.0)
     if placement.machines is not None:
         spent |= simulated(placement.machines, client_work(costs, bucket, info))
+    if "seconds" in info.server:  # of a clock, which does not wait for the slowest
+        spent["seconds"] = float(np.sum(info.server["seconds"]))
     failures = account.failures.copy()
     failures[info.cohort.client[info.cohort.status == Status.NON_FINITE]] += 1
     after = Account(account.totals + [spent[name] for name in TOTALS], served, failures)

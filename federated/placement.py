@@ -127,6 +127,6 @@ def describe_clients(placement: Placement, data: Data) -> str:
             f"{cost.bytes_down / 1e6:.2f} MB down and {cost.bytes_up / 1e6:.2f} MB up a round, "
             f"{cost.flops_per_step / 1e9:.2f} GFLOP a step"
         )
-    if placement.machines is not None:
+    if placement.machines is not None and np.isfinite(placement.deadline_s):
         lines.append(f"a round ends within {placement.deadline_s:.3g} simulated seconds")
     return "\n".join(lines)

@@ -26,6 +26,8 @@ from jaxfm.federated.accounting.budget import ByteBudget
 from jaxfm.federated.accounting.metrics import client_metrics
 from jaxfm.federated.accounting.privacy import check_same_noise, epsilon_line
 from jaxfm.federated.algorithm import Algorithm
+from jaxfm.federated.asynchronous.clock import Clock
+from jaxfm.federated.asynchronous.steps import compile_asynchronous
 from jaxfm.federated.cohort import cohorts_of
 from jaxfm.federated.measuring import (
     EVAL_BATCH,
@@ -105,6 +107,7 @@ def train(
     run_dir: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     clients_at_once: int | None = None,
+    clock: Clock | None = None,
 ) -> TrainedRun:
     """Runs all rounds, or those that an earlier process has left, and measures on the test sets.
 
@@ -121,9 +124,11 @@ def train(
       eval_examples, test_examples: validation rows looked at while training, and test rows looked
         at in the end; 0: all.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
+      clock: the server does not wait: `num_rounds` are its steps, and `cohort_size` clients are at
+        work at a time. None: rounds that wait.
     Raises:
-      ValueError: settings out of range, a byte budget that is too small for the first round, or no
-        variables where the algorithm has no global model.
+      ValueError: settings out of range, a byte budget that is too small for the first round, a
+        clock without machines, or no variables where the algorithm has no global model.
       NothingLearned: no update of a whole stretch between two evaluations was finite, the global
         model is not finite, or nobody reported in the whole run.
     """
@@ -131,7 +136,7 @@ def train(
     setup = set_up(
         algorithm, data, cohort_size=cohort_size, variables=variables, placement=placement,
         seed=seed, drop_rate=drop_rate, byte_budget=byte_budget, eval_examples=eval_examples,
-        mesh=mesh, clients_at_once=clients_at_once,
+        mesh=mesh, clients_at_once=clients_at_once, clock=clock, num_rounds=num_rounds,
     )  # fmt: skip
     script = Script(
         advance=lambda number, state, account: one_round(setup, number, state, account),
@@ -183,14 +188,29 @@ def set_up(
     eval_examples: int = 512,
     mesh: Mesh | None = None,
     clients_at_once: int | None = None,
+    clock: Clock | None = None,
+    num_rounds: int = 0,
 ) -> Setup:
     """Compiles the rounds of a run and its evaluations; arguments as of `train`."""
     algorithm, variables, placement = _resolved(algorithm, data, variables, placement, seed)
     population = Population(data.train, placement.profiles, placement.bucket, data.local_validation)
-    engine = compile_rounds(
-        algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, public=data.public,
-        mesh=mesh, clients_at_once=clients_at_once,
-    )  # fmt: skip
+    on: dict[str, Any] = {"public": data.public, "mesh": mesh, "clients_at_once": clients_at_once}
+    if clock is None:
+        engine = compile_rounds(
+            algorithm, population, cohort_size=cohort_size, drop_rate=drop_rate, **on
+        )
+    else:
+        if drop_rate or byte_budget is not None:
+            raise ValueError(
+                "A clock loses clients by their availability and draws no cohorts: leave out "
+                "drop_rate and byte_budget."
+            )
+        steps = np.asarray(placement.profiles.max_steps)
+        schedule = clock.plan(placement, steps, cohort_size, num_rounds, seed)
+        engine = compile_asynchronous(
+            algorithm, population, schedule, staleness=clock.staleness, rate=clock.rate,
+            mixes_models=clock.mixes_models, history=clock.max_staleness + 1, **on,
+        )  # fmt: skip
     measure = client_metrics(
         algorithm, placement.bucket, data.task, batch_size=EVAL_BATCH,
         key=evaluation_key(data.task),

@@ -26,6 +26,7 @@ is watched; the test split is looked at once, at the end.
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ def ready(config: Any) -> tuple[Data, Model, Prepared]:
         widths=config.tiers,
         axes=width_axes(model),
         machines=fleet(config.profile, len(data.names)) if config.profile else None,
-        deadline_s=config.deadline_s or None,
+        deadline_s=math.inf if config.asynchronous.buffer else config.deadline_s or None,
         max_steps=config.max_steps or UNLIMITED_STEPS,
         seed=config.seed,
     )
@@ -122,6 +123,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         result, targets = alternate(prepared, data, schedule, central=central, **settings)
         print(f"Losses were taken over {_said(targets)}.")
     else:
+        settings["clock"] = config.asynchronous.clock(len(data.names), config.seed)
         result = federated.train(prepared, data, num_rounds=config.rounds, **settings)
     root = model if model.adapter is None else model.adapter.root  # what it would be without
     full = jax.eval_shape(root.init, jax.random.key(0))

@@ -10,6 +10,7 @@ from jaxfm.federated import DEVICES, fleet
 from jaxfm.federated.foundation.phases import behind, phases_of
 from jaxfm.federated.registry import entries, find
 from jaxfm.launch.adapters import AdapterConfig
+from jaxfm.launch.clock import AsynchronousConfig
 from jaxfm.launch.optimizers import OptimizerConfig
 from jaxfm.launch.privacy import ExamplesConfig, PrivateConfig
 from jaxfm.launch.setup import DataConfig, ModelConfig
@@ -102,6 +103,7 @@ class _FederateConfig:
     private: PrivateConfig = PrivateConfig()
     examples: ExamplesConfig = ExamplesConfig()
     secure: SecureConfig = SecureConfig()
+    asynchronous: AsynchronousConfig = AsynchronousConfig()
 
     retired: ClassVar[dict[str, Any]] = {
         "cohort": "cohort_size",
@@ -134,6 +136,7 @@ class _FederateConfig:
                 f"data.num_clients={self.data.num_clients}."
             )
         self._check_phases()
+        self._check_clock()
         if self.quorum > self.cohort_size:
             raise ValueError(
                 f"quorum={self.quorum}: a round has only cohort_size={self.cohort_size} clients."
@@ -187,6 +190,26 @@ class _FederateConfig:
                 "rows; give --data.public=0.2, a share of the training rows."
             )
         object.__setattr__(self, "rounds", rounds)
+
+    def _check_clock(self) -> None:
+        """Refuses what does not go with steps by a clock."""
+        if not self.asynchronous.buffer:
+            return
+        if not self.profile:
+            raise ValueError(
+                "asynchronous steps come as fast as clients' machines; give --profile, such as "
+                "--profile=pi,phone,laptop."
+            )
+        for name in ("drop_rate", "deadline_s", "byte_budget", "phases", "quorum"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value} is of rounds that wait, and --asynchronous has none."
+                )
+        if self.asynchronous.buffer > self.data.num_clients:
+            raise ValueError(
+                f"asynchronous.buffer={self.asynchronous.buffer}: there are only "
+                f"data.num_clients={self.data.num_clients}."
+            )
 
     def _start_from(self, folder: str) -> None:
         """Makes the folder of `init` the model's."""

@@ -23,7 +23,7 @@ from jaxfm.federated.population import Population
 from jaxfm.model import PyTree, Variables
 
 # Buffers are assigned before machine code is made; the least of that is enough for counting them.
-_QUICK = {"cpu": {"xla_backend_optimization_level": 0}}
+_QUICK: dict[str, Any] = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 class ClientMemory(NamedTuple):

@@ -66,6 +66,7 @@ def buffered(
     buffer_size: int,
     num_steps: int,
     when: Availability | None = None,
+    max_staleness: int | None = None,
     jitter: float = 0.0,
     seed: int = 0,
 ) -> Schedule:
@@ -82,6 +83,7 @@ def buffered(
       buffer_size: K.
       num_steps: S.
       when: who can be reached; None: everybody.
+      max_staleness: updates of models of more steps ago are lost; None: none is.
       jitter: deviation of the logarithm of the factor on a client's seconds.
       seed: of all that is drawn.
     Raises:
@@ -104,6 +106,9 @@ def buffered(
     while done < num_steps:
         clock.start(min(concurrency, num_clients) - len(clock.at_work), done)
         for arrival in clock.advance():
+            if max_staleness is not None and done - arrival[1] > max_staleness:
+                clock.lost += 1
+                continue
             waiting.append(arrival)
             clock.busy.add(arrival[0])
             if len(waiting) == buffer_size:

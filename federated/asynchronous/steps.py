@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,7 +35,7 @@ from jaxfm.federated.averaging import Movement
 from jaxfm.federated.client_steps import client_after_client, client_step
 from jaxfm.federated.cohort import RoundInfo, Slots, joined, round_keys
 from jaxfm.federated.population import Population
-from jaxfm.federated.rounds import RunState, compile_rounds, default_clients_at_once
+from jaxfm.federated.rounds import Rounds, RunState, compile_rounds, default_clients_at_once
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.parallel.mesh import make_mesh, put
 
@@ -45,27 +46,17 @@ class AsyncState(NamedTuple):
     """All that an asynchronous run needs to go on.
 
     Attributes:
-      run: the server, the clients' memories, server steps done as `round`, the key.
+      server, memories, key: as of `RunState`; memories of one bucket.
+      round: i32[], server steps done.
       sent: what clients could download at the last H versions; leaves [H, ...], version v at v
         mod H.
     """
 
-    run: RunState
+    server: PyTree
+    memories: tuple[PyTree, ...]
+    round: Array
+    key: Key
     sent: PyTree
-
-
-class AsyncRounds(NamedTuple):
-    """An asynchronous run as two functions.
-
-    Attributes:
-      init: `(variables, key) -> AsyncState`.
-      run: `(state, schedule, num_steps=None) -> (state, info: RoundInfo)`: the next steps of the
-        schedule, by default all that are left; the state is donated. `info` has a leading axis of
-        steps, and "staleness", the mean over a step's updates, among its `server`.
-    """
-
-    init: Callable[[Variables, Key], AsyncState]
-    run: Callable[..., tuple[AsyncState, RoundInfo]]
 
 
 def compile_asynchronous(
@@ -73,13 +64,15 @@ def compile_asynchronous(
     population: Population,
     schedule: Schedule,
     *,
+    num_rounds: int = 1,
     staleness: Staleness | None = None,
     rate: float = 1.0,
     mixes_models: bool = False,
+    history: int | None = None,
     public: PyTree = None,
     mesh: Mesh | None = None,
     clients_at_once: int | None = None,
-) -> AsyncRounds:
+) -> Rounds:
     """Compiles asynchronous server steps of an algorithm.
 
     A client that is lost never arrives, and its memory stays as it was; one whose update is not
@@ -88,17 +81,31 @@ def compile_asynchronous(
     Args:
       algorithm: with one kind of client, whose uploads are a `Mean` of movements.
       population: who there is; everybody's data on every device.
-      schedule: of which `run` gets parts; its most stale update says how many versions are kept.
+      schedule: of all steps of the run.
+      num_rounds: steps per call of `run`.
       staleness: the weight of an update by its age; None: `polynomial(0.5)`.
       rate: a, on every update.
       mixes_models: a client's model counts, in the place of its movement (FedAsync).
+      history: H, versions that are kept; None: as many as the schedule needs. It is a part of the
+        state, and so of checkpoints.
       public, mesh, clients_at_once: as in `compile_rounds`.
+    Returns:
+      `Rounds` over `AsyncState`: `run(state)` takes the steps of the schedule that are next, and
+      `info.server` has the mean "staleness" of a step's updates and its simulated "seconds".
     Raises:
       ValueError: unequal clients, predictions, privacy, clients with homes, uploads that are no
-        `Mean`; a schedule of other clients; a rate outside (0, 1].
+        `Mean`; a schedule of other clients, or of older updates than the history has; a rate
+        outside (0, 1].
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate={rate} must be in (0, 1].")
+    oldest = int(schedule.behind.max(initial=0))
+    history = oldest + 1 if history is None else history
+    if oldest >= history:
+        raise ValueError(
+            f"An update of the schedule is {oldest} steps old, and history={history} versions are "
+            f"kept; keep {oldest + 1}."
+        )
     _check(algorithm, population, schedule)
     weigh = staleness or polynomial(0.5)
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
@@ -108,11 +115,10 @@ def compile_asynchronous(
     at_once = share if at_once is None else min(at_once, share)
     synchronous = compile_rounds(
         algorithm, population, cohort_size=min(places, len(population.bucket)), public=public,
-        mesh=mesh, clients_at_once=at_once,
+        num_rounds=num_rounds, mesh=mesh, clients_at_once=at_once,
     )  # fmt: skip
     steps = _Steps(
-        algorithm, mesh, int(schedule.behind.max(initial=0)) + 1,
-        math.ceil(share / at_once) * at_once * devices, at_once,
+        algorithm, mesh, history, math.ceil(share / at_once) * at_once * devices, at_once,
         lambda behind: rate * weigh(behind), mixes_models,
     )  # fmt: skip
     everywhere = NamedSharding(mesh, P())
@@ -123,35 +129,30 @@ def compile_asynchronous(
     @functools.partial(jax.jit, out_shardings=everywhere)
     def first(run: RunState, public: PyTree) -> AsyncState:
         sent = bucket.send(run.server, public)
-        repeated = lambda x: jnp.broadcast_to(x, (steps.history, *x.shape))
-        return AsyncState(run, jax.tree.map(repeated, sent))
-
-    compiled = jax.jit(
-        functools.partial(_run, steps), donate_argnums=0, out_shardings=(everywhere, everywhere)
-    )
+        repeated = lambda x: jnp.broadcast_to(x, (history, *x.shape))
+        return AsyncState(*run, jax.tree.map(repeated, sent))
 
     def init(variables: Variables, key: Key) -> AsyncState:
         state = synchronous.init(variables, key)
         _check_uploads(bucket, state, fixed, mixes_models)
         return first(state, fixed[1])
 
-    def run(state: AsyncState, schedule: Schedule, num_steps: int | None = None):
-        done = int(state.run.round)
-        part = slice(done, None if num_steps is None else done + num_steps)
-        if not len(schedule.client[part]):
-            raise ValueError(
-                f"{done} steps are done, and the schedule has {len(schedule.client)}; give a "
-                "longer one."
-            )
-        if schedule.behind[part].max(initial=0) >= steps.history:
-            raise ValueError(
-                f"An update of this schedule is {schedule.behind[part].max()} steps old, and "
-                f"{steps.history - 1} is the most that was compiled for; compile for this schedule."
-            )
-        arrivals = (schedule.client[part], schedule.version[part], schedule.again[part])
-        return compiled(state, place(arrivals), fixed)
+    compiled = jax.jit(
+        functools.partial(_run, steps), donate_argnums=0, out_shardings=(everywhere, everywhere)
+    )
+    lasting = np.diff(schedule.seconds, prepend=0.0).astype(np.float32)
+    table = (schedule.client, schedule.version, schedule.again, lasting)
 
-    return AsyncRounds(init, run)
+    def run(state: AsyncState) -> tuple[AsyncState, RoundInfo]:
+        done = int(state.round)
+        if done + num_rounds > len(schedule.client):
+            raise ValueError(
+                f"{done} steps are done of {len(schedule.client)} in the schedule, and "
+                f"{num_rounds} more were asked for; give a longer one."
+            )
+        return compiled(state, place([x[done : done + num_rounds] for x in table]), fixed)
+
+    return Rounds(init, run, synchronous.members)
 
 
 class _Steps(NamedTuple):
@@ -173,14 +174,14 @@ def _run(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState,
 def _step(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState, RoundInfo]:
     """One server step, of the updates in the buffer."""
     people, public = fixed
-    run, (bucket,) = state.run, steps.algorithm.buckets
-    now = bucket.send(run.server, public)
-    write = lambda x, new: x.at[run.round % steps.history].set(new)
+    (bucket,), *arrivals, lasting = steps.algorithm.buckets, *arrivals
+    now = bucket.send(state.server, public)
+    write = lambda x, new: x.at[state.round % steps.history].set(new)
     sent = jax.tree.map(write, state.sent, now)
     places = arrivals[0].shape[0]
     client, version, again = (
         jnp.pad(x, (0, steps.slots - places), constant_values=fill)
-        for x, fill in zip(arrivals, (-1, run.round, 0), strict=True)
+        for x, fill in zip(arrivals, (-1, state.round, 0), strict=True)
     )
     order = jnp.arange(steps.slots).reshape(-1, steps.mesh.shape["clients"]).T.reshape(-1)
     client, version, again = client[order], version[order], again[order]
@@ -188,18 +189,19 @@ def _step(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState
     num_clients = people[0].count.shape[0]
     slots = Slots(row, taken, order, row, jnp.where(taken, row, num_clients))
     sums, report, kept = _over_devices(steps)(
-        run.server, public, people, run.memories[0], sent, slots, (version, again), run.round,
-        run.key,
+        state.server, public, people, state.memories[0], sent, slots, (version, again), state.round,
+        state.key,
     )  # fmt: skip
     keep = lambda x, new: x.at[slots.memory].set(new, mode="drop")
-    memories = jax.tree.map(keep, run.memories[0], kept)
-    server_key = round_keys(run.key, run.round)[3]
+    memories = jax.tree.map(keep, state.memories[0], kept)
+    server_key = round_keys(state.key, state.round)[3]
     server, figures = steps.algorithm.server(
-        run.server, bucket.lift(run.server, sums), public, server_key
+        state.server, bucket.lift(state.server, sums), public, server_key
     )
-    age = jnp.where(taken, run.round - version, 0).sum() / jnp.maximum(taken.sum(), 1)
-    info = joined(arrivals[0], [slots], [report], figures | {"staleness": age.astype(jnp.float32)})
-    return AsyncState(RunState(server, (memories,), run.round + 1, run.key), sent), info
+    age = jnp.where(taken, state.round - version, 0).sum() / jnp.maximum(taken.sum(), 1)
+    figures = figures | {"staleness": age.astype(jnp.float32), "seconds": lasting}
+    info = joined(arrivals[0], [slots], [report], figures)
+    return AsyncState(server, (memories,), state.round + 1, state.key, sent), info
 
 
 def _over_devices(steps: _Steps) -> Callable:

@@ -91,29 +91,32 @@ def test_steps_are_the_papers_algorithms(places, staleness, weigh, rate, mixes_m
     plan = buffered(SECONDS, concurrency=5, buffer_size=places, num_steps=25, jitter=0.2, seed=2)
     assert plan.behind.max() > 2
     rounds = compile_asynchronous(
-        toy(), people(), plan, staleness=staleness, rate=rate, mixes_models=mixes_models,
+        toy(), people(), plan, num_rounds=5, staleness=staleness, rate=rate,
+        mixes_models=mixes_models,
         mesh=make_mesh(clients=devices, devices=jax.devices()[:devices]),
     )  # fmt: skip
     state = rounds.init(origin(), jax.random.key(0))
-    state, info = rounds.run(state, plan, 10)
-    state, rest = rounds.run(state, plan)
+    infos = []
+    for _ in range(5):
+        state, info = rounds.run(state)
+        infos.append(info)
     expected = by_numpy(plan, weigh, rate, mixes_models)
-    np.testing.assert_allclose(state.run.server.variables.params["x"], expected, atol=1e-5)
+    np.testing.assert_allclose(state.server.variables.params["x"], expected, atol=1e-5)
     visits = np.bincount(plan.client.ravel(), minlength=CLIENTS)
-    np.testing.assert_array_equal(state.run.memories[0], visits)
-    behind = np.concatenate([info.server["staleness"], rest.server["staleness"]])
-    np.testing.assert_allclose(behind, plan.behind.mean(1), rtol=1e-5)
-    np.testing.assert_array_equal(info.cohort.client, plan.client[:10])
+    np.testing.assert_array_equal(state.memories[0], visits)
+    column = lambda name: np.concatenate([info.server[name] for info in infos])
+    np.testing.assert_allclose(column("staleness"), plan.behind.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(column("seconds").cumsum(), plan.seconds, rtol=1e-5)
+    np.testing.assert_array_equal(infos[0].cohort.client, plan.client[:5])
 
 
 def test_a_round_with_empty_places_counts_those_that_came():
     plan = synchronous(SECONDS, cohort_size=4, num_steps=6, deadline_s=4.0, seed=1)
     assert (plan.client < 0).any()
-    rounds = compile_asynchronous(toy(), people(), plan)
-    start = rounds.init(origin(), jax.random.key(0))
-    state, info = rounds.run(start, plan)
+    rounds = compile_asynchronous(toy(), people(), plan, num_rounds=6)
+    state, info = rounds.run(rounds.init(origin(), jax.random.key(0)))
     expected = by_numpy(plan, lambda t: 1.0, 1.0, False)
-    np.testing.assert_allclose(state.run.server.variables.params["x"], expected, atol=1e-5)
+    np.testing.assert_allclose(state.server.variables.params["x"], expected, atol=1e-5)
     np.testing.assert_array_equal(info.counted[:, 0], (plan.client >= 0).sum(1))
 
 
@@ -131,21 +134,20 @@ def test_without_delays_it_is_the_synchronous_run():
     expected, _ = waits.run(waits.init(variables, key))
     plan = buffered(np.full(4, 2.5), concurrency=4, buffer_size=4, num_steps=3)
     assert not plan.behind.any()
-    rounds = compile_asynchronous(algorithm, population, plan)
-    state, _ = rounds.run(rounds.init(variables, key), plan)
-    chex.assert_trees_all_close(state.run.server, expected.server, atol=1e-6, rtol=1e-6)
+    rounds = compile_asynchronous(algorithm, population, plan, num_rounds=3)
+    state, _ = rounds.run(rounds.init(variables, key))
+    chex.assert_trees_all_close(state.server, expected.server, atol=1e-6, rtol=1e-6)
 
 
 def test_what_cannot_arrive_at_any_time_is_refused():
     plan = buffered(SECONDS, concurrency=5, buffer_size=1, num_steps=9)
-    rounds = compile_asynchronous(toy(), people(), plan)
-    state = rounds.init(origin(), jax.random.key(0))
+    rounds = compile_asynchronous(toy(), people(), plan, num_rounds=9)
     late = plan._replace(version=np.zeros_like(plan.version))
-    with pytest.raises(ValueError, match="is 8 steps old, and"):
-        rounds.run(state, late)
-    state, _ = rounds.run(state, plan)
-    with pytest.raises(ValueError, match="9 steps are done, and the schedule has 9"):
-        rounds.run(state, plan)
+    with pytest.raises(ValueError, match="is 8 steps old, and history=3 versions are kept; keep 9"):
+        compile_asynchronous(toy(), people(), late, history=3)
+    state, _ = rounds.run(rounds.init(origin(), jax.random.key(0)))
+    with pytest.raises(ValueError, match="9 steps are done of 9 in the schedule, and 9 more"):
+        rounds.run(state)
     model = mlp((3, 2))
     other = scaffold(
         model, classification(2), Local(optax.sgd(0.1), batch_size=2), total_examples=4
