@@ -1,17 +1,24 @@
 """Scripts in several real processes: the results of one process, and an end for all when one ends.
 
-Each run is the same: 60 rounds of six clients, which hold rows of three numbers.
+What one process does is done in this one.
 """
 
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 from jobs import start
 from safetensors.numpy import load_file
 
+from jaxfm import hub
+from jaxfm.config import define_flags, read_command
+from jaxfm.launch import continual, federate, generate, pretrain
+from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.log import read_metrics
+from jaxfm.testing import tiny_decoder
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +27,8 @@ KILLED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def data(tmp_path_factory):
+    """Flags of six clients, which hold rows of three numbers."""
     rng = np.random.default_rng(0)
     label = np.arange(90) % 3
     points = np.eye(3)[label] + rng.normal(size=(90, 3)) / 3
@@ -28,25 +36,34 @@ def flags(tmp_path_factory):
     rows = [",".join([*map(str, point), "abc"[c]]) for point, c in zip(points, label)]
     path.write_text("\n".join(["x,y,z,class", *rows]) + "\n")
     return [
-        f"--data={path}", "--data.num_clients=6", "--local=sgd", "--local.learning_rate=0.1",
-        "--cohort_size=4", "--rounds=60", "--eval_every=4", "--algorithm=scaffold",
+        f"--data={path}", "--data.num_clients=6", "--local=sgd", "--local.learning_rate=0.1"
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory):
-    """The folder of an uninterrupted run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    (process,) = start(1, "federate", *flags, f"--run_dir={folder}")
-    assert process.end() == 0, process.said
-    return folder
+def run_here(main, cls, flags):
+    values = absl_flags.FlagValues()
+    define_flags(cls, values)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        main(read_command(cls, ["script", *map(str, flags)], values))
+
+
+def run_pair(script, *flags):
+    """What two processes said that ended well."""
+    pair = start(2, script, *flags)
+    try:
+        assert [process.end() for process in pair] == [0, 0], pair[0].said + pair[1].said
+    finally:
+        for process in pair:
+            process.kill()
+    return [process.said for process in pair]
 
 
 def assert_same_run(one, two):
     """Equal figures in every line and result, and equal models."""
     lines = [read_metrics(folder) for folder in (one, two)]
-    results = [json.loads((f / "results.json").read_text())["federate"] for f in (one, two)]
-    for kind in (*zip(*lines, strict=True), [r["test"] for r in results]):
+    results = [json.loads((f / "results.json").read_text()) for f in (one, two)]
+    part = "federate" if "federate" in results[0] else "pretrain"
+    for kind in (*zip(*lines, strict=True), [r[part]["test"] for r in results]):
         assert kind[0].keys() == kind[1].keys()
         for name in kind[0].keys() - {"time_s"}:
             np.testing.assert_allclose(kind[1][name], kind[0][name], 1e-5, 1e-5, err_msg=name)
@@ -55,8 +72,10 @@ def assert_same_run(one, two):
         np.testing.assert_allclose(models[1][name], leaf, 1e-5, 1e-5, err_msg=name)
 
 
-def test_stopped_killed_and_gone_on_with_by_other_numbers_of_processes(flags, alone, tmp_path):
-    flags = [*flags, f"--run_dir={tmp_path / 'run'}"]
+def test_stopped_killed_and_gone_on_with_by_other_numbers_of_processes(data, tmp_path):
+    flags = [*data, "--cohort_size=4", "--rounds=60", "--eval_every=4", "--algorithm=scaffold"]
+    run_here(federate.main, FederateConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
+    flags.append(f"--run_dir={tmp_path / 'run'}")
     jobs = []
     try:
         jobs += (pair := start(2, "federate", *flags, "--heartbeat_s=10"))
@@ -89,4 +108,39 @@ def test_stopped_killed_and_gone_on_with_by_other_numbers_of_processes(flags, al
     finally:
         for process in jobs:
             process.kill()
-    assert_same_run(alone, tmp_path / "run")
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
+def test_training_in_one_place(data, tmp_path):
+    flags = [*data, "--steps=12", "--eval_every=4", "--batch_size=6"]
+    run_here(pretrain.main, pretrain.PretrainConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
+    first, second = run_pair("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
+    assert "test accuracy" in first and "test accuracy" not in second
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
+def test_a_stream(data, tmp_path):
+    flags = [*data, "--stages=3", "--rounds=2", "--cohort_size=4", "--protect=none,ewc"]
+    run_here(continual.main, continual.ContinualConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
+    run_pair("continual", *flags, f"--run_dir={tmp_path / 'run'}")
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text())["continual"]["ways"]
+        for name in ("alone", "run")
+    )
+    for way in ("none", "ewc"):
+        np.testing.assert_allclose(two[way]["accuracy"], one[way]["accuracy"], atol=1e-5)
+
+
+def test_decoding_through_a_pipe(tmp_path, capsys):
+    folder = tmp_path / "model"
+    model = tiny_decoder(num_layers=2, max_len=128)
+    hub.save(model, model.init(jax.random.key(0)), folder)
+    flags = [f"--model={folder}", "--prompt=abc", "--max_new_tokens=12", "--ignore_end"]
+    run_here(generate.main, generate.GenerateConfig, flags)
+    text = capsys.readouterr().out
+    first, second = run_pair(
+        "generate", *flags, "--decoder=pipeinfer", "--pipeinfer.stages=2", "--draft=lookup"
+    )
+    assert text in first and text not in second
+    (alone,) = [p for p in start(2, "generate", *flags) if p.end() == 2][:1]
+    assert "decoder=plain runs in one process, and this job has 2" in alone.said

@@ -12,12 +12,15 @@ from jaxfm import hub
 from jaxfm.config import define_flags, from_flags
 from jaxfm.launch import continual, demo, generate, pretrain, prompts, report, simulate, supernet
 from jaxfm.launch import search as search_script
+from jaxfm.launch.cluster.config import ClusterConfig
+from jaxfm.launch.cluster.render import flags_of
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.flower.app import read_flags
 from jaxfm.launch.flower.commands import COMMANDS as COMMANDS_OF_FLOWER
 from jaxfm.launch.flower.commands import split
 from jaxfm.launch.hpc.commands import command as hpc_command
 from jaxfm.launch.setup import load_data
+from jaxfm.processes import FLAGS
 from jaxfm.testing import tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +63,10 @@ def test_commands_exist(command):
 
     words = shlex.split(command)[1:]
     if words[0] == "-m":
-        if words[1] == "jaxfm.launch.hpc":
+        words = [word for word in words if word.partition("=")[0].lstrip("-") not in FLAGS]
+        if words[1] == "jaxfm.launch.cluster":
+            config, words = ClusterConfig, [*words[:2], *flags_of(words[2:])]
+        elif words[1] == "jaxfm.launch.hpc":
             module, flagged = hpc_command(words[2:])
             config, words = module.CONFIG, [*words[:2], *flagged[1:]]
         elif words[1] == "jaxfm.launch.flower":
