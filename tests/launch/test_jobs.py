@@ -18,7 +18,8 @@ from jaxfm.config import define_flags, read_command
 from jaxfm.launch import continual, federate, generate, pretrain
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.log import read_metrics
-from jaxfm.testing import tiny_decoder
+from jaxfm.testing import random_variables, tiny_decoder
+from jaxfm.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +31,8 @@ KILLED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
 def data(tmp_path_factory):
     """Flags of six clients, which hold rows of three numbers."""
     rng = np.random.default_rng(0)
-    label = np.arange(90) % 3
-    points = np.eye(3)[label] + rng.normal(size=(90, 3)) / 3
+    label = np.arange(180) % 3
+    points = np.eye(3)[label] + rng.normal(size=(180, 3)) / 3
     path = tmp_path_factory.mktemp("data") / "points.csv"
     rows = [",".join([*map(str, point), "abc"[c]]) for point, c in zip(points, label)]
     path.write_text("\n".join(["x,y,z,class", *rows]) + "\n")
@@ -133,8 +134,9 @@ def test_a_stream(data, tmp_path):
 
 def test_decoding_through_a_pipe(tmp_path, capsys):
     folder = tmp_path / "model"
-    model = tiny_decoder(num_layers=2, max_len=128)
-    hub.save(model, model.init(jax.random.key(0)), folder)
+    tokenizer = ByteTokenizer()
+    model = tiny_decoder(vocab_size=tokenizer.vocab_size)
+    hub.save(model, random_variables(model), folder, tokenizer)
     flags = [f"--model={folder}", "--prompt=abc", "--max_new_tokens=12", "--ignore_end"]
     run_here(generate.main, generate.GenerateConfig, flags)
     text = capsys.readouterr().out
