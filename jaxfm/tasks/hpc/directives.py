@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxfm.tasks.hpc.frontend.pragmas import write_pragma
+from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma, write_pragma
 from jaxfm.tasks.hpc.lexer import lex, rename
 from jaxfm.tasks.hpc.naming import named, renamed
 from jaxfm.tasks.hpc.pragma_grammar import OPERATORS, pragma_grammar
-from jaxfm.tasks.hpc.program import Clause, For, Path, Pragma, Program, walk
+from jaxfm.tasks.hpc.program import Clause, For, Path, Pragma, Program, Ref, walk
 from jaxfm.tasks.hpc.proofs.clauses import own_names, statement_at, written
 from jaxfm.tasks.hpc.render import CWriter, Language, Rendered, Style
 from jaxfm.tasks.hpc.verifiers.verified import Verified, pragmas_verified
@@ -72,6 +72,23 @@ def canonical(pragma: Pragma, program: Program, source: str, language: Language)
             clauses.append(Clause("reduction", tuple(whole), operator))
     clauses += [clause for clause in pragma.clauses if clause.name in ("collapse", "schedule")]
     return write_pragma(pragma._replace(clauses=tuple(clauses)), language)
+
+
+def parsed(answer: str, language: Language) -> Pragma:
+    """The directive of a text in the form of `canonical`; arrays stand without their sections.
+
+    Raises:
+        ValueError: It is none.
+    """
+    sentinel = "#pragma" if language == "c" else "!$"
+    pragma = None
+    if answer.startswith(sentinel):
+        pragma = parse_pragma(answer[len(sentinel) :], language)
+    if pragma is None:
+        raise ValueError(f"{answer!r} is no OpenMP directive; it begins with {PLACES[language]!r}.")
+    whole = lambda name: name if isinstance(name, Ref) else name.partition("[")[0]
+    clauses = (c._replace(arguments=tuple(map(whole, c.arguments))) for c in pragma.clauses)
+    return pragma._replace(clauses=tuple(clauses))
 
 
 def section(name: str, program: Program, language: Language) -> str:
