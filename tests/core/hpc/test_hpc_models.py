@@ -8,8 +8,9 @@ import pytest
 from jaxfm import hub
 from jaxfm.models import CodeEncoderConfig, code_encoder
 from jaxfm.tasks.hpc import encoding
-from jaxfm.tasks.hpc.graph import RELATIONS, edges, linear
+from jaxfm.tasks.hpc.graph import RELATIONS, edges
 from jaxfm.tasks.hpc.lexer import lex
+from jaxfm.tasks.hpc.subscripts import linear
 from jaxfm.tasks.hpc.tokenizers import LexerTokenizer, make_tokenizer
 
 KEY = jax.random.key(0)
