@@ -6,6 +6,7 @@
 
 For each loop, outer ones first: race-free with a directive (proved for all sizes by integer sets),
 race if it ran in parallel (with the two lines and iterations), or "cannot tell" with the reason.
+With --model=package, or a folder of `train`, a model's probability stands where nothing is told.
 Files are changed only with --write, which puts the proved directives in and touches nothing else.
 Whether a loop is worth its threads is not judged.
 """
@@ -18,7 +19,7 @@ from typing import Literal
 
 from jaxfm.config import check as check_fields
 from jaxfm.config import option
-from jaxfm.launch.hpc import edits, formats
+from jaxfm.launch.hpc import edits, formats, opinions
 from jaxfm.launch.hpc.findings import Finding, advise, all_findings, language_of
 
 
@@ -34,6 +35,9 @@ class AdviseConfig:
         False, "take it that each subscript stays within its dimension of an array"
     )
     time_limit_s: float = option(8.0, "seconds for the proofs of a file")
+    model: str = option(
+        "", "ask a model where the proof cannot tell: 'package', or a folder of train"
+    )
 
     def __post_init__(self):
         check_fields(self)
@@ -73,7 +77,10 @@ def main(config: AdviseConfig) -> None:
         raise ValueError("Give a file or a folder: advise file.c.")
     found: list[Finding] = []
     options = {"assume": assumptions(config), "limit_s": config.time_limit_s}
+    races = opinions.open_model(config.model) if config.model else None
     for path, data, findings in all_findings(config.path, advise, **options):
+        if races is not None:
+            findings = opinions.with_probabilities(findings, data, language_of(path), races)
         lines = edits.insertions(findings, data, language_of(path))
         if config.format == "diff":
             sys.stdout.flush()

@@ -16,6 +16,8 @@ from jaxfm.plain_types import suggest
 COMMANDS = {
     "advise": "jaxfm.launch.hpc.advise",
     "check": "jaxfm.launch.hpc.check",
+    "train": "jaxfm.launch.hpc.train",
+    "evaluate": "jaxfm.launch.hpc.evaluate",
 }
 
 

@@ -37,7 +37,7 @@ def text(findings: Sequence[Finding]) -> str:
         if finding.verified_by:
             lines.append(f"    shown by: {finding.verified_by}")
         if finding.probability is not None:
-            lines.append(f"    the model's probability of race-free: {finding.probability:.2f}")
+            lines.append(f"    a model's guess, no proof: race-free by {finding.probability:.2f}")
     return "".join(f"{line}\n" for line in lines)
 
 
