@@ -76,7 +76,7 @@ def scores(reader: Reader, rows: dict[str, list], names=TESTS, baselines=True) -
         test = rows[name]
         labels = np.array([row.label for row in test])
         chances = training.predict(reader, test)
-        figures = task.metric(labels, chances)
+        figures = task.metric(list(labels), list(chances))
         if "safe_below" in reader.facts:
             figures |= training.safe_figures(labels, chances, reader.facts["safe_below"])
         found[name] = {"rows": len(test), "model": figures}
@@ -86,7 +86,7 @@ def scores(reader: Reader, rows: dict[str, list], names=TESTS, baselines=True) -
             said = baseline(rows["train"], joined)
             for name in names:
                 own, said = said[: len(rows[name])], said[len(rows[name]) :]
-                found[name][kind] = task.metric([row.label for row in rows[name]], own)
+                found[name][kind] = task.metric([row.label for row in rows[name]], list(own))
     return found
 
 
@@ -110,7 +110,7 @@ def benchmark_scores(reader: Reader, folder: str) -> dict[str, float]:
         "programs": len(programs),
         "support": len(known) / len(programs),
         "accuracy_by_group": float(np.mean([np.mean(g) for g in groups.values()])),
-        **record(reader.task).metric(labels, values),
+        **record(reader.task).metric(list(labels), list(values)),
     }
 
 

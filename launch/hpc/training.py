@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Head(NamedTuple):
         predict: `outputs -> predictions`, as the record's metric takes them.
     """
 
-    head: str
+    head: Literal["classify", "locate", "embed"]
     objective: Task
     targets: Callable[[Rows, Mapping[str, np.ndarray], Reading], dict[str, np.ndarray]]
     predict: Callable[[Any], np.ndarray]
@@ -123,7 +123,7 @@ def encoder(task: str, reading: Reading, **shape: int):
             vocab_size=reading.tokenizer.vocab_size, max_len=reading.max_len,
             num_relations=encoding.NUM_RELATIONS if reading.max_edges else 0,
             head=HEADS[task].head, **shape,
-        )  # type: ignore[arg-type]
+        )
     )  # fmt: skip
 
 
@@ -193,7 +193,9 @@ def _chosen(reader: Reader, validation: Rows) -> dict[str, Any]:
     """The figures on validation rows, and where "race-free" begins."""
     labels = np.array([row.label for row in validation])
     predictions = predict(reader, validation)
-    facts: dict[str, Any] = {"validation": record(reader.task).metric(labels, predictions)}
+    facts: dict[str, Any] = {
+        "validation": record(reader.task).metric(list(labels), list(predictions))
+    }
     if reader.task == "race-detection":
         below, precision, recall = safe_below(labels, predictions, SAFE_PRECISION)
         facts |= {"safe_below": below, "safe_precision": precision, "safe_recall": recall}

@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 from jaxfm.plain_types import suggest
 from jaxfm.tasks.hpc import reader as readers
@@ -45,13 +45,8 @@ class RacePipeline:
     def __init__(self, reader: Reader):
         self.reader = reader
 
-    @overload
-    def __call__(self, source: str) -> RaceAnswer: ...
-    @overload
-    def __call__(self, source: Sequence[str]) -> list[RaceAnswer]: ...
-
-    def __call__(self, source):
-        """The answer for a source, or those for several, which are read together.
+    def __call__(self, source: str | Sequence[str]) -> Any:
+        """The `RaceAnswer` for a source, or a list of them for several, which are read together.
 
         Args:
             source: A loop of C or Fortran with an OpenMP directive, as text.

@@ -103,7 +103,7 @@ def probabilities(outputs: Any) -> np.ndarray:
 def save(reader: Reader, folder: str | os.PathLike) -> None:
     """Writes a folder, which must not be there or be empty, for `load`."""
     hub.save(reader.model, reader.variables, folder)
-    tokenizers.save(reader.reading.tokenizer, folder)
+    tokenizers.save(reader.reading.tokenizer, pathlib.Path(folder))
     told = {
         "task": reader.task, "max_len": reader.reading.max_len,
         "max_edges": reader.reading.max_edges, "facts": reader.facts,
@@ -131,7 +131,7 @@ def load(folder: str | os.PathLike) -> Reader:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}.") from None
     model, variables = hub.load(folder)
-    tokenizer = tokenizers.load(folder)
+    tokenizer = tokenizers.load(pathlib.Path(folder))
     room = model.config.max_len, model.config.vocab_size
     if max_len > room[0] or tokenizer.vocab_size > room[1]:
         raise ValueError(
