@@ -24,7 +24,7 @@ from jaxfm.data.text import corpus, read_folder
 from jaxfm.errors import naming
 from jaxfm.model import Model
 from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
-from jaxfm.models.by_name import ImageFamily, image_classifier
+from jaxfm.models.by_name import ImageFamily, image_classifier, small_clip
 from jaxfm.plain_types import suggest
 from jaxfm.run_folder import save_results
 from jaxfm.tokenizer import ByteTokenizer, load_tokenizer, padding_id
@@ -41,7 +41,7 @@ class DataConfig:
         "stdlib",
         "a file (CSV, TSV, JSON, JSONL, Parquet, npz, txt), a folder (of these, of images by "
         "class, of texts) or a name on the Hugging Face hub; stdlib: the running Python's own "
-        "source code; digits: scikit-learn's; text, mnist or cifar10 with --data.folder",
+        "source; digits, captioned_digits: scikit-learn's; text, mnist, cifar10 with --data.folder",
     )
     folder: str = option("", "source=text, mnist, cifar10: path of the data")
     label: str = option(
@@ -261,7 +261,7 @@ def save_classes(run_dir: pathlib.Path, data: Data) -> None:
 
 
 _SIZES = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
-FAMILIES = ("auto", "decoder", "encoder", *get_args(ImageFamily))
+FAMILIES = ("auto", "decoder", "encoder", "clip", *get_args(ImageFamily))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,10 +272,10 @@ class ModelConfig:
         "auto",
         f"{', '.join(FAMILIES)}; or a model that is trained further: a folder, or a name on the "
         "Hugging Face hub; its head is replaced where it does not fit the data. auto means decoder "
-        "for text, encoder for labelled text, cnn for images and mlp for other columns; resnet* "
-        "and vgg* are those for 32x32 images",
+        "for text, encoder for labelled text, cnn for images, clip for captioned ones and mlp for "
+        "other columns; resnet* and vgg* are those for 32x32 images",
     )
-    embed_dim: int = option(128, "decoder, encoder, vit: width of the residual stream")
+    embed_dim: int = option(128, "decoder, encoder, vit, clip: width of the residual stream")
     num_layers: int = option(4, "decoder, encoder, vit: layers")
     num_heads: int = option(4, "decoder, encoder, vit: attention heads")
     mlp_dim: int = option(384, "decoder, encoder, vit: hidden width of each MLP")
@@ -314,16 +314,14 @@ _FITTING: dict[str, tuple[str, ...]] = {  # to data of a kind; the first is "aut
     "text": ("encoder", "decoder"),
     "tags": ("encoder",),
     "features": ("mlp",),
+    "captions": ("clip",),
     "images": ("cnn", *(family for family in get_args(ImageFamily) if family != "cnn")),
 }
 _KIND_NAMES = {
-    "language": "text",
-    "masked": "text with hidden tokens",
-    "text": "labelled text",
-    "tags": "tagged words",
-    "features": "columns of numbers",
-    "images": "images",
-}
+    "language": "text", "masked": "text with hidden tokens", "text": "labelled text",
+    "tags": "tagged words", "features": "columns of numbers", "images": "images",
+    "captions": "captioned images",
+}  # fmt: skip
 
 
 def family_of(config: ModelConfig, data: Data) -> str:
@@ -352,6 +350,9 @@ def make_model(config: ModelConfig, data: Data) -> Model:
     sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     if family in ("decoder", "encoder"):
         return _text_model(family, config, data, sizes)
+    if family == "clip":
+        sizes |= {"dtype": config.dtype, "remat": config.remat}
+        return small_clip(data.validation, data.tokenizer, **sizes)
     leaf = "image" if "image" in data.validation else "features"
     return image_classifier(
         family, data.validation[leaf].shape[1:], len(data.classes), dtype=config.dtype, **sizes

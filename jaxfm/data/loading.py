@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxfm.data import columns as cells
 from jaxfm.data.arrays import digits
+from jaxfm.data.captions import captioned_digits
 from jaxfm.data.cifar import cifar10, cifar100
 from jaxfm.data.columns import Roles
 from jaxfm.data.dealing import take_rows, with_validation
@@ -28,8 +29,8 @@ from jaxfm.data.text import Document, corpus, token_rows
 from jaxfm.errors import naming
 from jaxfm.tokenizer import ByteTokenizer, Tokenizer
 
-Kind = Literal["images", "features", "text", "tags", "language", "other"]
-BUILT_IN = ("stdlib", "digits")
+Kind = Literal["images", "captions", "features", "text", "tags", "language", "other"]
+BUILT_IN = ("stdlib", "digits", "captioned_digits")
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 SHARE = 0.1  # of rows that validate, and that test, where the data have no such splits
 
@@ -60,13 +61,13 @@ class DataSet(NamedTuple):
 def kind_of(examples: Mapping[str, np.ndarray]) -> Kind:
     """Returns what a model is given.
 
-    "images": leaf "image" [N, H, W, C]; "features": leaf "features" f32[N, D]; "text", to be
-    classified: leaves "tokens" i32[N, T] and "mask" bool[N, T]; "tags", whose words are: these and
-    "tags" i32[N, T]; "language", to be continued: the leaf "tokens" i32[N, T + 1] alone; "other":
-    none of these.
+    "images": leaf "image" [N, H, W, C]; "captions": that and "tokens" i32[N, T]; "features": leaf
+    "features" f32[N, D]; "text", to be classified: leaves "tokens" i32[N, T] and "mask"
+    bool[N, T]; "tags", whose words are: these and "tags" i32[N, T]; "language", to be continued:
+    the leaf "tokens" i32[N, T + 1] alone; "other": none of these.
     """
     if "image" in examples:
-        return "images"
+        return "captions" if "tokens" in examples else "images"
     if "tags" in examples:
         return "tags"
     if "tokens" in examples:
@@ -103,8 +104,8 @@ def load(
     "index".
 
     Args:
-      path_or_name: a path; "digits" or "stdlib"; or a name on the hub, "name:config" where it has
-        several configurations.
+      path_or_name: a path; "digits", "captioned_digits" or "stdlib"; or a name on the hub,
+        "name:config" where it has several configurations.
       label: column of the class; or "folder" where texts lie in one folder for each class; or of
         lists of tags, one for each word.
       text: column of the text, or several, which are joined by line breaks. Without a label the
@@ -166,6 +167,8 @@ def load(
 def _built_in(name: str, tokenizer: Tokenizer, length: int, seed: int) -> DataSet:
     if name == "digits":
         return DataSet(digits(seed=seed))
+    if name == "captioned_digits":
+        return DataSet(captioned_digits(tokenizer, seed=seed), tokenizer)
     return DataSet(stdlib(tokenizer, length=length), tokenizer)
 
 

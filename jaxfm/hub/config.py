@@ -13,11 +13,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig
+from jaxfm.hub import clip as hub_clip
+from jaxfm.models import ClipConfig, DecoderConfig, EncoderConfig, VitConfig
 from jaxfm.models.families.decoder import gpt2_config
 from jaxfm.rotary import RopeScaling
 
-Config = DecoderConfig | EncoderConfig | VitConfig
+Config = DecoderConfig | EncoderConfig | VitConfig | ClipConfig
 
 # Architecture -> model type and head.
 ARCHITECTURES = {
@@ -39,6 +40,7 @@ ARCHITECTURES = {
     "RobertaForTokenClassification": ("roberta", "tag"),
     "ViTModel": ("vit", "pooler"),
     "ViTForImageClassification": ("vit", "classify"),
+    "CLIPModel": ("clip", "contrastive"),
 }
 
 _LAYERS = {
@@ -87,7 +89,7 @@ FIELDS = {
 }
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
 }  # fmt: skip
 # Fields that change the function, and the values for which they do not.
 _FIXED: dict[str, tuple] = {
@@ -118,6 +120,8 @@ def from_hf(fields: Mapping[str, Any], architecture: str) -> Config:
     for name, allowed in _FIXED.items():
         if fields.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{architecture} with {name}={fields[name]!r} is not supported.")
+    if family == "clip":
+        return hub_clip.from_hf(fields, _ACTIVATIONS)
     own: dict[str, Any] = {
         ours: fields.get(theirs) if theirs == "pad_token_id" else fields[theirs]
         for ours, theirs in _field_names(family, head).items()
@@ -180,6 +184,8 @@ def to_hf(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: the format cannot express this config.
     """
+    if isinstance(config, ClipConfig):
+        return hub_clip.to_hf(config, _ACTIVATIONS)
     family = "vit" if isinstance(config, VitConfig) else config.family
     head = config.head
     as_bare = "pooler" if head == "none" else head

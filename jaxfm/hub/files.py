@@ -181,7 +181,7 @@ def write_safetensors(
         index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": homes}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: np.ascontiguousarray(tensor(name)) for name in shard}
+        tensors = {name: np.asarray(tensor(name), order="C") for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
 
 

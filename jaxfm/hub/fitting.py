@@ -33,7 +33,7 @@ from jaxfm.hub import own_format
 from jaxfm.hub.files import StoredTensor
 from jaxfm.hub.folders import fill, read_config, short_name, tensor_map
 from jaxfm.model import Key, Model, Variables, is_axes
-from jaxfm.models import DecoderConfig, EncoderConfig, MlpConfig, VitConfig, build
+from jaxfm.models import ClipConfig, DecoderConfig, EncoderConfig, MlpConfig, VitConfig, build
 from jaxfm.tokenizer import padding_id
 
 Stored = Mapping[str, StoredTensor]
@@ -44,6 +44,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # head, configs, and w
     "text": ("classify", (EncoderConfig, DecoderConfig), "labelled text"),
     "tags": ("tag", (EncoderConfig,), "tagged words"),
     "images": ("classify", (VitConfig,), "images"),
+    "captions": ("contrastive", (ClipConfig,), "captioned images"),
     "features": ("", (), "columns of numbers"),
 }
 # Tensors of a folder's own head, which are passed over where another one is wanted.
@@ -52,6 +53,7 @@ _OTHER_HEADS = {
     "classify": re.compile(r"^(lm_head|score|cls|classifier|pooler|qa_outputs)\b"),
 }
 _OTHER_HEADS["tag"] = _OTHER_HEADS["classify"]
+_OTHER_HEADS["contrastive"] = re.compile(r"(?!)")  # there is none
 _OTHER_HEADS["masked_lm"] = re.compile(r"^(score|classifier|pooler|qa_outputs)\b")
 _DRAWN = ("head.score", "head.classifier", "head.pooler")
 
@@ -109,7 +111,7 @@ def load_for(
         raise ValueError(misfit)
     _check_inputs(config, data, folder)
     stored: Stored = hub_files.open_safetensors(folder)
-    if head in ("causal", "masked_lm"):
+    if head in ("causal", "masked_lm", "contrastive"):
         return Fitted(*fill(config, _passed_over(config, stored), dtype, None))
     named = hub_metadata.class_names(config.metadata)
     changes: dict[str, Any] = {"num_classes": len(data.classes)}
@@ -154,13 +156,14 @@ def reads_text(path_or_name: str | os.PathLike) -> bool:
 
 def _check_inputs(config: hub_config.Config, data: Data, folder: pathlib.Path) -> None:
     """Raises where tokens or images of the data do not go into a model."""
-    if isinstance(config, VitConfig):
+    if isinstance(config, VitConfig | ClipConfig):
         wanted = (*config.image_size, config.num_channels)
         if (shape := data.validation["image"].shape[1:]) != wanted:
             raise ValueError(
                 f"{folder} takes images of {_times(wanted)} (height, width, channels), and these "
                 f"are {_times(shape)}; image files are scaled by --data.image_size."
             )
+    if isinstance(config, VitConfig):
         return
     assert data.tokenizer is not None
     if data.tokenizer.vocab_size > config.vocab_size:

@@ -34,6 +34,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxfm.data.scaling import Scale
 from jaxfm.errors import naming
 from jaxfm.frozen import thaw
+from jaxfm.hub import clip as hub_clip
 from jaxfm.hub import config as hub_config
 from jaxfm.hub import files as hub_files
 from jaxfm.hub import metadata as hub_metadata
@@ -42,7 +43,7 @@ from jaxfm.hub import own_format
 from jaxfm.hub.files import DTYPES, StoredTensor
 from jaxfm.hub.names import Placement
 from jaxfm.model import Model, Variables, is_stacked, layers_of, with_layers
-from jaxfm.models import DecoderConfig, EncoderConfig, VitConfig, build
+from jaxfm.models import ClipConfig, DecoderConfig, EncoderConfig, VitConfig, build
 from jaxfm.models.families.decoder import resized
 from jaxfm.subnet import axis_sizes
 from jaxfm.tokenizer import save_tokenizer
@@ -85,14 +86,15 @@ def load(
         config = read_config(folder)
         stored = hub_files.open_safetensors(folder)
         has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
-        if not isinstance(config, DecoderConfig) and config.head == "pooler" and not has_pooler:
+        bare = isinstance(config, EncoderConfig | VitConfig) and config.head == "pooler"
+        if bare and not has_pooler:
             config = dataclasses.replace(config, head="none")
         return fill(config, stored, dtype, shardings)
 
 
 def has_format(model: Model) -> bool:
-    """Returns whether Hugging Face has a format: of decoders, encoders and vision transformers."""
-    return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig)
+    """Returns whether Hugging Face has a format: of decoders, encoders, ViTs and CLIPs."""
+    return isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig | ClipConfig)
 
 
 def save(
@@ -134,15 +136,17 @@ def save(
         own_format.save(model, variables, path, classes, scale)
         return
     config, params = _to_save(model, variables)
-    metadata = hub_metadata.named(config.metadata, classes) if classes else config.metadata
+    has_classes = bool(classes) and not isinstance(config, ClipConfig)
+    metadata = hub_metadata.named(config.metadata, classes) if has_classes else config.metadata
     fields = hub_config.to_hf(config)
     leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
     # The file's reader scales scores by head_dim**-0.5; what differs from it goes into q.
-    of_scores = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
-    for name in ("layers.attention.q.kernel", "layers.attention.q.bias"):
+    scaled = ("layers.attention.q.kernel", "layers.attention.q.bias")
+    for name in () if isinstance(config, ClipConfig) else scaled:
+        of_scores = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
         if name in leaves and not np.isclose(of_scores, 1.0, rtol=1e-6):
-            scaled = leaves[name].astype(np.float32) * np.float32(of_scores)
-            leaves[name] = scaled.astype(leaves[name].dtype)
+            own = leaves[name].astype(np.float32) * np.float32(of_scores)
+            leaves[name] = own.astype(leaves[name].dtype)
     tensors = tensor_map(config, leaves)
 
     tensor = lambda name: in_file(tensors[name], leaves)
@@ -257,6 +261,8 @@ def fill(
 
 def tensor_map(config: hub_config.Config, leaves: Mapping[str, Any]) -> TensorMap:
     """Returns the tensors of this model's file."""
+    if isinstance(config, ClipConfig):
+        return hub_clip.tensor_map({name: leaf.shape for name, leaf in leaves.items()})
     rows = hub_names.GPT2 if getattr(config, "family", "") == "gpt2" else hub_names.LLAMA
     if isinstance(config, EncoderConfig):
         rows = {"bert": hub_names.BERT, "roberta": hub_names.ROBERTA}[config.family][config.head]
@@ -360,10 +366,10 @@ def _to_save(model: Model, variables: Variables) -> tuple[Any, Any]:
         stacked = Variables(*(stack(part) if part else {} for part in layers))
         variables = with_layers(variables, stacked)
     given = flatten_dict(variables.params, sep=".")
-    config = dataclasses.replace(
-        resized(model.config, axis_sizes(variables.params, thaw(model.axes).params)),
-        dtype=next(iter(given.values())).dtype.name,
-    )
+    sized = model.config  # a CLIP is saved whole
+    if not isinstance(sized, ClipConfig):
+        sized = resized(sized, axis_sizes(variables.params, thaw(model.axes).params))
+    config = dataclasses.replace(sized, dtype=next(iter(given.values())).dtype.name)
     expected = jax.eval_shape(build(config).init, jax.random.key(0)).params
     for name, leaf in flatten_dict(expected, sep=".").items():
         if name not in given or given[name].shape != leaf.shape:

@@ -250,7 +250,9 @@ def placements(
 
 
 def tensor_shape(some: tuple[Placement, ...]) -> tuple[int, ...]:
-    """Returns the shape of a tensor of these placements."""
+    """Returns the shape of a tensor of these placements; a number stands alone."""
+    if not some[0].shape:
+        return ()
     return *some[0].shape[:-1], sum(placement.shape[-1] for placement in some)
 
 
@@ -263,6 +265,8 @@ def to_file(placement: Placement, leaf: np.ndarray) -> np.ndarray:
 
 def from_file(placement: Placement, some: tuple[Placement, ...], tensor: np.ndarray) -> np.ndarray:
     """Returns our leaf (of one layer) out of the tensor that holds `some` placements."""
+    if not placement.shape:
+        return tensor
     start = sum(other.shape[-1] for other in some if other.part < placement.part)
     own = tensor[..., start : start + placement.shape[-1]]
     ours, groups = axes_of(placement.layout)
@@ -273,7 +277,7 @@ def from_file(placement: Placement, some: tuple[Placement, ...], tensor: np.ndar
 def axes_of(layout: str) -> tuple[str, list[str]]:
     """Returns our axes, and those of ours that each axis of the file is a product of."""
     ours, theirs = layout.split("->")
-    return ours, theirs.split(",")
+    return ours, theirs.split(",") if theirs else []
 
 
 def _file_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxfm.model import Model
+from jaxfm.models.families.clip import ClipConfig, Tower, clip, zero_shot
 from jaxfm.models.families.cnn import CnnConfig, MlpConfig, cnn, mlp
 from jaxfm.models.families.code_encoder import CodeEncoderConfig, code_encoder
 from jaxfm.models.families.decoder import DecoderConfig, decoder, gpt2_config
@@ -17,6 +18,7 @@ from jaxfm.models.families.vgg import VggConfig, vgg, vgg_config
 from jaxfm.models.families.vit import VitConfig, vit
 
 __all__ = [
+    "ClipConfig",
     "CnnConfig",
     "CodeEncoderConfig",
     "DecoderConfig",
@@ -25,9 +27,11 @@ __all__ = [
     "MobileNetConfig",
     "ResNetConfig",
     "ShuffleNetConfig",
+    "Tower",
     "VggConfig",
     "VitConfig",
     "build",
+    "clip",
     "cnn",
     "code_encoder",
     "decoder",
@@ -43,11 +47,12 @@ __all__ = [
     "vgg",
     "vgg_config",
     "vit",
+    "zero_shot",
 ]
 
 VisionConfig = ResNetConfig | VggConfig | MobileNetConfig | ShuffleNetConfig
 TextConfig = DecoderConfig | EncoderConfig | CodeEncoderConfig
-Config = TextConfig | VitConfig | CnnConfig | MlpConfig | VisionConfig
+Config = TextConfig | VitConfig | ClipConfig | CnnConfig | MlpConfig | VisionConfig
 
 
 def build(config: Config) -> Model:
@@ -68,6 +73,7 @@ _FAMILIES: dict[type, Callable[[Any], Model]] = {
     EncoderConfig: encoder,
     CodeEncoderConfig: code_encoder,
     VitConfig: vit,
+    ClipConfig: clip,
     CnnConfig: cnn,
     MlpConfig: lambda config: mlp(config.sizes),
     ResNetConfig: resnet,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
 
 from jaxfm.model import Model
+from jaxfm.models.families.clip import ClipConfig, Tower, clip
 from jaxfm.models.families.cnn import CnnConfig, cnn, mlp
 from jaxfm.models.families.decoder import DecoderConfig
 from jaxfm.models.families.encoder import EncoderConfig
@@ -15,6 +17,7 @@ from jaxfm.models.families.resnet import resnet, resnet_config
 from jaxfm.models.families.vgg import vgg, vgg_config
 from jaxfm.models.families.vit import VitConfig, vit
 from jaxfm.subnet import axis_sizes
+from jaxfm.tokenizer import Tokenizer
 
 ImageFamily = Literal[
     "cnn", "mlp", "vit", "resnet8", "resnet18", "resnet20", "resnet32", "resnet34", "resnet44",
@@ -50,7 +53,7 @@ def image_classifier(
     if family == "cnn":
         return cnn(CnnConfig(image_size=(height, width), **common))
     if family == "vit":
-        patch = _patch_size(height, width)
+        patch = patch_size(height, width)
         return vit(
             VitConfig(
                 image_size=(height, width), patch_size=(patch, patch), **common, **sizes
@@ -72,7 +75,39 @@ def image_classifier(
     return vgg(vgg_config(depth, cifar=True, image_size=height, **common))
 
 
-def _patch_size(height: int, width: int) -> int:
+def small_clip(
+    examples: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    **sizes: int,
+) -> Model:
+    """Returns a CLIP for small captioned images, both of whose towers have the same sizes.
+
+    Args:
+      examples: leaves "image" [N, H, W, C] and "tokens" i32[N, T].
+      tokenizer: of the captions.
+      dtype, remat: as in `ClipConfig`.
+      **sizes: fields of `Tower`.
+    Raises:
+      ValueError: a tokenizer without an end token.
+    """
+    if tokenizer is None or tokenizer.eos_id is None:
+        raise ValueError("A caption ends in the tokenizer's eos_token, and this one has none.")
+    (height, width, channels), tower = examples["image"].shape[1:], Tower(**sizes)
+    patch = patch_size(height, width)
+    return clip(
+        ClipConfig(
+            image=tower, text=tower, shared_dim=tower.embed_dim, image_size=(height, width),
+            patch_size=(patch, patch), num_channels=channels, vocab_size=tokenizer.vocab_size,
+            max_len=examples["tokens"].shape[1], eos_id=tokenizer.eos_id, activation="gelu",
+            dtype=dtype, remat=remat,
+        )
+    )  # fmt: skip
+
+
+def patch_size(height: int, width: int) -> int:
     """Returns the largest size of square patches that tile an image, up to an eighth of it."""
     largest = max(2, height // 8)
     return max(n for n in range(1, largest + 1) if height % n == 0 and width % n == 0)

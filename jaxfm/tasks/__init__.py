@@ -2,6 +2,7 @@
 
 from jaxfm.tasks.choose import task_for
 from jaxfm.tasks.classify import classification
+from jaxfm.tasks.contrast import contrastive
 from jaxfm.tasks.evaluation import evaluate, metric_totals
 from jaxfm.tasks.language import causal_lm, completion, masked_lm
 from jaxfm.tasks.tag import tagging
@@ -12,6 +13,7 @@ __all__ = [
     "causal_lm",
     "classification",
     "completion",
+    "contrastive",
     "evaluate",
     "masked_lm",
     "metric_totals",

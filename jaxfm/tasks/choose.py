@@ -3,6 +3,7 @@
 from jaxfm.data.loading import DataSet
 from jaxfm.data.source import class_names
 from jaxfm.tasks.classify import classification
+from jaxfm.tasks.contrast import contrastive
 from jaxfm.tasks.language import causal_lm, masked_lm
 from jaxfm.tasks.tag import tagging
 from jaxfm.tasks.task import Task
@@ -17,7 +18,7 @@ _INPUTS: dict[str, str | tuple[str, ...]] = {
 
 def task_for(data: DataSet, *, masked: bool = False) -> Task:
     """Returns classification into the data's classes, of whole rows or of their words (tagging),
-    or causal_lm for text to be continued.
+    contrastive for captioned images, or causal_lm for text to be continued.
 
     Args:
       data: as of `jaxfm.data.load`.
@@ -30,6 +31,8 @@ def task_for(data: DataSet, *, masked: bool = False) -> Task:
         return _masked(data)
     if data.kind == "language" and data.tokenizer is not None:
         return causal_lm(bytes_per_token(data.tokenizer), data.tokenizer.pad_id)
+    if data.kind == "captions":
+        return contrastive()
     if data.kind == "tags":
         return tagging(len(data.classes))
     if data.kind not in _INPUTS:

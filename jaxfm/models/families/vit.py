@@ -30,6 +30,8 @@ class VitConfig:
       embed_dim, num_layers, num_heads, mlp_dim: widths and depth.
       head_dim: of attention; None means embed_dim // num_heads.
       activation, norm_eps, qkv_bias: of the layers.
+      patch_bias, head_bias: whether the map of patches and that of the head have a bias.
+      pre_norm: a norm of what goes into the first layer (CLIP).
       head: what is on top, and so the output:
         "none": tokens [B, 1 + N, D], the class token first;
         "pooler": {"tokens": [B, 1 + N, D], "pooled": [B, P]}, the class token through a linear
@@ -54,6 +56,9 @@ class VitConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-12
     qkv_bias: bool = True
+    patch_bias: bool = True
+    head_bias: bool = True
+    pre_norm: bool = False
     head: Literal["none", "pooler", "classify"] = "classify"
     num_classes: int = 2
     attention_scale: float | None = None
@@ -95,12 +100,15 @@ class PatchEmbedding(nnx.Module):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
         down, across = config.patch_size
         patch = (None, down), (None, across), ("channel", config.num_channels)
-        self.patches = Linear(patch, (embed,), bias=True, dtype=dtype, rngs=rngs)
+        self.patches = Linear(patch, (embed,), bias=config.patch_bias, dtype=dtype, rngs=rngs)
         rows = 1 + config.grid[0] * config.grid[1]
         positions = jax.random.normal(rngs.params(), (rows, config.embed_dim)) * 0.02
         self.class_token = param(jnp.zeros((config.embed_dim,), dtype), ("embed",))
         self.positions = param(positions.astype(dtype), ("position", "embed"))
         self.grid, self.patch_size = config.grid, config.patch_size
+        if config.pre_norm:
+            self.norm = Norm(embed, kind="layer", eps=config.norm_eps, dtype=dtype)
+        self.pre_norm = config.pre_norm
 
     def __call__(self, images: Array) -> Array:
         batch, channels = images.shape[0], images.shape[3]
@@ -109,7 +117,8 @@ class PatchEmbedding(nnx.Module):
         x = x.reshape(batch, rows, down, columns, across, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(x.reshape(batch, rows * columns, down, across, channels))
         first = lax.broadcast_in_dim(self.class_token[...], (batch, 1, x.shape[2]), (2,))
-        return jnp.concatenate([first, x], axis=1) + self.positions[...][None]
+        x = jnp.concatenate([first, x], axis=1) + self.positions[...][None]
+        return self.norm(x) if self.pre_norm else x
 
 
 class VitBlock(nnx.Module):
@@ -143,7 +152,7 @@ class VitHead(nnx.Module):
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         embed, dtype = ("embed", config.embed_dim), jnp.dtype(config.dtype)
-        kw = {"bias": True, "dtype": dtype, "rngs": rngs}
+        kw = {"bias": config.head_bias, "dtype": dtype, "rngs": rngs}
         self.norm = Norm(embed, kind="layer", eps=config.norm_eps, dtype=dtype)
         if config.head == "pooler":
             # Not named "embed", so that a cut of the stream leaves the pooled vector whole.
