@@ -51,6 +51,7 @@ class Expected(NamedTuple):
       most_examples: that the client may have trained on; infinity where nobody knows.
       most_steps: that its machine has time for.
       largest: magnitude of an entry.
+      says: texts that a reply also has: its fault, and a message of masks.
     """
 
     config: Mapping[str, Any]
@@ -59,6 +60,7 @@ class Expected(NamedTuple):
     most_examples: float = math.inf
     most_steps: float = math.inf
     largest: float = 1e30
+    says: tuple[str, ...] = ("fault",)
 
 
 class Taken(NamedTuple):
@@ -77,7 +79,7 @@ def check_reply(reply: Reply, expected: Expected) -> Taken:
     """
     if reply.failure:
         raise Refusal(f"It failed: {reply.failure[:300]}")
-    _check_config(reply.config, expected.config)
+    _check_config(reply.config, expected.config, expected.says)
     fault = reply.config["fault"]
     parts = expected.info if fault else {**expected.upload, **expected.info}
     arrays = unpack(reply.wires, parts)
@@ -95,9 +97,11 @@ def check_reply(reply: Reply, expected: Expected) -> Taken:
     return Taken(listed(expected.upload), listed(expected.info), str(fault))
 
 
-def _check_config(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_config(
+    config: Mapping[str, Any], wanted: Mapping[str, Any], says: tuple[str, ...]
+) -> None:
     """The names and numbers of an answer, which are those of the order."""
-    allowed = {*wanted, "fault"}
+    allowed = {*wanted, *says}
     if missing := sorted(allowed - set(config)):
         raise Refusal(f"It does not say its {missing[0]}.")
     if more := sorted(map(str, set(config) - allowed)):
@@ -108,6 +112,8 @@ def _check_config(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             raise Refusal(f"Its {name} is {str(given)[:80]!r}, where {value!r} was asked for.")
     if not isinstance(config["fault"], str) or len(config["fault"]) > 1000:
         raise Refusal("Its fault is no short text.")
+    if not isinstance(config.get("message", ""), str):
+        raise Refusal("Its message is no text.")
 
 
 def check_info(info: Info, expected: Expected) -> None:

@@ -23,6 +23,7 @@ from jaxfm.federated.algorithm import Info, added
 from jaxfm.federated.client import combined, receive, send
 from jaxfm.federated.cohort import Report, RoundInfo, Slots, cohorts_of, draw, joined, round_keys
 from jaxfm.federated.remote.checking import Refused, Reply, as_tree, check_info, check_reply
+from jaxfm.federated.remote.masked_round import masked_sum
 from jaxfm.federated.remote.orders import (
     Order,
     Remote,
@@ -32,6 +33,7 @@ from jaxfm.federated.remote.orders import (
     order_of,
     side_of,
 )  # fmt: skip
+from jaxfm.federated.remote.site import is_masked
 from jaxfm.federated.remote.standalone import NEVER, Refusal, not_finite
 from jaxfm.federated.remote.trees import flat, tree_of
 from jaxfm.federated.rounds import RunState
@@ -71,14 +73,18 @@ def play_round(
         if remote.most_examples is None or remote.most_examples[i] > 0:
             side = sides[int(remote.bucket_of[i])]
             orders[i] = order_of(remote, state, side, i, held.get(i, {}))
-    taken, refused = _collect(remote, state, sides, orders, exchange(orders))
+    if any(is_masked(side.shapes) for side in sides.values()):
+        taken, sums, refused = _collect_masked(remote, state, sides, orders, exchange)
+    else:
+        taken, refused = _collect(remote, state, sides, orders, exchange(orders))
+        sums = _by_bucket(remote, cohort, taken)
     _remember(held, orders, taken)
-    totals = _totals(remote, state, sides, cohort, taken)
+    totals = _totals(remote, state, sides, sums)
     after, figures = jax.jit(remote.algorithm.server)(
         state.run.server, totals, remote.public, round_keys(key, number)[3]
     )
     counted = np.array(state.counted)
-    counted[[i for i, own in taken.items() if own.sums is not None]] = number
+    counted[[i for i, own in taken.items() if own.counts]] = number
     run = state.run._replace(server=after, round=state.run.round + 1)
     report = _report(remote, sides, drawn, taken, figures)
     return state._replace(run=run, counted=counted), report, refused
@@ -88,10 +94,12 @@ class _Own(NamedTuple):
     """What a client contributed.
 
     Attributes:
-      sums: as of `Bucket.receive`; None where its numbers were not finite.
+      counts: whether it is in the sums; its numbers were not finite where it is not.
+      sums: as of `Bucket.receive`; None where it does not count, or its upload was masked.
       info: its report.
     """
 
+    counts: bool
     sums: PyTree
     info: Info
 
@@ -124,12 +132,12 @@ def _take(remote: Remote, state: RemoteState, side: Side, order: Order, reply: R
     info: Info = as_tree(side.shapes.info, leaves)
     check_info(info, expected)
     if fault:
-        return _Own(None, info)
+        return _Own(False, None, info)
     tree = tree_of(side.shapes.upload, upload)
     sums = receive(side.bucket, state.run.server, remote.public, tree)
     if sentence := not_finite(flat("received", sums)):
         raise Refusal(sentence)
-    return _Own(sums, info)
+    return _Own(True, sums, info)
 
 
 def _remember(held: Held, orders: Mapping[int, Order], taken: Mapping[int, _Own]) -> None:
@@ -142,20 +150,51 @@ def _remember(held: Held, orders: Mapping[int, Order], taken: Mapping[int, _Own]
         held[client] = {**held.get(client, {}), **dict(zip(names, marks, strict=True))}
 
 
+def _by_bucket(
+    remote: Remote, cohort: list[int], taken: Mapping[int, _Own]
+) -> dict[int, list[PyTree]]:
+    """What was received, by bucket, in the cohort's order."""
+    found: dict[int, list[PyTree]] = {}
+    for i in cohort:
+        if i in taken and taken[i].counts:
+            found.setdefault(int(remote.bucket_of[i]), []).append(taken[i].sums)
+    return found
+
+
+def _collect_masked(
+    remote: Remote, state: RemoteState, sides: Mapping[int, Side], orders: Mapping[int, Order],
+    exchange: Exchange,
+) -> tuple[dict[int, _Own], dict[int, list[PyTree]], list[Refused]]:  # fmt: skip
+    """As `_collect`, of uploads that nobody but their client sees: one sum of each bucket."""
+    taken: dict[int, _Own] = {}
+    sums: dict[int, list[PyTree]] = {}
+    refused: list[Refused] = []
+    for b, side in sides.items():
+        own = {i: order for i, order in orders.items() if remote.bucket_of[i] == b}
+        found = masked_sum(remote, side, own, exchange)
+        refused += found.refused
+        if found.lost:
+            rest = own.keys() - {one.client for one in found.refused} - found.faulty.keys()
+            refused += [Refused(i, found.lost) for i in sorted(rest)]
+        taken |= {i: _Own(False, None, info) for i, info in found.faulty.items()}
+        taken |= {i: _Own(True, None, info) for i, info in found.infos.items()}
+        if not found.lost:
+            sums[b] = [receive(side.bucket, state.run.server, remote.public, found.upload)]
+    return taken, sums, refused
+
+
 def _totals(
-    remote: Remote, state: RemoteState, sides: Mapping[int, Side], cohort: list[int],
-    taken: Mapping[int, _Own],
+    remote: Remote, state: RemoteState, sides: Mapping[int, Side],
+    sums: Mapping[int, list[PyTree]],
 ) -> PyTree:  # fmt: skip
-    """The sums of all buckets, each added up in the cohort's order."""
+    """The sums of all buckets."""
     totals, server = None, state.run.server
     for b, bucket in enumerate(remote.algorithm.buckets):
         if not (remote.bucket_of == b).any():
             continue
-        own = [taken[i] for i in cohort if i in taken and remote.bucket_of[i] == b]
-        received = [one.sums for one in own if one.sums is not None]
         download = sides[b].download if b in sides else send(bucket, server, remote.public)
-        sums = combined(bucket, server, remote.public, download, remote.like, received)
-        lifted = bucket.lift(server, sums)
+        own = combined(bucket, server, remote.public, download, remote.like, sums.get(b, []))
+        lifted = bucket.lift(server, own)
         totals = lifted if totals is None else added(totals, lifted)
     return totals
 
@@ -176,7 +215,7 @@ def _report(
             own = taken.get(int(client))
             if own is None:
                 columns.append(Report(flag(0), flag(0), nothing))
-            elif own.sums is None:
+            elif not own.counts:
                 columns.append(Report(flag(0), flag(1), nothing._replace(spent=own.info.spent)))
             else:
                 columns.append(Report(flag(1), flag(0), own.info))

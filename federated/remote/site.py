@@ -15,6 +15,7 @@ from jax import export
 from jaxfm.federated.algorithm import Algorithm, Bucket, ClientData, Profile
 from jaxfm.federated.remote.standalone import save_arrays, write_text
 from jaxfm.federated.remote.trees import flat, leaves_of, shapes_of, tree_of, words_of
+from jaxfm.federated.wrappers.secure import SecureUpload
 from jaxfm.model import Key, PyTree, Variables
 
 
@@ -58,6 +59,11 @@ def shapes_of_client(bucket: Bucket, server: PyTree, public: PyTree, data: PyTre
     memory = jax.eval_shape(bucket.init_client, download, *data, key)
     upload, _, info = jax.eval_shape(bucket.client, download, memory, *data, key)
     return Shapes(download, key, memory, shapes_of(data), upload, info)
+
+
+def is_masked(shapes: Shapes) -> bool:
+    """Whether uploads are words that are summed under masks (`with_secure_sums`)."""
+    return isinstance(shapes.upload, SecureUpload)
 
 
 def first_program(bucket: Bucket, shapes: Shapes) -> export.Exported:
@@ -113,5 +119,9 @@ def prepare_site(folder: pathlib.Path, client: Client, b: int) -> None:
     for name, program in (("first", first_program), ("step", step_program)):
         (folder / f"{name}.bin").write_bytes(program(buckets[b], shapes).serialize())
     leaves = {part: leaves_of(part, tree) for part, tree in shapes._asdict().items()}
-    about = {"leaves": leaves, "own_randomness": buckets[b].privacy == "clients"}
+    about = {
+        "leaves": leaves,
+        "own_randomness": buckets[b].privacy == "clients",
+        "is_masked": is_masked(shapes),
+    }
     write_text(folder / "about.json", json.dumps(about))  # the last: now it is complete

@@ -170,11 +170,13 @@ class Site(NamedTuple):
       folder: of the client in this run.
       leaves: by part ("download", "key", "memory", "data", "upload", "info"), names to `Leaf`.
       own_randomness: whether the client draws keys that the server cannot know.
+      is_masked: whether its uploads leave it only under masks.
     """
 
     folder: pathlib.Path
     leaves: dict[str, dict[str, Leaf]]
     own_randomness: bool
+    is_masked: bool
 
 
 def open_site(folder: pathlib.Path) -> Site:
@@ -184,7 +186,7 @@ def open_site(folder: pathlib.Path) -> Site:
         part: {name: Leaf(dtype, tuple(shape)) for name, (dtype, shape) in own.items()}
         for part, own in about["leaves"].items()
     }
-    return Site(folder, leaves, bool(about["own_randomness"]))
+    return Site(folder, leaves, bool(about["own_randomness"]), bool(about["is_masked"]))
 
 
 def answer(
@@ -210,6 +212,24 @@ def answer(
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder, config)
     site = open_site(folder)
+    if site.is_masked or "stage" in config:
+        from jaxfm.federated.remote.masked import answer_stage
+
+        if not (site.is_masked and "stage" in config):
+            raise Refusal("A run masks the uploads of all its clients, or of none.")
+        return answer_stage(config, wires, site)
+    upload, info, fault = trained(config, wires, site)
+    return about_of(config) | {"fault": fault}, pack(info if fault else upload | info)
+
+
+def about_of(config: Config) -> Config:
+    """What a reply says of its order."""
+    return {name: config[name] for name in ("run", "round", "client", "nonce")}
+
+
+def trained(config: Config, wires: Mapping[str, Any], site: Site) -> tuple[Arrays, Arrays, str]:
+    """One round of the client, whose memory is written: upload, report, and what is not finite."""
+    folder = site.folder
     download, first = _download(config, wires, site)
     memory = _memory(config, site, download, first)
     data = load_arrays(folder / "data.safetensors")
@@ -220,13 +240,12 @@ def answer(
         dict(zip(site.leaves[part], map(np.asarray, values), strict=True))
         for part, values in zip(("upload", "memory", "info"), outputs, strict=True)
     )
-    about = {name: config[name] for name in ("run", "round", "client", "nonce")}
     fault = not_finite(upload) or not_finite(kept)
     if not fault:
         number = int(config["round"])
         save_arrays(folder / f"memory_{number:08d}.safetensors", kept)
         _forget(folder, {number, int(config["counted"])})
-    return about | {"fault": fault}, pack(info if fault else upload | info)
+    return upload, info, fault
 
 
 def _folder(config: Config, root: pathlib.Path) -> pathlib.Path:

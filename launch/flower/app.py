@@ -16,6 +16,10 @@ from jaxfm.federated.remote import standalone
 
 PACKAGE = "jaxfm_app"
 VARIABLES = "variables.safetensors"  # of the trained model, in the run's folder
+_COPIED = {  # what a client's process needs, so that it need not import the library
+    **dict.fromkeys(("remote.standalone", "remote.masked"), "."),
+    **{f"secure.{name}": "secure" for name in ("client", "keys", "messages", "shamir", "texts")},
+}
 _CARRIED = "carried_"  # before the name of a file that travels with the app
 _PYPROJECT = """[build-system]
 requires = ["hatchling"]
@@ -83,7 +87,15 @@ def write_app(folder: pathlib.Path, words: list[str], limits: Mapping[str, float
     (package / "__init__.py").write_text('"""A federated run."""\n')
     (package / "server.py").write_text(_SERVER)
     (package / "client.py").write_text(_CLIENT)
-    shutil.copyfile(standalone.__file__, package / "standalone.py")
+    for name, folder in _COPIED.items():
+        source = importlib.import_module(f"jaxfm.federated.{name}").__file__ or ""
+        text = pathlib.Path(source).read_text()
+        text = text.replace("jaxfm.federated.remote", PACKAGE)
+        text = text.replace("jaxfm.federated.secure", f"{PACKAGE}.secure")
+        path = package / folder / f"{name.rpartition('.')[2]}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    (package / "secure" / "__init__.py").write_text('"""Secure sums."""\n')
 
 
 def _carried(word: str, package: pathlib.Path) -> str:

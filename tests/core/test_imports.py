@@ -34,7 +34,9 @@ INSIDE: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "federated.foundation": (None, ("federated.accounting", "federated.wrappers")),
     "federated.audit": (("algorithm", "local"), ()),
     "federated.parts": (("algorithm", "averaging", "local", "registry"), ()),
-    "federated.remote": (None, ("federated.accounting",)),
+    "federated.remote": (
+        None, ("federated.accounting", "federated.secure", "federated.wrappers")
+    ),
     "federated.secure": ((), ()),
     "federated.wrappers": (("algorithm",), ("federated.accounting", "federated.parts")),
     "federated.algorithms": (

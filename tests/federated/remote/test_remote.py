@@ -34,10 +34,15 @@ def _program(exported: bytes):
     return jax.jit(jax.export.deserialize(bytearray(exported)).call)
 
 
+def shared_program(path):
+    """The program of a file, compiled once for all clients of this process."""
+    return _program(path.read_bytes())
+
+
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """Clients of one process share their compiled programs."""
-    monkeypatch.setattr(standalone, "_program", lambda path: _program(path.read_bytes()))
+    monkeypatch.setattr(standalone, "_program", shared_program)
 
 
 def local_exchange(name, people, root, carry=lambda config, wires: (config, wires)):
