@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from laws import PUBLIC, federation, make, population, start
-from test_remote import prepare_site
+from test_remote import shared_program
 
 from jaxfm.federated import compile_rounds
 from jaxfm.federated.client import client_data
