@@ -87,12 +87,12 @@ def write_app(folder: pathlib.Path, words: list[str], limits: Mapping[str, float
     (package / "__init__.py").write_text('"""A federated run."""\n')
     (package / "server.py").write_text(_SERVER)
     (package / "client.py").write_text(_CLIENT)
-    for name, folder in _COPIED.items():
+    for name, place in _COPIED.items():
         source = importlib.import_module(f"jaxfm.federated.{name}").__file__ or ""
         text = pathlib.Path(source).read_text()
         text = text.replace("jaxfm.federated.remote", PACKAGE)
         text = text.replace("jaxfm.federated.secure", f"{PACKAGE}.secure")
-        path = package / folder / f"{name.rpartition('.')[2]}.py"
+        path = package / place / f"{name.rpartition('.')[2]}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     (package / "secure" / "__init__.py").write_text('"""Secure sums."""\n')

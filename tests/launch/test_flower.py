@@ -7,6 +7,8 @@ import pathlib
 import shlex
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import tomllib
 
@@ -54,8 +56,12 @@ def test_an_app_carries_its_flags_and_all_that_a_client_needs(tmp_path):
     about = tomllib.loads((tmp_path / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert shlex.split(about["config"]["flags"]) == words
     assert read_flags(words).algorithm == "scaffold"
-    client = (tmp_path / "jaxfm_app/standalone.py").read_text()
-    assert "import jaxfm" not in client and "from jaxfm" not in client
+    carried = [*tmp_path.glob("jaxfm_app/**/*.py")]
+    assert {"standalone.py", "masked.py", "texts.py"} <= {path.name for path in carried}
+    library = [path.name for path in carried if "jaxfm.federated" in path.read_text()]
+    assert library == []
+    code = "import sys, jaxfm_app.masked; assert 'jaxfm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     with pytest.raises(ValueError, match="algorithm"):
         write_app(tmp_path, ["--algorithm=none"], {})
 
