@@ -63,6 +63,7 @@ from jaxfm.federated.averaging import (
 
 # Runs.
 from jaxfm.federated.client import client_data, client_key, python_round, run_client
+from jaxfm.federated.client_store import ClientStore
 from jaxfm.federated.cohort import Cohort, RoundInfo, Status, draw
 from jaxfm.federated.local import Local, local_fit, objective
 from jaxfm.federated.outcome import NothingLearned
@@ -99,6 +100,7 @@ from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
 from jaxfm.federated.run import TrainedRun, train
 from jaxfm.federated.saving import TrainedModel, save_adapter, save_model, trained_model
 from jaxfm.federated.slices import slice_bucket
+from jaxfm.federated.streamed import StreamedRounds
 from jaxfm.federated.wrappers.compression import quantised, top_k, with_compression
 from jaxfm.federated.wrappers.masters import wide_model, with_masters
 from jaxfm.federated.wrappers.private import with_privacy
@@ -116,6 +118,7 @@ __all__ = [
     "ClientCost",
     "ClientData",
     "ClientMemory",
+    "ClientStore",
     "Cohort",
     "Device",
     "Distill",
@@ -144,6 +147,7 @@ __all__ = [
     "Spent",
     "Stacked",
     "Status",
+    "StreamedRounds",
     "TrainedModel",
     "TrainedRun",
     "Vote",
