@@ -58,13 +58,13 @@ def test_a_cohort_of_everybody_gives_the_rounds_of_a_population_in_memory(exampl
 
 
 def test_memories_stay_with_their_clients_and_one_program_serves_all_cohorts(examples, tmp_path):
-    traced = []
+    traced, plain = [], algorithm()
 
     def server(*given):
         traced.append(1)
-        return algorithm().server(*given)
+        return plain.server(*given)
 
-    counted = algorithm()._replace(server=server)
+    counted = plain._replace(server=server)
     store = ClientStore(tmp_path / "memories", len(COUNT))
     with streamed(examples, tmp_path, 3, algorithm=counted, store=store) as rounds:
         state = rounds.init(MODEL.init(jax.random.key(1)), jax.random.key(2))
