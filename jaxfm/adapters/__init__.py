@@ -15,7 +15,12 @@ from jaxfm.adapters.prompts import (
     settled,
     soft_prompt,
 )
-from jaxfm.adapters.serving import for_requests, together
+from jaxfm.adapters.serving import (
+    for_requests,
+    prompts_for_requests,
+    prompts_together,
+    together,
+)
 from jaxfm.adapters.targets import PRESETS, choose
 
 __all__ = [
@@ -44,6 +49,8 @@ __all__ = [
     "pairs",
     "prefix_tuning",
     "prompt_pool",
+    "prompts_for_requests",
+    "prompts_together",
     "quantized",
     "read_prompts",
     "settled",

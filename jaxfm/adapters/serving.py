@@ -6,7 +6,8 @@
 
 Each row of a batch is multiplied by the low-rank matrices of its own adapter, gathered by number
 (Chen et al. 2023, Punica, section 4): one program, whoever asks. New requests change numbers only,
-`decoder._replace(variables=for_requests(variables, ids))`.
+`decoder._replace(variables=for_requests(variables, ids))`. Prompts and prefixes, too, may
+differ by row: `prompts_for_requests` chooses among those that `prompts_together` has read.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import jax.numpy as jnp
 
 from jaxfm.adapters.adapter import Kind, Site, adapt, adapter_of, fetch, leaf_paths
 from jaxfm.adapters.low_rank import LowRankConfig, pairs
+from jaxfm.adapters.prompts import num_virtual, read_prompts
 from jaxfm.adapters.targets import choose, rank_at
 from jaxfm.kernels import ManyLowRank
-from jaxfm.model import Array, Key, Model, PyTree, Variables
+from jaxfm.model import Array, Key, Model, PyTree, Variables, is_axes
+from jaxfm.trees import join_tree, split_tree
+from jaxfm.virtual_tokens import PREFIX
 
 _NAME = "many"
+_ROWS = ("layers", PREFIX)  # where the keys and values of a prompt are
 
 
 def together(
@@ -77,6 +82,67 @@ def for_requests(variables: Variables, ids: Sequence[int]) -> Variables:
         }
 
     return variables._replace(params=with_ids(variables.params))
+
+
+def prompts_together(
+    model: Model, variables: Variables, prompts: Sequence[PyTree]
+) -> tuple[Model, Variables]:
+    """Returns a model that holds several prompts, each read once, and its variables.
+
+    Args:
+      model: a causal language model with soft prompts or a prefix.
+      variables: of the model; its backbone is shared, its own prompt is not read.
+      prompts: `variables.params` of each, of as many tokens as the model's own.
+    Raises:
+      ValueError: no prompt, a model without one, or a prompt of another shape.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: give the params of at least one.")
+    if not num_virtual(model):
+        raise ValueError("The model has no prompt; put soft_prompt or prefix_tuning around it.")
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    for number, params in enumerate(prompts):
+        if jax.tree.structure(params) != jax.tree.structure(variables.params) or (
+            shapes(params) != shapes(variables.params)
+        ):
+            raise ValueError(
+                f"prompts[{number}] has leaves of {shapes(params)}, and the model's prompt of "
+                f"{shapes(variables.params)}: they are prompts of different models."
+            )
+    rows = [
+        fetch(read_prompts(model, variables._replace(params=params))[1].params, _ROWS)
+        for params in prompts
+    ]
+    reader, read = read_prompts(model, variables)
+    many = jax.tree.map(lambda *own: jnp.stack(own, axis=1), *rows)
+    names = jax.tree.map(
+        lambda own: (own[0], None, *own[1:]), fetch(reader.axes.params, _ROWS), is_leaf=is_axes
+    )
+    put = lambda tree, own: join_tree(split_tree(tree, lambda p: PREFIX in p)[0], _nested(own))
+    axes = reader.axes._replace(params=put(reader.axes.params, names))
+    return reader._replace(axes=axes), read._replace(params=put(read.params, many))
+
+
+def prompts_for_requests(variables: Variables, ids: Sequence[int]) -> Variables:
+    """Returns the variables of `prompts_together` for a batch of requests.
+
+    Args:
+      variables: of `prompts_together`, layers stacked.
+      ids: the number of the prompt of each row of the batch.
+    Raises:
+      ValueError: there is no prompt of a number.
+    """
+    rows = fetch(variables.params, _ROWS)
+    count = next(iter(rows.values())).shape[1]
+    if not len(ids) or min(ids) < 0 or max(ids) >= count:
+        raise ValueError(f"ids={list(ids)}: give numbers from 0 to {count - 1}, one a request.")
+    chosen = {name: x[:, jnp.asarray(ids, jnp.int32)] for name, x in rows.items()}
+    others = split_tree(variables.params, lambda path: PREFIX in path)[0]
+    return variables._replace(params=join_tree(others, _nested(chosen)))
+
+
+def _nested(rows: PyTree) -> PyTree:
+    return {_ROWS[0]: {_ROWS[1]: rows}}
 
 
 def _check(number: int, params: PyTree, own: PyTree) -> None:

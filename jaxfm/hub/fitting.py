@@ -53,7 +53,6 @@ _OTHER_HEADS = {
     "classify": re.compile(r"^(lm_head|score|cls|classifier|pooler|qa_outputs)\b"),
 }
 _OTHER_HEADS["tag"] = _OTHER_HEADS["classify"]
-_OTHER_HEADS["contrastive"] = re.compile(r"(?!)")  # there is none
 _OTHER_HEADS["masked_lm"] = re.compile(r"^(score|classifier|pooler|qa_outputs)\b")
 _DRAWN = ("head.score", "head.classifier", "head.pooler")
 
@@ -111,7 +110,9 @@ def load_for(
         raise ValueError(misfit)
     _check_inputs(config, data, folder)
     stored: Stored = hub_files.open_safetensors(folder)
-    if head in ("causal", "masked_lm", "contrastive"):
+    if isinstance(config, ClipConfig):
+        return Fitted(*fill(config, stored, dtype, None))
+    if head in ("causal", "masked_lm"):
         return Fitted(*fill(config, _passed_over(config, stored), dtype, None))
     named = hub_metadata.class_names(config.metadata)
     changes: dict[str, Any] = {"num_classes": len(data.classes)}
