@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxfm.tasks.hpc.frontend import lift, loops
 from jaxfm.tasks.hpc.frontend.verdict import judge_given
@@ -77,6 +77,7 @@ def translations_verified(
         found.append(
             {"text": Judgement("refuted", reason, "reader of translations")} if reason else {}
         )
+    steps: list[tuple[str, Callable[[Sequence], list[Judgement]]]]
     steps = [("compiler", built), ("integer sets", _proved)]
     steps += [(tool.name, _on_sizes if tool.claim == "same results" else tool.verify)
               for tool in tools if tool.executes]  # fmt: skip
