@@ -20,11 +20,12 @@ import numpy as np
 from jaxfm.config import check as check_fields
 from jaxfm.config import check_whole, option
 from jaxfm.launch.hpc import training
+from jaxfm.launch.hpc.training import HEADS
 from jaxfm.tasks.hpc import reader as readers
 from jaxfm.tasks.hpc.dataracebench import read_folder
 from jaxfm.tasks.hpc.pipelines import SHIPPED
 from jaxfm.tasks.hpc.reader import Reader
-from jaxfm.tasks.hpc.records import SPLITS, record
+from jaxfm.tasks.hpc.records import record, splits
 from jaxfm.tasks.hpc.stored import stored_splits
 
 TESTS = ("in distribution", "unseen coefficients", "unseen family", "longer bodies",
@@ -79,6 +80,8 @@ def scores(reader: Reader, rows: dict[str, list], names=TESTS, baselines=True) -
         figures = task.metric(list(labels), list(chances))
         if "safe_below" in reader.facts:
             figures |= training.safe_figures(labels, chances, reader.facts["safe_below"])
+        if task.place and HEADS[reader.task].head == "locate":
+            figures |= task.place(test, training.ranked_lines(reader, test))
         found[name] = {"rows": len(test), "model": figures}
     if baselines:
         joined = [row for name in names for row in rows[name]]
@@ -87,7 +90,25 @@ def scores(reader: Reader, rows: dict[str, list], names=TESTS, baselines=True) -
             for name in names:
                 own, said = said[: len(rows[name])], said[len(rows[name]) :]
                 found[name][kind] = task.metric([row.label for row in rows[name]], list(own))
+        for kind, baseline in (task.place_baselines or {}).items():
+            for name in names:
+                lines = baseline(rows["train"], rows[name])
+                found[name][kind] = task.place(rows[name], lines) if task.place else {}
     return found
+
+
+def rows_for(reader: Reader, items: int, test: int, folder="", processes=1) -> dict[str, list]:
+    """The splits that a model is scored on; those of "cost" have programs, and are not kept.
+
+    Args:
+        reader: The model; its facts say with which seed it was trained.
+        items, test: Programs drawn to train on, and for each other split.
+        folder, processes: See `stored_splits`.
+    """
+    names, seed = ("train", *TESTS), int(reader.facts.get("data_seed", 0))
+    if reader.task == "cost":
+        return splits(record(reader.task), seed, items, test, names)
+    return stored_splits(reader.task, seed, items, test, names, folder=folder, processes=processes)
 
 
 def benchmark_scores(reader: Reader, folder: str) -> dict[str, float]:
@@ -118,11 +139,7 @@ def main(config: EvaluateConfig, say: Callable[[str], None] = print) -> None:
     """Scores and prints."""
     reader = readers.load(config.model or SHIPPED / "race-detection")
     items = config.items or int(reader.facts.get("items", 30000))
-    names = [name for name in SPLITS if name == "train" or name in TESTS]
-    rows = stored_splits(
-        reader.task, int(reader.facts.get("data_seed", 0)), items, config.test, names,
-        folder=config.cache, processes=config.processes,
-    )  # fmt: skip
+    rows = rows_for(reader, items, config.test, config.cache, config.processes)
     found = scores(reader, rows, baselines=config.baselines)
     if config.dataracebench_dir:
         found["DataRaceBench"] = {"model": benchmark_scores(reader, config.dataracebench_dir)}

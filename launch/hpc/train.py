@@ -55,7 +55,7 @@ class TrainConfig:
 
     out: str = option("", "folder to write, which must be new or empty")
     path: tuple[str, ...] = option((), "not used: train reads no files", repeat=True)
-    task: str = option("race-detection", "race-detection or program-race")
+    task: str = option("race-detection", "race-detection, program-race or cost")
     graph: bool = option(True, "read the dependence graph beside the tokens")
     tokenizer: str = option("lexer-renamed", "byte, bpe, lexer or lexer-renamed")
     max_len: int = option(160, "tokens that are read of a source")

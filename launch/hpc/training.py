@@ -34,12 +34,14 @@ class Head(NamedTuple):
         objective: The task that is trained.
         targets: `(rows, arrays of encode, reading) -> further arrays`.
         predict: `outputs -> predictions`, as the record's metric takes them.
+        num_classes: Of `CodeEncoderConfig`.
     """
 
     head: Literal["classify", "locate", "embed"]
     objective: Task
     targets: Callable[[Rows, Mapping[str, np.ndarray], Reading], dict[str, np.ndarray]]
     predict: Callable[[Any], np.ndarray]
+    num_classes: int = 2
 
 
 def _labels(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
@@ -54,9 +56,18 @@ def _labels_and_lines(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndar
     return _labels(rows, arrays, reading) | {"where": where}
 
 
+_LEAST = 20  # batches that a group of rows is worth a program of its own for
+_MIDDLE = 4.0  # about the mean of log10 of operations, so that an untrained output is near it
+
+
+def _values(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
+    return {"value": np.array([row.label for row in rows], np.float32) - _MIDDLE}
+
+
 HEADS: dict[str, Head] = {
     "race-detection": Head("classify", encoding.classify(2), _labels, probabilities),
     "program-race": Head("locate", encoding.locate(), _labels_and_lines, probabilities),
+    "cost": Head("classify", encoding.regress(), _values, lambda y: y[:, 0] + _MIDDLE, 1),
 }
 
 
@@ -79,7 +90,7 @@ class Fit:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0
-    buckets: int = 3
+    buckets: int = 2
     chunk: int = 10
 
 
@@ -122,7 +133,7 @@ def encoder(task: str, reading: Reading, **shape: int):
         CodeEncoderConfig(
             vocab_size=reading.tokenizer.vocab_size, max_len=reading.max_len,
             num_relations=encoding.NUM_RELATIONS if reading.max_edges else 0,
-            head=HEADS[task].head, **shape,
+            head=HEADS[task].head, num_classes=HEADS[task].num_classes, **shape,
         )
     )  # fmt: skip
 
@@ -157,7 +168,8 @@ def fit(
     if not rows or not validation:
         raise ValueError("There are no rows to train on; draw some items.")
     model, head = encoder(task, reading, **shape), HEADS[task]
-    parts = groups(arrays_of(task, rows, reading), settings.buckets, settings.batch_size)
+    least = _LEAST * settings.batch_size
+    parts = groups(arrays_of(task, rows, reading), settings.buckets, least)
     warm = max(1, min(200, settings.steps // 10))
     rate = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, warm, settings.steps, settings.learning_rate / 50
@@ -206,6 +218,19 @@ def predict(reader: Reader, rows: Rows) -> np.ndarray:
     """Predictions for rows, as the record's metric takes them."""
     arrays = reader.reading.arrays([row.source for row in rows])
     return HEADS[reader.task].predict(forward(reader.model, reader.variables, arrays))
+
+
+def ranked_lines(reader: Reader, rows: Rows) -> list[list[int]]:
+    """For each row, its lines by how likely the race is there, the likeliest first."""
+    sources = [compact(row.source) for row in rows]
+    arrays = reader.reading.arrays(sources)
+    scores = forward(reader.model, reader.variables, arrays)["tokens"]
+    found = []
+    for source, start, score in zip(sources, arrays["start"], scores):
+        lines = encoding.line_of(source, start, reader.reading.tokenizer)
+        most = {n: score[lines == n].max() for n in np.unique(lines) if n}
+        found.append(sorted(most, key=lambda n: -most[n]))
+    return found
 
 
 def safe_below(

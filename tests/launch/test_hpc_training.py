@@ -132,7 +132,7 @@ def test_dataracebench_is_read_without_comments_and_names(tmp_path, reader):
 def test_wrong_settings_are_refused(tmp_path):
     module, words = commands.command(["train", "--task=pragmas"])
     assert module is train and words[1:] == ["--task=pragmas"]
-    with pytest.raises(ValueError, match="train one of race-detection, program-race"):
+    with pytest.raises(ValueError, match="train one of race-detection, program-race, cost"):
         train.TrainConfig(task="pragmas")
     with pytest.raises(ValueError, match="train reads no files"):
         train.TrainConfig(path=("a.c",))
