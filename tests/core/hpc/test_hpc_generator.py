@@ -136,6 +136,126 @@ class Plain:
         return found
 
 
+class Region(Plain):
+    """A region's threads by the dice: who runs an iteration, a section or a `single` is drawn.
+
+    Accesses of one phase, the time between two barriers, by two threads are unordered.
+    """
+
+    def __init__(self, program, rng):
+        self.rng, self.threads, self.phase = rng, rng.choice((2, 3, 5)), 0
+        super().__init__(program)
+
+    def by(self, thread, body):
+        self.iteration = (self.phase, thread)
+        self.run(body)
+        self.iteration = None
+
+    def run(self, body):
+        for s in body:
+            directive = s.pragma.directive if getattr(s, "pragma", None) else ""
+            waits = directive and not any(c.name == "nowait" for c in s.pragma.clauses)
+            if directive == "parallel":
+                self.run(s.body)
+            elif directive in ("sections", "parallel sections"):
+                for k, section in enumerate(s.body):  # as many threads as sections
+                    self.by(k, section.body)
+            elif directive == "for":
+                self.shared(s)
+            elif directive in ("single", "master"):
+                self.by(0 if directive == "master" else self.rng.randrange(self.threads), s.body)
+                waits = waits and directive == "single"
+            elif directive != "barrier":
+                super().run((s,))
+                continue
+            self.phase += bool(waits)
+
+    def shared(self, s):
+        points = range(self.eval(s.lower), self.eval(s.upper), s.step)
+        chunks = s.pragma.named("schedule")
+        for number, i in enumerate(points):
+            thread = self.rng.randrange(self.threads)
+            if chunks[:1] == ("static",):
+                size = int(chunks[1]) if chunks[1:] else -(-len(points) // self.threads)
+                thread = number // size % self.threads
+            self.env[s.var] = i
+            self.by(thread, s.body)
+
+
+class Tasks(Plain):
+    """Tasks as the nodes of a graph: two that no path joins are unordered."""
+
+    def __init__(self, program):
+        self.before, self.children, self.outs, self.ins = {}, [], {}, {}
+        super().__init__(program)
+
+    def node(self, *earlier):
+        number = len(self.before)
+        self.before[number] = {*earlier}.union(*(self.before[k] for k in earlier))
+        return number
+
+    def run(self, body):
+        for s in body:
+            directive = s.pragma.directive if getattr(s, "pragma", None) else ""
+            if directive == "parallel":
+                self.iteration = self.node()
+                self.run(s.body)
+                self.iteration = None
+            elif directive == "single":
+                self.run(s.body)
+            elif directive == "task":
+                self.task(s)
+            elif directive in ("taskwait", "taskgroup"):
+                first = 0 if directive == "taskwait" else len(self.children)
+                if directive == "taskgroup":
+                    self.run(s.body)
+                self.iteration = self.node(self.iteration, *self.children[first:])
+            else:
+                super().run((s,))
+
+    def task(self, s):
+        creator, self.iteration = self.iteration, None
+        earlier, places = {creator}, []
+        for clause in s.pragma.clauses:
+            for a in clause.arguments:
+                place = (a.array, self.eval(a.subscripts[0])) if isinstance(a, Ref) else (a, 0)
+                places.append((place, clause.modifier != "in"))
+                earlier |= self.outs.get(place, set())
+                earlier |= self.ins.get(place, set()) if clause.modifier != "in" else set()
+        self.iteration = task = self.node(*earlier)
+        self.run(s.body)
+        for place, writes in places:
+            if writes:
+                self.outs[place], self.ins[place] = {task}, set()
+        for place, writes in places:
+            if not writes:
+                self.ins.setdefault(place, set()).add(task)
+        self.children.append(task)
+        self.iteration = self.node(creator)
+
+    def races(self):
+        return {
+            a[1]
+            for a, b in itertools.combinations(self.log, 2)
+            if a[1:3] == b[1:3] and (a[3] or b[3]) and not (a[4] and a[4] == b[4])
+            and a[0] != b[0] and not {a[0], b[0]} & (self.before[a[0]] | self.before[b[0]])
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["region", "sections", "tasks"])
+def test_labels_of_teams_agree_with_drawn_schedules_and_with_graphs(family):
+    rng, counts = random.Random(7), collections.Counter()
+    for item in generate(61, 40, [family]):
+        if family == "tasks":
+            racing = bool(Tasks(item.program).races())
+        else:
+            draws = 12 if family == "region" else 1
+            racing = any(Region(item.program, rng).races() for _ in range(draws))
+        assert item.racy == racing, loop_source(item.program).text
+        counts[item.racy] += 1
+    assert min(counts.values()) > 8
+
+
 def one_loop(item):
     return item.family in LOOPS
 
