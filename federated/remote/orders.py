@@ -76,6 +76,11 @@ class RemoteState(NamedTuple):
     name: np.ndarray
 
     @property
+    def server(self) -> PyTree:
+        """The algorithm's server state."""
+        return self.run.server
+
+    @property
     def text(self) -> str:
         """The name of the run as text."""
         return bytes(np.asarray(self.name, np.uint8)).hex()

@@ -45,6 +45,7 @@ class Served(NamedTuple):
       test: metrics of the global model on the test set; empty where there is no global model.
       refused: rounds (from 1) and refusals, of this call.
       round_s: seconds by the clock of each round of this call, replies awaited.
+      scored: the bucket whose model stands for the global one, as of `TrainedRun`.
     """
 
     state: RemoteState
@@ -53,6 +54,7 @@ class Served(NamedTuple):
     test: dict[str, float]
     refused: list[tuple[int, Refused]]
     round_s: list[float]
+    scored: int | None
 
 
 def remote_of(prepared: Prepared, data: Data, cohort_size: int) -> Remote:
@@ -132,6 +134,7 @@ def serve(
         test=watch(played.state, subsample(data.test, test_examples), ""),
         refused=refused,
         round_s=round_s,
+        scored=trained_bucket(prepared.algorithm, prepared.placement.bucket),
     )
 
 

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -150,6 +150,7 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
     from jaxfm.federated.remote.run import serve
     from jaxfm.federated.remote.trees import flat
     from jaxfm.launch.federate import ready
+    from jaxfm.launch.saving import save
     from jaxfm.run_folder import in_folder, open_run, save_results
 
     config = flags_of(run_config)
@@ -171,6 +172,7 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
     save_results(run_dir, "flower", results | {"refused": refused})
     variables = flat("variables", result.state.run.server.variables)
     standalone.save_arrays(run_dir / VARIABLES, variables)
+    save(prepared, cast(Any, result), data, config.model.folder, run_dir)
 
 
 def prepare_client(folder: pathlib.Path, order: Mapping[str, Any], context: Any) -> None:
