@@ -21,7 +21,7 @@ import numpy as np
 from jaxfm.data.dealing import Data, subsample
 from jaxfm.data.federation import client_weights
 from jaxfm.federated.accounting.metrics import global_metrics
-from jaxfm.federated.accounting.privacy import epsilon_line
+from jaxfm.federated.accounting.privacy import check_same_noise, epsilon_line
 from jaxfm.federated.client import client_data
 from jaxfm.federated.measuring import EVAL_BATCH, evaluation_key, trained_bucket
 from jaxfm.federated.outcome import Account, add_round, no_account, totals_by_name, warn
@@ -43,6 +43,7 @@ class Served(NamedTuple):
       totals: of all clients, as of `TrainedRun`.
       history: a line of figures for each round of this call.
       test: metrics of the global model on the test set; empty where there is no global model.
+      ended: why a budget of privacy ended the run before its last round; else empty.
       refused: rounds (from 1) and refusals, of this call.
       round_s: seconds by the clock of each round of this call, replies awaited.
       scored: the bucket whose model stands for the global one, as of `TrainedRun`.
@@ -52,6 +53,7 @@ class Served(NamedTuple):
     totals: dict[str, float]
     history: list[Line]
     test: dict[str, float]
+    ended: str
     refused: list[tuple[int, Refused]]
     round_s: list[float]
     scored: int | None
@@ -97,6 +99,7 @@ def serve(
     remote = remote_of(prepared, data, cohort_size)
     watch = functools.partial(_measured, prepared, data)
     some = subsample(data.validation, eval_examples)
+    privacy = prepared.algorithm.privacy
     held: Held = {}
     refused: list[tuple[int, Refused]] = []
     round_s: list[float] = []
@@ -120,7 +123,11 @@ def serve(
             watch(state, some, "validation/")
             | epsilon_line(prepared.algorithm.privacy, state.run.server)
         ),
-        server=lambda state: state.run.server,
+        server=lambda state: state.server,
+        ends=lambda number, state, account: (
+            privacy.ends(int(state.server.released)) if privacy is not None else ""
+        ),
+        check=lambda number, state: check_same_noise(privacy, state.server),
     )
     played = play(
         script, start(remote, prepared.variables, jax.random.key(seed + 1)),
@@ -132,6 +139,7 @@ def serve(
         totals=totals_by_name(played.account, prepared.placement),
         history=played.history,
         test=watch(played.state, subsample(data.test, test_examples), ""),
+        ended=played.ended,
         refused=refused,
         round_s=round_s,
         scored=trained_bucket(prepared.algorithm, prepared.placement.bucket),

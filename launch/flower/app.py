@@ -78,7 +78,7 @@ def write_app(folder: pathlib.Path, words: list[str], limits: Mapping[str, float
       words: the flags.
       limits: as of `flower.Limits`, by name.
     """
-    read_flags(words)  # raises where they are none
+    _check(read_flags(words))
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     words = [_carried(word, package) for word in words]
@@ -131,6 +131,17 @@ def read_flags(words: list[str]) -> Any:
     return configs.read_command(cls, argv, own)
 
 
+def _check(config: Any) -> None:
+    """Refuses options that only a simulation has."""
+    for name in ("compare", "phases", "drop_rate", "byte_budget", "clients_at_once"):
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name}={value} is for simulations and changes nothing for real clients; leave "
+                f"out --{name}."
+            )
+
+
 def server_app() -> Any:
     """A Flower ServerApp that plays the run that its config's "flags" describe."""
     from flwr.serverapp import ServerApp
@@ -165,6 +176,8 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
         cohort_size=config.cohort_size, seed=config.seed, eval_every=config.eval_every,
         eval_examples=config.eval_examples, test_examples=config.test_examples, run_dir=run_dir,
     )  # fmt: skip
+    if result.ended:
+        print(result.ended)
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
     refused = [{"round": number, **one._asdict()} for number, one in result.refused]

@@ -11,7 +11,6 @@ import pathlib
 import sys
 
 from jaxfm.config import option
-from jaxfm.launch.flower.app import read_flags
 from jaxfm.launch.flower.join import JoinConfig, joined
 from jaxfm.launch.flower.serve import ServeConfig, listening, make_app, submit
 
@@ -42,7 +41,6 @@ def main(config: LocalConfig, words: list[str]) -> None:
 
 def play(config: LocalConfig, words: list[str]) -> int:
     """Runs everything; returns the exit status of `flwr run`."""
-    read_flags(words)
     app = make_app(config, words)
     clients = JoinConfig(
         tuple(range(config.clients)), f"{config.host}:{config.port}",

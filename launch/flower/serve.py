@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 
 from jaxfm.config import check, check_whole, option
-from jaxfm.launch.flower.app import read_flags, write_app
+from jaxfm.launch.flower.app import write_app
 from jaxfm.launch.flower.processes import (
     CONNECTION,
     Certificates,
@@ -106,7 +106,6 @@ def make_app(config: ServeConfig, words: list[str]) -> pathlib.Path:
 
 def main(config: ServeConfig, words: list[str]) -> None:
     """Serves one run."""
-    read_flags(words)
     app = make_app(config, words)
     with listening(config) as home:
         print(f"The server listens at {config.host}:{config.port}; its app is {app}.")

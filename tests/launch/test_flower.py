@@ -64,6 +64,8 @@ def test_an_app_carries_its_flags_and_all_that_a_client_needs(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     with pytest.raises(ValueError, match="algorithm"):
         write_app(tmp_path, ["--algorithm=none"], {})
+    with pytest.raises(ValueError, match=r"drop_rate=0\.2 is for simulations"):
+        write_app(tmp_path, [*FLAGS, "--drop_rate=0.2"], {})
 
 
 @pytest.mark.parametrize(
