@@ -5,6 +5,7 @@ import datetime
 import importlib.util
 import pathlib
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
@@ -164,3 +165,28 @@ def test_real_processes_give_the_numbers_of_the_simulation(tmp_path):
             assert submit(home, make_app(serve, words)) == 0
             found = load_arrays(tmp_path / algorithm / VARIABLES)
             chex.assert_trees_all_close(found, simulated(words), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs_flower
+def test_nodes_with_a_wrong_key_or_another_authority_do_not_get_in(tmp_path):
+    """Each ends by itself, and the logs say why; the server goes on."""
+    ours, others = certificates(tmp_path / "ours"), certificates(tmp_path / "others")
+    wrong = {"key": (ours, others), "authority": (others, ours)}
+    port = free_port()
+    serve = ServeConfig(folder=str(tmp_path / "server"), port=port, certificates=str(ours))
+    with listening(serve), contextlib.ExitStack() as stack:
+        nodes = []
+        for name, (authority, keys) in wrong.items():
+            folder = tmp_path / name
+            folder.mkdir()
+            shutil.copy(authority / "ca.pem", folder)
+            shutil.copy(keys / "client-0.key", folder)
+            join = JoinConfig((0,), f"127.0.0.1:{port}", str(folder), str(folder))
+            nodes += stack.enter_context(joined(join))
+        assert [node.wait(300) for node in nodes] == [1, 1]
+    log = lambda name: (tmp_path / name / "node_0/supernode.log").read_text()
+    assert "Failed to activate SuperNode" in log("key")
+    assert "certificate verify failed" in log("authority")
+    server = (tmp_path / "server/superlink.log").read_text()
+    assert "No SuperNode found with the given public key" in server
