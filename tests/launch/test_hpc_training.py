@@ -155,3 +155,14 @@ def test_a_folder_that_is_no_reader_is_refused(tmp_path, reader):
     file.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         readers.load(tmp_path / "model")
+
+
+def test_the_model_of_the_package_is_small_and_knows_plain_loops():
+    folder = pipelines.SHIPPED / "race-detection"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8_000_000
+    races = hpc.pipeline("race-detection")
+    safe = LOOP.replace("a[i - 1]", "b[i]")
+    shared = LOOP.replace("a[i] = a[i - 1]", "s += b[i]")
+    reduced = shared.replace("for\n", "for reduction(+: s)\n", 1)
+    chances = [answer.probability for answer in races([LOOP, safe, shared, reduced])]
+    assert [chance > 0.5 for chance in chances] == [True, False, True, False]
