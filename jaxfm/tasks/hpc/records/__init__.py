@@ -6,7 +6,7 @@ that another split holds in the same normal form are left out, so nothing is see
 here holds the tasks of one kind and registers them.
 """
 
-from jaxfm.tasks.hpc.records import cost, language, pragma, race, similarity, translation
+from jaxfm.tasks.hpc.records import cost, language, pragma, race, similarity, translation, tuning
 from jaxfm.tasks.hpc.records.contract import (
     SPLITS,
     UNSEEN_FAMILIES,
@@ -24,5 +24,5 @@ from jaxfm.tasks.hpc.records.contract import (
 __all__ = [
     "SPLITS", "UNSEEN_FAMILIES", "Baseline", "Example", "Record", "cost", "drawn", "fresh",
     "language", "names", "pragma", "race", "record", "register", "similarity",
-    "splits", "translation",
+    "splits", "translation", "tuning",
 ]  # fmt: skip
