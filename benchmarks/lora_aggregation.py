@@ -73,7 +73,7 @@ LOWEST = 2
 class Config:
     """What is measured."""
 
-    quick: bool = option(False, "few rounds, one seed, one learning rate, fewer methods")
+    quick: bool = option(False, "one layer, 12 rounds, one seed, one learning rate, two methods")
     num_rounds: int = option(30, "rounds of each method")
     num_seeds: int = option(3, "partitions and adapters")
     num_clients: int = option(10, "clients, half of them in a round")
@@ -139,14 +139,13 @@ def prepare(quick: bool) -> Work:
         for part in (slice(400), slice(400, None))
     )
     turned = server | {"image": np.rot90(server["image"], axes=(1, 2)).copy()}
-    width = 16 if quick else 32
     model = vit(
         VitConfig(
-            image_size=8, patch_size=2, num_channels=1, num_classes=10, embed_dim=width,
-            num_layers=1 if quick else 2, num_heads=4, mlp_dim=2 * width,
+            image_size=8, patch_size=2, num_channels=1, num_classes=10, embed_dim=32,
+            num_layers=1 if quick else 2, num_heads=4, mlp_dim=64,
         )
     )  # fmt: skip
-    alone = fed_avg(model, TASK, Local(optax.adam(3e-3), 32, 10 if quick else 60))
+    alone = fed_avg(model, TASK, Local(optax.adam(3e-3), 32, 60))
     population = people(federate(turned, [np.arange(400)]), 1)
     engine = compile_rounds(alone, population, cohort_size=1)
     state, _ = engine.run(engine.init(jax.jit(model.init)(jax.random.key(0)), jax.random.key(0)))
@@ -226,7 +225,7 @@ def megabytes(work: Work, row: Row) -> np.ndarray:
 
 def main(config: Config) -> None:
     if config.quick:
-        config = dataclasses.replace(config, num_rounds=4, num_seeds=1, rates=config.rates[1:2])
+        config = dataclasses.replace(config, num_rounds=12, num_seeds=1, rates=config.rates[1:2])
     work = prepare(config.quick)
     names = QUICK if config.quick else tuple(ROWS)
     table: dict[str, dict[str, float]] = {}

@@ -23,7 +23,17 @@ from jaxfm.config import check, check_whole, option
 from jaxfm.data.dealing import Data
 from jaxfm.data.federation import Federation
 from jaxfm.federated import Local, fed_avg
-from jaxfm.federated.continual import Learned, Stage, by_groups, ewc, learn, lwf, rehearsed
+from jaxfm.federated.continual import (
+    Learned,
+    Routed,
+    Stage,
+    by_groups,
+    ewc,
+    learn,
+    learn_adapters,
+    lwf,
+    rehearsed,
+)
 from jaxfm.launch.adapters import AdapterConfig, adapted
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
@@ -32,7 +42,7 @@ from jaxfm.model import Model
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 
-WAYS = ("none", "replay", "ewc", "lwf")
+WAYS = ("none", "replay", "ewc", "lwf", "adapters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +56,8 @@ class ContinualConfig:
     protect: tuple[str, ...] = option(
         ("none", "replay"),
         "ways to protect what was learned, on the same stream: none; replay of kept rows; ewc, "
-        "elastic weight consolidation; lwf, distillation from the last stage's model",
+        "elastic weight consolidation; lwf, distillation from the last stage's model; adapters, "
+        "one for each stage and a router among them (with --adapter)",
     )
     capacity: int = option(20, "replay: rows that a client keeps of its past")
     ewc: float = option(100.0, "ewc: strength of the penalty")
@@ -93,7 +104,7 @@ def stream(config: ContinualConfig, data: Data) -> list[Stage]:
     return by_groups(train, test, stage_of(owner), stage_of(test_owner), owner=owner, **common)
 
 
-def run(config: ContinualConfig, data: Data, model: Model, way: str) -> Learned:
+def run(config: ContinualConfig, data: Data, model: Model, way: str) -> Learned | Routed:
     """One way of protection over the whole stream."""
     local = Local(make_optimizer(config.local), config.batch_size, config.epochs)
     stages, between = stream(config, data), None
@@ -104,12 +115,17 @@ def run(config: ContinualConfig, data: Data, model: Model, way: str) -> Learned:
         algorithm, between = ewc(model, data.task, local, strength=config.ewc)
     elif way == "lwf":
         algorithm, between = lwf(model, data.task, local, strength=config.lwf)
-    return learn(
-        algorithm, model, data.task, stages, model.init(jax.random.key(config.seed)),
-        cohort_size=config.cohort_size, seed=config.seed + 1, between=between,
-        folder=pathlib.Path(config.run_dir) / "checkpoints" / way,
-        mesh=make_mesh(clients=len(jax.devices())),
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "cohort_size": config.cohort_size, "seed": config.seed + 1,
+        "folder": pathlib.Path(config.run_dir) / "checkpoints" / way,
+        "mesh": make_mesh(clients=len(jax.devices())),
+    }  # fmt: skip
+    variables = model.init(jax.random.key(config.seed))
+    if way == "adapters":
+        return learn_adapters(
+            algorithm, model, data.task, stages, variables, num_classes=len(data.classes), **common
+        )
+    return learn(algorithm, model, data.task, stages, variables, between=between, **common)
 
 
 def _owners(federation: Federation) -> tuple[np.ndarray, np.ndarray]:

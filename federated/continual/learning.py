@@ -123,7 +123,7 @@ def learn(
         accuracy=np.zeros((len(stages), len(stages))),
         loss=np.zeros(sum(stage.rounds for stage in stages)),
     )
-    with _checkpoints(folder) as saved, _stops(folder) as asked:
+    with checkpoints(folder) as saved, stops(folder) as asked:
         done = 0
         if saved is not None and saved.latest_step() is not None:
             done, (state, record) = saved.restore(like=(state, record))
@@ -155,9 +155,11 @@ class _Record(NamedTuple):
     loss: np.ndarray
 
 
-def _checkpoints(folder: str | pathlib.Path | None) -> Any:
+def checkpoints(folder: str | pathlib.Path | None) -> Any:
+    """A context of the folder's checkpoints, the last of which is kept; None without a folder."""
     return contextlib.nullcontext() if folder is None else Checkpointer(folder, keep=1)
 
 
-def _stops(folder: str | pathlib.Path | None) -> Any:
+def stops(folder: str | pathlib.Path | None) -> Any:
+    """A context of whether the run was asked to stop; never, where nothing can be saved."""
     return contextlib.nullcontext(lambda: False) if folder is None else stop_requests()

@@ -190,6 +190,7 @@ def _passed_over(config: hub_config.Config, stored: Stored) -> Stored:
     """Returns the tensors without those of heads that this config does not have."""
     shapes = jax.eval_shape(build(config).init, jax.random.key(0)).params
     wanted = {short_name(name) for name in tensor_map(config, flatten_dict(shapes, sep="."))}
+    assert not isinstance(config, ClipConfig)  # it has one form, and no head
     other = _OTHER_HEADS[config.head]
     keeps = lambda short: short in wanted or not other.match(short)
     return {name: tensor for name, tensor in stored.items() if keeps(short_name(name))}
