@@ -18,9 +18,9 @@ from jaxfm.federated.foundation.central import TrainState, train_steps
 from jaxfm.model import Array, Model, Variables
 from jaxfm.models.families.decoder import DecoderConfig, decoder
 from jaxfm.parallel.mesh import make_mesh
-from jaxfm.tasks import evaluate
-from jaxfm.tasks.language import completion
-from jaxfm.tokenizer import Tokenizer, padding_id
+from jaxfm.tasks import causal_lm, completion, evaluate
+from jaxfm.tasks.hpc.lexer import rename, restore
+from jaxfm.tokenizer import Tokenizer, bytes_per_token, padding_id
 
 CHUNK = 10  # steps of one length in a row
 
@@ -30,6 +30,13 @@ class Pair(NamedTuple):
 
     prompt: str
     answer: str
+
+
+def in_order(prompt: str, answer: str) -> Pair:
+    """Both with the names v0, v1, ... that `lexer.rename` gives those of the prompt."""
+    given = rename(prompt)
+    short = {name: new for new, name in given.names.items()}
+    return Pair(given.text, restore(answer, short))
 
 
 class Completer(NamedTuple):
@@ -99,6 +106,7 @@ def train(
     learning_rate: float = 2e-3,
     prompt_weight: float = 0.0,
     seed: int = 0,
+    start: Variables | None = None,
 ) -> Iterator[Progress]:
     """Trains a decoder on rows of `encode`, a chunk of steps at a time.
 
@@ -114,6 +122,7 @@ def train(
         learning_rate: The largest one.
         prompt_weight: Of the prompt's tokens in the loss.
         seed: Of parameters, batches and the order of lengths.
+        start: Variables to begin with; None: new ones.
     """
     groups = [group for group in groups if len(group["tokens"])]
     if not groups:
@@ -123,7 +132,7 @@ def train(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
     task = completion(padding_id(tokenizer), prompt_weight)
     model = decoder(config)
-    variables = model.init(jax.random.key(seed))
+    variables = model.init(jax.random.key(seed)) if start is None else start
     state = TrainState(
         variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32),
         jax.random.key(seed + 1),
@@ -154,3 +163,18 @@ def scores(completer: Completer, groups: Sequence[dict[str, np.ndarray]]) -> dic
     ]
     total = sum(count for count, _ in found)
     return {name: sum(n * m[name] for n, m in found) / total for name in found[0][1]}
+
+
+def bits_per_byte(completer: Completer, groups: Sequence[dict[str, np.ndarray]]) -> float:
+    """Bits spent on all texts of rows without prompts, their ends included, over their bytes."""
+    sizes = bytes_per_token(completer.tokenizer)
+    task = causal_lm(sizes, padding_id(completer.tokenizer))
+    bits = num_bytes = 0.0
+    for group in groups:
+        if not len(group["tokens"]):
+            continue
+        own = float(sizes[group["tokens"][:, 1:]].sum())
+        rows = {"tokens": group["tokens"]}
+        metrics = evaluate(completer.model.apply, completer.variables, task, rows, 64)
+        bits, num_bytes = bits + metrics["bits_per_byte"] * own, num_bytes + own
+    return bits / num_bytes

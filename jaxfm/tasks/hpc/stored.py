@@ -26,8 +26,8 @@ def generator_version() -> str:
     """A digest of the modules that decide what is drawn."""
     here = pathlib.Path(__file__).parent
     parts = ("families", "proofs", "records")
-    names = ("generator", "lexer", "mutations", "naming", "operations", "program",
-             "render", "render_fortran")  # fmt: skip
+    names = ("directives", "generator", "lexer", "mutations", "naming", "operations",
+             "pragma_grammar", "program", "render", "render_fortran")  # fmt: skip
     files = [here / f"{name}.py" for name in names]
     files += [file for part in parts for file in sorted((here / part).glob("*.py"))]
     digest = hashlib.sha256()

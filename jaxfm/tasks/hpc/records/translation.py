@@ -81,7 +81,7 @@ def copied(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
 def everywhere(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
     """`parallel for` before every outer loop, in C."""
     bare = "#pragma omp parallel for"
-    programs = [row.item.program for row in test]
+    programs = [row.item.program for row in test if row.item]
     return [translated(p, [(path, bare) for path in outer_loops(p)], "c") for p in programs]
 
 

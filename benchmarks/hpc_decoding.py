@@ -1,0 +1,248 @@
+"""Decoders for HPC code: directives (T2), code as text (T7), whole functions (T8), tokens/s.
+
+    python benchmarks/hpc_decoding.py [--quick] [--cache=FOLDER] [--parts=t2,t7,t8,speed]
+
+T2: a decoder is trained on "loop, then its directive" for some minutes, with the loss on the
+directive, and answers held-out loops under the grammar of each: greedily (verified@1), and by the
+first of five answers that the proofs pass (verified@5). An answer counts by what the exact
+enumeration says of the program that has it, not by its text. Not trivial are the loops whose answer
+has clauses or is a refusal. The first of --tokenizers is the one whose decoder is used further.
+T7: bits per byte of decoders with each tokenizer, of an n-gram model and of xz, on held-out
+functions, and with --files on C or Fortran files of your own. T8: the T2 decoder puts directives
+into whole serial functions, which are built, run and watched in the sandbox. Speed: tokens a second
+of directives by lookup and by plain decoding, one loop at a time; both must write the same tokens.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import numpy as np
+
+from jaxfm.launch.hpc.completions import (
+    Completer,
+    Pair,
+    bits_per_byte,
+    encode,
+    in_order,
+    prompt_ids,
+    scores,
+    train,
+)
+from jaxfm.launch.hpc.writing import figures, judged, translate, write
+from jaxfm.models.families.decoder import DecoderConfig
+from jaxfm.parallel import generate, lookup, plain
+from jaxfm.tasks.hpc import directives, records
+from jaxfm.tasks.hpc.records import SPLITS, Example
+from jaxfm.tasks.hpc.records.pragma import not_trivial, question
+from jaxfm.tasks.hpc.stored import stored_splits
+from jaxfm.tasks.hpc.tokenizers import make_tokenizer
+from jaxfm.tasks.hpc.verifiers.translation import translations_verified
+
+SHAPES = {"quick": (32, 1), "full": (96, 3)}  # width and layers
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="little data, few steps")
+    parser.add_argument("--parts", default="t2,t7,t8,speed")
+    parser.add_argument("--cache", default="", help="folder in which drawn programs are kept")
+    parser.add_argument("--tokenizers", default="", help="of T2, the first is used further")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each training of T2")
+    parser.add_argument("--minutes_language", type=float, default=8.0, help="of each one of T7")
+    parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
+    parser.add_argument("--files", nargs="*", default=[], help="sources on which T7 is scored, too")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.tokenizers = args.tokenizers or ("lexer-renamed" if args.quick else "lexer-renamed,byte")
+    args.items, args.tests, args.steps = (120, 14, 20) if args.quick else (36000, 200, 2000)
+    return args
+
+
+def fitted(args, groups, tokenizer, minutes: float, steps: int) -> Completer:
+    """A decoder trained until its steps or its minutes end."""
+    width, layers = SHAPES["quick" if args.quick else "full"]
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, embed_dim=width, num_layers=layers, num_heads=4,
+        mlp_dim=5 * width // 2, max_len=1024,
+    )  # fmt: skip
+    began = time.monotonic()
+    progress = None
+    for done in train(config, groups, tokenizer, steps=steps, learning_rate=3e-3):
+        progress = done
+        if time.monotonic() - began > 60 * minutes:
+            break
+    assert progress is not None
+    size = sum(leaf.size for leaf in jax.tree.leaves(progress.completer.variables.params))
+    print(f"{progress.steps} steps in {time.monotonic() - began:.0f} s, {size:,} parameters, "
+          f"loss {progress.loss:.3f}", flush=True)  # fmt: skip
+    return progress.completer
+
+
+def widths(tokenizer_name: str) -> tuple[int, ...]:
+    """Lengths of rows; what is longer is left out of training."""
+    return (144, 200, 280) if tokenizer_name == "byte" else (80, 112, 152)
+
+
+def t2_tests(args) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Training rows without items, and test rows with them."""
+    task = records.record("pragma")
+    kept = stored_splits(
+        "pragma", args.seed, args.items, args.tests, folder=args.cache, processes=args.processes
+    )
+    tests = {}
+    for name in SPLITS[2:]:
+        sources = {row.source for row in kept[name]}
+        rows = records.drawn(task, args.seed, name, 0, args.tests)
+        tests[name] = [row for row in rows if row.source in sources]
+    return kept["train"], tests
+
+
+def t2(args, results: dict) -> Completer:
+    """Trains with each tokenizer; scores the first on all splits, beside the baselines."""
+    rows, tests = t2_tests(args)
+    first = None
+    for name in args.tokenizers.split(","):
+        renames = name == "lexer-renamed"
+        tokenizer = make_tokenizer("lexer" if renames else name, vocab_size=1024)
+        pair = in_order if renames else Pair
+        pairs = [pair(row.source, row.label) for row in rows]
+        groups = encode(pairs, tokenizer, widths(name))
+        completer = fitted(args, groups, tokenizer, args.minutes, args.steps)
+        held = [pair(row.source, row.label) for row in tests["in distribution"]]
+        print(f"T2 {name}: {scores(completer, encode(held, tokenizer, (*widths(name), 512)))}")
+        written = write(completer, [question(row) for row in tests["in distribution"]])
+        results[f"t2_verified_at_1_{name}"] = figures(written)["verified_at_1_not_trivial"]
+        first = first or completer
+    task = records.record("pragma")
+    for split, own in tests.items():
+        asked = [question(row) for row in own]
+        shown = figures(write(first, asked))
+        for name, baseline in task.baselines.items():
+            found = figures(judged(asked, [str(text) for text in baseline(rows, own)]))
+            shown[name] = found["verified_at_1_not_trivial"]
+        share = np.mean([not_trivial(q.answer) for q in asked])
+        print(f"T2 {split}: {len(own)} loops, {share:.2f} not trivial;", rounded(shown), flush=True)
+        results["t2"] = results.get("t2", {}) | {split: rounded(shown)}
+    inside = results["t2"]["in distribution"]
+    results["t2_verified_at_1"] = inside["verified_at_1_not_trivial"]
+    results["t2_verified_at_5"] = inside["verified_at_5_not_trivial"]
+    return first
+
+
+def t7(args, results: dict) -> None:
+    """Bits per byte of decoders and of models without any network."""
+    task = records.record("language")
+    items = args.items if args.quick else args.items // 3
+    kept = stored_splits(
+        "language", args.seed, items, args.tests, ("train", "in distribution", "unseen family"),
+        folder=args.cache, processes=args.processes,
+    )  # fmt: skip
+    tests = {name: kept[name] for name in ("in distribution", "unseen family")}
+    if args.files:
+        texts = [pathlib.Path(file).read_text(errors="replace") for file in args.files]
+        whole = "\n".join(texts)
+        pieces = [whole[at : at + 400] for at in range(0, len(whole), 400)]
+        tests["files"] = [Example(p, len(p.encode()), (), "", None) for p in pieces]
+    found: dict = {name: {} for name in tests}
+    for name, baseline in task.baselines.items():
+        for split, own in tests.items():
+            bits = task.metric([row.label for row in own], baseline(kept["train"], own))
+            found[split][name] = bits["bits_per_byte"]
+    texts = [row.source for row in kept["train"]]
+    for name in ("byte", "bpe", "lexer"):
+        tokenizer = make_tokenizer(name, texts[:5000], 1024)
+        lengths = (256, 384, 512) if name == "byte" else (128, 192, 288)
+        groups = encode([Pair("", text) for text in texts], tokenizer, lengths)
+        completer = fitted(args, groups, tokenizer, args.minutes_language, args.steps)
+        for split, own in tests.items():
+            held = encode([Pair("", row.source) for row in own], tokenizer, (512, 1023))
+            found[split][f"decoder, {name}"] = bits_per_byte(completer, held)
+    for split, shown in found.items():
+        print(f"T7 {split}:", rounded(shown), flush=True)
+    results["t7_bits_per_byte"] = {split: rounded(shown) for split, shown in found.items()}
+
+
+def t8(args, results: dict, completer: Completer) -> None:
+    """Whole functions with the decoder's directives, beside the baselines."""
+    task = records.record("translation")
+    rows = records.drawn(task, args.seed, "in distribution", 0, 14 if args.quick else 100)
+    rows = rows[: 4 if args.quick else 50]
+    programs = [row.item.program for row in rows if row.item]
+    answers = {name: baseline([], rows) for name, baseline in task.baselines.items()}
+    answers["decoder"] = translate(completer, programs)
+    answers["decoder, checked"] = translate(completer, programs, checked=True)
+    shown: dict = {}
+    for name, texts in answers.items():
+        said = translations_verified(list(zip(programs, texts)))
+        built = [v.judgements.get("compiler") for v in said]
+        shown[name] = {
+            "built_at_1": np.mean([j is not None and j.verdict == "confirmed" for j in built]),
+            "right_at_1": np.mean([v.verdict == "confirmed" for v in said]),
+            "not_told": np.mean([v.verdict == "cannot tell" for v in said]),
+        }
+        print(f"T8 {name}: {len(rows)} functions;", rounded(shown[name]), flush=True)
+    results["t8"] = {name: rounded(values) for name, values in shown.items()}
+
+
+def speed(args, results: dict, completer: Completer) -> None:
+    """Tokens a second of directives, one loop at a time."""
+    rows = records.drawn(records.record("pragma"), args.seed + 1, "in distribution", 0, 40)
+    asked = [directives.in_order(question(row)) for row in rows if not_trivial(str(row.label))]
+    asked = [q for q in asked if q.answer != "none"][: 3 if args.quick else 12]
+    made = {"plain": plain, "lookup": lookup}
+    decoders = {name: make(completer.model, completer.variables) for name, make in made.items()}
+    seconds, tokens, passes = {}, {}, {}
+    for name, decoder in decoders.items():
+        run = lambda q, decoder=decoder: generate(
+            decoder, [prompt_ids(q.source, completer.tokenizer)], ticks=64, max_new_tokens=64,
+            grammar=directives.grammar_of(q), tokenizer=completer.tokenizer,
+            stop_tokens=completer.tokenizer.eos_id,
+        )  # fmt: skip
+        for q in asked:
+            run(q)
+        seconds[name], results_ = 0.0, []
+        for q in asked:
+            took = []
+            for _ in range(2 if args.quick else 5):
+                began = time.perf_counter()
+                result = run(q)
+                took.append(time.perf_counter() - began)
+            results_.append(result)
+            seconds[name] += min(took)
+        tokens[name] = [r.tokens[0].tolist() for r in results_]
+        passes[name] = sum(int(r.stats.passes[0]) for r in results_)
+    if tokens["plain"] != tokens["lookup"]:
+        raise SystemExit("The tokens of lookup are not those of plain decoding.")
+    count = sum(map(len, tokens["plain"]))
+    print(f"speed: {count} tokens;", {n: f"{count / s:.0f} a second" for n, s in seconds.items()})
+    results["verified_decoding_speedup"] = round(seconds["plain"] / seconds["lookup"], 3)
+    results["tokens_a_pass"] = {name: round(count / n, 2) for name, n in passes.items()}
+
+
+def rounded(shown: dict) -> dict:
+    return {name: round(float(value), 3) for name, value in shown.items()}
+
+
+def main() -> None:
+    args = parse()
+    parts = args.parts.split(",")
+    results: dict = {"name": "hpc_decoding", "seed": args.seed, "machine": platform.machine()}
+    completer = None
+    if {"t2", "t8", "speed"} & set(parts):
+        completer = t2(args, results)
+    if "t7" in parts:
+        t7(args, results)
+    if "t8" in parts:
+        t8(args, results, completer)
+    if "speed" in parts:
+        speed(args, results, completer)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
