@@ -40,6 +40,7 @@ class Example(NamedTuple):
 
 
 Baseline = Callable[[Sequence[Example], Sequence[Example]], np.ndarray | list]
+PlaceBaseline = Callable[[Sequence[Example], Sequence[Example]], list[list[int]]]
 
 
 class Record(NamedTuple):
@@ -64,7 +65,7 @@ class Record(NamedTuple):
     baselines: dict[str, Baseline]
     verifier: str
     place: Callable[[Sequence[Example], Sequence[Sequence[int]]], dict[str, float]] | None = None
-    place_baselines: dict[str, Baseline] | None = None
+    place_baselines: dict[str, PlaceBaseline] | None = None
 
 
 _RECORDS: dict[str, Record] = {}
