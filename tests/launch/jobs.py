@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600  # of a machine that others keep busy
 
 
 class Process:

@@ -3,7 +3,10 @@
 import socket
 
 import pytest
+from absl import flags as absl_flags
 
+from jaxfm.config import define_flags, read_command
+from jaxfm.launch.simulate import SimulateConfig
 from jaxfm.processes import Job, JoinError, detect, first_host, given, join
 
 SLURM = {
@@ -121,3 +124,10 @@ def test_a_silent_coordinator_ends_in_time():
         port = probe.getsockname()[1]
     with pytest.raises(JoinError, match="did not answer process 1 within 1 s"):
         join(Job(f"localhost:{port}", 2, 1), timeout_s=1)
+
+
+def test_a_script_of_one_process_says_so():
+    values = absl_flags.FlagValues()
+    define_flags(SimulateConfig, values)
+    with pytest.raises(ValueError, match=r"this one runs in one\.$"):
+        read_command(SimulateConfig, ["simulate", "--coordinator=a:1"], values)
