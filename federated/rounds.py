@@ -69,8 +69,8 @@ class Rounds(NamedTuple):
         rows that only fill a device.
     """
 
-    init: Callable[[Variables, Key], RunState]
-    run: Callable[..., tuple[RunState, RoundInfo]]
+    init: Callable[[Variables, Key], Any]
+    run: Callable[..., tuple[Any, RoundInfo]]
     members: tuple[np.ndarray, ...]
 
 

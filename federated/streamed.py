@@ -187,7 +187,7 @@ class StreamedRounds:
                 f"fetch gave count of shape {np.shape(visit.count)} and examples {shapes}; give "
                 f"counts [{k}] and leaves [{k}, longest, ...]."
             )
-        examples = {
+        examples: dict[str, Any] = {
             name: np.asarray(x).reshape(-1, *np.shape(x)[2:]) for name, x in visit.examples.items()
         }
         start = np.arange(k, dtype=np.int32) * longest

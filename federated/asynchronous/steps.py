@@ -174,7 +174,8 @@ def _run(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState,
 def _step(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState, RoundInfo]:
     """One server step, of the updates in the buffer."""
     people, public = fixed
-    (bucket,), *arrivals, lasting = steps.algorithm.buckets, *arrivals
+    (bucket,) = steps.algorithm.buckets
+    *arrivals, lasting = arrivals
     now = bucket.send(state.server, public)
     write = lambda x, new: x.at[state.round % steps.history].set(new)
     sent = jax.tree.map(write, state.sent, now)

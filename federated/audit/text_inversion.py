@@ -166,8 +166,8 @@ def _search(
         start = jax.random.normal(key, (num, len(tokens)))
         (weights, _), _ = lax.scan(step, (start, adam.init(start)), length=how.steps)
         chosen = jnp.argmax(jnp.where(there, weights, -jnp.inf), axis=-1).astype(jnp.int32)
-        start = chosen, jnp.float32(jnp.inf), jnp.bool_(True)
-        chosen, least, _ = lax.while_loop(lambda carry: carry[2], exchange, start)
+        first = chosen, jnp.float32(jnp.inf), jnp.bool_(True)
+        chosen, least, _ = lax.while_loop(lambda carry: carry[2], exchange, first)
         return InvertedText(tokens[chosen].astype(jnp.int32).reshape(size), least)
 
     return lax.map(one, keys)

@@ -102,9 +102,8 @@ def prompts_together(
         raise ValueError("The model has no prompt; put soft_prompt or prefix_tuning around it.")
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     for number, params in enumerate(prompts):
-        if jax.tree.structure(params) != jax.tree.structure(variables.params) or (
-            shapes(params) != shapes(variables.params)
-        ):
+        same = jax.tree.structure(params) == jax.tree.structure(variables.params)  # type: ignore[operator]
+        if not same or shapes(params) != shapes(variables.params):
             raise ValueError(
                 f"prompts[{number}] has leaves of {shapes(params)}, and the model's prompt of "
                 f"{shapes(variables.params)}: they are prompts of different models."

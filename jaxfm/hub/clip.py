@@ -58,7 +58,9 @@ _RULES = {
 
 def tensor_map(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Placement, ...]]:
     """Returns the tensors of a CLIP's file, of the shapes of its leaves by dotted path."""
-    found = {"logit_scale": (Placement("scale", None, "->", (), (), 0),)}
+    found: dict[str, tuple[Placement, ...]] = {
+        "logit_scale": (Placement("scale", None, "->", (), (), 0),)
+    }
     for tower, rules in _RULES.items():
         start = f"{tower}."
         own = {path[len(start) :]: x for path, x in shapes.items() if path.startswith(start)}
@@ -89,7 +91,7 @@ def from_hf(fields: Mapping[str, Any], activations: Mapping[str, str]) -> ClipCo
             f"{', '.join(activations)}."
         )
     tower = lambda own: Tower(**{ours: own[theirs] for ours, theirs in _TOWER.items()})
-    sides = {
+    sides: dict[str, Any] = {
         name: (image[name], image[name]) if isinstance(image[name], int) else tuple(image[name])
         for name in ("image_size", "patch_size")
     }

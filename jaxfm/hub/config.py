@@ -212,7 +212,7 @@ def _field_names(family: str, head: str) -> dict[str, str]:
     return FIELDS[family] | (_SCORE if scores else {})
 
 
-def _require_widths(config: Config, family: str) -> None:
+def _require_widths(config: DecoderConfig | EncoderConfig | VitConfig, family: str) -> None:
     """Raises where the widths of attention are none that the family's classes can have."""
     if family == "llama" and config.embed_dim % config.num_heads:
         raise ValueError(
@@ -248,7 +248,7 @@ def _rotary_fields(config: DecoderConfig) -> dict[str, Any]:
 def _require_same(config: Config, read: Config, architecture: str) -> None:
     """Raises where what would be read back from the file differs from what is saved."""
     free = {"dtype", "remat", "attention_scale", "rope_scaling", "metadata"}
-    if not isinstance(config, DecoderConfig) and config.head == "none":
+    if isinstance(config, EncoderConfig | VitConfig) and config.head == "none":
         free.add("head")  # a bare model without its pooler
     fields = [field.name for field in dataclasses.fields(config) if field.name not in free]
     pairs = {name: (getattr(config, name), getattr(read, name)) for name in fields}

@@ -173,8 +173,9 @@ def _check_inputs(config: hub_config.Config, data: Data, folder: pathlib.Path) -
             f"{data.tokenizer.vocab_size}; read it with the folder's own tokenizer."
         )
     length = data.validation["tokens"].shape[1] - (kind_of(data.validation) == "language")
-    roberta = isinstance(config, EncoderConfig) and config.family == "roberta"
-    most = config.max_len - (config.pad_id + 1 if roberta else 0)  # type: ignore[operator]
+    most = config.max_len
+    if isinstance(config, EncoderConfig) and config.family == "roberta":
+        most -= config.pad_id + 1  # type: ignore[operator]
     if length > most:
         raise ValueError(
             f"{folder} takes at most {most} tokens, and rows have {length}; give a smaller "

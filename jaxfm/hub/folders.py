@@ -86,9 +86,8 @@ def load(
         config = read_config(folder)
         stored = hub_files.open_safetensors(folder)
         has_pooler = any(name.endswith("pooler.dense.weight") for name in stored)
-        bare = isinstance(config, EncoderConfig | VitConfig) and config.head == "pooler"
-        if bare and not has_pooler:
-            config = dataclasses.replace(config, head="none")
+        if isinstance(config, EncoderConfig | VitConfig) and config.head == "pooler":
+            config = config if has_pooler else dataclasses.replace(config, head="none")
         return fill(config, stored, dtype, shardings)
 
 

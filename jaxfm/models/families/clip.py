@@ -35,7 +35,7 @@ class Tower:
     mlp_dim: int
 
     def __post_init__(self):
-        check_fields(self, positive=[field.name for field in dataclasses.fields(self)], choices={})
+        check_fields(self, positive=tuple(f.name for f in dataclasses.fields(self)), choices={})
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}."
