@@ -221,7 +221,7 @@ def colours(tmp_path_factory):
     return DataConfig(source="cifar10", folder=str(path), partition="iid", num_clients=4)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("decoder", "encoder")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("decoder", "encoder", "clip")])
 def test_every_family_makes_ten_classes_of_coloured_images(colours, family):
     data = load_data(colours, seed=0)
     model = make_model(ModelConfig(family=family), data)
