@@ -3,9 +3,8 @@
     save_for_device("phone", bucket.model, bucket.shared(server), inputs)
 
 writes params.safetensors and model.stablehlo, the program `(tensors, inputs) -> output`, which
-`jax.export.deserialize` runs with JAX alone; `program.call` takes what is in the file by name. (No
-maintained exporter from JAX to ONNX was found.) As a Hugging Face folder, where the architecture
-has one: `jaxfm.hub.save`.
+`jax.export.deserialize` runs with JAX alone; `program.call` takes what is in the file by name. As
+a Hugging Face folder, where the architecture has one: `jaxfm.hub.save`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A command is a module with `CONFIG`, its config class, and `main`, which takes o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -29,22 +30,26 @@ def command(argv: Sequence[str]) -> tuple[ModuleType, list[str]]:
     Returns:
         The command's module, and a program's name with flags: a file becomes --path=file.
     Raises:
-        ValueError: The command is unknown.
+        ValueError: The command is unknown, or reads no files and is given one.
     """
     name = argv[0] if argv else ""
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         hint = f" {suggest(name, COMMANDS)}" if name else ""
         raise ValueError(f"Give one of the commands {known}.{hint if 'Known' not in hint else ''}")
+    module = importlib.import_module(COMMANDS[name])
+    takes_files = any(field.name == "path" for field in dataclasses.fields(module.CONFIG))
     flags, only_files = [], False
     for word in argv[1:]:
         if word == "--":
             only_files = True
         elif word.startswith("-") and not only_files:
             flags.append(word)
-        else:
+        elif takes_files:
             flags.append(f"--path={word}")
-    return importlib.import_module(COMMANDS[name]), [f"jaxfm.launch.hpc {name}", *flags]
+        else:
+            raise ValueError(f"{name} reads no files, so {word!r} cannot be used.")
+    return module, [f"jaxfm.launch.hpc {name}", *flags]
 
 
 def main() -> None:

@@ -37,7 +37,6 @@ class EvaluateConfig:
     """What is scored."""
 
     model: str = option("", "folder of `train`; the default is the model of the package")
-    path: tuple[str, ...] = option((), "not used: evaluate reads no files", repeat=True)
     test: int = option(1000, "programs drawn for each split")
     items: int = option(
         0, "training programs, for baselines and to leave duplicates out; 0: those of the model"
@@ -51,8 +50,6 @@ class EvaluateConfig:
     def __post_init__(self):
         check_fields(self)
         check_whole(self, {"test": 1, "items": 0, "processes": 1})
-        if self.path:
-            raise ValueError(f"evaluate reads no files, so {self.path[0]!r} cannot be used.")
 
 
 CONFIG = EvaluateConfig

@@ -54,7 +54,6 @@ class TrainConfig:
     """A model for a task."""
 
     out: str = option("", "folder to write, which must be new or empty")
-    path: tuple[str, ...] = option((), "not used: train reads no files", repeat=True)
     task: str = option("race-detection", "race-detection, program-race or cost")
     graph: bool = option(True, "read the dependence graph beside the tokens")
     tokenizer: str = option("lexer-renamed", "byte, bpe, lexer or lexer-renamed")
@@ -69,8 +68,6 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         check_whole(self, {"max_len": 16, "steps": 1, "batch_size": 1, "seed": 0})
-        if self.path:
-            raise ValueError(f"train reads no files, so {self.path[0]!r} cannot be used.")
         if self.task not in training.HEADS:
             raise ValueError(f"task={self.task!r}: train one of {', '.join(training.HEADS)}.")
 

@@ -135,14 +135,14 @@ def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="train one of race-detection, program-race, cost"):
         train.TrainConfig(task="pragmas")
     with pytest.raises(ValueError, match="train reads no files"):
-        train.TrainConfig(path=("a.c",))
+        commands.command(["train", "a.c"])
     with pytest.raises(ValueError, match="Give a folder for the model"):
         train.main(train.TrainConfig())
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is not empty"):
         train.main(train.TrainConfig(out=str(tmp_path)))
     with pytest.raises(ValueError, match="evaluate reads no files"):
-        evaluate.EvaluateConfig(path=("a.c",))
+        commands.command(["evaluate", "--test=3", "--", "a.c"])
 
 
 def test_a_folder_that_is_no_reader_is_refused(tmp_path, reader):
