@@ -352,11 +352,17 @@ def assemble(
         }
         return Variables(*map(collect, Variables._fields))
 
-    @jax.jit
-    def init(key: Key) -> Variables:
+    def draw(key: Key) -> Variables:
         keys = jax.random.split(key, 3)
         layers = jax.vmap(block.init)(jax.random.split(keys[1], num_layers))
         return join(embed.init(keys[0]), layers, head.init(keys[2]))
+
+    # On a CPU, what draws random numbers takes seconds to optimise and milliseconds to run.
+    quick = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+    alone = jax.jit(draw, compiler_options=quick)  # no part of another program may have options
+
+    def init(key: Key) -> Variables:
+        return draw(key) if isinstance(key, jax.core.Tracer) else alone(key)
 
     stacked = jax.tree.map(lambda names: ("layer", *names), block.axes, is_leaf=is_axes)
     named = {"embed": embed, "layers": block, "head": head}

@@ -55,8 +55,8 @@ class DemoConfig:
 
     run_dir: str = option("", RUN_DIR_HELP)
     quick: bool = option(False, "a small model and few rounds")
-    rounds: int = option(40, "federated rounds (quick: 4)")
-    distill_steps: int = option(150, "steps in which the draft learns from its parent (quick: 10)")
+    rounds: int = option(36, "federated rounds (quick: 4)")
+    distill_steps: int = option(100, "steps in which the draft learns from its parent (quick: 10)")
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")
     new_bytes: int = option(160, "bytes generated after each prompt (quick: 32)")
@@ -76,6 +76,7 @@ class DemoConfig:
 def federated_config(config: DemoConfig) -> Any:
     """Returns the config of the federated part, as `jaxfm.launch.federate` takes it."""
     small = ModelConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
+    model = ModelConfig(embed_dim=96, num_layers=3, num_heads=4, mlp_dim=288)
     return FederateConfig(
         run_dir=config.run_dir,
         algorithm="hetero_fl",
@@ -86,10 +87,10 @@ def federated_config(config: DemoConfig) -> Any:
         tiers=(1.0, 0.5, 0.25),
         eval_every=min(5, config.rounds),
         eval_examples=64 if config.quick else 256,
-        test_examples=64 if config.quick else 1024,
+        test_examples=64 if config.quick else 512,
         seed=config.seed,
         data=DataConfig(num_clients=24, length=64 if config.quick else 128),
-        model=small if config.quick else ModelConfig(),
+        model=small if config.quick else model,
         local=OptimizerConfig(learning_rate=2e-3),
     )
 
