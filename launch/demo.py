@@ -116,6 +116,8 @@ def main(config: DemoConfig) -> None:
 
     tell("3. The quarter tier becomes a draft: cut out, then distilled from its parent.")
     server = result.state.server
+    # On one device, all of whose threads then multiply for the one text that is decoded.
+    server = jax.device_put(server, jax.devices()[0])
     parent = model, server.variables
     tier = prepared.algorithm.buckets[-1].shared(server)
     draft, about = make_draft(config, data, parent, tier)

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxfm.model import Key
+from jaxfm.model import Key, PyTree
 from jaxfm.parallel.cache import Prior
 from jaxfm.parallel.decode import Decoder, DecoderFunctions
 from jaxfm.parallel.grammar import complete
@@ -228,8 +228,9 @@ def _run(
     writers: list[Detokenizer] | None,
 ):  # fmt: skip
     """The pieces of checked requests, then the Generation."""
-    if decoder.mesh is not None:  # where the ticks leave them, or the second piece compiles again
-        everywhere = NamedSharding(decoder.mesh, PartitionSpec())
+    mesh = decoder.mesh or _mesh_of(decoder.variables)
+    if mesh is not None:  # where the ticks leave them, or the second piece compiles again
+        everywhere = NamedSharding(mesh, PartitionSpec())
         text, rules = jax.tree.map(lambda x: put(x, everywhere), (text, rules))
     prompt_lengths = seen = np.asarray(text.length)
     stops = set(np.asarray(rules.stop_tokens).tolist())
@@ -279,6 +280,12 @@ def _run(
         decoder=decoder,
         top=final.top and [Top(*(part[i, a:b] for part in final.top)) for i, a, b in spans],
     )  # fmt: skip
+
+
+def _mesh_of(variables: PyTree) -> Mesh | None:
+    """The mesh that variables lie on, such as those that a federated run leaves on all devices."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables))
+    return next((x.mesh for x in places if isinstance(x, NamedSharding) and x.num_devices > 1), None)
 
 
 def _adapted(decoder: Decoder, *counts: Any, seconds: float) -> Decoder:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from jaxfm import subnet
@@ -13,6 +14,7 @@ from jaxfm.parallel.decoders.plain import plain
 from jaxfm.parallel.decoders.speculative import speculative
 from jaxfm.parallel.drafters.model import early_exit_drafter, model_drafter
 from jaxfm.parallel.generation import advance, generate, start
+from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tokenizer import ByteTokenizer
 
 SIZES = {"vocab_size": 260, "embed_dim": 24, "num_layers": 2, "num_heads": 4, "mlp_dim": 32,
@@ -249,3 +251,16 @@ def test_a_second_call_compiles_nothing(caplog):
     assert (advance._cache_size(), start._cache_size()) == before
     compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
     assert not [m for m in compiled if "(advance)" in m or "(start)" in m], compiled
+
+
+def test_variables_on_all_devices_compile_one_loop():
+    """A federated run leaves its model so; the first piece's program must be the second's, too."""
+    mesh = make_mesh(clients=len(jax.devices()))
+    spread = jax.device_put(VARIABLES["gpt2"], NamedSharding(mesh, PartitionSpec()))
+    call = lambda variables: generate(
+        plain(MODELS["gpt2"], variables), [[1, 2, 3, 4]], max_new_tokens=6, ticks=2
+    ).tokens[0]
+    before = advance._cache_size()
+    on_all = call(spread)
+    assert advance._cache_size() == before + 1
+    np.testing.assert_array_equal(on_all, call(VARIABLES["gpt2"]))
