@@ -55,7 +55,7 @@ class DemoConfig:
 
     run_dir: str = option("", RUN_DIR_HELP)
     quick: bool = option(False, "a small model and few rounds")
-    rounds: int = option(36, "federated rounds (quick: 4)")
+    rounds: int = option(30, "federated rounds (quick: 4)")
     distill_steps: int = option(100, "steps in which the draft learns from its parent (quick: 10)")
     num_prompts: int = option(8, "pieces of held-out code to complete (quick: 2)")
     prompt_bytes: int = option(96, "bytes of each prompt")

@@ -132,7 +132,9 @@ def make_environment(folder, log):
         os.remove(log)
     shutil.rmtree(folder, ignore_errors=True)
     run([sys.executable, "-m", "venv", folder], log)
-    run([python, "-m", "pip", "install", "--quiet", "--editable", ".[test]"], log)
+    # Modules are compiled when they are first imported, which most never are.
+    install = ["install", "--quiet", "--no-compile"]
+    run([python, "-m", "pip"] + install + ["--editable", ".[test]"], log)
     write(stamp, fingerprint())
     say("Ready after {:.0f} s".format(time.time() - start))
 
@@ -143,7 +145,7 @@ def add_torch(folder, log):
     if read(stamp):
         return
     python = os.path.join(folder, "bin", "python")
-    pip = [python, "-m", "pip", "install", "--quiet"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
     report = os.path.join(folder, "torch.json")
     dry = ["--dry-run", "--no-deps", "--ignore-installed", "--report", report]
     try:
