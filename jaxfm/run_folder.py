@@ -11,6 +11,7 @@ stands in nobody's way.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -119,7 +120,14 @@ def _lock(folder: pathlib.Path) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
+    if not _locks:
+        atexit.register(_release)
     _locks[path] = file
+
+
+def _release() -> None:
+    while _locks:
+        _locks.popitem()[1].close()
 
 
 def _holds_run(folder: pathlib.Path) -> bool:
