@@ -1,8 +1,9 @@
 """The round engine: whole rounds, many of them, as one compiled program on a device mesh.
 
 `shard_map` over the mesh axis "clients"; on each device a loop over its clients, some of them at a
-time under `vmap`; one psum of the sums of each bucket. Who takes part, how many steps and how much
-data are arrays, so a new cohort never compiles anew.
+time under `vmap`; one psum of the sums of each bucket. A mesh axis "tensor" splits each client's
+model (`jaxfm.federated.tensor`). Who takes part, how many steps and how much data are arrays, so a
+new cohort never compiles anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.federated import homes
+from jaxfm.federated import homes, tensor
 from jaxfm.federated.algorithm import Algorithm, Bucket, added
 from jaxfm.federated.client_steps import client_after_client, client_of, client_step
 from jaxfm.federated.cohort import (
@@ -122,7 +123,8 @@ def compile_rounds(
       num_rounds: rounds per call of `run`.
       drop_rate: probability with which a drawn client fails to report.
       public: data of the server's own, handed to `send`, `receive` and `server`.
-      mesh: with an axis "clients"; None: all devices.
+      mesh: with an axis "clients", and maybe "tensor", over which a client's model is split; None:
+        all devices, of which each holds whole clients.
       clients_at_once: clients that one device runs side by side; None: chosen per backend.
     Raises:
       ValueError: the cohort exceeds the population, arrays disagree on the number of clients, a
@@ -149,6 +151,8 @@ def compile_rounds(
     first_rate = place(np.float32(drop_rate))
     at_home = NamedSharding(mesh, P("clients")) if engine.lives_at_home else everywhere
     state_sharding: Any = RunState(everywhere, at_home, everywhere, everywhere)  # type: ignore[arg-type]
+    if tensor.is_split(mesh):
+        state_sharding = None  # by leaf: `_placed`
     compiled = jax.jit(
         functools.partial(_run, engine),
         donate_argnums=0,
@@ -157,7 +161,9 @@ def compile_rounds(
     first = jax.jit(functools.partial(_first, engine), out_shardings=state_sharding)
 
     def init(variables: Variables, key: Key) -> RunState:
-        return first(place(variables), place(key), given, fixed)
+        axes = algorithm.model and algorithm.model.axes
+        split = jax.tree.map(put, variables, tensor.places(variables, axes, mesh))
+        return first(split, place(key), given, fixed)
 
     def run(state: RunState, people: Population | None = None, drop_rate: float | None = None):
         rate, settled = first_rate, given
@@ -195,11 +201,26 @@ def _engine(
 
 
 def _run(engine: _Engine, state: RunState, constants) -> tuple[RunState, RoundInfo]:
-    if engine.num_rounds == 1:
+    def step(state: RunState, _) -> tuple[RunState, RoundInfo]:
         state, info = _one_round(engine, state, constants)
+        return _placed(engine, state), info
+
+    if engine.num_rounds == 1:
+        state, info = step(state, None)
         return state, jax.tree.map(lambda x: x[None], info)
-    step = lambda s, _: _one_round(engine, s, constants)
     return lax.scan(step, state, length=engine.num_rounds)
+
+
+def _placed(engine: _Engine, state: RunState) -> RunState:
+    """The state, split over "tensor" where the mesh has it."""
+    if not tensor.is_split(engine.mesh):
+        return state
+    model = engine.algorithm.model
+    places = functools.partial(tensor.places, axes=model and model.axes, mesh=engine.mesh)
+    rows = P("clients") if engine.lives_at_home else P(None)
+    hold = lax.with_sharding_constraint
+    memories = hold(state.memories, places(state.memories, rows=rows))
+    return state._replace(server=hold(state.server, places(state.server)), memories=memories)
 
 
 def _one_round(engine: _Engine, state: RunState, constants) -> tuple[RunState, RoundInfo]:
@@ -254,7 +275,9 @@ def _over_devices(engine: _Engine, bucket: Bucket, at_once: int) -> Callable:
         if engine.lives_at_home:
             write = lambda x, new: x.at[slots.memory].set(new, mode="drop")
             own = jax.tree.map(write, memories, own)
-        return lax.psum(sums, "clients"), received, reports, own
+        # XLA's partitioner knows no sum over one device of a mesh that is split otherwise.
+        total = lax.psum(sums, "clients") if engine.mesh.shape["clients"] > 1 else sums
+        return total, received, reports, own
 
     spread = P("clients")
     held = spread if engine.lives_at_home else P()
@@ -263,8 +286,14 @@ def _over_devices(engine: _Engine, bucket: Bucket, at_once: int) -> Callable:
         mesh=engine.mesh,
         in_specs=(P(), P(), held, held, spread, spread, P()),
         out_specs=(P(), spread, spread, spread),
+        axis_names=_by_hand(engine.mesh),
         check_vma=False,
     )
+
+
+def _by_hand(mesh: Mesh) -> set[str]:
+    """The mesh axes of `shard_map`: all but "tensor", over which XLA splits a client's work."""
+    return {name for name in mesh.axis_names if name != "tensor" or not tensor.is_split(mesh)}
 
 
 def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> RunState:
@@ -293,11 +322,11 @@ def _first(engine: _Engine, variables: Variables, key: Key, people, fixed) -> Ru
         spread = P("clients")
         return jax.shard_map(
             on_device, mesh=engine.mesh, in_specs=(P(), P(), spread, spread, spread, P()),
-            out_specs=spread, check_vma=False,
+            out_specs=spread, axis_names=_by_hand(engine.mesh), check_vma=False,
         )(*inputs)  # fmt: skip
 
     memories = tuple(map(of_bucket, engine.algorithm.buckets, engine.members))
-    return RunState(server, memories, jnp.zeros((), jnp.int32), key)
+    return _placed(engine, RunState(server, memories, jnp.zeros((), jnp.int32), key))
 
 
 def _check_options(mesh: Mesh, num_rounds: int, at_once: int | None) -> None:

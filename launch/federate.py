@@ -46,6 +46,7 @@ from jaxfm.federated.outcome import NothingLearned
 from jaxfm.federated.placement import capped_epochs, describe_clients
 from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
+from jaxfm.federated.tensor import clients_mesh
 from jaxfm.launch.adapters import adapted
 from jaxfm.launch.compare import compare, one_of
 from jaxfm.launch.federate_config import federate_config
@@ -57,7 +58,6 @@ from jaxfm.launch.wrapping import wrapped
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
-from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import in_folder, open_run, save_results
 
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
@@ -112,7 +112,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         "eval_examples": config.eval_examples,
         "test_examples": config.test_examples,
         "run_dir": config.run_dir,
-        "mesh": make_mesh(clients=len(jax.devices())),
+        "mesh": clients_mesh(config.tensor),
         "clients_at_once": config.clients_at_once or None,
     }
     targets: dict[str, float] = {}

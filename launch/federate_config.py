@@ -21,7 +21,7 @@ from jaxfm.run_folder import RUN_DIR_HELP
 _LEAST = {
     "rounds": 1, "cohort_size": 1, "batch_size": 1, "microbatch": 0, "epochs": 1, "max_steps": 0,
     "eval_every": 1, "eval_examples": 0, "test_examples": 0, "seeds": 1, "clients_at_once": 0,
-    "deadline_s": 0, "seed": 0, "quorum": 0, "byte_budget": 0, "central_batch": 0,
+    "tensor": 1, "deadline_s": 0, "seed": 0, "quorum": 0, "byte_budget": 0, "central_batch": 0,
 }  # fmt: skip
 
 
@@ -94,6 +94,7 @@ class _FederateConfig:
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
     clients_at_once: int = option(0, "clients side by side on a device; 0: chosen per backend")
+    tensor: int = option(1, "devices that hold one client's model together, by its heads and MLPs")
     seed: int = option(0, "of data, parameters and rounds")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
