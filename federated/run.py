@@ -53,6 +53,7 @@ from jaxfm.federated.playing import Played, Script, play
 from jaxfm.federated.population import Population
 from jaxfm.federated.preparation import Prepared
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds
+from jaxfm.federated.tensor import whole
 from jaxfm.model import Variables, count_parameters
 
 
@@ -241,7 +242,7 @@ def finished(setup: Setup, played: Played, state: RunState, test_examples: int) 
         algorithm, state, data, placement.bucket, setup.measure, test_examples
     )
     result = TrainedRun(
-        state=state, placement=placement, totals=totals_by_name(played.account, placement),
+        state=state._replace(server=whole(state.server)), placement=placement, totals=totals_by_name(played.account, placement),
         history=played.history, test=test, buckets=buckets, clients=clients,
         failures=played.account.failures,
         scored=trained_bucket(algorithm, placement.bucket), ended=played.ended,

@@ -8,7 +8,10 @@ Column- then row-parallel, as in Shoeybi et al. 2019 (Megatron-LM, section 3).
 
 from __future__ import annotations
 
+import functools
+
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,6 +74,13 @@ def places(tree: PyTree, axes: PyTree, mesh: Mesh, *, rows: P | None = None) -> 
         return NamedSharding(mesh, P(*first, *spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The tree with every leaf on this process, also those whose parts lie in several processes."""
+    at_hand = lambda x: x.is_fully_addressable or x.is_fully_replicated
+    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+    return jax.tree.map(lambda x: x if at_hand(x) else gather(x), tree)
 
 
 def _words(path: tuple) -> tuple[str, ...]:

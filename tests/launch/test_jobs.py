@@ -112,6 +112,22 @@ def test_stopped_killed_and_gone_on_with_by_other_numbers_of_processes(data, tmp
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
+def test_a_model_that_two_processes_hold_together(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text("".join(f"{i} times {number}. " for i in range(150)))
+    flags = [
+        f"--data={texts}", "--data.length=24", "--data.num_clients=4", "--cohort_size=2",
+        "--rounds=2", "--eval_every=1", "--max_steps=2", "--batch_size=2", "--local=sgd",
+        "--local.momentum=0.5", "--model.embed_dim=16", "--model.num_layers=1",
+        "--model.num_heads=2", "--model.mlp_dim=16",
+    ]  # fmt: skip
+    run_here(federate.main, FederateConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
+    run_pair("federate", *flags, "--tensor=2", f"--run_dir={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
 def test_training_in_one_place(data, tmp_path):
     flags = [*data, "--steps=12", "--eval_every=4", "--batch_size=6"]
     run_here(pretrain.main, pretrain.PretrainConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
