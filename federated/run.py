@@ -243,8 +243,8 @@ def finished(setup: Setup, played: Played, state: RunState, test_examples: int) 
     )
     result = TrainedRun(
         state=state._replace(server=whole(state.server)), placement=placement,
-        totals=totals_by_name(played.account, placement), history=played.history, test=test, buckets=buckets, clients=clients,
-        failures=played.account.failures,
+        totals=totals_by_name(played.account, placement), history=played.history,
+        test=test, buckets=buckets, clients=clients, failures=played.account.failures,
         scored=trained_bucket(algorithm, placement.bucket), ended=played.ended,
         privacy=algorithm.privacy and algorithm.privacy.report(int(state.server.released)),
     )  # fmt: skip
