@@ -285,9 +285,7 @@ def _run(
 def _mesh_of(variables: PyTree) -> Mesh | None:
     """The mesh that variables lie on, such as those that a federated run leaves on all devices."""
     places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables))
-    return next(
-        (x.mesh for x in places if isinstance(x, NamedSharding) and x.num_devices > 1), None
-    )
+    return next((x.mesh for x in places if isinstance(x, NamedSharding) and x.num_devices > 1), None)
 
 
 def _adapted(decoder: Decoder, *counts: Any, seconds: float) -> Decoder:

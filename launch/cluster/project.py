@@ -169,30 +169,18 @@ def workloads(config: ProjectConfig) -> list[Workload]:
     say("a step of training")
     found = [data_parallel(training, tokens, "tokens")]
     say("a round of DiLoCo")
-    found.append(
-        rounds_work(
-            diloco(model, task, inner),
-            training,
-            clients=1,
-            steps=config.inner,
-            amount=tokens * config.inner,
-            unit="tokens",
-            name="DiLoCo",
-        )  # fmt: skip
-    )
+    outer = rounds_work(
+        diloco(model, task, inner), training, clients=1, steps=config.inner,
+        amount=tokens * config.inner, unit="tokens", name="DiLoCo",
+    )  # fmt: skip
     say("a round of fed_avg")
     local = Local(optax.sgd(0.1), config.batch_size)
-    found.append(
-        rounds_work(
-            fed_avg(model, task, local),
-            training._replace(optimizer=local.optimizer),
-            clients=config.clients,
-            steps=config.steps,
-            amount=float(config.clients),
-            unit="clients",
-            name="rounds",
-        )  # fmt: skip
-    )
+    rounds = rounds_work(
+        fed_avg(model, task, local), training._replace(optimizer=local.optimizer),
+        clients=config.clients, steps=config.steps, amount=float(config.clients),
+        unit="clients", name="rounds",
+    )  # fmt: skip
+    found += [outer, rounds]
     say("decoding")
     texts = (model, config.decode_batch, config.cells)
     found.append(tensor_decoding(*texts, 1))

@@ -2,8 +2,8 @@
 
 Programs are compiled for the CPU in float32, on one device or two: what a device does for itself
 does not depend on how many there are (weak scaling), and an exchange between two is one among n.
-XLA counts the body of a loop once. So a step is compiled with its layers taken apart, and a round or
-a client counts as what its program has beside one step, plus as many steps as it makes.
+XLA counts the body of a loop once. So a step is compiled with its layers taken apart, and a round
+or a client counts as what its program has beside one step, plus as many steps as it makes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfm.data.federation import federate
-from jaxfm.federated import Local, Population, compile_rounds, profiles
+from jaxfm.federated import Population, compile_rounds, profiles
 from jaxfm.federated.accounting.ledger import client_shapes
 from jaxfm.federated.algorithm import Algorithm
 from jaxfm.federated.foundation.central import TrainState, train_steps
@@ -100,7 +100,6 @@ def step_program(training: Training, devices: int = 1, *, apart: bool = True) ->
     mesh = make_mesh(data=devices)
     rows = devices * training.batch_size
     run = train_steps(training.model, training.task, training.optimizer, rows, 1, mesh)
-    variables = variables_of(training.model)
     state = jax.eval_shape(
         lambda v: TrainState(
             v, training.optimizer.init(v.params), jnp.zeros((), jnp.int32), jax.random.key(0)
@@ -130,7 +129,8 @@ def rounds_work(
     """Rounds of `clients` on each device, which make `steps` steps each, one after another.
 
     Clients live on devices of their own (`Population.home`), as their memories would otherwise be
-    sent to all devices. What a round gathers of its clients (their reports) grows with their number.
+    sent to all devices. What a round gathers of its clients (their reports) grows with their
+    number.
 
     Args:
       algorithm: of one bucket, whose clients take the steps of `training`.
