@@ -6,15 +6,18 @@ First this machine gets an entry like those of `python -m jaxfm.launch.cluster p
 product of matrices and bytes/s of a pass over memory, each the mean over two processes that do it
 at once, each held to a core; bytes/s and latency of an all-reduce between them over loopback. Then
 rounds of federated averaging (an MLP; as many clients on each process) are projected from their
-compiled programs, and run in 1, 2 and 4 processes. Processes beyond the cores share them, and the
-model gives each its share of a core. The last line is one JSON object, by number of processes:
+compiled programs, and run in 1, 2 and 4 processes.
 
-- predicted_s, measured_s: of a round; the measured one is the median;
-- predicted_over_measured: 1 is right, less is too hopeful. The roofline's own figure for one
-  process says how far its program is from the peaks;
-- over_one_process: the same, divided by that of one process: what the model of more processes adds
-  to it;
-- weak_scaling: seconds of one process over those of n, predicted and measured.
+All is measured by two clocks. By the wall's, processes beyond the cores share them, and the model
+gives each its share of a core. Processor time of a process is what remains to be compared where
+others keep the machine busy: without waiting for the others, and without shares. The last line is
+one JSON object; of each clock, by number of processes:
+
+- predicted, measured: seconds of a round; medians over rounds, the mean over processes;
+- ratio: predicted over measured: 1 is right, less is too hopeful. That of one process says how far
+  the program is from a core's peaks;
+- over_one_process: the same over that of one process: what the model of more processes adds to it;
+- scaling: seconds of one process over those of n (weak scaling), predicted and measured.
 """
 
 from __future__ import annotations
@@ -66,15 +69,11 @@ def problem_of(config: Config, processes: int) -> Problem:
     return Problem(sizes, config.batch_size, config.steps, config.clients * processes)
 
 
-def this_machine(calls: int) -> tuple[Machine, float]:
-    """The entry of one core, while another works as hard; and the latency of a message."""
-    found = run_job(2, {"what": "machine", "calls": calls, "exchange": True})
-    mean = {name: statistics.fmean(x[name] for x in found) for name in found[0]}
-    machine = Machine(
-        "core", mean["flops"], mean["flops"], mean["memory"], 0.0, 2**30, mean["link"],
-        mean["link"], "measured in this run",
-    )  # fmt: skip
-    return machine, mean["latency"]
+def this_machine(calls: int) -> dict[str, dict[str, float]]:
+    """By clock: the figures of one core, while another works as hard, and of the loopback."""
+    found = run_job(2, {"what": "machine", "calls": calls})
+    mean = lambda clock, name: statistics.fmean(x[clock][name] for x in found)
+    return {clock: {name: mean(clock, name) for name in found[0][clock]} for clock in found[0]}
 
 
 def work_of(config: Config) -> Workload:
@@ -88,13 +87,29 @@ def work_of(config: Config) -> Workload:
     )  # fmt: skip
 
 
-def predicted(work: Workload, machine: Machine, latency_s: float, processes: int) -> Time:
-    """A round of so many processes on the cores of this machine."""
-    cores = len(os.sched_getaffinity(0))
-    assumed = Assumptions("float32", latency_s)
-    return time_of(
-        work.pieces(processes), shared(machine, processes, cores), processes, assumed
-    )
+def predicted(work: Workload, figures: dict[str, float], processes: int, cores: int | None) -> Time:
+    """A round of so many processes on the cores of this machine; None: of their own."""
+    core = Machine(
+        "core", figures["flops"], figures["flops"], figures["memory"], 0.0, 2**30,
+        figures["link"], figures["link"], "measured in this run",
+    )  # fmt: skip
+    machine = core if cores is None else shared(core, processes, cores)
+    assumed = Assumptions("float32", figures["latency"])
+    return time_of(work.pieces(processes), machine, processes, assumed)
+
+
+def compared(said: dict[int, float], seen: dict[int, float]) -> dict[str, dict[int, float]]:
+    """The figures of one clock."""
+    digits = lambda values: {n: float(f"{x:.4g}") for n, x in values.items()}
+    ratio = {n: said[n] / seen[n] for n in seen}
+    return {
+        "predicted": digits(said),
+        "measured": digits(seen),
+        "ratio": digits(ratio),
+        "over_one_process": digits({n: x / ratio[1] for n, x in ratio.items()}),
+        "scaling_predicted": digits({n: said[1] / x for n, x in said.items()}),
+        "scaling_measured": digits({n: seen[1] / x for n, x in seen.items()}),
+    }
 
 
 def main(config: Config) -> None:
@@ -103,39 +118,34 @@ def main(config: Config) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     if config.quick:
         config = dataclasses.replace(config, hidden=256, steps=4, clients=2, rounds=3)
-    load = os.getloadavg()[0]
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     work = work_of(config)
-    machine, latency_s = this_machine(4 if config.quick else 20)
-    print(f"a core: {machine.float32 / 1e9:.1f} GFLOP/s, {machine.memory / 1e9:.1f} GB/s; "
-          f"loopback {machine.near_link / 1e9:.2f} GB/s, {1e6 * latency_s:.0f} µs")  # fmt: skip
-    said: dict[int, Time] = {}
-    seen: dict[int, float] = {}
+    machine = this_machine(4 if config.quick else 20)
+    for clock, x in machine.items():
+        print(f"a core, {clock}: {x['flops'] / 1e9:.1f} GFLOP/s, {x['memory'] / 1e9:.1f} GB/s; "
+              f"loopback {x['link'] / 1e9:.2f} GB/s, {1e6 * x['latency']:.0f} µs")  # fmt: skip
+    said: dict[str, dict[int, float]] = {clock: {} for clock in machine}
+    seen: dict[str, dict[int, float]] = {clock: {} for clock in machine}
     for n in config.processes:
         problem: Any = problem_of(config, n)._asdict()
         found = run_job(n, {"what": "rounds", "problem": problem, "rounds": config.rounds})
-        seen[n] = statistics.median(found[0]["seconds"])
-        said[n] = predicted(work, machine, latency_s, n)
-        print(f"{n} processes: predicted {said[n].total:.4f} s (exchange "
-              f"{said[n].collectives:.4f}), measured {seen[n]:.4f} s, "
-              f"ratio {said[n].total / seen[n]:.2f}")  # fmt: skip
-    ratio = {n: said[n].total / seen[n] for n in seen}
-    digits = lambda values: {n: round(x, 4) for n, x in values.items()}
+        for clock in machine:
+            middle = lambda process, c=clock: statistics.median(x[c] for x in process["seconds"])
+            seen[clock][n] = statistics.fmean(map(middle, found))
+            time = predicted(work, machine[clock], n, cores if clock == "wall" else None)
+            said[clock][n] = time.total
+            print(f"{n} processes, {clock}: predicted {time.total:.4f} s (exchange "
+                  f"{time.collectives:.4f}), measured {seen[clock][n]:.4f} s, "
+                  f"ratio {time.total / seen[clock][n]:.2f}", flush=True)  # fmt: skip
     line = {
         "name": "projection",
-        "ratio": round(ratio[max(seen)], 3),
-        "predicted_over_measured": digits(ratio),
-        "over_one_process": digits({n: x / ratio[1] for n, x in ratio.items()}),
-        "weak_scaling": {
-            "predicted": digits({n: said[1].total / said[n].total for n in said}),
-            "measured": digits({n: seen[1] / seen[n] for n in seen}),
+        "ratio": round(said["wall"][max(said["wall"])] / seen["wall"][max(seen["wall"])], 3),
+        **{clock: compared(said[clock], seen[clock]) for clock in machine},
+        "machine": {
+            clock: {name: float(f"{x:.4g}") for name, x in figures.items()}
+            for clock, figures in machine.items()
         },
-        "predicted_s": digits({n: time.total for n, time in said.items()}),
-        "measured_s": digits(seen),
-        "gflops": round(machine.float32 / 1e9, 2),
-        "memory_gb_per_s": round(machine.memory / 1e9, 2),
-        "loopback_gb_per_s": round(machine.near_link / 1e9, 3),
-        "latency_us": round(1e6 * latency_s, 1),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores,
         "load": [round(load, 2), round(os.getloadavg()[0], 2)],
     }
     print(json.dumps(line))

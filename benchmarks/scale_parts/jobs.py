@@ -1,6 +1,6 @@
 """Jobs of real processes on loopback, each held to a core; a process prints one line of JSON.
 
-    python benchmarks/scale_parts/jobs.py '{"what": "rounds", ...}' [--coordinator=... ...]
+python benchmarks/scale_parts/jobs.py '{"what": "rounds", ...}' [--coordinator=... ...]
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from scale_parts import measure, problem, saves
 
     if request["what"] == "machine":
-        found = measure.core(request["calls"])
-        return found | (measure.exchange(request["calls"]) if request["exchange"] else {})
+        return measure.machine(request["calls"])
     sizes = problem.Problem(**{**request["problem"], "sizes": tuple(request["problem"]["sizes"])})
     if request["what"] == "saves":
         return saves.measure(sizes, request["rounds"], request["every"], request["pairs"])

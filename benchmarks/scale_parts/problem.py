@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ from jaxfm.federated.algorithm import Algorithm
 from jaxfm.models import mlp
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks import classification
+from scale_parts.clocks import Seconds, timed
 
 WARM = 2  # rounds before the clock starts
 
@@ -57,7 +56,7 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
 
-def round_seconds(problem: Problem, rounds: int) -> list[float]:
+def round_seconds(problem: Problem, rounds: int) -> list[Seconds]:
     """Seconds of each of some rounds on all devices of the job, one client after another."""
     devices = len(jax.devices())
     engine = compile_rounds(
@@ -65,15 +64,8 @@ def round_seconds(problem: Problem, rounds: int) -> list[float]:
         mesh=make_mesh(clients=devices), clients_at_once=1,
     )  # fmt: skip
     state = engine.init(mlp(problem.sizes).init(jax.random.key(0)), jax.random.key(1))
-    seconds = []
+    taken = []
     for _ in range(WARM + rounds):
-        began = time.perf_counter()
-        state, _ = engine.run(state)
-        jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - began)
-    return seconds[WARM:]
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """The median, the least and the most."""
-    return {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+        (state, _), seconds = timed(lambda state=state: engine.run(state))
+        taken.append(seconds)
+    return taken[WARM:]

@@ -13,11 +13,11 @@ import pathlib
 import statistics
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scale_parts.problem import Problem
 
 from jaxfm.checkpoint import Checkpointer
 from jaxfm.cost import num_bytes
@@ -26,9 +26,11 @@ from jaxfm.federated.outcome import no_account
 from jaxfm.federated.playing import Script, play
 from jaxfm.models import mlp
 from jaxfm.parallel.mesh import make_mesh
+from scale_parts.clocks import CLOCKS, Seconds, timed
+from scale_parts.problem import Problem
 
 
-def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, float]:
+def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, Any]:
     """The share of the rounds' time that saves take.
 
     Args:
@@ -37,9 +39,9 @@ def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, 
       every: rounds between saves.
       pairs: of runs, with and without, the order turned round each time.
     Returns:
-      "overhead", the median over pairs of (with - without) / without; "seconds" of a round without;
-      "call", seconds that `Checkpointer.save` keeps a run waiting where the last save is done;
-      "mib" of a checkpoint's arrays.
+      By clock, "overhead", the median over pairs of (with - without) / without; "round", seconds
+      of one without; "added_a_save", seconds; and "call", seconds that `Checkpointer.save` keeps a
+      run waiting where the last save is done; "mib" of a checkpoint's arrays.
     """
     devices = len(jax.devices())
     engine = compile_rounds(
@@ -55,28 +57,33 @@ def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, 
 
     script = Script(advance, lambda state: {}, lambda state: state.server)
 
-    def seconds(folder: pathlib.Path | None) -> float:
+    def played(folder: pathlib.Path | None) -> Seconds:
         """Of a whole run; its last save is waited for, as in every run."""
-        state = jax.tree.map(jnp.copy, first)
-        began = time.perf_counter()
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, first))
         with contextlib.redirect_stdout(io.StringIO()):
-            play(script, state, no_account(problem.clients), length=rounds, eval_every=every,
-                 names=names, run_dir=folder)  # fmt: skip
-        return time.perf_counter() - began
+            return timed(
+                lambda: play(
+                    script, state, no_account(problem.clients), length=rounds, eval_every=every,
+                    names=names, run_dir=folder,
+                ).state
+            )[1]  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder:
         place = lambda k: pathlib.Path(folder, str(k))
-        seconds(None), seconds(place("warm"))
+        played(None), played(place("warm"))
         taken = []
         for k in range(pairs):
             order = (None, place(k)) if k % 2 else (place(k), None)
-            times = {where is None: seconds(where) for where in order}
+            times = {where is None: played(where) for where in order}
             taken.append((times[False], times[True]))
         call = _call_seconds(first, place("calls"), pairs + 2)
+    of = lambda read, clock: statistics.median(read(a[clock], b[clock]) for a, b in taken)
     return {
-        "overhead": statistics.median(a / b - 1 for a, b in taken),
-        "seconds": statistics.median(b for _, b in taken) / rounds,
-        "added_a_save": statistics.median(a - b for a, b in taken) * every / rounds,
+        "overhead": {clock: of(lambda a, b: a / b - 1, clock) for clock in CLOCKS},
+        "round": {clock: of(lambda _, b: b / rounds, clock) for clock in CLOCKS},
+        "added_a_save": {
+            clock: of(lambda a, b: (a - b) * every / rounds, clock) for clock in CLOCKS
+        },
         "call": call,
         "mib": num_bytes(jax.tree.map(_plain, first)) / 2**20,
     }
