@@ -85,7 +85,7 @@ def _workload(work: Any, points: Sequence[Any]) -> list:
                "ms exchange", "of linear", "bound by"]  # fmt: skip
     return [
         heading(
-            work.name.capitalize(),
+            work.name[0].upper() + work.name[1:],
             f"A device does {flops:.3g} operations, moves {nbytes:.3g} bytes (in float32) and "
             f"exchanges {sent:.3g} for {work.amount:,g} {work.unit}.",
         ),
