@@ -11,12 +11,26 @@ alone. The last line is one JSON object:
 - memory_flatness: the same of the largest resident memory of a process;
 - seconds, mib: by number of clients;
 - disk_mib: what the file of memories takes, by number of clients, of its "length_mib".
+
+Then federated averaging of an MLP, whose clients live on devices of their own:
+
+- two_process_speedup: seconds of a round in one process held to one core (`taskset`), over those of
+  the same round in two processes that meet over loopback, each held to a core of its own; 2 is all
+  that there is. "two_process" has the seconds;
+- checkpoint_overhead: the share of the rounds' time by which a run is longer that saves its state
+  every --save_every rounds (Orbax, in the background, on the same single core), over pairs of runs
+  in turn. "saves" has seconds of a round, of what a save adds and of how long the run waits for the
+  call, and the size of a checkpoint.
+
+Both are by the wall's clock; figures with "processor" are by the processor time of each process,
+which is what others on the same cores change least.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import resource
 import statistics
@@ -24,10 +38,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from scale_parts.clocks import CLOCKS
+from scale_parts.jobs import run_job
+from scale_parts.problem import Problem
 
 from jaxfm import config as configs
 from jaxfm.config import check, check_whole, option
@@ -48,11 +66,16 @@ class Config:
     sizes: tuple[int, ...] = option((1_000, 10_000, 100_000, 1_000_000), "clients")
     cohort_size: int = option(1_000, "clients drawn a round")
     rounds: int = option(20, "rounds measured")
+    hidden: int = option(1024, "units of the hidden layers of the MLP that is averaged")
+    clients: int = option(8, "that it is averaged over, of 10 steps each")
+    save_every: int = option(5, "rounds between saves, as a run's eval_every has it")
+    pairs: int = option(5, "of runs with and without saves")
     one: bool = option(False, "measure the first size in this process (for the script itself)")
 
     def __post_init__(self):
         check(self)
-        check_whole(self, {"cohort_size": 1, "rounds": 1})
+        least = ("cohort_size", "rounds", "hidden", "clients", "save_every", "pairs")
+        check_whole(self, dict.fromkeys(least, 1))
 
 
 def client(key):
@@ -91,13 +114,55 @@ def measure(num_clients: int, config: Config) -> dict[str, float]:
     }
 
 
+def two_processes(config: Config) -> dict[str, Any]:
+    """The same rounds in one process and in two, a core each."""
+    problem = Problem((784, config.hidden, config.hidden, 10), 64, 10, config.clients)
+    request = {"what": "rounds", "problem": problem._asdict(), "rounds": config.rounds}
+    taken = {n: run_job(n, request) for n in (1, 2)}
+    middle = lambda n, clock: statistics.fmean(
+        statistics.median(x[clock] for x in process["seconds"]) for process in taken[n]
+    )
+    seconds = {clock: {n: middle(n, clock) for n in taken} for clock in CLOCKS}
+    print(f"a round in one process and in two: {rounded(seconds)}", flush=True)
+    return {
+        "two_process_speedup": rounded(seconds["wall"][1] / seconds["wall"][2]),
+        "two_process_speedup_processor": rounded(seconds["processor"][1] / seconds["processor"][2]),
+        "two_process": rounded(seconds),
+    }
+
+
+def checkpoints(config: Config) -> dict[str, Any]:
+    """What saving in the background costs on one core."""
+    problem = Problem((784, config.hidden, config.hidden, 10), 64, 10, config.clients)
+    (found,) = run_job(1, {
+        "what": "saves", "problem": problem._asdict(), "rounds": 2 * config.save_every,
+        "every": config.save_every, "pairs": config.pairs,
+    })  # fmt: skip
+    print(f"saves: {rounded(found)}", flush=True)
+    overhead = found.pop("overhead")
+    return {
+        "checkpoint_overhead": rounded(overhead["wall"]),
+        "checkpoint_overhead_processor": rounded(overhead["processor"]),
+        "saves": rounded(found),
+    }
+
+
+def rounded(figures: Any) -> Any:
+    """Numbers with four digits, in dicts as they are."""
+    if isinstance(figures, dict):
+        return {name: rounded(x) for name, x in figures.items()}
+    return float(f"{figures:.4g}")
+
+
 def main(config: Config) -> None:
     """Measures each size in a process of its own, and prints the line."""
     if config.one:
         print(json.dumps(measure(config.sizes[0], config)))
         return
     if config.quick:
-        config = dataclasses.replace(config, sizes=(1_000, 1_000_000), cohort_size=50, rounds=4)
+        config = dataclasses.replace(config, sizes=(1_000, 1_000_000), cohort_size=50, rounds=4,
+                                     hidden=256, clients=4, pairs=2)  # fmt: skip
+    load = os.getloadavg()[0]
     found = {}
     for size in config.sizes:
         flags = [f"--sizes={size}", f"--cohort_size={config.cohort_size}", "--one",
@@ -114,6 +179,9 @@ def main(config: Config) -> None:
         "memory_flatness": spread("mib"),
         "cohort_size": config.cohort_size,
         **columns,
+        **two_processes(config),
+        **checkpoints(config),
+        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
     }
     print(json.dumps(line))
 

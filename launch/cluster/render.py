@@ -28,10 +28,12 @@ def flags_of(argv: Sequence[str]) -> list[str]:
     """The words of a command line as flags alone: those after -- are --command=WORD.
 
     Raises:
-      ValueError: the command is not `render`.
+      ValueError: the command is not `render` (nor `project`, which has flags of its own).
     """
     if not argv or argv[0] != "render":
-        raise ValueError("Give the command: render --kind=slurm -- federate --data=digits.")
+        raise ValueError(
+            "Give the command: render --kind=slurm -- federate --data=digits, or project."
+        )
     words = list(argv[1:])
     cut = words.index("--") if "--" in words else len(words)
     return words[:cut] + [f"--command={word}" for word in words[cut + 1 :]]
@@ -46,6 +48,10 @@ def start() -> None:
     """Runs `python -m jaxfm.launch.cluster`."""
     sys.modules["__main__"].__doc__ = cluster.__doc__
     words = sys.argv[1:]
+    if words[:1] == ["project"]:
+        from jaxfm.launch.cluster import project  # late: it compiles, and a job file does not
+
+        project.start(words[1:])
     if words and words[0].lstrip("-") in ("help", "h"):
         words = ["render", *words]
     try:

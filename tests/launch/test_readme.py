@@ -13,6 +13,7 @@ from jaxfm.config import define_flags, from_flags
 from jaxfm.launch import continual, demo, generate, pretrain, prompts, report, simulate, supernet
 from jaxfm.launch import search as search_script
 from jaxfm.launch.cluster.config import ClusterConfig
+from jaxfm.launch.cluster.project import ProjectConfig
 from jaxfm.launch.cluster.render import flags_of
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.flower.app import read_flags
@@ -64,7 +65,9 @@ def test_commands_exist(command):
     words = shlex.split(command)[1:]
     if words[0] == "-m":
         words = [word for word in words if word.partition("=")[0].lstrip("-") not in FLAGS]
-        if words[1] == "jaxfm.launch.cluster":
+        if words[1:3] == ["jaxfm.launch.cluster", "project"]:
+            config, words = ProjectConfig, [*words[:2], *words[3:]]
+        elif words[1] == "jaxfm.launch.cluster":
             config, words = ClusterConfig, [*words[:2], *flags_of(words[2:])]
         elif words[1] == "jaxfm.launch.hpc":
             module, flagged = hpc_command(words[2:])
