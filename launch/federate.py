@@ -48,11 +48,12 @@ from jaxfm.federated.registry import load_named_files
 from jaxfm.federated.run import summary
 from jaxfm.launch.adapters import adapted
 from jaxfm.launch.compare import compare, one_of
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
-from jaxfm.launch.saving import save
-from jaxfm.launch.setup import load_data, make_model, save_classes, use_cores
+from jaxfm.launch.saving import export, save
+from jaxfm.launch.setup import load_data, make_model, save_classes
 from jaxfm.launch.wrapping import wrapped
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
@@ -63,9 +64,10 @@ from jaxfm.run_folder import in_folder, open_run, save_results
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
 
 
-def ready(config: Any) -> tuple[Data, Model, Prepared]:
-    """The data, the full model, and the run before its first round."""
-    data = _load(config.data, config.seed, config.model)
+def ready(config: Any, data: Data | None = None) -> tuple[Data, Model, Prepared]:
+    """The data (those of the config, unless others are given), the full model, and the run before
+    its first round."""
+    data = _load(config.data, config.seed, config.model) if data is None else data
     model = adapted(config.adapter, make_model(config.model, data), data)
     prepared = prepare(
         config.algorithm,
@@ -172,6 +174,8 @@ def run(config: Any) -> pathlib.Path:
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
     save(prepared, result, data, config.model.folder, run_dir)
+    if config.export:
+        export(config, prepared, result, data, run_dir)
     return write_report(run_dir)
 
 

@@ -26,6 +26,7 @@ from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.foundation.central import TrainState, train_steps
 from jaxfm.federated.measuring import evaluation_key
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
@@ -35,7 +36,6 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     save_classes,
-    use_cores,
 )
 from jaxfm.log import RunLog, progress, say_figures
 from jaxfm.model import Model, count_parameters
