@@ -60,6 +60,7 @@ from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import in_folder, open_run, save_results
+from jaxfm.trackers import check_services
 
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
 
@@ -114,6 +115,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         "eval_examples": config.eval_examples,
         "test_examples": config.test_examples,
         "run_dir": config.run_dir,
+        "log_to": config.log_to,
         "mesh": make_mesh(clients=len(jax.devices())),
         "clients_at_once": config.clients_at_once or None,
     }
@@ -181,6 +183,7 @@ def run(config: Any) -> pathlib.Path:
 
 def main(config: Any) -> None:
     """The whole run, or all of a comparison, with a report at the end."""
+    check_services(config.log_to)
     use_cores(config.cohort_size)
     what = "compare" if config.compare else config.algorithm
     config = in_folder(config, "federate", what, config.data.source)

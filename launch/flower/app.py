@@ -13,6 +13,7 @@ from absl import flags
 
 from jaxfm import config as configs
 from jaxfm.federated.remote import standalone
+from jaxfm.trackers import check_services
 
 PACKAGE = "jaxfm_app"
 VARIABLES = "variables.safetensors"  # of the trained model, in the run's folder
@@ -153,7 +154,8 @@ def read_flags(words: list[str]) -> Any:
 
 
 def _check(config: Any) -> None:
-    """Refuses options that only a simulation has."""
+    """Refuses options that only a simulation has, and services that are not installed here."""
+    check_services(config.log_to)
     for name in ("compare", "phases", "drop_rate", "byte_budget", "clients_at_once"):
         value = getattr(config, name)
         if value != type(config).__dataclass_fields__[name].default:
@@ -198,6 +200,7 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
         prepared, data, grid_exchange(grid, nodes, limits), num_rounds=config.rounds,
         cohort_size=config.cohort_size, seed=config.seed, eval_every=config.eval_every,
         eval_examples=config.eval_examples, test_examples=config.test_examples, run_dir=run_dir,
+        log_to=config.log_to,
     )  # fmt: skip
     if result.ended:
         print(result.ended)

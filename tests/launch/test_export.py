@@ -47,14 +47,15 @@ def test_each_tier_opens_at_its_own_size_with_its_own_outputs(tmp_path):
         folder, bucket = tmp_path / "export" / name, prepared.algorithm.buckets[b]
         expected = bucket.model.apply(bucket.shared(result.state.server), inputs)[0]
         model, variables = hub.load(folder)
-        same = lambda found: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        same(model.apply(variables, inputs)[0])
+        outputs = [model.apply(variables, inputs)[0]]
         about = AutoConfig.from_pretrained(folder)
         assert about.intermediate_size == width and about.id2label[0] == "a"
         program = jax_export.deserialize(
             bytearray((folder / "device" / "model.stablehlo").read_bytes())
         )
-        same(program.call(load_file(folder / "device" / "params.safetensors"), inputs))
+        outputs.append(program.call(load_file(folder / "device/params.safetensors"), inputs))
+        for found in outputs:
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_a_folder_cannot_express_is_left_to_its_program(tmp_path, capsys):
