@@ -133,7 +133,9 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     full = jax.eval_shape(root.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
-    part["examples"] = config.examples.report(prepared, data, local, result, config.cohort_size)
+    part["examples"] = config.examples.report(
+        prepared, data, local, result.state, config.cohort_size
+    )
     part["full_model"]["parameters"] = count_parameters(full.params)
     part |= {"phases": list(config.phases), "targets": targets}
     save_results(pathlib.Path(config.run_dir), "federate", facts(config, prepared) | part)

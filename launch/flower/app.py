@@ -208,12 +208,29 @@ def play_on(grid: Any, run_config: Mapping[str, Any]) -> None:
         print(f"test {name}: {value:.4f}")
     refused = [{"round": number, **one._asdict()} for number, one in result.refused]
     results = {"test": result.test, "totals": result.totals, "round_s": result.round_s}
+    results |= _cost_in_privacy(config, prepared, data, result.state.run)
     save_results(run_dir, "flower", results | {"refused": refused})
     variables = flat("variables", result.state.run.server.variables)
     standalone.save_arrays(run_dir / VARIABLES, variables)
     save(prepared, cast(Any, result), data, config.model.folder, run_dir)
     if config.export:
         export(config, prepared, cast(Any, result), data, run_dir)
+
+
+def _cost_in_privacy(config: Any, prepared: Any, data: Any, state: Any) -> dict[str, Any]:
+    """What the rounds have cost the privacy of clients and of examples, printed and by name."""
+    from jaxfm.launch.federate import local_training
+
+    privacy = prepared.algorithm.privacy
+    found: dict[str, Any] = {}
+    if privacy is not None:
+        found["privacy"] = privacy.report(int(state.server.released))
+        print(f"epsilon of clients: {privacy.spent(int(state.server.released)):.4g}")
+    local = local_training(config)
+    if spent := config.examples.report(prepared, data, local, state, config.cohort_size):
+        found["examples"] = spent
+        print(f"epsilon of examples, at most: {spent['largest']:.4g}")
+    return found
 
 
 def _own_rows(run_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -249,4 +266,5 @@ def dealt_client(config: Any, file: Any, number: int) -> Any:
         )
     data, _, prepared = ready(config)
     own = client_data(population_of(prepared, data), number)
-    return Client(prepared.algorithm, prepared.variables, *own, data.public)
+    secret = config.examples.gradients() is not None
+    return Client(prepared.algorithm, prepared.variables, *own, data.public, secret)

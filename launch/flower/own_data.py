@@ -210,7 +210,8 @@ def own_client(
     )
     _, _, prepared = ready(config, empty)
     found = client_data(population_of(prepared, data), number)
-    return Client(prepared.algorithm, prepared.variables, *found, empty.public)
+    secret = config.examples.gradients() is not None
+    return Client(prepared.algorithm, prepared.variables, *found, empty.public, secret)
 
 
 def read_rows(form: Form, config: Any, own: OwnDataConfig) -> dict[str, np.ndarray]:

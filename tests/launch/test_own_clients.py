@@ -6,6 +6,7 @@ import json
 import chex
 import numpy as np
 import pytest
+from programs import compiled_once  # noqa: F401  # a fixture of all tests here
 
 from jaxfm import config as configs
 from jaxfm import federated
