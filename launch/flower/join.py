@@ -39,8 +39,6 @@ class OwnDataConfig:
 
     def __post_init__(self):
         check(self)
-        if self.source and not pathlib.Path(self.source).exists():
-            raise ValueError(f"data.source={self.source!r}: there is no such file or folder.")
         others = (self.label, self.text, self.image, self.features, self.columns)
         if not self.source and any(others):
             raise ValueError("data.source is missing: say which file holds the client's data.")
@@ -93,6 +91,8 @@ def _written(data: OwnDataConfig, folder: pathlib.Path) -> pathlib.Path | None:
     """A file that says where a client's own data are; None: it has none."""
     if not data.source:
         return None
+    if not pathlib.Path(data.source).exists():
+        raise ValueError(f"data.source={data.source!r}: there is no such file or folder.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "data.json"
     source = str(pathlib.Path(data.source).absolute())

@@ -16,7 +16,7 @@ from jaxfm.federated.remote.run import serve
 from jaxfm.federated.remote.site import prepare_site
 from jaxfm.launch.federate import ready
 from jaxfm.launch.flower.app import FORM, dealt_client, read_flags, write_app
-from jaxfm.launch.flower.join import JoinConfig, OwnDataConfig
+from jaxfm.launch.flower.join import JoinConfig, OwnDataConfig, joined
 from jaxfm.launch.flower.own_data import (
     client_of_node,
     form_of,
@@ -182,8 +182,9 @@ def test_what_cannot_be_is_told_before_a_run(tmp_path):
         rows_of_clients(config_of(tmp_path, algorithm="scaffold"), (7,))
     with pytest.raises(ValueError, match="leave out --data"):
         rows_of_clients(config_of(tmp_path, "--data.partition=iid"), (7,))
-    with pytest.raises(ValueError, match="there is no such file or folder"):
-        OwnDataConfig("nowhere.csv")
+    nowhere = JoinConfig(folder=str(tmp_path), data=OwnDataConfig("nowhere.csv"))
+    with pytest.raises(ValueError, match="there is no such file or folder"), joined(nowhere):
+        pass
     with pytest.raises(ValueError, match=r"data\.source is missing"):
         OwnDataConfig(label="kind")
     with pytest.raises(ValueError, match="is one client's"):
