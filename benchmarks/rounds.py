@@ -156,6 +156,7 @@ def compare(work: Work, repeats: int) -> dict:
     """Processor seconds a round of each side, medians; ratios to ours, medians over rounds."""
     key, variables = jax.random.key(1), work.model.init(jax.random.key(0))
     engine = engine_of(work, fed_avg(work.model, classification(10), LOCAL))
+    schedule = recorded(work, key, 1 + repeats)
     sides: dict[str, Callable] = {
         "ours": lambda state, clients: engine.run(state)[0],
         "loop, device": hand_written(work, "device"),
@@ -165,12 +166,13 @@ def compare(work: Work, repeats: int) -> dict:
     }
     if importlib.util.find_spec("drjax") is not None:
         widths = {"drjax, side by side": work.cohort_size, "drjax, in turn": 1}
-        sides |= {side: mapped(work, width) for side, width in widths.items()}
+        most = max(len(batches) for cohort in schedule for batches in cohort)
+        sides |= {side: mapped(work, width, most) for side, width in widths.items()}
     states = {side: jax.tree.map(jnp.copy, variables.params) for side in sides}
     states["ours"] = engine.init(variables, key)
     took: dict[str, list[float]] = {side: [] for side in sides}
     apart: list[float] = []
-    for clients in recorded(work, key, 1 + repeats):
+    for clients in schedule:
         for side, run in sides.items():
             start = time.process_time()
             states[side] = jax.block_until_ready(run(states[side], clients))
@@ -197,10 +199,9 @@ def compare(work: Work, repeats: int) -> dict:
     return {"ratios": vs, "seconds": seconds, "compile_s": compile_s}
 
 
-def mapped(work: Work, width: int) -> Callable:
-    """round(params, rows of each client's batches) -> params, by DrJAX."""
+def mapped(work: Work, width: int, steps: int) -> Callable:
+    """round(params, rows of each client's batches, `steps` at most) -> params, by DrJAX."""
     examples = work.federation.examples
-    steps = -(-work.federation.index.longest // BATCH)
     shape = (work.cohort_size, steps, BATCH)
     step = sgd_step(lambda params, x: work.model.apply(Variables(params, {}, {}), x)[0])
     return drjax_round(step, examples["image"], examples["label"], shape, width)
