@@ -1,5 +1,6 @@
 """Clients that read data of their own, which neither the server nor anybody else has."""
 
+import contextlib
 import csv
 import json
 
@@ -24,6 +25,8 @@ from jaxfm.launch.flower.own_data import (
     rows_of_clients,
     server_data,
 )
+from jaxfm.launch.flower.processes import free_port
+from jaxfm.launch.flower.serve import ServeConfig, listening, make_app, submit
 from jaxfm.parallel.mesh import make_mesh
 
 NAMES = ("ant", "bee", "cat")
@@ -191,3 +194,29 @@ def test_what_cannot_be_is_told_before_a_run(tmp_path):
         JoinConfig(numbers=(0, 1), data=OwnDataConfig(str(tmp_path / "server.csv")))
     with pytest.raises(ValueError, match="served without --own_rows"):
         dealt_client(config, "data.json", 0)
+
+
+@pytest.mark.slow
+def test_real_nodes_read_their_own_files(tmp_path):
+    """Two SuperNodes with files that fit and one without; the server's log has no cell of it."""
+    pytest.importorskip("flwr")
+    write_csv(tmp_path / "server.csv", 0, 40)
+    port = free_port()
+    config = ServeConfig(folder=str(tmp_path / "srv"), port=port, clients=3, own_rows=(ROWS,))
+    words = [f"--data.source={tmp_path / 'server.csv'}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
+    app = make_app(config, words)
+    with listening(config) as home, contextlib.ExitStack() as stack:
+        for i in range(3):
+            labels = ["leopard"] * ROWS if i == 2 else None
+            own = OwnDataConfig(str(write_csv(tmp_path / f"{i}.csv", i + 1, labels=labels)))
+            folder = str(tmp_path / "clients")
+            stack.enter_context(joined(JoinConfig((i,), f"127.0.0.1:{port}", folder, data=own)))
+        assert submit(home, app) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["flower"]
+    assert found["totals"]["reported"] == 4 and {one["client"] for one in found["refused"]} == {2}
+    assert all("its log says why" in one["reason"] for one in found["refused"])
+    log = (tmp_path / "clients" / "node_2" / "supernode.log").read_text()
+    assert "the label 'leopard' is none of 'ant', 'bee', 'cat'" in log
+    kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    kept += [*(tmp_path / "srv").rglob("*.log")]
+    assert not any(b"leopard" in path.read_bytes() for path in kept)
