@@ -184,17 +184,17 @@ def labels(
         flat = _whole(table, name, flat)
     elif any(not isinstance(cell, str) for cell in flat):
         flat = [str(cell) for cell in flat]
-    known, numbers = np.unique(np.array(flat), return_inverse=True)
-    if len(known) < 2:
+    found, numbers = np.unique(np.array(flat), return_inverse=True)
+    if len(found) < 2:
         raise ValueError(
-            f"{table.origin}: column {name!r} has only the label {known[0]!s}; there must be two."
+            f"{table.origin}: column {name!r} has only the label {found[0]!s}; there must be two."
         )
-    if len(flat) >= 20 and len(known) > len(flat) / 2:
+    if len(flat) >= 20 and len(found) > len(flat) / 2:
         raise ValueError(
-            f"{table.origin}: column {name!r} has {len(known)} different values in {len(flat)} "
+            f"{table.origin}: column {name!r} has {len(found)} different values in {len(flat)} "
             "rows; these are no classes."
         )
-    return numbers.astype(np.int32), tuple(map(str, known))
+    return numbers.astype(np.int32), tuple(map(str, found))
 
 
 def _plain(cells: Column) -> list:
