@@ -10,19 +10,29 @@ The same clients, batches and starting weights on three sides, in turn, in one p
   writes first, which donates nothing and averages by `jax.tree.map`;
 - plain: as many steps of the same batch size on one data set, in one compiled scan.
 
+Where they are installed, two libraries play the same rounds: DrJAX in turn with these sides (all
+clients of a round at a time, or one, whichever is faster), and Flower's simulation engine
+(flwr[simulation], Ray with one worker, its step the loop's) in a process of its own, with ours
+before and after it; both must reach the same parameters.
+
 Figures are processor seconds, so that a busy machine disturbs them little: medians of a round over
 repetitions, and what the first round takes longer, to compile. Ours and the loop must reach the
 same parameters, or the script fails. The last line is one JSON object: "*_vs_loop" is the loop's
-seconds over ours, "*_vs_simple_loop" the simple loop's, "*_vs_plain_training" plain training's.
+seconds over ours, "*_vs_simple_loop" the simple loop's, "*_vs_plain_training" plain training's,
+"*_vs_drjax" DrJAX's; "simulation_vs_flower_simulation" is Flower's time by the clock over ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +43,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from round_peers import flower_simulation
+from round_peers.drjax_round import drjax_round
 
 from jaxfm import config as configs
 from jaxfm.config import check, option
@@ -90,6 +102,9 @@ def main(config: Config) -> None:
     line: dict = {"name": "rounds"}
     for name, result in results.items():
         line |= {f"{name}_{key}": ratio for key, ratio in result["ratios"].items()}
+    if all(map(importlib.util.find_spec, ("flwr", "ray"))):
+        rounds = 1 + (3 if config.quick else 5)
+        line |= against_flower(make_work("tiny", data, config.quick), rounds)
     for key in ("seconds", "compile_s"):
         line[key] = {name: result[key] for name, result in results.items()}
     line["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -141,6 +156,7 @@ def compare(work: Work, repeats: int) -> dict:
     """Processor seconds a round of each side, medians; ratios to ours, medians over rounds."""
     key, variables = jax.random.key(1), work.model.init(jax.random.key(0))
     engine = engine_of(work, fed_avg(work.model, classification(10), LOCAL))
+    schedule = recorded(work, key, 1 + repeats)
     sides: dict[str, Callable] = {
         "ours": lambda state, clients: engine.run(state)[0],
         "loop, device": hand_written(work, "device"),
@@ -148,18 +164,24 @@ def compare(work: Work, repeats: int) -> dict:
         "simple loop": hand_written(work, "host", tuned=False),
         "plain": plain_training(work),
     }
+    if importlib.util.find_spec("drjax") is not None:
+        widths = {"drjax, side by side": work.cohort_size, "drjax, in turn": 1}
+        most = max(len(batches) for cohort in schedule for batches in cohort)
+        sides |= {side: mapped(work, width, most) for side, width in widths.items()}
     states = {side: jax.tree.map(jnp.copy, variables.params) for side in sides}
     states["ours"] = engine.init(variables, key)
     took: dict[str, list[float]] = {side: [] for side in sides}
     apart: list[float] = []
-    for clients in recorded(work, key, 1 + repeats):
+    for clients in schedule:
         for side, run in sides.items():
             start = time.process_time()
             states[side] = jax.block_until_ready(run(states[side], clients))
             took[side].append(time.process_time() - start)
-        apart.append(distance(states["ours"].server.variables.params, states["loop, device"]))
+        others = [side for side in sides if side.startswith(("loop, device", "drjax"))]
+        ours = states["ours"].server.variables.params
+        apart.append(max(distance(ours, states[side]) for side in others))
     if not apart[0] < 1e-5:  # rounding leaves 1e-7, and grows in later rounds
-        raise AssertionError(f"{work.name}: the loop ends {apart[0]:.1e} from ours after a round.")
+        raise AssertionError(f"{work.name}: a loop ends {apart[0]:.1e} from ours after a round.")
     counted = {side: np.array(times[1:]) for side, times in took.items()}
     seconds = {side: round(float(np.median(times)), 4) for side, times in counted.items()}
     loop = min(("loop, device", "loop, host"), key=seconds.get)
@@ -172,7 +194,61 @@ def compare(work: Work, repeats: int) -> dict:
         "vs_simple_loop": ratio("simple loop"),
         "vs_plain_training": ratio("plain"),
     }
+    if mapping := [side for side in sides if side.startswith("drjax")]:
+        vs["vs_drjax"] = ratio(min(mapping, key=seconds.get))
     return {"ratios": vs, "seconds": seconds, "compile_s": compile_s}
+
+
+def mapped(work: Work, width: int, steps: int) -> Callable:
+    """round(params, rows of each client's batches, `steps` at most) -> params, by DrJAX."""
+    examples = work.federation.examples
+    shape = (work.cohort_size, steps, BATCH)
+    step = sgd_step(lambda params, x: work.model.apply(Variables(params, {}, {}), x)[0])
+    return drjax_round(step, examples["image"], examples["label"], shape, width)
+
+
+def against_flower(work: Work, num_rounds: int) -> dict[str, object]:
+    """Seconds by the clock of a round of Flower's simulation, and of ours before and after it."""
+    key, variables = jax.random.key(1), work.model.init(jax.random.key(0))
+    engine = engine_of(work, fed_avg(work.model, classification(10), LOCAL))
+    schedule = recorded(work, key, num_rounds)
+    after, ours = timed(engine, variables, key, num_rounds)
+    leaves = {
+        "params/" + "/".join(entry.key for entry in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params)
+    }
+    examples = work.federation.examples
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/data.npz", images=examples["image"], labels=examples["label"], **leaves)
+        batches = {f"{r}/{i}": b for r, cohort in enumerate(schedule) for i, b in enumerate(cohort)}
+        np.savez(f"{folder}/rounds.npz", **batches)
+        words = [sys.executable, flower_simulation.__file__, folder]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+        if done.returncode:
+            print(f"Flower's simulation did not run: {done.stderr.strip()[-300:]}")
+            return {}
+        theirs = json.loads(done.stdout.strip().splitlines()[-1])
+        found = np.load(f"{folder}/after.npz")
+        apart = distance(after, flower_simulation.tree_of(found.files, [*found.values()]))
+    if not apart < 1e-5:
+        raise AssertionError(f"Flower ends {apart:.1e} from ours after a round.")
+    ours += timed(engine, variables, key, num_rounds)[1]
+    seconds = {"ours": float(np.median(ours)), "flower": float(np.median(theirs[1:]))}
+    print(f"by the clock: {seconds}; {apart:.1e} apart after a round", flush=True)
+    ratio = round(seconds["flower"] / seconds["ours"], 1)
+    return {"simulation_vs_flower_simulation": ratio, "wall_seconds": seconds}
+
+
+def timed(engine: Rounds, variables: Variables, key, num_rounds: int) -> tuple[dict, list[float]]:
+    """The parameters after the first round, and seconds by the clock of the others."""
+    state, took, first = engine.init(variables, key), [], {}
+    for number in range(num_rounds):
+        start = time.perf_counter()
+        state = jax.block_until_ready(engine.run(state)[0])
+        took.append(time.perf_counter() - start)
+        if not number:
+            first = jax.device_get(state.server.variables.params)
+    return first, took[1:]
 
 
 def distance(a, b) -> float:

@@ -66,6 +66,7 @@ def play(
     eval_every: int,
     names: Sequence[str],
     run_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] = (),
     due: Callable[[int], bool] = lambda number: False,
 ) -> Played:
     """Takes all steps, or those that an earlier process has left.
@@ -77,6 +78,7 @@ def play(
       eval_every: steps between evaluations and checkpoints.
       names: of the clients.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
+      log_to: services that get the metrics, too (`jaxfm.trackers`).
       due: `(number) -> bool`, whether a step is followed by an evaluation in any case.
     Raises:
       ValueError: the folder holds a run of more steps or of another script; the run ends before
@@ -102,7 +104,7 @@ def play(
                 script.check(done, state)
                 print(f"Going on after round {done}, from {checkpoints.folder}.")
             asked = stack.enter_context(stop_requests())
-            log = stack.enter_context(RunLog(folder, resume_step=done or None))
+            log = stack.enter_context(RunLog(folder, resume_step=done or None, log_to=log_to))
         if log is not None and not done:
             log.write(0, script.watch(state))
         number, evaluated = done, account

@@ -106,6 +106,7 @@ def train(
     eval_examples: int = 512,
     test_examples: int = 0,
     run_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] = (),
     mesh: Mesh | None = None,
     clients_at_once: int | None = None,
     clock: Clock | None = None,
@@ -125,6 +126,7 @@ def train(
       eval_examples, test_examples: validation rows looked at while training, and test rows looked
         at in the end; 0: all.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
+      log_to: services that get the metrics of a run with a folder, too (`jaxfm.trackers`).
       clock: the server does not wait: `num_rounds` are its steps, and `cohort_size` clients are at
         work at a time. None: rounds that wait.
     Raises:
@@ -148,7 +150,7 @@ def train(
     )
     played = play(
         script, setup.state, no_account(len(data.names)), length=num_rounds, eval_every=eval_every,
-        names=data.names, run_dir=run_dir,
+        names=data.names, run_dir=run_dir, log_to=log_to,
     )  # fmt: skip
     return finished(setup, played, played.state, test_examples)
 

@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -27,6 +27,7 @@ import numpy as np
 import tqdm
 
 from jaxfm.errors import writing
+from jaxfm.trackers import Tracker, open_tracker
 
 T = TypeVar("T")
 
@@ -41,6 +42,9 @@ class RunLog:
       resume_step: the step whose checkpoint the run goes on from. Later lines, which a run that
         died left behind, are dropped, so a curve has each step once. None starts a new log.
       tensorboard: also write `folder/tensorboard`.
+      log_to: services that get the metrics, too, of `jaxfm.trackers.SERVICES`.
+    Raises:
+      ValueError, ModuleNotFoundError: a service that is unknown, not installed or does not answer.
     """
 
     def __init__(
@@ -49,12 +53,20 @@ class RunLog:
         *,
         resume_step: int | None = None,
         tensorboard: bool = True,
+        log_to: Sequence[str] = (),
     ):
         self._file = self._board = None
+        self._trackers: list[Tracker] = []
         if jax.process_index() != 0:
             return
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name in log_to:
+                self._trackers.append(open_tracker(name, folder, goes_on=resume_step is not None))
+        except (ValueError, ModuleNotFoundError):
+            self.close()
+            raise
         _drop_after(folder / METRICS_FILE, -1 if resume_step is None else resume_step)
         self._file = (folder / METRICS_FILE).open("a")
         if tensorboard:
@@ -93,13 +105,16 @@ class RunLog:
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, float(number), step, walltime=now)
+        for tracker in self._trackers:
+            tracker.write(int(step), {name: float(number) for name, number in numbers.items()})
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        for file in (self._file, self._board):
+        for file in (self._file, self._board, *self._trackers):
             if file is not None:
                 file.close()
         self._file = self._board = None
+        self._trackers = []
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -33,7 +33,7 @@ RUN_DIR_HELP = (
     "named after the settings"
 )
 _LONGER = ("rounds", "steps")  # a run may be made longer, and goes on
-_MAY_CHANGE = {*_LONGER, "seeds", "compare"}
+_MAY_CHANGE = {*_LONGER, "seeds", "compare", "export", "log_to"}
 _LOCK = ".lock"
 _NAMED = 6  # settings that a sentence names
 _locks: dict[pathlib.Path, IO] = {}  # of this process; closing a file would free its lock

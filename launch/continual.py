@@ -35,9 +35,10 @@ from jaxfm.federated.continual import (
     rehearsed,
 )
 from jaxfm.launch.adapters import AdapterConfig, adapted
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import DataConfig, ModelConfig, load_data, make_model, use_cores
+from jaxfm.launch.setup import DataConfig, ModelConfig, load_data, make_model
 from jaxfm.model import Model
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results

@@ -31,10 +31,11 @@ from jaxfm.data.dealing import Data, subsample
 from jaxfm.distillation import distill
 from jaxfm.federated import TrainedRun
 from jaxfm.launch import federate
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.federate_config import FederateConfig
 from jaxfm.launch.optimizers import OptimizerConfig
 from jaxfm.launch.report import write_report
-from jaxfm.launch.setup import DataConfig, ModelConfig, use_cores
+from jaxfm.launch.setup import DataConfig, ModelConfig
 from jaxfm.model import Model, Variables, count_parameters
 from jaxfm.models.families.decoder import decoder, resized
 from jaxfm.parallel.cache import decoding_layout

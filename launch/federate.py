@@ -49,23 +49,26 @@ from jaxfm.federated.run import summary
 from jaxfm.federated.tensor import clients_mesh
 from jaxfm.launch.adapters import adapted
 from jaxfm.launch.compare import compare, one_of
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.federate_config import federate_config
 from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
-from jaxfm.launch.saving import save
-from jaxfm.launch.setup import load_data, make_model, save_classes, use_cores
+from jaxfm.launch.saving import export, save
+from jaxfm.launch.setup import load_data, make_model, save_classes
 from jaxfm.launch.wrapping import wrapped
 from jaxfm.model import Model, count_parameters
 from jaxfm.models.by_name import width_axes
 from jaxfm.options import chosen_options
 from jaxfm.run_folder import in_folder, open_run, save_results
+from jaxfm.trackers import check_services
 
 _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same data in turn
 
 
-def ready(config: Any) -> tuple[Data, Model, Prepared]:
-    """The data, the full model, and the run before its first round."""
-    data = _load(config.data, config.seed, config.model)
+def ready(config: Any, data: Data | None = None) -> tuple[Data, Model, Prepared]:
+    """The data (those of the config, unless others are given), the full model, and the run before
+    its first round."""
+    data = _load(config.data, config.seed, config.model) if data is None else data
     model = adapted(config.adapter, make_model(config.model, data), data)
     prepared = prepare(
         config.algorithm,
@@ -112,6 +115,7 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
         "eval_examples": config.eval_examples,
         "test_examples": config.test_examples,
         "run_dir": config.run_dir,
+        "log_to": config.log_to,
         "mesh": clients_mesh(config.tensor),
         "clients_at_once": config.clients_at_once or None,
     }
@@ -129,7 +133,9 @@ def train(config: Any, data: Data, model: Model, prepared: Prepared) -> TrainedR
     full = jax.eval_shape(root.init, jax.random.key(0))
     part = summary(result, data, num_bytes((full.params, full.stats)), config.profile)
     save_classes(pathlib.Path(config.run_dir), data)
-    part["examples"] = config.examples.report(prepared, data, local, result, config.cohort_size)
+    part["examples"] = config.examples.report(
+        prepared, data, local, result.state, config.cohort_size
+    )
     part["full_model"]["parameters"] = count_parameters(full.params)
     part |= {"phases": list(config.phases), "targets": targets}
     save_results(pathlib.Path(config.run_dir), "federate", facts(config, prepared) | part)
@@ -172,11 +178,14 @@ def run(config: Any) -> pathlib.Path:
     for name, value in result.test.items():
         print(f"test {name}: {value:.4f}")
     save(prepared, result, data, config.model.folder, run_dir)
+    if config.export:
+        export(config, prepared, result, data, run_dir)
     return write_report(run_dir)
 
 
 def main(config: Any) -> None:
     """The whole run, or all of a comparison, with a report at the end."""
+    check_services(config.log_to)
     use_cores(config.cohort_size)
     what = "compare" if config.compare else config.algorithm
     config = in_folder(config, "federate", what, config.data.source)

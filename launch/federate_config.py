@@ -93,6 +93,12 @@ class _FederateConfig:
     eval_every: int = option(5, "rounds between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = option(
+        (), "services that get the metrics, too: wandb, mlflow"
+    )
+    export: bool = option(
+        False, "also write what each tier has trained into export/, for jaxfm.hub and for devices"
+    )
     clients_at_once: int = option(0, "clients side by side on a device; 0: chosen per backend")
     tensor: int = option(1, "devices that hold one client's model together, by its heads and MLPs")
     seed: int = option(0, "of data, parameters and rounds")

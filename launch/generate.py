@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxfm import config as configs
 from jaxfm.config import check, check_whole, option
-from jaxfm.launch.setup import use_cores
+from jaxfm.launch.cores import use_cores
 from jaxfm.options import chosen_options, options_config, with_options
 from jaxfm.parallel.generation import Generation, TextPiece, stream
 from jaxfm.parallel.grammars.automaton import regular

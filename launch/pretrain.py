@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.foundation.central import TrainState, train_steps
 from jaxfm.federated.measuring import evaluation_key
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.setup import (
@@ -35,7 +37,6 @@ from jaxfm.launch.setup import (
     load_data,
     make_model,
     save_classes,
-    use_cores,
 )
 from jaxfm.log import RunLog, progress, say_figures
 from jaxfm.model import Model, count_parameters
@@ -43,6 +44,7 @@ from jaxfm.parallel.mesh import make_mesh, put
 from jaxfm.preemption import Preempted, stop_requests
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 from jaxfm.tasks import evaluate
+from jaxfm.trackers import check_services
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,9 @@ class PretrainConfig:
     batch_size: int = option(16, "examples per step, over all devices")
     eval_every: int = option(50, "steps between evaluations and checkpoints")
     eval_examples: int = option(512, "validation rows used while training; 0 means all")
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = option(
+        (), "services that get the metrics, too: wandb, mlflow"
+    )
     seed: int = option(0, "of data, parameters and batches")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -85,7 +90,7 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
         if checkpoints.latest_step() is not None:
             done, state = checkpoints.restore(like=state)
             print(f"Continuing after step {done}, from {checkpoints.folder}.")
-        resumed = RunLog(config.run_dir, resume_step=done or None)
+        resumed = RunLog(config.run_dir, resume_step=done or None, log_to=config.log_to)
         with stop_requests() as asked, resumed as log:
             for start in progress(range(done, config.steps, config.eval_every), "chunks"):
                 number = min(start + config.eval_every, config.steps)
@@ -118,6 +123,7 @@ def shards(batch_size: int) -> int:
 
 def main(config: PretrainConfig) -> None:
     """Trains, tests, and saves the model and the report."""
+    check_services(config.log_to)
     use_cores(config.batch_size)
     config = in_folder(config, "pretrain", config.data.source)
     run_dir = open_run(config, config.run_dir)

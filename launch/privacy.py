@@ -18,7 +18,7 @@ from jaxfm.federated.local import Local
 from jaxfm.federated.parts.private_gradient import ExamplePrivacy
 from jaxfm.federated.placement import wanted_steps
 from jaxfm.federated.preparation import Prepared
-from jaxfm.federated.run import TrainedRun
+from jaxfm.federated.rounds import RunState
 from jaxfm.federated.wrappers.private import with_privacy
 from jaxfm.federated.wrappers.private_checks import Quantile, keeps_memories
 
@@ -147,7 +147,7 @@ class ExamplesConfig:
         return ExamplePrivacy(self.clip, self.noise_multiplier, self.chunk)
 
     def report(
-        self, prepared: Prepared, data: Data, local: Local, result: TrainedRun, cohort_size: int
+        self, prepared: Prepared, data: Data, local: Local, state: RunState, cohort_size: int
     ) -> dict[str, float] | None:
         """What the run has cost the examples of its clients, from the rounds that each was in.
 
@@ -157,10 +157,10 @@ class ExamplesConfig:
         if not self.noise_multiplier:
             return None
         places, rate = cohorts_of(prepared.algorithm, len(data.names), cohort_size)
-        rounds, key = int(result.state.round), result.state.key
+        rounds, key = int(state.round), state.key
         drawn = times_drawn(key, rounds, len(data.names), places, rate)
         a_round = wanted_steps(data.train, local)
-        steps = np.minimum(a_round, np.asarray(result.placement.profiles.max_steps)) * drawn
+        steps = np.minimum(a_round, np.asarray(prepared.placement.profiles.max_steps)) * drawn
         spent = example_epsilons(
             np.asarray(data.train.count), steps, batch_size=local.batch_size,
             noise_multiplier=self.noise_multiplier, delta=self.delta,

@@ -27,10 +27,11 @@ from jaxfm.data.augment import image_transform
 from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.hub import torch_vision
+from jaxfm.launch.cores import use_cores
 from jaxfm.launch.optimizers import make_optimizer
 from jaxfm.launch.report import write_report
 from jaxfm.launch.search_config import SearchConfig
-from jaxfm.launch.setup import Data, ModelConfig, load_data, make_model, save_classes, use_cores
+from jaxfm.launch.setup import Data, ModelConfig, load_data, make_model, save_classes
 from jaxfm.model import Model, Variables
 from jaxfm.models import build, mobilenet_config, resnet_config, shufflenet_config, vgg_config
 from jaxfm.run_folder import in_folder, open_run, save_results

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.metadata
 import math
-import os
 import pathlib
 from typing import Any, Literal, get_args
-
-import jax
 
 from jaxfm import hub, tasks
 from jaxfm.config import check, check_whole, option
@@ -27,7 +23,7 @@ from jaxfm.models import DecoderConfig, EncoderConfig, decoder, encoder
 from jaxfm.models.by_name import ImageFamily, image_classifier, small_clip
 from jaxfm.plain_types import suggest
 from jaxfm.run_folder import save_results
-from jaxfm.tokenizer import ByteTokenizer, load_tokenizer, padding_id
+from jaxfm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, padding_id
 
 _ENCODING = "utf-8-sig"
 _IN_FOLDER = ("text", "mnist", "cifar10")  # read from --data.folder
@@ -181,14 +177,7 @@ def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -
       FileNotFoundError, ValueError: as of `jaxfm.data.load` and `deal_out`; an option of text for
         data that are none.
     """
-    tokenizer = "bytes" if config.tokenizer == "auto" else config.tokenizer
-    if config.tokenizer == "auto" and model and model.folder and hub.reads_text(model.folder):
-        tokenizer = model.folder
-    scale = load_scale(model.folder) if model and model.folder else None
-    with naming(config.folder or config.source):
-        data_set = _read(config, tokenizer, scale or config.standardize, seed)
-    if data_set.tokenizer is None:
-        _check_no_text(config)
+    data_set = read_data(config, seed, model)
     with naming(f"data.source={config.source}"):
         return deal_out(
             data_set.splits,
@@ -207,6 +196,24 @@ def load_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -
         )
 
 
+def read_data(config: DataConfig, seed: int, model: ModelConfig | None = None) -> DataSet:
+    """Reads the data, which are not dealt out; arguments and errors as of `load_data`."""
+    scale = load_scale(model.folder) if model and model.folder else None
+    with naming(config.folder or config.source):
+        data_set = _read(config, text_tokenizer(config, model), scale or config.standardize, seed)
+    if data_set.tokenizer is None:
+        _check_no_text(config)
+    return data_set
+
+
+def text_tokenizer(config: DataConfig, model: ModelConfig | None = None) -> Tokenizer:
+    """The tokenizer that reads text: bytes, that of the model's folder, or that of the config."""
+    name = "bytes" if config.tokenizer == "auto" else config.tokenizer
+    if config.tokenizer == "auto" and model and model.folder and hub.reads_text(model.folder):
+        name = model.folder
+    return ByteTokenizer() if name == "bytes" else load_tokenizer(name)
+
+
 def _check_no_text(config: DataConfig) -> None:
     """Refuses options of text for data that have none."""
     for name in ("tokenizer", "length"):
@@ -217,7 +224,9 @@ def _check_no_text(config: DataConfig) -> None:
             )
 
 
-def _read(config: DataConfig, tokenizer_name: str, standardize: bool | Scale, seed: int) -> DataSet:
+def _read(
+    config: DataConfig, tokenizer: Tokenizer, standardize: bool | Scale, seed: int
+) -> DataSet:
     if config.source in ("mnist", "cifar10"):
         images = (
             mnist(config.folder, writers=config.writers or None)
@@ -225,8 +234,6 @@ def _read(config: DataConfig, tokenizer_name: str, standardize: bool | Scale, se
             else cifar10(config.folder)
         )
         return DataSet(with_validation(images, seed=seed))
-    is_plain = tokenizer_name == "bytes"
-    tokenizer = ByteTokenizer() if is_plain else load_tokenizer(tokenizer_name)
     largest = config.num_clients if config.partition in ("auto", "natural") else None
     if config.source == "stdlib":
         splits = stdlib(tokenizer, length=config.length, num_clients=largest)
@@ -373,28 +380,3 @@ def _text_model(family: str, config: ModelConfig, data: Data, sizes: dict[str, A
     if family == "decoder":
         return decoder(DecoderConfig(max_len=max(2048, length), **sizes, **text))
     return encoder(EncoderConfig(max_len=max(512, length), **sizes, **text))
-
-
-_PATIENCE_S = {
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
-    "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
-}
-
-
-def use_cores(most: int) -> None:
-    """Makes each core of a CPU a device, up to `most`; call it before JAX is first used.
-
-    More devices than cores would wait for each other in every collective. Where other processes
-    keep a core busy, one device may still come 40 s late, after which XLA would end the process: it
-    is made to wait for an hour. If XLA_FLAGS already sets the number of devices, all is left alone;
-    in a job of several processes, too, each of which is one device that computes on all its cores.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags or jax.distributed.is_initialized():
-        return
-    number = max(1, min(most, os.cpu_count() or 1))
-    jax.config.update("jax_num_cpu_devices", number)
-    # A flag that XLA does not know ends the process, so only versions that are known get these.
-    if number > 1 and importlib.metadata.version("jaxlib").startswith("0.10."):
-        more = [f"{name}={seconds}" for name, seconds in _PATIENCE_S.items() if name not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *more])

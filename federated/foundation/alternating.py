@@ -88,6 +88,7 @@ def alternate(
     test_examples: int = 0,
     central_chunk: int = 50,
     run_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] = (),
     mesh: Mesh | None = None,
     clients_at_once: int | None = None,
 ) -> FoundationRun:
@@ -103,8 +104,8 @@ def alternate(
         end of a phase has one, too.
       byte_budget: as in `train`; it ends the schedule before a round.
       central_chunk: central steps of a stretch.
-      cohort_size, placement, seed, drop_rate, eval_examples, test_examples, run_dir, mesh,
-        clients_at_once: as in `train`.
+      cohort_size, placement, seed, drop_rate, eval_examples, test_examples, run_dir, log_to,
+        mesh, clients_at_once: as in `train`.
     Raises:
       ValueError: settings out of range, central phases without public rows or on rows that lack
         what the task reads, a folder that holds a run of another schedule.
@@ -153,7 +154,7 @@ def alternate(
     script = Script(advance=advance, watch=watch, server=server, ends=ends, check=check)
     played = play(
         script, state, no_account(len(data.names)), length=len(steps), eval_every=eval_every,
-        names=data.names, run_dir=run_dir, due=lambda number: number in last,
+        names=data.names, run_dir=run_dir, log_to=log_to, due=lambda number: number in last,
     )  # fmt: skip
     trained = finished(setup, played, played.state.run, test_examples)
     kinds = zip(("central", "federated"), played.state.targets.tolist(), strict=True)

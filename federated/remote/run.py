@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,13 +88,15 @@ def serve(
     eval_examples: int = 512,
     test_examples: int = 0,
     run_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] = (),
 ) -> Served:
     """Plays all rounds, or those that an earlier process has left, with clients elsewhere.
 
     Args:
       prepared, data: as in `train`; of clients' rows only their number is looked at.
       exchange: how orders reach clients.
-      num_rounds, cohort_size, seed, eval_every, eval_examples, test_examples, run_dir: as in
+      num_rounds, cohort_size, seed, eval_every, eval_examples, test_examples, run_dir, log_to: as
+        in
         `train`, with the same cohorts and keys.
     """
     remote = remote_of(prepared, data, cohort_size)
@@ -132,7 +135,7 @@ def serve(
     played = play(
         script, start(remote, prepared.variables, jax.random.key(seed + 1)),
         no_account(len(data.names)), length=num_rounds, eval_every=eval_every, names=data.names,
-        run_dir=run_dir,
+        run_dir=run_dir, log_to=log_to,
     )  # fmt: skip
     return Served(
         state=played.state,

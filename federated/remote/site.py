@@ -27,6 +27,8 @@ class Client(NamedTuple):
       variables: that the run starts from, or their shapes.
       data, profile: its own, as of `client_data`.
       public: the server's public data or their shapes; None: there are none.
+      has_secrets: whether its draws are secret, as those of noise on its examples' gradients are:
+        it then trains with keys that the server does not know.
     """
 
     algorithm: Algorithm
@@ -34,6 +36,7 @@ class Client(NamedTuple):
     data: ClientData
     profile: Profile
     public: PyTree = None
+    has_secrets: bool = False
 
 
 class Shapes(NamedTuple):
@@ -121,7 +124,7 @@ def prepare_site(folder: pathlib.Path, client: Client, b: int) -> None:
     leaves = {part: leaves_of(part, tree) for part, tree in shapes._asdict().items()}
     about = {
         "leaves": leaves,
-        "own_randomness": buckets[b].privacy == "clients",
+        "own_randomness": client.has_secrets or buckets[b].privacy == "clients",
         "is_masked": is_masked(shapes),
     }
     write_text(folder / "about.json", json.dumps(about))  # the last: now it is complete

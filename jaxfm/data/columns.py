@@ -152,12 +152,17 @@ def _is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip()) or cell != cell
 
 
-def labels(table: Table, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def labels(
+    table: Table, name: str, known: Sequence[str] = ()
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns the classes i32[N] of a column, and their names.
 
+    Args:
+      table, name: where they are.
+      known: the names, in order, where others have given them; () for those that are found.
     Raises:
-      ValueError: missing, fractions, outside the names that the file gives, or no classes: fewer
-        than two, or hardly any row with that of another.
+      ValueError: missing, fractions, outside the names that the file or `known` gives, or no
+        classes: fewer than two, or hardly any row with that of another.
     """
     cells = table.columns[name]
     shape = np.shape(cells) if isinstance(cells, np.ndarray) else np.shape(cells[0])
@@ -171,23 +176,25 @@ def labels(table: Table, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
             raise table.fault(name, row, "the label is missing.")
         if isinstance(cell, list | dict | bytes):
             raise table.fault(name, row, f"{cell!r:.40} is not a label.")
+    if known:
+        return _among(table, name, flat, known), tuple(known)
     if name in table.classes:
         return _numbered(table, name, flat), table.classes[name]
     if all(map(_is_number, flat)):
         flat = _whole(table, name, flat)
     elif any(not isinstance(cell, str) for cell in flat):
         flat = [str(cell) for cell in flat]
-    known, numbers = np.unique(np.array(flat), return_inverse=True)
-    if len(known) < 2:
+    found, numbers = np.unique(np.array(flat), return_inverse=True)
+    if len(found) < 2:
         raise ValueError(
-            f"{table.origin}: column {name!r} has only the label {known[0]!s}; there must be two."
+            f"{table.origin}: column {name!r} has only the label {found[0]!s}; there must be two."
         )
-    if len(flat) >= 20 and len(known) > len(flat) / 2:
+    if len(flat) >= 20 and len(found) > len(flat) / 2:
         raise ValueError(
-            f"{table.origin}: column {name!r} has {len(known)} different values in {len(flat)} "
+            f"{table.origin}: column {name!r} has {len(found)} different values in {len(flat)} "
             "rows; these are no classes."
         )
-    return numbers.astype(np.int32), tuple(map(str, known))
+    return numbers.astype(np.int32), tuple(map(str, found))
 
 
 def _plain(cells: Column) -> list:
@@ -200,6 +207,27 @@ def _whole(table: Table, name: str, cells: Sequence) -> list[int]:
         if not number.is_integer():
             raise table.fault(name, row, f"the label {cells[row]} is not a whole number.")
     return [int(number) for number in numbers]
+
+
+def _among(table: Table, name: str, cells: Sequence, known: Sequence[str]) -> np.ndarray:
+    """Returns the places of labels among known names; a column that has names goes by these."""
+    places = {text: place for place, text in enumerate(known)}
+    own = table.classes.get(name)
+    numbers = _numbered(table, name, cells) if own else None
+    found = np.empty(len(cells), np.int32)
+    for row, cell in enumerate(cells):
+        texts = [str(cell)] if own is None or numbers is None else [own[numbers[row]]]
+        if own is None and _is_number(cell) and float(cell).is_integer():
+            texts.append(str(int(float(cell))))
+        place = next((places[text] for text in texts if text in places), None)
+        if place is None:
+            raise table.fault(
+                name,
+                row,
+                f"the label {texts[0]!r} is none of {names_of(known)}.",
+            )
+        found[row] = place
+    return found
 
 
 def _numbered(table: Table, name: str, cells: Sequence) -> np.ndarray:

@@ -42,11 +42,13 @@ class DataSet(NamedTuple):
       splits: "train", "validation" and "test", each with the same classes and clients.
       tokenizer: of text; None for anything else.
       scale: by which columns of numbers were standardised; None if they were not.
+      roles: what the columns mean; None of data that have none.
     """
 
     splits: dict[str, Source]
     tokenizer: Tokenizer | None = None
     scale: Scale | None = None
+    roles: Roles | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -90,6 +92,8 @@ def load(
     tokenizer: Tokenizer | None = None,
     length: int = 128,
     standardize: bool | Scale = False,
+    classes: Sequence[str] = (),
+    draw_splits: bool = True,
     seed: int = 0,
 ) -> DataSet:
     """Returns data from a file, a folder or the Hugging Face hub, checked and split.
@@ -125,6 +129,9 @@ def load(
         longest needs.
       standardize: subtract the mean of each column of numbers and divide by its deviation, both of
         the training rows; a constant column is 0. Or a scale, which is applied.
+      classes: the names of the labels, in order, where others have given them; a table whose rows
+        have another label is refused. The default is whatever labels there are.
+      draw_splits: draw the splits that the data do not have; without it they are missing.
       seed: of the rows that are drawn for splits.
     Raises:
       FileNotFoundError, ValueError: in one sentence that names file, row and column.
@@ -154,9 +161,13 @@ def load(
     with naming(path):
         roles = cells.find_roles(table, given)
         if roles.text and not roles.label:
-            data = _language(table, roles, client, tokenizer, length)
+            data = _language(table, roles, client, tokenizer, length, SHARE if draw_splits else 0)
         else:
-            data = _labelled(table, roles, client, tokenizer, length, image_size, seed)
+            source = _labelled(table, roles, client, tokenizer, length, image_size, classes)
+            parts = _parts(checked(source, table.origin), table)
+            splits = with_splits(parts, seed=seed) if draw_splits else parts
+            data = DataSet(splits, tokenizer if roles.text else None)
+        data = data._replace(roles=roles)
         if standardize is False:
             return data
         own = None if standardize is True else standardize
@@ -190,30 +201,28 @@ def _labelled(
     tokenizer: Tokenizer,
     length: int,
     image_size: tuple[int, int] | None,
-    seed: int,
-) -> DataSet:
+    known: Sequence[str],
+) -> Source:
     if roles.label is None:
         raise ValueError(
             f"{table.origin} has no column of labels; say with label which of "
             f"{', '.join(map(repr, table.columns))} it is."
         )
-    examples, classes = _leaves(table, roles, tokenizer, length, image_size)
+    examples, classes = _leaves(table, roles, tokenizer, length, image_size, known)
     if roles.weight:
         examples["weight"] = cells.weights(table, roles.weight)
-    source = Source(examples, *owners(table, roles, client), classes)
-    splits = with_splits(_parts(checked(source, table.origin), table), seed=seed)
-    return DataSet(splits, tokenizer if roles.text else None)
+    return Source(examples, *owners(table, roles, client), classes)
 
 
 def _leaves(
     table: Table, roles: Roles, tokenizer: Tokenizer, length: int,
-    image_size: tuple[int, int] | None,
+    image_size: tuple[int, int] | None, known: Sequence[str],
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:  # fmt: skip
     """Returns inputs and labels, and the names of the classes."""
     assert roles.label is not None
     if len(roles.text) == 1 and holds_words(table.columns[roles.text[0]]):
         return tagged(table, roles.text[0], roles.label, tokenizer, length)
-    label, classes = cells.labels(table, roles.label)
+    label, classes = cells.labels(table, roles.label, known)
     examples = {"label": label}
     if roles.image:
         examples["image"] = cells.images(table, roles.image, image_size)
@@ -257,8 +266,9 @@ def with_splits(splits: Mapping[str, Source], *, seed: int) -> dict[str, Source]
 
 
 def _language(
-    table: Table, roles: Roles, client: Client | None, tokenizer: Tokenizer, length: int
-) -> DataSet:
+    table: Table, roles: Roles, client: Client | None, tokenizer: Tokenizer, length: int,
+    held_out: float,
+) -> DataSet:  # fmt: skip
     """Returns text to be continued, as rows of tokens; each row of the table is a document."""
     number, names = owners(table, roles, client)
     owner = ["" if number is None or n < 0 else names[n] for n in _each(number, table.size)]
@@ -268,7 +278,7 @@ def _language(
         piece, place = table.piece_of(row)
         name = f"{Path(piece.origin).name}/{place}" if files is None else files[row]
         documents.append(Document(name, owner[row], content, piece.split))
-    splits = corpus(documents, tokenizer, length=length)
+    splits = corpus(documents, tokenizer, length=length, held_out=held_out)
     if number is None:
         splits = {name: part._replace(client=None, clients=()) for name, part in splits.items()}
     return DataSet(splits, tokenizer)

@@ -116,7 +116,9 @@ def patch_size(height: int, width: int) -> int:
 def width_axes(model: Model) -> tuple[str, ...]:
     """Returns the axes that a narrower model of one of our families is cut along."""
     if isinstance(model.config, DecoderConfig | EncoderConfig | VitConfig):
-        return ("embed", "mlp", "kv_heads")
+        classifies = isinstance(model.config, EncoderConfig) and model.config.head == "classify"
+        # Of a classifier, whose output it is not, the pooled vector is as wide as the stream.
+        return ("embed", "mlp", "kv_heads", *(("pooled",) if classifies else ()))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     sizes = axis_sizes(shapes, model.axes)
     return tuple(sorted(sizes.keys() - {"input", "channel", "class"}))

@@ -6,6 +6,7 @@ A command is a module with `CONFIG`, its config class, and `main`, which takes o
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,11 @@ def split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
     return name, own[1:], rest
 
 
+def _stopped(number: int, _: object) -> None:
+    """Ends this process as an error would, so that blocks end those that they have started."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs the command that the command line names."""
     words = sys.argv[1:]
@@ -52,5 +58,6 @@ def main() -> None:
     if rest and not takes:
         print(f"error: {name} takes no flags behind --.", file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, _stopped)  # what it has started ends with it
     run = (lambda config: module.main(config, rest)) if takes else module.main
     configs.run(run, module.CONFIG)

@@ -25,6 +25,8 @@ class LocalConfig(ServeConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.own_rows:
+            raise ValueError("own_rows is for `serve`, whose clients `join` with --data.")
         if self.clients < 1:
             raise ValueError(f"clients={self.clients}: give at least 1.")
 

@@ -112,13 +112,20 @@ def superlink(host: str, port: int, certificates: Certificates | None) -> list[s
 
 
 def supernode(
-    client: int, address: str, folder: pathlib.Path, certificates: Certificates | None
+    client: int,
+    address: str,
+    folder: pathlib.Path,
+    certificates: Certificates | None,
+    data: pathlib.Path | None = None,
 ) -> list[str]:
-    """The command of a client's SuperNode."""
+    """The command of a client's SuperNode; `data` says where its own data are."""
+    about = f'client={client} folder="{folder.absolute()}"'
+    if data is not None:
+        about += f' data="{data.absolute()}"'
     words = [
         "flower-supernode", "--superlink", address, "--isolation", "subprocess",
         "--port", str(free_port()),
-        "--node-config", f'client={client} folder="{folder.absolute()}"',
+        "--node-config", about,
     ]  # fmt: skip
     if certificates is None:
         return [*words, "--insecure"]

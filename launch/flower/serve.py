@@ -47,6 +47,12 @@ class ServeConfig:
     )  # fmt: skip
     round_s: float = option(600.0, "seconds after which a client is absent from its round")
     hello_s: float = option(600.0, "seconds to wait for the first clients")
+    own_rows: tuple[int, ...] = option(
+        (),
+        "clients have data of their own (`join --data=FILE`), of up to so many rows each, or, with "
+        "a number for each client, of so many; --data is then the server's own small file, by "
+        "which it says what rows look like, and validates and tests; empty: --data is dealt out",
+    )
 
     def __post_init__(self):
         check(self)
@@ -100,7 +106,7 @@ def make_app(config: ServeConfig, words: list[str]) -> pathlib.Path:
     """Writes the app that `flwr run` takes."""
     app = pathlib.Path(config.folder) / "app"
     limits = {"round_s": config.round_s, "hello_s": config.hello_s, "nodes": config.clients}
-    write_app(app, words, limits)
+    write_app(app, words, limits, config.own_rows)
     return app
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import datetime
 import importlib.util
+import os
 import pathlib
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -150,6 +152,40 @@ def simulated(words):
         seed=config.seed, eval_every=config.rounds, mesh=make_mesh(clients=1),
     )  # fmt: skip
     return flat("variables", result.state.server.variables)
+
+
+STARTER = """
+import dataclasses, pathlib, sys, time, types
+from jaxfm.launch.flower import commands, processes
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    pass
+
+def main(config):
+    words = ["python", "-c", "import time; time.sleep(600)"]
+    with processes.running(words, pathlib.Path("home"), pathlib.Path("log")) as child:
+        print(child.pid, flush=True)
+        time.sleep(600)
+
+processes.program = lambda name: sys.executable
+module = types.ModuleType("starter")
+module.CONFIG, module.main = Config, main
+sys.modules["starter"], commands.COMMANDS["starter"] = module, "starter"
+sys.argv = ["flower", "starter"]
+commands.main()
+"""
+
+
+def test_a_command_that_is_asked_to_stop_ends_what_it_has_started(tmp_path):
+    words = [sys.executable, "-c", STARTER]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as command:
+        child = int(command.stdout.readline())
+        os.kill(child, 0)  # it is there
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 @pytest.mark.slow

@@ -19,13 +19,13 @@ from jaxfm.config import describe, override
 from jaxfm.data.federation import merge
 from jaxfm.launch import (
     continual,
+    cores,
     demo,
     federate,
     generate,
     pretrain,
     prompts,
     report,
-    setup,
     simulate,
 )
 from jaxfm.launch import search as search_script
@@ -325,15 +325,15 @@ def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
 
 def test_devices_that_share_cores_are_waited_for(monkeypatch):
     made = {}
-    monkeypatch.setattr(setup.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(type(jax.config), "update", lambda _, *what: made.update([what]))
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_warn_stuck_timeout_seconds=7")
-    setup.use_cores(8)
+    cores.use_cores(8)
     assert made == {"jax_num_cpu_devices": 2}
     flags = os.environ["XLA_FLAGS"].split()
     assert flags[0].endswith("=7") and len(flags) == 2 and "terminate" in flags[1]
     monkeypatch.setenv("XLA_FLAGS", theirs := "--xla_force_host_platform_device_count=3")
-    setup.use_cores(8)
+    cores.use_cores(8)
     assert os.environ["XLA_FLAGS"] == theirs
 
 

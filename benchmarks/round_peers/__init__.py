@@ -1,0 +1,1 @@
+"""Other libraries' federated averaging on the clients and batches of `rounds.py`."""
