@@ -284,10 +284,12 @@ def _run(
 
 def _mesh_of(variables: PyTree) -> Mesh | None:
     """The mesh that variables lie on, such as those that a federated run leaves on all devices."""
-    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables))
-    return next(
-        (x.mesh for x in places if isinstance(x, NamedSharding) and x.num_devices > 1), None
-    )
+    for leaf in jax.tree.leaves(variables):
+        place = getattr(leaf, "sharding", None)
+        mesh = place.mesh if isinstance(place, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None
 
 
 def _adapted(decoder: Decoder, *counts: Any, seconds: float) -> Decoder:
