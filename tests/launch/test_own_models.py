@@ -166,6 +166,7 @@ def test_a_bert_learns_to_tag_words_and_is_reopened_by_transformers(folders, cap
 
 def test_a_run_starts_from_the_model_of_another(trained, folders, capsys):
     start = trained("bert") / "model"
+    capsys.readouterr()
     config = command(
         f"--run_dir={folders / 'again'}", f"--data.source={folders / 'films.csv'}",
         f"--init={start}", "--rounds=1",
