@@ -66,8 +66,7 @@ _load = functools.lru_cache(maxsize=1)(load_data)  # a comparison reads the same
 
 
 def ready(config: Any, data: Data | None = None) -> tuple[Data, Model, Prepared]:
-    """The data (those of the config, unless others are given), the full model, and the run before
-    its first round."""
+    """The data (of the config, unless others are given), the full model, and the prepared run."""
     data = _load(config.data, config.seed, config.model) if data is None else data
     model = adapted(config.adapter, make_model(config.model, data), data)
     prepared = prepare(
