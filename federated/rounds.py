@@ -162,6 +162,7 @@ def compile_rounds(
 
     def init(variables: Variables, key: Key) -> RunState:
         axes = algorithm.model and algorithm.model.axes
+        tensor.check_divides(variables, axes, mesh)
         split = jax.tree.map(put, variables, tensor.places(variables, axes, mesh))
         return first(split, place(key), given, fixed)
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.model import PyTree, is_axes
+from jaxfm.model import PyTree, Variables, is_axes
 from jaxfm.parallel.mesh import TENSOR_RULES, make_mesh
 
 
@@ -37,6 +37,17 @@ def clients_mesh(together: int = 1) -> Mesh:
 def is_split(mesh: Mesh) -> bool:
     """Whether several devices hold one client's model."""
     return mesh.shape.get("tensor", 1) > 1
+
+
+def check_divides(variables: Variables, axes: PyTree, mesh: Mesh) -> None:
+    """Raises ValueError where the mesh is to split a model of which it can split nothing."""
+    if is_split(mesh) and all(
+        place.is_fully_replicated for place in jax.tree.leaves(places(variables, axes, mesh))
+    ):
+        raise ValueError(
+            f"tensor={mesh.shape['tensor']} splits nothing of this model: it needs axes named "
+            f"{', '.join(TENSOR_RULES)} whose size it divides; leave out --tensor."
+        )
 
 
 def places(tree: PyTree, axes: PyTree, mesh: Mesh, *, rows: P | None = None) -> PyTree:

@@ -14,6 +14,7 @@ else in the library sees plain pytrees. A user's own module is converted in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -357,12 +358,15 @@ def assemble(
         layers = jax.vmap(block.init)(jax.random.split(keys[1], num_layers))
         return join(embed.init(keys[0]), layers, head.init(keys[2]))
 
-    # On a CPU, what draws random numbers takes seconds to optimise and milliseconds to run.
-    quick = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
-    alone = jax.jit(draw, compiler_options=quick)  # no part of another program may have options
+    @functools.cache
+    def alone() -> Callable[[Key], Variables]:
+        # On a CPU, what draws random numbers takes seconds to optimise and milliseconds to run.
+        quick = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else None
+        return jax.jit(draw, compiler_options=quick)
 
     def init(key: Key) -> Variables:
-        return draw(key) if isinstance(key, jax.core.Tracer) else alone(key)
+        # Only a program of its own may have options of the compiler.
+        return draw(key) if isinstance(key, jax.core.Tracer) else alone()(key)
 
     stacked = jax.tree.map(lambda names: ("layer", *names), block.axes, is_leaf=is_axes)
     named = {"embed": embed, "layers": block, "head": head}

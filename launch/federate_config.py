@@ -144,6 +144,12 @@ class _FederateConfig:
             )
         self._check_phases()
         self._check_clock()
+        if self.tensor > 1 and (self.phases or self.asynchronous.buffer):
+            other = "phases" if self.phases else "asynchronous"
+            raise ValueError(
+                f"tensor={self.tensor}: --{other} runs a client on one device; leave out one of "
+                "the two."
+            )
         if self.quorum > self.cohort_size:
             raise ValueError(
                 f"quorum={self.quorum}: a round has only cohort_size={self.cohort_size} clients."

@@ -36,6 +36,7 @@ from jaxfm.federated.client_steps import client_after_client, client_step
 from jaxfm.federated.cohort import RoundInfo, Slots, joined, round_keys
 from jaxfm.federated.population import Population
 from jaxfm.federated.rounds import Rounds, RunState, compile_rounds, default_clients_at_once
+from jaxfm.federated.tensor import is_split
 from jaxfm.model import Array, Key, PyTree, Variables
 from jaxfm.parallel.mesh import make_mesh, put
 
@@ -109,6 +110,11 @@ def compile_asynchronous(
     _check(algorithm, population, schedule)
     weigh = staleness or polynomial(0.5)
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
+    if is_split(mesh):
+        raise ValueError(
+            f"Asynchronous steps run a client on one device, and the mesh splits it over "
+            f"tensor={mesh.shape['tensor']}; give one of clients alone."
+        )
     devices, places = mesh.shape["clients"], schedule.client.shape[1]
     at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
     share = math.ceil(places / devices)

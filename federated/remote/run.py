@@ -96,8 +96,7 @@ def serve(
       prepared, data: as in `train`; of clients' rows only their number is looked at.
       exchange: how orders reach clients.
       num_rounds, cohort_size, seed, eval_every, eval_examples, test_examples, run_dir, log_to: as
-        in
-        `train`, with the same cohorts and keys.
+        in `train`, with the same cohorts and keys.
     """
     remote = remote_of(prepared, data, cohort_size)
     watch = functools.partial(_measured, prepared, data)

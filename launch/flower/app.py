@@ -156,7 +156,7 @@ def read_flags(words: list[str]) -> Any:
 def _check(config: Any) -> None:
     """Refuses options that only a simulation has, and services that are not installed here."""
     check_services(config.log_to)
-    for name in ("compare", "phases", "drop_rate", "byte_budget", "clients_at_once"):
+    for name in ("compare", "phases", "drop_rate", "byte_budget", "clients_at_once", "tensor"):
         value = getattr(config, name)
         if value != type(config).__dataclass_fields__[name].default:
             raise ValueError(

@@ -1,5 +1,8 @@
 """Clients whose model is split over devices: the rounds of one device, and no whole copy of it."""
 
+import subprocess
+import sys
+
 import chex
 import jax
 import numpy as np
@@ -19,6 +22,8 @@ from jaxfm.federated import (
     scaffold,
 )
 from jaxfm.federated.tensor import places
+from jaxfm.launch.flower.app import read_flags
+from jaxfm.models import mlp
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.testing import tiny_decoder
 
@@ -86,3 +91,32 @@ def test_what_belongs_to_no_parameter_or_does_not_divide_lies_whole():
     assert specs == {
         "moments": {"up": (None, "tensor"), "odd": (None, None)}, "up": (), "count": ()
     }  # fmt: skip
+
+
+def test_a_mesh_that_splits_nothing_of_a_model_is_refused():
+    mesh = make_mesh(clients=1, tensor=2)
+    model = mlp((3, 4, 2))
+    people = Population(
+        federate({"x": np.zeros((4, 3), np.float32), "label": np.zeros(4, np.int32)}, [range(4)]),
+        profiles(1), bucket=[0],
+    )  # fmt: skip
+    algorithm = fed_avg(model, tasks.classification(2, inputs="x"), LOCAL)
+    rounds = compile_rounds(algorithm, people, cohort_size=1, mesh=mesh)
+    with pytest.raises(ValueError, match="tensor=2 splits nothing of this model"):
+        rounds.init(model.init(jax.random.key(0)), jax.random.key(1))
+
+
+def test_building_a_model_starts_no_backend():
+    """So that devices can still be chosen, or processes joined, after it."""
+    code = (
+        "from jaxfm.testing import tiny_decoder; tiny_decoder(); "
+        "import jax._src.xla_bridge as b; assert not b._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("flag", ["--phases=central:1,federated:1", "--asynchronous=2"])
+def test_what_runs_a_client_on_one_device_does_not_go_with_it(flag):
+    flags = ["--tensor=2", "--profile=phone", "--data.public=0.2", flag]
+    with pytest.raises(ValueError, match=r"tensor=2: --(phases|asynchronous) runs a client on one"):
+        read_flags(flags)
