@@ -107,25 +107,17 @@ def compile_asynchronous(
             f"An update of the schedule is {oldest} steps old, and history={history} versions are "
             f"kept; keep {oldest + 1}."
         )
-    _check(algorithm, population, schedule)
-    weigh = staleness or polynomial(0.5)
     mesh = make_mesh(clients=len(jax.devices())) if mesh is None else mesh
-    if is_split(mesh):
-        raise ValueError(
-            f"Asynchronous steps run a client on one device, and the mesh splits it over "
-            f"tensor={mesh.shape['tensor']}; give one of clients alone."
-        )
-    devices, places = mesh.shape["clients"], schedule.client.shape[1]
-    at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
-    share = math.ceil(places / devices)
-    at_once = share if at_once is None else min(at_once, share)
+    _check(algorithm, population, schedule, mesh)
+    weigh = staleness or polynomial(0.5)
+    places = schedule.client.shape[1]
+    steps = _steps(
+        algorithm, mesh, history, places, clients_at_once, lambda behind: rate * weigh(behind),
+        mixes_models,
+    )  # fmt: skip
     synchronous = compile_rounds(
         algorithm, population, cohort_size=min(places, len(population.bucket)), public=public,
-        num_rounds=num_rounds, mesh=mesh, clients_at_once=at_once,
-    )  # fmt: skip
-    steps = _Steps(
-        algorithm, mesh, history, math.ceil(share / at_once) * at_once * devices, at_once,
-        lambda behind: rate * weigh(behind), mixes_models,
+        num_rounds=num_rounds, mesh=mesh, clients_at_once=steps.at_once,
     )  # fmt: skip
     everywhere = NamedSharding(mesh, P())
     place = lambda tree: jax.tree.map(lambda x: put(x, everywhere), tree)
@@ -171,6 +163,16 @@ class _Steps(NamedTuple):
     at_once: int
     weigh: Staleness
     mixes_models: bool
+
+
+def _steps(algorithm, mesh, history, places, clients_at_once, weigh, mixes_models) -> _Steps:
+    """With as many slots as whole groups of clients on every device take."""
+    devices = mesh.shape["clients"]
+    share = math.ceil(places / devices)
+    at_once = default_clients_at_once() if clients_at_once is None else clients_at_once
+    at_once = share if at_once is None else min(at_once, share)
+    slots = math.ceil(share / at_once) * at_once * devices
+    return _Steps(algorithm, mesh, history, slots, at_once, weigh, mixes_models)
 
 
 def _run(steps: _Steps, state: AsyncState, arrivals, fixed) -> tuple[AsyncState, RoundInfo]:
@@ -254,7 +256,7 @@ def _of_models(received: Mean, then: Variables, now: Variables) -> Mean:
     return received._replace(num=jax.tree.map(add, received.num, gap))
 
 
-def _check(algorithm: Algorithm, population: Population, schedule: Schedule) -> None:
+def _check(algorithm: Algorithm, population: Population, schedule: Schedule, mesh: Mesh) -> None:
     buckets = algorithm.buckets
     if len(buckets) != 1 or buckets[0].sends_predictions or buckets[0].combine is not None:
         raise ValueError(
@@ -268,6 +270,11 @@ def _check(algorithm: Algorithm, population: Population, schedule: Schedule) -> 
         )
     if population.home is not None:
         raise ValueError("Clients with homes cannot arrive at any time; leave Population.home out.")
+    if is_split(mesh):
+        raise ValueError(
+            f"Asynchronous steps run a client on one device, and the mesh splits it over "
+            f"tensor={mesh.shape['tensor']}; give one of clients alone."
+        )
     if schedule.client.max(initial=-1) >= len(population.bucket):
         raise ValueError(
             f"The schedule has a client {schedule.client.max()}, and the population has "
