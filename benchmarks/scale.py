@@ -17,10 +17,10 @@ Then federated averaging of an MLP, whose clients live on devices of their own:
 - two_process_speedup: seconds of a round in one process held to one core (`taskset`), over those of
   the same round in two processes that meet over loopback, each held to a core of its own; 2 is all
   that there is. "two_process" has the seconds;
-- checkpoint_overhead: the share of the rounds' time by which a run is longer that saves its state
-  every --save_every rounds (Orbax, in the background, on the same single core), over pairs of runs
-  in turn. "saves" has seconds of a round, of what a save adds and of how long the run waits for the
-  call, and the size of a checkpoint.
+- checkpoint_overhead: the share of the rounds' time by which a run is longer that may save its
+  state every --save_every rounds (Orbax, in the background, on the same single core), over pairs of
+  runs in turn. "saves" has seconds of a round, of what a save adds and of how long the run waits
+  for the call, the size of a checkpoint, and how many rounds and saves a run had.
 
 Both are by the wall's clock; figures with "processor" are by the processor time of each process,
 which is what others on the same cores change least.
@@ -70,6 +70,7 @@ class Config:
     clients: int = option(8, "that it is averaged over, of 10 steps each")
     save_every: int = option(5, "rounds between saves, as a run's eval_every has it")
     pairs: int = option(5, "of runs with and without saves")
+    run_s: float = option(60.0, "seconds of each of these runs, about")
     one: bool = option(False, "measure the first size in this process (for the script itself)")
 
     def __post_init__(self):
@@ -135,7 +136,7 @@ def checkpoints(config: Config) -> dict[str, Any]:
     """What saving in the background costs on one core."""
     problem = Problem((784, config.hidden, config.hidden, 10), 64, 10, config.clients)
     (found,) = run_job(1, {
-        "what": "saves", "problem": problem._asdict(), "rounds": 2 * config.save_every,
+        "what": "saves", "problem": problem._asdict(), "lasting": config.run_s,
         "every": config.save_every, "pairs": config.pairs,
     })  # fmt: skip
     print(f"saves: {rounded(found)}", flush=True)
@@ -161,7 +162,7 @@ def main(config: Config) -> None:
         return
     if config.quick:
         config = dataclasses.replace(config, sizes=(1_000, 1_000_000), cohort_size=50, rounds=4,
-                                     hidden=256, clients=4, pairs=2)  # fmt: skip
+                                     hidden=256, clients=4, pairs=2, run_s=15.0)  # fmt: skip
     load = os.getloadavg()[0]
     found = {}
     for size in config.sizes:

@@ -75,7 +75,8 @@ def play(
       script: what a step is.
       state, account: before the first step.
       length: steps in all.
-      eval_every: steps between evaluations and checkpoints.
+      eval_every: steps between evaluations. There is a checkpoint, too, where the time since the
+        last one allows it (`Checkpointer.is_due`), and after the last step.
       names: of the clients.
       run_dir: folder for metrics and checkpoints; None: nothing is written.
       log_to: services that get the metrics, too (`jaxfm.trackers`).
@@ -126,7 +127,8 @@ def play(
                 say_line(number, length, line)
                 check_progress(number, evaluated, account, script.server(state).variables, names)
                 evaluated = account
-            if checkpoints is not None and (is_due or stops):
+            last = stops or bool(ended) or number == length
+            if checkpoints is not None and (last or (is_due and checkpoints.is_due())):
                 checkpoints.save(number, (state, account))
             if stops:
                 raise Preempted(number, run_dir)

@@ -122,7 +122,8 @@ def train(
       seed: of parameters and rounds.
       byte_budget: bytes of all uploads and downloads together, which no round exceeds: before one
         that may, the run ends. None: all rounds are run.
-      eval_every: rounds between evaluations and checkpoints.
+      eval_every: rounds between evaluations, and checkpoints where these cost little
+        (`Checkpointer.is_due`).
       eval_examples, test_examples: validation rows looked at while training, and test rows looked
         at in the end; 0: all.
       run_dir: folder for metrics and checkpoints; None: nothing is written.

@@ -5,7 +5,8 @@
             step, state = checkpoints.restore(like=state)
         for step in range(step + 1, num_steps + 1):
             state = train(state)
-            checkpoints.save(step, state)
+            if checkpoints.is_due() or step == num_steps:
+                checkpoints.save(step, state)
 
 A checkpoint is one folder, `step_00000012`. It gets that name only when everything is in it, so a
 process killed at any moment leaves the earlier ones whole; checksums of its files tell damage that
@@ -17,10 +18,12 @@ devices saved, one restores.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import time
 import warnings
 import zlib
 from typing import Any
@@ -28,11 +31,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
 _STEP = re.compile(r"step_(\d+)")
 _CHECKSUMS = "crc32.json"
+_SHARE = 0.02  # of a run's time that saves may take
 
 
 class Checkpointer:
@@ -67,6 +72,7 @@ class Checkpointer:
         )
         self._unreadable: set[int] = set()
         self._newest: pathlib.Path | None = None  # the last one this process began to write
+        self._began, self._seconds = 0.0, 0.0  # of that one; inf while it is being written
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -82,6 +88,17 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Returns the newest finished step, or None if there is none."""
         return max(self.steps(), default=None)
+
+    def is_due(self) -> bool:
+        """Whether one more save, as long as the last, takes at most 2 % of the time since.
+
+        The first save of a process always is due. All processes of a job call this together, and
+        hear what the first of them found.
+        """
+        due = self._seconds <= _SHARE * (time.monotonic() - self._began)
+        if jax.process_count() > 1:
+            due = bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
+        return due
 
     def save(self, step: int, tree: PyTree) -> None:
         """Starts writing `tree` and returns once its leaves are copied off the device.
@@ -108,6 +125,7 @@ class Checkpointer:
         if self._newest is None:
             self._clear_leftovers()
         self._newest = self._path(step)
+        self._began, self._seconds = time.monotonic(), math.inf
         names, leaves, _ = _flatten(tree)
         about = {name: _describe(name, leaf) for name, leaf in zip(names, leaves)}
         # Orbax refuses empty arrays; their shape says all there is to them.
@@ -210,6 +228,7 @@ class Checkpointer:
             files = [file for file in sorted(folder.glob("*/**/*")) if file.is_file()]
             checksums = {str(file.relative_to(folder)): _checksum(file) for file in files}
             (folder / _CHECKSUMS).write_text(json.dumps(checksums))
+        self._seconds = time.monotonic() - self._began
 
     def _clear_leftovers(self) -> None:
         """Removes what a killed writer left half written."""

@@ -90,7 +90,7 @@ class _FederateConfig:
         "bytes of all uploads and downloads together, which the run never exceeds: it ends before "
         "a round that may; 0: no budget",
     )
-    eval_every: int = option(5, "rounds between evaluations and checkpoints")
+    eval_every: int = option(5, "rounds between evaluations, and checkpoints at most")
     eval_examples: int = option(512, "validation rows looked at while training; 0: all")
     test_examples: int = option(0, "test rows looked at in the end; 0: all")
     log_to: tuple[Literal["wandb", "mlflow"], ...] = option(

@@ -54,7 +54,7 @@ class PretrainConfig:
     run_dir: str = option("", RUN_DIR_HELP)
     steps: int = option(500, "total optimizer steps")
     batch_size: int = option(16, "examples per step, over all devices")
-    eval_every: int = option(50, "steps between evaluations and checkpoints")
+    eval_every: int = option(50, "steps between evaluations, and checkpoints at most")
     eval_examples: int = option(512, "validation rows used while training; 0 means all")
     log_to: tuple[Literal["wandb", "mlflow"], ...] = option(
         (), "services that get the metrics, too: wandb, mlflow"
@@ -100,8 +100,10 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
                 line = {"train/loss": float(losses.mean())} | line
                 log.write(number, line)
                 say_figures(f"Step {number} of {config.steps}", line)
-                checkpoints.save(number, state)
-                if asked() and number < config.steps:
+                stops = asked() and number < config.steps
+                if stops or number == config.steps or checkpoints.is_due():
+                    checkpoints.save(number, state)
+                if stops:
                     raise Preempted(number, config.run_dir, "step")
     return state
 

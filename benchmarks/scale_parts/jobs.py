@@ -60,7 +60,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return measure.machine(request["calls"])
     sizes = problem.Problem(**{**request["problem"], "sizes": tuple(request["problem"]["sizes"])})
     if request["what"] == "saves":
-        return saves.measure(sizes, request["rounds"], request["every"], request["pairs"])
+        return saves.measure(sizes, request["lasting"], request["every"], request["pairs"])
     return {"seconds": problem.round_seconds(sizes, request["rounds"])}
 
 

@@ -1,19 +1,23 @@
 """What a run's checkpoints cost it: the same rounds with a run folder and without, in turn.
 
-Both are `jaxfm.federated.playing.play`, what every run is played by. A run saves every `every`
-rounds: its state is copied off the device, and written in the background (Orbax) while the next
-rounds compute. Neither side evaluates. The folder's log is written by the side that saves.
+Both are `jaxfm.federated.playing.play`, what every run is played by. A run may save every `every`
+rounds, and does where the last save is long enough ago, and at its end: its state is copied off the
+device, and written in the background (Orbax) while the next rounds compute. Neither side evaluates.
+The folder's log is written by the side that saves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +34,19 @@ from scale_parts.clocks import CLOCKS, Seconds, timed
 from scale_parts.problem import Problem
 
 
-def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, Any]:
+def measure(problem: Problem, lasting: float, every: int, pairs: int) -> dict[str, Any]:
     """The share of the rounds' time that saves take.
 
     Args:
       problem: of the rounds.
-      rounds: of each run.
-      every: rounds between saves.
+      lasting: seconds of each run, about.
+      every: rounds between saves, at least.
       pairs: of runs, with and without, the order turned round each time.
     Returns:
       By clock, "overhead", the median over pairs of (with - without) / without; "round", seconds
-      of one without; "added_a_save", seconds; and "call", seconds that `Checkpointer.save` keeps a
-      run waiting where the last save is done; "mib" of a checkpoint's arrays.
+      of one without; "added_a_save", seconds; "call", seconds that `Checkpointer.save` keeps a
+      run waiting where the last save is done; "mib" of a checkpoint's arrays; and of a run, its
+      "rounds" and its "saves" (the median).
     """
     devices = len(jax.devices())
     engine = compile_rounds(
@@ -57,7 +62,7 @@ def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, 
 
     script = Script(advance, lambda state: {}, lambda state: state.server)
 
-    def played(folder: pathlib.Path | None) -> Seconds:
+    def played(folder: pathlib.Path | None, rounds: int) -> Seconds:
         """Of a whole run; its last save is waited for, as in every run."""
         state = jax.block_until_ready(jax.tree.map(jnp.copy, first))
         with contextlib.redirect_stdout(io.StringIO()):
@@ -70,23 +75,42 @@ def measure(problem: Problem, rounds: int, every: int, pairs: int) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as folder:
         place = lambda k: pathlib.Path(folder, str(k))
-        played(None), played(place("warm"))
-        taken = []
+        played(place("warm"), every)
+        a_round = played(None, every)["wall"] / every
+        rounds = max(2 * every, math.ceil(lasting / a_round))
+        taken, saves = [], []
         for k in range(pairs):
             order = (None, place(k)) if k % 2 else (place(k), None)
-            times = {where is None: played(where) for where in order}
+            with counted() as count:
+                times = {where is None: played(where, rounds) for where in order}
             taken.append((times[False], times[True]))
+            saves.append(len(count))
         call = _call_seconds(first, place("calls"), pairs + 2)
+    made = statistics.median(saves)
     of = lambda read, clock: statistics.median(read(a[clock], b[clock]) for a, b in taken)
     return {
         "overhead": {clock: of(lambda a, b: a / b - 1, clock) for clock in CLOCKS},
         "round": {clock: of(lambda _, b: b / rounds, clock) for clock in CLOCKS},
-        "added_a_save": {
-            clock: of(lambda a, b: (a - b) * every / rounds, clock) for clock in CLOCKS
-        },
+        "added_a_save": {clock: of(lambda a, b: (a - b) / made, clock) for clock in CLOCKS},
         "call": call,
         "mib": num_bytes(jax.tree.map(_plain, first)) / 2**20,
+        "rounds": rounds,
+        "saves": made,
     }
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """Yields a list, to which every save within adds its step."""
+    steps: list[int] = []
+    save = Checkpointer.save
+
+    def noted(self: Checkpointer, step: int, tree: Any) -> None:
+        steps.append(step)
+        save(self, step, tree)
+
+    with mock.patch.object(Checkpointer, "save", noted):
+        yield steps
 
 
 def _call_seconds(state, folder: pathlib.Path, count: int) -> float:

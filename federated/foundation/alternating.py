@@ -100,8 +100,8 @@ def alternate(
       phases: the schedule.
       central: how the server trains.
       variables: that the run starts from, such as those of a checkpoint; None: `model.init`.
-      eval_every: rounds, or stretches of central steps, between evaluations and checkpoints; the
-        end of a phase has one, too.
+      eval_every: rounds, or stretches of central steps, between evaluations; the end of a phase
+        has one, too. Checkpoints as in `train`.
       byte_budget: as in `train`; it ends the schedule before a round.
       central_chunk: central steps of a stretch.
       cohort_size, placement, seed, drop_rate, eval_examples, test_examples, run_dir, log_to,

@@ -73,6 +73,30 @@ def test_an_abstract_tree_is_enough(tmp_path):
     assert_same(restored, state)
 
 
+def test_a_save_is_due_when_the_last_took_a_fiftieth_of_the_time_since(tmp_path, monkeypatch):
+    now, may_end = [1000.0], threading.Event()
+    seal = Checkpointer._seal
+
+    def slow(self):
+        assert may_end.wait(60)
+        now[0] += 3.0
+        seal(self)
+
+    monkeypatch.setattr(Checkpointer, "_seal", slow)
+    monkeypatch.setattr("jaxfm.checkpoint.time.monotonic", lambda: now[0])
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.is_due()
+        checkpoints.save(1, make_state())
+        now[0] = 2000.0
+        assert not checkpoints.is_due(), "it is still being written"
+        now[0] = 1000.0
+        may_end.set()
+        checkpoints.wait()
+        for seconds, due in ((1003.0, False), (1149.0, False), (1150.0, True)):
+            now[0] = seconds
+            assert checkpoints.is_due() == due
+
+
 def test_saved_values_are_those_of_the_call_even_if_donated(tmp_path):
     bump = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.random.normal(jax.random.key(0), (1000, 1000))
