@@ -6,7 +6,9 @@ T2: a decoder is trained on "loop, then its directive" for some minutes, with th
 directive, and answers held-out loops under the grammar of each: greedily (verified@1), and by the
 first of five answers that the proofs pass (verified@5). An answer counts by what the exact
 enumeration says of the program that has it, not by its text. Not trivial are the loops whose answer
-has clauses or is a refusal. The first of --tokenizers is the one whose decoder is used further.
+has clauses or is a refusal. The first of --readings is that of the decoder that is used further:
+"noted" is the lexer's tokens with what the dependence graph says of each variable behind the loop,
+"lexer" the loop alone, "byte" its bytes.
 T7: bits per byte of decoders with each tokenizer, of an n-gram model and of xz, on held-out
 functions, and with --files on C or Fortran files of your own. T8: the T2 decoder puts directives
 into whole serial functions, which are built, run and watched in the sandbox. Speed: tokens a second
@@ -37,12 +39,16 @@ from jaxfm.launch.hpc.writing import figures, judged, translate, write
 from jaxfm.models.families.decoder import DecoderConfig
 from jaxfm.parallel import generate, lookup, plain
 from jaxfm.tasks.hpc import directives, records
+from jaxfm.tasks.hpc.directives import prompt
 from jaxfm.tasks.hpc.records import SPLITS, Example
 from jaxfm.tasks.hpc.records.pragma import not_trivial, question
 from jaxfm.tasks.hpc.stored import stored_splits
 from jaxfm.tasks.hpc.tokenizers import make_tokenizer
 from jaxfm.tasks.hpc.verifiers.translation import translations_verified
 
+READINGS = {  # rows are trained in groups of these most tokens; longer ones are left out
+    "noted": (88, 112, 160), "lexer": (72, 96, 128), "byte": (120, 152, 208),
+}  # fmt: skip
 SHAPES = {"quick": (32, 1), "full": (96, 3)}  # width and layers
 
 
@@ -51,14 +57,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="little data, few steps")
     parser.add_argument("--parts", default="t2,t7,t8,speed")
     parser.add_argument("--cache", default="", help="folder in which drawn programs are kept")
-    parser.add_argument("--tokenizers", default="", help="of T2, the first is used further")
+    parser.add_argument("--readings", default="", help="of T2, the first is used further")
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training of T2")
     parser.add_argument("--minutes_language", type=float, default=8.0, help="of each one of T7")
     parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
     parser.add_argument("--files", nargs="*", default=[], help="sources on which T7 is scored, too")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.tokenizers = args.tokenizers or ("lexer-renamed" if args.quick else "lexer-renamed,byte")
+    args.readings = args.readings or ("noted" if args.quick else "noted,lexer,byte")
+    if unknown := set(args.readings.split(",")) - set(READINGS):
+        parser.error(f"--readings: there is no {unknown.pop()!r}; choose of {', '.join(READINGS)}")
     args.items, args.tests, args.steps = (120, 14, 20) if args.quick else (36000, 200, 2000)
     return args
 
@@ -83,13 +91,6 @@ def fitted(args, groups, tokenizer, minutes: float, steps: int) -> Completer:
     return progress.completer
 
 
-def widths(tokenizer_name: str, quick: bool) -> tuple[int, ...]:
-    """Lengths of rows; what is longer is left out of training."""
-    if quick:  # one compilation
-        return (280,) if tokenizer_name == "byte" else (152,)
-    return (144, 200, 280) if tokenizer_name == "byte" else (80, 112, 152)
-
-
 def t2_tests(args) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training rows without items, and test rows with them."""
     task = records.record("pragma")
@@ -108,15 +109,16 @@ def t2(args, results: dict) -> Completer:
     """Trains with each tokenizer; scores the first on all splits, beside the baselines."""
     rows, tests = t2_tests(args)
     first = None
-    for name in args.tokenizers.split(","):
-        renames = name == "lexer-renamed"
-        tokenizer = make_tokenizer("lexer" if renames else name, vocab_size=1024)
-        pair = in_order if renames else Pair
-        pairs = [pair(row.source, row.label) for row in rows]
-        groups = encode(pairs, tokenizer, widths(name, args.quick))
+    for name in args.readings.split(","):
+        noted, widths = name == "noted", READINGS[name][-1 if args.quick else 0 :]
+        tokenizer = make_tokenizer("byte" if name == "byte" else "lexer")
+        pair = lambda row, noted=noted: in_order(prompt(row.source, noted), row.label)
+        groups = encode([pair(row) for row in rows], tokenizer, widths)
+        print(f"T2 {name}: rows by length", [len(group["tokens"]) for group in groups])
         completer = fitted(args, groups, tokenizer, args.minutes, args.steps)
-        held = [pair(row.source, row.label) for row in tests["in distribution"]]
-        held_rows = encode(held, tokenizer, (*widths(name, args.quick), 512))
+        completer = completer._replace(noted=noted)
+        held = [pair(row) for row in tests["in distribution"]]
+        held_rows = encode(held, tokenizer, (*widths, 512))
         print(f"T2 {name}: {scores(completer, held_rows)}")
         written = write(completer, [question(row) for row in tests["in distribution"]])
         results[f"t2_verified_at_1_{name}"] = figures(written)["verified_at_1_not_trivial"]
@@ -196,8 +198,10 @@ def t8(args, results: dict, completer: Completer) -> None:
 def speed(args, results: dict, completer: Completer) -> None:
     """Tokens a second of directives, one loop at a time."""
     rows = records.drawn(records.record("pragma"), args.seed + 1, "in distribution", 0, 40)
-    asked = [directives.in_order(question(row)) for row in rows if not_trivial(str(row.label))]
-    asked = [q for q in asked if q.answer != "none"][: 3 if args.quick else 12]
+    asked = [question(row) for row in rows if not_trivial(str(row.label))]
+    read = lambda q: q._replace(source=prompt(q.source, completer.noted))
+    asked = [directives.in_order(read(q)) for q in asked if q.answer != "none"]
+    asked = asked[: 3 if args.quick else 12]
     made = {"plain": plain, "lookup": lookup}
     decoders = {name: make(completer.model, completer.variables) for name, make in made.items()}
     seconds, tokens, passes = {}, {}, {}

@@ -40,11 +40,18 @@ def in_order(prompt: str, answer: str) -> Pair:
 
 
 class Completer(NamedTuple):
-    """A decoder and the tokenizer of its texts."""
+    """A decoder and the tokenizer of its texts.
+
+    Attributes:
+        model, variables: Of the decoder.
+        tokenizer: Of prompts and answers.
+        noted: Of `directives.prompt`, where it is asked for directives.
+    """
 
     model: Model
     variables: Variables
     tokenizer: Tokenizer
+    noted: bool = False
 
 
 class Progress(NamedTuple):

@@ -17,7 +17,7 @@ from jaxfm.parallel.decode import Decoder
 from jaxfm.parallel.decoders.lookup import lookup
 from jaxfm.parallel.generation import generate
 from jaxfm.parallel.verified import Choice, first_verified
-from jaxfm.tasks.hpc.directives import PROOFS, Question, grammar_of, in_order, verified
+from jaxfm.tasks.hpc.directives import PROOFS, Question, grammar_of, in_order, prompt, verified
 from jaxfm.tasks.hpc.lexer import rename, restore
 from jaxfm.tasks.hpc.pragma_grammar import NONE
 from jaxfm.tasks.hpc.program import Program
@@ -101,7 +101,7 @@ def answers(
     seed: int = 0,
 ) -> list[tuple[str, ...]]:
     """One answer to each question at each temperature, under its loop's grammar."""
-    short = [in_order(q) for q in asked]
+    short = [in_order(q._replace(source=prompt(q.source, completer.noted))) for q in asked]
     each = len(temperatures)
     texts = generate(
         decoder,

@@ -26,7 +26,7 @@ def completer():
 
 
 def test_what_is_written_keeps_to_the_grammar_and_is_judged():
-    own = completer()
+    own = completer()._replace(noted=True)
     written = write(own, ASKED, num_samples=3, temperature=2.0)
     again = write(own, ASKED, num_samples=1, make=plain)
     for w, other, q in zip(written, again, ASKED):

@@ -48,15 +48,16 @@ def run_here(main, cls, flags):
         main(read_command(cls, ["script", *map(str, flags)], values))
 
 
-def run_pair(script, *flags):
-    """What two processes said that ended well."""
-    pair = start(2, script, *flags)
+def run_job(count, script, *flags):
+    """What so many processes said that ended well."""
+    job = start(count, script, *flags)
     try:
-        assert [process.end() for process in pair] == [0, 0], pair[0].said + pair[1].said
+        ends = [process.end() for process in job]
+        assert ends == [0] * count, "".join(process.said for process in job)
     finally:
-        for process in pair:
+        for process in job:
             process.kill()
-    return [process.said for process in pair]
+    return [process.said for process in job]
 
 
 def assert_same_run(one, two):
@@ -112,7 +113,9 @@ def test_stopped_killed_and_gone_on_with_by_other_numbers_of_processes(data, tmp
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
-def test_a_model_that_two_processes_hold_together(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_model_that_two_processes_hold_together(tmp_path, count):
+    """Of four, two hold one client's and two another's."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(8):
@@ -124,14 +127,14 @@ def test_a_model_that_two_processes_hold_together(tmp_path):
         "--model.num_heads=2", "--model.mlp_dim=16",
     ]  # fmt: skip
     run_here(federate.main, FederateConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
-    run_pair("federate", *flags, "--tensor=2", f"--run_dir={tmp_path / 'run'}")
+    run_job(count, "federate", *flags, "--tensor=2", f"--run_dir={tmp_path / 'run'}")
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
 def test_training_in_one_place(data, tmp_path):
     flags = [*data, "--steps=12", "--eval_every=4", "--batch_size=6"]
     run_here(pretrain.main, pretrain.PretrainConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
-    first, second = run_pair("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
+    first, second = run_job(2, "pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
     assert "test accuracy" in first and "test accuracy" not in second
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
@@ -139,7 +142,7 @@ def test_training_in_one_place(data, tmp_path):
 def test_a_stream(data, tmp_path):
     flags = [*data, "--stages=3", "--rounds=2", "--cohort_size=4", "--protect=none,ewc"]
     run_here(continual.main, continual.ContinualConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
-    run_pair("continual", *flags, f"--run_dir={tmp_path / 'run'}")
+    run_job(2, "continual", *flags, f"--run_dir={tmp_path / 'run'}")
     one, two = (
         json.loads((tmp_path / name / "results.json").read_text())["continual"]["ways"]
         for name in ("alone", "run")
@@ -156,8 +159,8 @@ def test_decoding_through_a_pipe(tmp_path, capsys):
     flags = [f"--model={folder}", "--prompt=abc", "--max_new_tokens=12", "--ignore_end"]
     run_here(generate.main, generate.GenerateConfig, flags)
     text = capsys.readouterr().out
-    first, second = run_pair(
-        "generate", *flags, "--decoder=pipeinfer", "--pipeinfer.stages=2", "--draft=lookup"
+    first, second = run_job(
+        2, "generate", *flags, "--decoder=pipeinfer", "--pipeinfer.stages=2", "--draft=lookup"
     )
     assert text in first and text not in second
     (alone,) = [p for p in start(2, "generate", *flags) if p.end() == 2][:1]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma, write_pragma
-from jaxfm.tasks.hpc.lexer import lex, rename
+from jaxfm.tasks.hpc.graph import notes
+from jaxfm.tasks.hpc.lexer import compact, lex, rename
 from jaxfm.tasks.hpc.naming import named, renamed
 from jaxfm.tasks.hpc.pragma_grammar import OPERATORS, pragma_grammar
 from jaxfm.tasks.hpc.program import Clause, For, Path, Pragma, Program, Ref, walk
@@ -23,6 +24,10 @@ from jaxfm.tasks.hpc.verifiers.verified import Verified, pragmas_verified
 from jaxfm.tasks.hpc.verifiers.verifier import VERIFIERS, Verifier
 
 PLACES: dict[Language, str] = {"c": "#pragma omp", "fortran": "!$omp"}
+_SHARED_OUT: dict[str, str] = {
+    "#pragma omp": "#pragma omp parallel for",
+    "!$omp": "!$omp parallel do",
+}
 PROOFS = (VERIFIERS["enumeration"], VERIFIERS["clauses"])
 _ONE_NAME = ("private", "firstprivate", "lastprivate")
 
@@ -53,6 +58,21 @@ def placed(shown: Rendered, path: Path, language: Language) -> str:
     at = shown.lines[path] - 1
     indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
     return "".join([*lines[:at], f"{indent}{PLACES[language]}\n", *lines[at:]])
+
+
+def prompt(source: str, noted: bool = False) -> str:
+    """What a decoder reads of a source of T2: the source without its layout.
+
+    Args:
+        source: Of a `Question`.
+        noted: Whether `graph.notes` stands behind it, of the loop as shared out by a directive
+            without clauses.
+    """
+    text = compact(source) + "\n"
+    if not noted:
+        return text
+    lines = (_SHARED_OUT.get(line, line) for line in text.splitlines())
+    return text + notes("\n".join(lines))
 
 
 def canonical(pragma: Pragma, program: Program, source: str, language: Language) -> str:

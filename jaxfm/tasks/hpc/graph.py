@@ -39,20 +39,40 @@ class Edge(NamedTuple):
 
 def edges(text: str, limit: int = 512) -> list[Edge]:
     """The edges of a text, both ways each, at most `limit`; those of accesses come first."""
-    pieces = [p for p in lex(text) if p.kind not in ("space", "verbatim")]
-    found_layout = layout(pieces)
-    heads = {loop.piece for loop in found_layout.loops}
-    accesses, clauses = _accesses(pieces, heads)
-    pairs = [
-        *dependences(accesses, found_layout),
-        *_structure(pieces, accesses, found_layout, clauses),
-    ]
+    pieces, dependent, other = _pairs(text)
     places = _byte_places(text, pieces)
     found: dict[tuple[int, int], int] = {}
-    for a, b, name in pairs:
+    for a, b, name in dependent + other:
         for key in ((a, b), (b, a)):
             found.setdefault((places[key[0]], places[key[1]]), _ID[name])
     return [Edge(*key, relation) for key, relation in list(found.items())[:limit]]
+
+
+def notes(text: str) -> str:
+    """What the dependences of each variable are, as a line for models that read text alone.
+
+    Each name, in the order of the text, and the numbers of its relations, two digits each.
+
+    >>> notes("for(i=1;i<n;i++)\\na[i]=a[i-1]+s;")
+    'a 0710\\n'
+    """
+    pieces, dependent, _ = _pairs(text)
+    found: dict[str, set[int]] = {}
+    for a, _b, name in sorted(dependent):
+        found.setdefault(pieces[a].text, set()).add(_ID[name])
+    said = (f"{name} {''.join(f'{n:02}' for n in sorted(ids))}" for name, ids in found.items())
+    return " ".join(said) + "\n"
+
+
+Pair = tuple[int, int, str]
+
+
+def _pairs(text: str) -> tuple[list[Piece], list[Pair], list[Pair]]:
+    """The pieces of a text; the pairs of them that are dependences, and the other ones."""
+    pieces = [p for p in lex(text) if p.kind not in ("space", "verbatim")]
+    found = layout(pieces)
+    accesses, clauses = _accesses(pieces, {loop.piece for loop in found.loops})
+    return pieces, dependences(accesses, found), _structure(pieces, accesses, found, clauses)
 
 
 def _byte_places(text: str, pieces: list[Piece]) -> list[int]:

@@ -8,8 +8,9 @@ import pytest
 from jaxfm.parallel.grammars.automaton import regular
 from jaxfm.tasks import completion
 from jaxfm.tasks.hpc import records
-from jaxfm.tasks.hpc.directives import PLACES, grammar_of, in_order, verified
+from jaxfm.tasks.hpc.directives import PLACES, grammar_of, in_order, prompt, verified
 from jaxfm.tasks.hpc.frontend.pragmas import parse_pragma
+from jaxfm.tasks.hpc.graph import RELATIONS
 from jaxfm.tasks.hpc.lexer import rename, restore
 from jaxfm.tasks.hpc.records.pragma import not_trivial, question
 
@@ -43,6 +44,22 @@ def test_each_source_has_one_place_before_the_loop_and_each_grammar_has_the_answ
                 found = regular(grammar_of(each))
                 assert found.matches(each.answer.encode()) and found.matches(b"none")
                 assert not found.matches(each.answer.encode() + b" private(nowhere)")
+
+
+def test_a_prompt_has_the_names_of_its_source_and_notes_on_the_loop_that_is_asked_for():
+    inner = "for(int i=0;i<9;i++){\n#pragma omp\nfor(int j=1;j<9;j++)\n a[i][j] = a[i][j-1];\n}\n"
+    assert prompt(inner).splitlines()[-1] == "}"
+    (line,) = prompt(inner, noted=True)[len(prompt(inner)) :].splitlines()
+    assert line.split()[0] == "a"
+    kinds = {RELATIONS[int(line.split()[1][n : n + 2])] for n in range(0, len(line) - 2, 2)}
+    assert "distance 1" in kinds  # the outer loop's would be the same iteration
+    assert prompt(inner.replace("#pragma omp\n", ""), noted=True).endswith("\na 07\n")
+    for asked in ASKED.values():
+        for q in asked:
+            with_notes = prompt(q.source, noted=True)
+            assert rename(with_notes).names == rename(q.source).names
+            assert with_notes.startswith(prompt(q.source))
+            assert PLACES[q.language] in with_notes.splitlines()
 
 
 def test_answers_follow_names():
