@@ -227,7 +227,9 @@ def run(
             rest = [word for word in argv if word.lstrip("-") not in ("help", "h", "help=all")]
             choices = None if "help=all" in wanted else _choices(cls, rest)
             text = sys.modules["__main__"].__doc__ or cls.__doc__ or ""
-            print(describe(cls, text, choices, processes.FLAGS if joins else None))
+            with reported():
+                print(describe(cls, text, choices, processes.FLAGS if joins else None))
+                sys.stdout.flush()
             sys.exit(0)
         try:
             return read_command(cls, argv)

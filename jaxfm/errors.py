@@ -7,6 +7,8 @@ with reported():
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import sys
 from collections.abc import Iterator
 
@@ -46,11 +48,27 @@ def reported(traceback: bool = False) -> Iterator[None]:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(141)  # as of a program that SIGPIPE ends
         if traceback:
             raise
         sentence, status = explain(error)
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(status)
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the standard output, as `head` does, has ended; the rest is dropped."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # it is no file
+        return False
+    found = select.poll()
+    found.register(out, 0)
+    if not any(event & select.POLLERR for _, event in found.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
 
 
 def explain(error: Exception) -> tuple[str, int]:

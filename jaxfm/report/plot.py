@@ -17,6 +17,8 @@ NUM_COLORS = 6  # colours repeat after these, with dashes
 _WIDTH, _HEIGHT = 560, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 50
 _CHARACTER = 8.0  # width of a character, at most, in the unit of the picture
+_TICK_CHARACTERS = 6  # that fit between the label of the vertical axis and the axis
+_THOUSANDS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def show(value: object) -> str:
@@ -34,6 +36,17 @@ def show(value: object) -> str:
     if abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _tick(value: float) -> str:
+    """As `show`, and in thousands, millions or more where that would not fit beside the axis."""
+    text = show(value)
+    if len(text) <= _TICK_CHARACTERS or abs(value) < 1000:
+        return text
+    power = int(math.log10(abs(value)) + 1e-9) // 3
+    if power >= len(_THOUSANDS):
+        return f"{value:.0e}"
+    return f"{value / 1000**power:.4g}{_THOUSANDS[power]}"
 
 
 def line_plot(
@@ -202,10 +215,12 @@ def _axes(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{show(tick)}</text>')
+        parts.append(
+            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>'
+        )
     for tick in x_axis.ticks:
         x = x_axis(tick)
-        text = show(tick)
+        text = _tick(tick)
         # Half of it lies right of its tick, and nothing may lie right of the picture.
         at = min(x, _WIDTH - _CHARACTER * len(text) / 2)
         parts.append(

@@ -240,6 +240,18 @@ def test_an_error_ends_the_program_with_its_status(act, said, status, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As of `| head`."""
+    code = "from jaxfm.errors import reported\nwith reported():\n while True: print('x' * 4096)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+
+
 def test_errors_are_let_through_where_their_traceback_is_wanted():
     with pytest.raises(RuntimeError, match="as it is"), errors.reported(traceback=True):
         sentence("as it is")

@@ -10,7 +10,7 @@ import pytest
 from jaxfm import report
 from jaxfm.report import sections
 from jaxfm.report.page import Card, Report
-from jaxfm.report.plot import show
+from jaxfm.report.plot import _tick, show
 
 NASTY = "<script>alert('&\"')</script>"
 
@@ -78,6 +78,14 @@ def test_points_lie_in_proportion_to_their_values():
     assert x0 < x1 < x2 and y0 > y1 > y2
     assert (x2 - x0) / (x1 - x0) == pytest.approx(4, rel=0.01)
     assert (y2 - y0) / (y1 - y0) == pytest.approx(4, rel=0.01)
+
+
+def test_ticks_fit_beside_their_axis():
+    plot = report.line_plot({"a": ([1, 2], [2e5, 3e9])}, x_label="x", y_label="y", log_y=True)
+    texts = {text.text for text in svg_of(plot).iter("text")}
+    assert {"100k", "1M", "1G"} <= texts
+    for power in range(-3, 30):
+        assert len(_tick(-(10.0**power))) <= 7
 
 
 def test_a_logarithmic_axis_spaces_decades_equally():
