@@ -57,6 +57,12 @@ def test_pages_are_found():
     assert any(blocks(page) for page in CONCEPTS)
 
 
+def test_every_benchmark_stands_in_their_table():
+    folder = DOCS.parent / "benchmarks"
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (folder / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(path.name for path in folder.glob("*.py"))
+
+
 def test_the_glossary_is_in_order():
     words = re.findall(r"^- \*\*(.+?)\*\*", (DOCS / "concepts" / "glossary.md").read_text(), re.M)
     assert words == sorted(set(words), key=str.lower)
