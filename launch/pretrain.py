@@ -17,7 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfm import config as configs
 from jaxfm import hub
@@ -27,6 +27,7 @@ from jaxfm.data.dealing import subsample
 from jaxfm.data.federation import merge
 from jaxfm.federated.foundation.central import TrainState, train_steps
 from jaxfm.federated.measuring import evaluation_key
+from jaxfm.federated.tensor import whole
 from jaxfm.launch.cores import use_cores
 from jaxfm.launch.optimizers import OptimizerConfig, make_optimizer
 from jaxfm.launch.report import write_report
@@ -40,7 +41,7 @@ from jaxfm.launch.setup import (
 )
 from jaxfm.log import RunLog, progress, say_figures
 from jaxfm.model import Model, count_parameters
-from jaxfm.parallel.mesh import make_mesh, put
+from jaxfm.parallel.mesh import make_mesh, put, spread
 from jaxfm.preemption import Preempted, stop_requests
 from jaxfm.run_folder import RUN_DIR_HELP, in_folder, open_run, save_results
 from jaxfm.tasks import evaluate
@@ -59,6 +60,7 @@ class PretrainConfig:
     log_to: tuple[Literal["wandb", "mlflow"], ...] = option(
         (), "services that get the metrics, too: wandb, mlflow"
     )
+    fsdp: bool = option(False, "split parameters and optimizer state over the devices, too")
     seed: int = option(0, "of data, parameters and batches")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -71,18 +73,30 @@ class PretrainConfig:
 
 
 def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
-    """Runs all steps, or those that remain after a restart; batches are split over devices."""
+    """Runs all steps, or those that remain after a restart; batches are split over devices.
+
+    With `fsdp` the state is, too, and stays so in what is returned.
+    """
     optimizer = make_optimizer(config.local)
     mesh = make_mesh(data=shards(config.batch_size))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    variables = model.init(jax.random.key(config.seed))
-    state = TrainState(
-        variables, optimizer.init(variables.params), jnp.zeros((), jnp.int32),
-        jax.random.key(config.seed + 1),
-    )  # fmt: skip
-    state, examples = jax.tree.map(lambda x: put(x, everywhere), (state, merge(data.train)))
+
+    def first(key: jax.Array) -> TrainState:
+        variables = model.init(key)
+        opt_state = optimizer.init(variables.params)
+        return TrainState(
+            variables, opt_state, jnp.zeros((), jnp.int32), jax.random.key(config.seed + 1)
+        )
+
+    key = jax.random.key(config.seed)
+    places = _places(jax.eval_shape(first, key), mesh) if config.fsdp else None
+    if places is None:
+        state = jax.tree.map(lambda x: put(x, everywhere), first(key))
+    else:  # no device ever has the whole
+        state = jax.jit(first, out_shardings=places)(key)
+    examples = jax.tree.map(lambda x: put(x, everywhere), merge(data.train))
     program = functools.cache(  # by the number of steps: the last chunk may be shorter
-        lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh)
+        lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh, places)
     )
     validation, key = subsample(data.validation, config.eval_examples), evaluation_key(data.task)
     with Checkpointer(pathlib.Path(config.run_dir) / "checkpoints", keep=2) as checkpoints:
@@ -106,6 +120,17 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
                 if stops:
                     raise Preempted(number, config.run_dir, "step")
     return state
+
+
+def _places(state: TrainState, mesh: Mesh) -> TrainState:
+    places = spread(state, mesh)
+    if all(place.is_fully_replicated for place in jax.tree.leaves(places)):
+        devices = mesh.shape["data"]
+        raise ValueError(
+            f"fsdp=true splits nothing of this model over {devices} device{'s' * (devices > 1)}, "
+            "as many as share a batch evenly; leave it out, or give more devices."
+        )
+    return places
 
 
 def shards(batch_size: int) -> int:
@@ -132,16 +157,16 @@ def main(config: PretrainConfig) -> None:
     data = load_data(config.data, config.seed, config.model)
     model = make_model(config.model, data)
     save_classes(run_dir, data)
-    state = train(config, data, model)
+    variables = whole(train(config, data, model).variables)
     key = evaluation_key(data.task)
-    metrics = evaluate(model.apply, state.variables, data.task, data.test, 32, key=key)
+    metrics = evaluate(model.apply, variables, data.task, data.test, 32, key=key)
     save_results(run_dir, "pretrain", {"test": metrics})
-    print(f"{count_parameters(state.variables.params):,} parameters")
+    print(f"{count_parameters(variables.params):,} parameters")
     for name, value in metrics.items():
         print(f"test {name}: {value:.4f}")
     if jax.process_index() == 0:
         hub.save(
-            model, state.variables, run_dir / "model", data.tokenizer,
+            model, variables, run_dir / "model", data.tokenizer,
             classes=data.classes, scale=data.scale,
         )  # fmt: skip
     print(f"model: {run_dir / 'model'}")

@@ -46,22 +46,33 @@ def train_steps(
     batch_size: int,
     steps: int,
     mesh: Mesh,
+    places: PyTree = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Array]]:
     """Returns `(state, examples) -> (state, losses f32[steps])`, one compiled scan; state donated.
 
     Batches are drawn with replacement from keys folded by step, so a resumed run sees the same;
     each is split over the mesh axes "clients" and "data", if they divide it.
+
+    Args:
+      model, task, optimizer, batch_size, mesh: what is trained, and where.
+      steps: of a call.
+      places: a NamedSharding for each leaf of the state, such as of `parallel.mesh.spread`, which
+        it keeps from step to step; XLA gathers a parameter where it is used. None: as XLA likes.
     """
     step = _one_step(model, task, Central(optimizer, batch_size), mesh)
 
     def run(state: TrainState, examples):
         def one(state: TrainState, _):
             state, total, count = step(state, examples)
+            if places is not None:
+                state = lax.with_sharding_constraint(state, places)
             return state, total / jnp.where(count > 0, count, 1)
 
         return lax.scan(one, state, length=steps)
 
-    return jax.jit(run, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    out = None if places is None else (places, everywhere)
+    return jax.jit(run, donate_argnums=0, out_shardings=out)
 
 
 def central_steps(

@@ -131,10 +131,11 @@ def test_a_model_that_two_processes_hold_together(tmp_path, count):
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
-def test_training_in_one_place(data, tmp_path):
+@pytest.mark.parametrize("split", [(), ("--fsdp",)])
+def test_training_in_one_place(data, tmp_path, split):
     flags = [*data, "--steps=12", "--eval_every=4", "--batch_size=6"]
     run_here(pretrain.main, pretrain.PretrainConfig, [*flags, f"--run_dir={tmp_path / 'alone'}"])
-    first, second = run_job(2, "pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
+    first, second = run_job(2, "pretrain", *flags, *split, f"--run_dir={tmp_path / 'run'}")
     assert "test accuracy" in first and "test accuracy" not in second
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
