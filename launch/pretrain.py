@@ -81,19 +81,19 @@ def train(config: PretrainConfig, data: Data, model: Model) -> TrainState:
     mesh = make_mesh(data=shards(config.batch_size))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def first(key: jax.Array) -> TrainState:
-        variables = model.init(key)
+    def first(init_key: jax.Array) -> TrainState:
+        variables = model.init(init_key)
         opt_state = optimizer.init(variables.params)
         return TrainState(
             variables, opt_state, jnp.zeros((), jnp.int32), jax.random.key(config.seed + 1)
         )
 
-    key = jax.random.key(config.seed)
-    places = _places(jax.eval_shape(first, key), mesh) if config.fsdp else None
+    init_key = jax.random.key(config.seed)
+    places = _places(jax.eval_shape(first, init_key), mesh) if config.fsdp else None
     if places is None:
-        state = jax.tree.map(lambda x: put(x, everywhere), first(key))
+        state = jax.tree.map(lambda x: put(x, everywhere), first(init_key))
     else:  # no device ever has the whole
-        state = jax.jit(first, out_shardings=places)(key)
+        state = jax.jit(first, out_shardings=places)(init_key)
     examples = jax.tree.map(lambda x: put(x, everywhere), merge(data.train))
     program = functools.cache(  # by the number of steps: the last chunk may be shorter
         lambda n: train_steps(model, data.task, optimizer, config.batch_size, n, mesh, places)
