@@ -117,18 +117,18 @@ def play(
                 break
             state, account, line = script.advance(number, state, account)
             ended = ends()
-            is_due = number % eval_every == 0 or number == length or bool(ended) or due(number)
-            line |= script.watch(state) if is_due else {}
+            looks = number % eval_every == 0 or number == length or bool(ended) or due(number)
+            line |= script.watch(state) if looks else {}
             history.append({"round": float(number)} | line)
             if log is not None:
                 log.write(number, line)
             stops = asked() and number < length
-            if is_due:
+            if looks:
                 say_line(number, length, line)
                 check_progress(number, evaluated, account, script.server(state).variables, names)
                 evaluated = account
-            last = stops or bool(ended) or number == length
-            if checkpoints is not None and (last or (is_due and checkpoints.is_due())):
+            ends_here = stops or bool(ended) or number == length
+            if checkpoints is not None and (ends_here or (looks and checkpoints.is_due())):
                 checkpoints.save(number, (state, account))
             if stops:
                 raise Preempted(number, run_dir)

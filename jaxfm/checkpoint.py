@@ -17,6 +17,7 @@ devices saved, one restores.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import shutil
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -94,7 +96,12 @@ class Checkpointer:
 
         The first save of a process always is due. All processes of a job call this together, and
         hear what the first of them found.
+
+        Raises:
+          OSError: the last save could not be written.
         """
+        with self._naming_failures():
+            self._orbax.check_for_errors()
         due = self._seconds <= _SHARE * (time.monotonic() - self._began)
         if jax.process_count() > 1:
             due = bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
@@ -183,8 +190,19 @@ class Checkpointer:
         Raises:
           OSError: it could not be written.
         """
-        try:
+        with self._naming_failures():
             self._orbax.wait_until_finished()
+        if self._newest is None or jax.process_index() != 0:
+            return
+        readable = [s for s in self.steps() if s not in self._unreadable]
+        for old in readable[: -self.keep] if self.keep else []:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        """Says of a save that failed in the background which it was, and why."""
+        try:
+            yield
         except Exception as error:  # of many kinds, by the layer that could not write
             full = "No space left on device"
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -192,11 +210,6 @@ class Checkpointer:
                 f"The checkpoint {self._newest} could not be saved "
                 f"({full if full in str(error) else reason}); earlier ones are whole."
             ) from error
-        if self._newest is None or jax.process_index() != 0:
-            return
-        readable = [s for s in self.steps() if s not in self._unreadable]
-        for old in readable[: -self.keep] if self.keep else []:
-            shutil.rmtree(self._path(old), ignore_errors=True)
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""

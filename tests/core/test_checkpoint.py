@@ -97,6 +97,20 @@ def test_a_save_is_due_when_the_last_took_a_fiftieth_of_the_time_since(tmp_path,
             assert checkpoints.is_due() == due
 
 
+def test_a_save_that_failed_is_heard_of_before_the_next_one_is_due(tmp_path, monkeypatch):
+    def fails(self):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Checkpointer, "_seal", fails)
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, make_state())
+    with pytest.raises(OSError, match=r"step_00000001 could not be saved \(No space left"):
+        for _ in range(600):  # it is being written
+            assert not checkpoints.is_due()
+            time.sleep(0.1)
+    checkpoints.close()
+
+
 def test_saved_values_are_those_of_the_call_even_if_donated(tmp_path):
     bump = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.random.normal(jax.random.key(0), (1000, 1000))

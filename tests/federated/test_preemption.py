@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from jaxfm.checkpoint import Checkpointer
 from jaxfm.errors import explain
 from jaxfm.federated.outcome import no_account
 from jaxfm.federated.playing import Script, play
@@ -39,3 +40,17 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert float(again().state) == 15
     assert taken == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("due, kept", [(False, [5]), (True, [4, 5])])
+def test_a_run_saves_where_it_is_due_and_at_its_end(tmp_path, monkeypatch, due, kept):
+    monkeypatch.setattr(Checkpointer, "is_due", lambda self: due)
+    script = Script(
+        lambda number, state, account: (state + number, account, {}), lambda state: {},
+        lambda x: SimpleNamespace(variables=Variables({"x": x}, {}, {})),
+    )  # fmt: skip
+    play(
+        script, jnp.zeros(()), no_account(1), length=5, eval_every=2, names=["a"], run_dir=tmp_path
+    )
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == kept
