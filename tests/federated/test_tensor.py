@@ -29,7 +29,7 @@ from jaxfm.testing import tiny_decoder
 
 MODEL = tiny_decoder()
 TASK = tasks.causal_lm()
-LOCAL = Local(optax.sgd(0.1), batch_size=2, epochs=1)
+LOCAL = Local(optax.sgd(0.1, momentum=0.9), batch_size=2, epochs=1)
 ROWS = np.random.default_rng(0).integers(1, 64, (14, 9)).astype(np.int32)
 HALF = width(axis_sizes(MODEL.init(jax.random.key(0)), MODEL.axes), {"mlp": 0.5, "kv_heads": 0.5})
 OWN = [np.arange(4), np.arange(4, 6), np.arange(6, 11), np.arange(11, 14)]
