@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="little data, few steps")
     parser.add_argument("--parts", default="t2,t7,t8,speed")
     parser.add_argument("--cache", default="", help="folder in which drawn programs are kept")
-    parser.add_argument("--readings", default="", help="of T2, the first is used further")
+    parser.add_argument("--readings", default="", help=f"of T2, among {', '.join(READINGS)}")
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training of T2")
     parser.add_argument("--minutes_language", type=float, default=8.0, help="of each one of T7")
     parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
@@ -106,7 +106,7 @@ def t2_tests(args) -> tuple[list[Example], dict[str, list[Example]]]:
 
 
 def t2(args, results: dict) -> Completer:
-    """Trains with each tokenizer; scores the first on all splits, beside the baselines."""
+    """Trains with each reading; scores the first on all splits, beside the baselines."""
     rows, tests = t2_tests(args)
     first = None
     for name in args.readings.split(","):

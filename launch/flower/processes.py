@@ -55,6 +55,11 @@ def environment(home: pathlib.Path) -> dict[str, str]:
     found = {**os.environ, **_QUIET, "FLWR_HOME": str(home.absolute())}
     for name, value in _POLL.items():
         found.setdefault(name, value)
+    if sys.dont_write_bytecode:  # each message is a Python of its own, which would compile it all
+        found |= {
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": f"{found['FLWR_HOME']}/pycache",
+        }
     found["PATH"] = f"{own}{os.pathsep}{found.get('PATH', '')}"
     return found
 

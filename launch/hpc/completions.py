@@ -45,7 +45,7 @@ class Completer(NamedTuple):
     Attributes:
         model, variables: Of the decoder.
         tokenizer: Of prompts and answers.
-        noted: Of `directives.prompt`, where it is asked for directives.
+        noted: Whether it was trained on prompts of directives with notes (`directives.prompt`).
     """
 
     model: Model

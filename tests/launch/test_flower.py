@@ -25,7 +25,7 @@ from jaxfm.launch.flower import commands
 from jaxfm.launch.flower.app import VARIABLES, read_flags, write_app
 from jaxfm.launch.flower.join import JoinConfig, joined
 from jaxfm.launch.flower.keys import make_keys
-from jaxfm.launch.flower.processes import free_port
+from jaxfm.launch.flower.processes import environment, free_port
 from jaxfm.launch.flower.serve import ServeConfig, listening, make_app, submit
 from jaxfm.parallel.mesh import make_mesh
 
@@ -51,6 +51,17 @@ def test_the_command_line_is_split_at_two_dashes():
             commands.split(argv)
     with pytest.raises(ValueError, match="Did you mean serve"):
         commands.split(["serv"])
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_what_is_compiled_for_one_message_is_there_for_the_next(tmp_path, monkeypatch, forbidden):
+    """In Flower's own folder, where the environment wants no bytecode beside sources."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1" if forbidden else "")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "")
+    found = environment(tmp_path)
+    assert found["PYTHONDONTWRITEBYTECODE"] == ""
+    assert found["PYTHONPYCACHEPREFIX"] == (str(tmp_path / "pycache") if forbidden else "")
 
 
 def test_an_app_carries_its_flags_and_all_that_a_client_needs(tmp_path):
