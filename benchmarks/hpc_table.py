@@ -107,10 +107,10 @@ def settings(args: argparse.Namespace, task: str, graph: bool) -> train.TrainCon
         items=args.items, validation=args.test, cache=args.cache, processes=args.processes,
         seed=args.seed,
     )  # fmt: skip
-    small = train.EncoderShape(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16)
+    small = train.Shape(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16)
     return train.TrainConfig(
         out="", task=task, graph=graph, steps=args.steps, seed=args.seed, data=data,
-        max_len=160 if task == T1 else 256, model=small if args.quick else train.EncoderShape(),
+        model=small if args.quick else train.Shape(),
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@
 
 For each loop, outer ones first: race-free with a directive (proved for all sizes by integer sets),
 race if it ran in parallel (with the two lines and iterations), or "cannot tell" with the reason.
-With --model=package, or a folder of `train`, a model's probability stands where nothing is told.
+With --model=package, or folders of `train`, a model's directive and probability of race-free stand
+where nothing is told; they are guesses, and no verdict or file changes for them.
 Files are changed only with --write, which puts the proved directives in and touches nothing else.
 Whether a loop is worth its threads is not judged.
 """
@@ -35,13 +36,15 @@ class AdviseConfig:
         False, "take it that each subscript stays within its dimension of an array"
     )
     time_limit_s: float = option(8.0, "seconds for the proofs of a file")
-    model: str = option(
-        "", "ask a model where the proof cannot tell: 'package', or a folder of train"
+    model: tuple[str, ...] = option(
+        (), "ask models where the proof cannot tell: 'package', or a folder of train", repeat=True
     )
 
     def __post_init__(self):
         check_fields(self)
         check_paths(self)
+        if not all(self.model):
+            raise ValueError("model='': give 'package' or a folder.")
 
 
 CONFIG = AdviseConfig
@@ -77,10 +80,9 @@ def main(config: AdviseConfig) -> None:
         raise ValueError("Give a file or a folder: advise file.c.")
     found: list[Finding] = []
     options = {"assume": assumptions(config), "limit_s": config.time_limit_s}
-    races = opinions.open_model(config.model) if config.model else None
+    models = opinions.open_models(config.model)
     for path, data, findings in all_findings(config.path, advise, **options):
-        if races is not None:
-            findings = opinions.with_probabilities(findings, data, language_of(path), races)
+        findings = opinions.with_opinions(findings, data, language_of(path), models)
         lines = edits.insertions(findings, data, language_of(path))
         if config.format == "diff":
             sys.stdout.flush()

@@ -6,8 +6,9 @@ compiled program of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,14 @@ class Completer(NamedTuple):
         model, variables: Of the decoder.
         tokenizer: Of prompts and answers.
         noted: Whether it was trained on prompts of directives with notes (`directives.prompt`).
+        facts: What was measured; plain numbers and words.
     """
 
     model: Model
     variables: Variables
     tokenizer: Tokenizer
     noted: bool = False
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 class Progress(NamedTuple):

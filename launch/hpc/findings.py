@@ -38,6 +38,8 @@ class Finding(NamedTuple):
         notes: Further sentences.
         insert: The line before which the directive can be put, 0 where it cannot.
         directive_line: The line of the directive that it has, 0 without one.
+        guess: The directive that a decoder would write where nothing is told, "none" where it
+            would leave the loop serial; "" where none was asked.
     """
 
     path: str
@@ -53,6 +55,7 @@ class Finding(NamedTuple):
     notes: tuple[str, ...] = ()
     insert: int = 0
     directive_line: int = 0
+    guess: str = ""
 
 
 def proof_name() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jaxfm
 from jaxfm.launch.hpc.findings import RACE, RACE_FREE, UNKNOWN, WITH, Finding
+from jaxfm.tasks.hpc.pragma_grammar import NONE
 
 _RULES = {
     RACE: ("hpc/race", "error", "Two iterations of a parallel loop may access one place at once."),
@@ -36,9 +37,18 @@ def text(findings: Sequence[Finding]) -> str:
         lines += [f"    {note}" for note in finding.notes if finding.verdict != RACE]
         if finding.verified_by:
             lines.append(f"    shown by: {finding.verified_by}")
-        if finding.probability is not None:
-            lines.append(f"    a model's guess, no proof: race-free by {finding.probability:.2f}")
+        if said := _guessed(finding):
+            lines.append(f"    a model's guess, no proof: {said}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _guessed(finding: Finding) -> str:
+    """What models say of a loop, in words."""
+    by = "" if finding.probability is None else f"race-free by {finding.probability:.2f}"
+    if finding.guess in ("", NONE):
+        serial = "leave it serial" if finding.guess else ""
+        return "; ".join(filter(None, (serial, by)))
+    return f"{finding.guess}, {by}" if by else finding.guess
 
 
 def as_json(findings: Sequence[Finding]) -> str:
@@ -77,6 +87,7 @@ def _result(finding: Finding) -> dict[str, Any]:
         "properties": {
             "verdict": finding.verdict, "function": finding.function, "pragma": finding.pragma,
             "verifiedBy": finding.verified_by, "probability": finding.probability,
+            "guess": finding.guess,
         },
     }  # fmt: skip
     if result["kind"] == "informational":

@@ -1,24 +1,92 @@
-"""What a trained model thinks of loops of which the proof can tell nothing."""
+"""What trained models think of loops of which the proof can tell nothing."""
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from jaxfm.launch.hpc import pragmas
+from jaxfm.launch.hpc.completions import Completer
 from jaxfm.launch.hpc.findings import UNKNOWN, Finding
 from jaxfm.tasks.hpc.lexer import lex
 from jaxfm.tasks.hpc.pipelines import SHIPPED, RacePipeline, pipeline
+from jaxfm.tasks.hpc.pragma_grammar import NONE
 
 PACKAGE = "package"
 _DIRECTIVES = {"c": "#pragma omp parallel for", "fortran": "!$omp parallel do"}
 
 
-def open_model(name: str) -> RacePipeline:
-    """The model of a folder, or with the name "package" the one that comes with jaxfm."""
-    if name == PACKAGE and not (SHIPPED / "race-detection").is_dir():
-        raise ValueError(
-            "No model comes with this package; train one: launch.hpc train --out=models/races."
-        )
-    return pipeline("race-detection", None if name == PACKAGE else name)  # type: ignore[return-value]
+class Models(NamedTuple):
+    """Who is asked.
+
+    Attributes:
+        races: Whether a loop races under its directive.
+        writer: Which directive a loop of C should have.
+    """
+
+    races: RacePipeline | None = None
+    writer: Completer | None = None
+
+
+def open_models(names: Sequence[str]) -> Models:
+    """The models of folders; with the name "package" those that come with jaxfm.
+
+    Raises:
+        FileNotFoundError: A folder holds no model.
+        ValueError: None comes with this package, or two are for one task.
+    """
+    found = Models()
+    for name in names:
+        folders = [pathlib.Path(name)]
+        if name == PACKAGE:
+            folders = sorted(f for f in SHIPPED.glob("*") if f.is_dir())
+            if not folders:
+                raise ValueError(
+                    "No model comes with this package; train one: launch.hpc train --out=FOLDER."
+                )
+        for folder in folders:
+            if (folder / pragmas.FILE).exists():
+                opened: Models = Models(writer=pragmas.load(folder))
+            else:
+                opened = Models(races=pipeline("race-detection", folder))  # type: ignore[arg-type]
+            for field, model in opened._asdict().items():
+                if model is not None and getattr(found, field) is not None:
+                    raise ValueError(f"model={name!r}: give one model for each task.")
+                found = found._replace(**{field: model}) if model is not None else found
+    return found
+
+
+def with_opinions(
+    findings: Sequence[Finding], data: bytes, language: str, models: Models
+) -> list[Finding]:
+    """Findings of a file with what models say where the proof cannot tell.
+
+    First a decoder writes a directive for loops of C that have none, then a reader gives the
+    probability that each loop is race-free under the directive that it has, or was written.
+    See `with_probabilities`.
+    """
+    if models.writer is not None and language == "c":
+        findings = with_guesses(findings, data, models.writer)
+    if models.races is not None:
+        findings = with_probabilities(findings, data, language, models.races)
+    return list(findings)
+
+
+def with_guesses(findings: Sequence[Finding], data: bytes, writer: Completer) -> list[Finding]:
+    """Findings of a file of C, with a decoder's directive for loops of which nothing is told.
+
+    A loop that has a directive, or is longer than what the decoder was trained on, gets none. A
+    verdict stays as it is, and no file is changed for a guess.
+    """
+    lines = data.decode("utf-8", "replace").split("\n")
+    asked = {
+        number: text
+        for number, f in enumerate(findings)
+        if f.verdict == UNKNOWN and not f.directive_line and (text := _loop(f, lines))
+    }
+    said = dict(zip(asked, pragmas.guesses(writer, list(asked.values()))))
+    return [f._replace(guess=said.get(k) or "") for k, f in enumerate(findings)]
 
 
 def with_probabilities(
@@ -26,9 +94,9 @@ def with_probabilities(
 ) -> list[Finding]:
     """Findings of a file, with a probability of race-free where the proof cannot tell.
 
-    A loop without a directive is asked about under `parallel for`. A verdict stays as it is, and
-    nothing that a model says is called shown. What is no loop, or is longer than what the model
-    reads, gets no probability.
+    A loop without a directive is asked about under the guessed one, or `parallel for`. A verdict
+    stays as it is, and nothing that a model says is called shown. What is no loop, or is longer
+    than what the model reads, gets no probability.
 
     Args:
         findings: Of `findings.advise` or `findings.check`.
@@ -51,9 +119,16 @@ def with_probabilities(
 
 def _loop_text(finding: Finding, lines: list[str], language: str) -> str:
     """The lines of a finding's loop with a directive in front; "" if there is no loop."""
+    text = _loop(finding, lines)
+    if not text or finding.directive_line:
+        return text
+    guessed = finding.guess if finding.guess != NONE else ""
+    return f"{guessed or _DIRECTIVES[language]}\n{text}"
+
+
+def _loop(finding: Finding, lines: list[str]) -> str:
+    """The lines of a finding's loop, with the directive that it has; "" if there is no loop."""
     first = finding.directive_line or finding.first_line
     text = "\n".join(lines[first - 1 : finding.last_line])
     keywords = {p.text.lower() for p in lex(text) if p.kind == "keyword"}
-    if not keywords & {"for", "do"}:
-        return ""
-    return text if finding.directive_line else f"{_DIRECTIVES[language]}\n{text}"
+    return text if keywords & {"for", "do"} else ""

@@ -1,5 +1,6 @@
 """Training, scoring and asking encoders of code, on tiny models."""
 
+import dataclasses
 import json
 
 import jax
@@ -132,8 +133,12 @@ def test_dataracebench_is_read_without_comments_and_names(tmp_path, reader):
 def test_wrong_settings_are_refused(tmp_path):
     module, words = commands.command(["train", "--task=pragmas"])
     assert module is train and words[1:] == ["--task=pragmas"]
-    with pytest.raises(ValueError, match="train one of race-detection, program-race, cost"):
+    with pytest.raises(ValueError, match="train one of race-detection, program-race, cost, pragma"):
         train.TrainConfig(task="pragmas")
+    with pytest.raises(ValueError, match="give 16 tokens or more, or 0"):
+        train.TrainConfig(max_len=8)
+    with pytest.raises(ValueError, match="learning_rate=nan"):
+        train.TrainConfig(learning_rate=float("nan"))
     with pytest.raises(ValueError, match="train reads no files"):
         commands.command(["train", "a.c"])
     with pytest.raises(ValueError, match="Give a folder for the model"):
@@ -143,6 +148,14 @@ def test_wrong_settings_are_refused(tmp_path):
         train.main(train.TrainConfig(out=str(tmp_path)))
     with pytest.raises(ValueError, match="evaluate reads no files"):
         commands.command(["evaluate", "--test=3", "--", "a.c"])
+
+
+def test_what_is_not_given_is_the_task_s_own():
+    full = train.TrainConfig(task="pragma", steps=7, model=train.Shape(num_layers=1)).complete()
+    own = train.RECIPES["pragma"]
+    assert (full.steps, full.max_len, full.data.items) == (7, own.max_len, own.items)
+    assert dataclasses.astuple(full.model) == (own.shape[0], 1, *own.shape[2:])
+    assert full.complete() == full
 
 
 def test_a_folder_that_is_no_reader_is_refused(tmp_path, reader):

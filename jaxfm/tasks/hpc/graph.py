@@ -64,6 +64,39 @@ def notes(text: str) -> str:
     return " ".join(said) + "\n"
 
 
+def assigned(loop: str) -> list[str]:
+    """The scalars that a loop of C assigns and does not declare, in their order; not its variable.
+
+    >>> assigned("for(int i=0;i<n;i++) {double u=a[i]; t=u; for(j=0;j<n;j++) s+=b[j];}")
+    ['t', 'j', 's']
+    """
+    pieces = [p for p in lex(loop) if p.kind not in ("space", "verbatim")]
+    counted = layout(pieces).loops
+    declared, found, declaring = {loop.var for loop in counted[:1]}, [], -1
+    for access in _accesses(pieces, set())[0]:
+        before = pieces[: access.piece][::-1]
+        stars = next((k for k, piece in enumerate(before) if piece.text != "*"), len(before))
+        ahead = before[stars] if stars < len(before) else None
+        typed = ahead is not None and ahead.kind in ("word", "keyword") and ahead.text != "else"
+        if typed and (not stars or _begins(before[stars + 1 :])):
+            declaring = access.statement
+            declared.add(access.name)
+        elif declaring == access.statement and ahead is not None and ahead.text == ",":
+            declared.add(access.name)
+        member = ahead is not None and ahead.text in (".", "->")
+        behind = pieces[access.piece + 1].text if access.piece + 1 < len(pieces) else ""
+        reached = access.subscripts is not None or behind in (".", "->")
+        pointed = stars > 0 and _begins(before[stars:])
+        if access.mode != "read" and not (member or reached or pointed):
+            found.append(access.name)
+    return [name for name in dict.fromkeys(found) if name not in declared]
+
+
+def _begins(before: list[Piece]) -> bool:
+    """Whether a statement begins behind pieces, which stand in the reverse of their order."""
+    return not before or before[0].text in (";", "{", "}", ")", "(", "else", "const", "static")
+
+
 Pair = tuple[int, int, str]
 
 
