@@ -1,6 +1,7 @@
 """Decoders for HPC code: directives (T2), code as text (T7), whole functions (T8), tokens/s.
 
     python benchmarks/hpc_decoding.py [--quick] [--cache=FOLDER] [--parts=t2,t7,t8,speed]
+                                      [--decoder=FOLDER]
 
 T2: a decoder is trained on "loop, then its directive" for some minutes, with the loss on the
 directive, and answers held-out loops under the grammar of each: greedily (verified@1), and by the
@@ -25,6 +26,7 @@ import time
 import jax
 import numpy as np
 
+from jaxfm.launch.hpc import pragmas
 from jaxfm.launch.hpc.completions import (
     Completer,
     Pair,
@@ -58,6 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", default="t2,t7,t8,speed")
     parser.add_argument("--cache", default="", help="folder in which drawn programs are kept")
     parser.add_argument("--readings", default="", help=f"of T2, among {', '.join(READINGS)}")
+    parser.add_argument("--decoder", default="", help="of launch.hpc train --task=pragma; else one "
+                        "is trained for the first reading")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training of T2")
     parser.add_argument("--minutes_language", type=float, default=8.0, help="of each one of T7")
     parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
@@ -65,7 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.readings = args.readings or ("noted" if args.quick else "noted,lexer,byte")
-    if unknown := set(args.readings.split(",")) - set(READINGS):
+    if args.decoder:
+        args.readings = ""
+    elif unknown := set(args.readings.split(",")) - set(READINGS):
         parser.error(f"--readings: there is no {unknown.pop()!r}; choose of {', '.join(READINGS)}")
     args.items, args.tests, args.steps = (120, 14, 20) if args.quick else (36000, 200, 2000)
     return args
@@ -108,8 +114,8 @@ def t2_tests(args) -> tuple[list[Example], dict[str, list[Example]]]:
 def t2(args, results: dict) -> Completer:
     """Trains with each reading; scores the first on all splits, beside the baselines."""
     rows, tests = t2_tests(args)
-    first = None
-    for name in args.readings.split(","):
+    first = pragmas.load(args.decoder) if args.decoder else None
+    for name in filter(None, args.readings.split(",")):
         noted, widths = name == "noted", READINGS[name][-1 if args.quick else 0 :]
         tokenizer = make_tokenizer("byte" if name == "byte" else "lexer")
         pair = lambda row, noted=noted: in_order(prompt(row.source, noted), row.label)
@@ -123,6 +129,7 @@ def t2(args, results: dict) -> Completer:
         written = write(completer, [question(row) for row in tests["in distribution"]])
         results[f"t2_verified_at_1_{name}"] = figures(written)["verified_at_1_not_trivial"]
         first = first or completer
+    assert first is not None
     task = records.record("pragma")
     for split, own in tests.items():
         asked = [question(row) for row in own]

@@ -10,8 +10,9 @@ sizes alone (what it cannot tell counts as not safe), the proof with the model w
 and gcc's auto-parallelizer on some of the loops. A loop is called race-free below the threshold
 that was chosen on validation rows.
 
-T3: the same for whole OpenMP functions, with the lines of the race, and T5: the logarithm of the
-operations, beside a linear model.
+T3: the same for whole OpenMP functions, with the lines of the race. T4: which loops do the same, by
+the cosine of an encoder's vectors, beside words in common. T5: the logarithm of the operations,
+beside a linear model. T6: which configuration of a loop costs least, beside the best fixed one.
 
 The last line is one JSON object. t1_* are of loops like those trained on, unless their name says
 more; t1_safe_* is precision and recall of "race-free" there, and for unseen families by name.
@@ -20,12 +21,11 @@ more; t1_safe_* is precision and recall of "race-free" there, and for unseen fam
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from jaxfm.tasks.hpc.reader import Reader
 from jaxfm.tasks.hpc.records import Example, drawn, record
 from jaxfm.tasks.hpc.verifiers import auto_parallelizer
 
-T1, T3, T5 = "race-detection", "program-race", "cost"
+T1, T3 = "race-detection", "program-race"
 _PLAIN = {"flows into", "subscript", "same name", "loop of", "inner loop of"}
 
 
@@ -116,7 +116,8 @@ def settings(args: argparse.Namespace, task: str, graph: bool) -> train.TrainCon
 
 def scored(reader: Reader, args: argparse.Namespace, baselines: bool) -> evaluate.Figures:
     """All splits that a task has, with figures."""
-    rows = evaluate.rows_for(reader, args.items, args.test, args.cache, args.processes)
+    items = args.items or int(reader.facts["items"])
+    rows = evaluate.rows_for(reader, items, args.test, args.cache, args.processes)
     found = evaluate.scores(reader, rows, baselines=baselines)
     if baselines and reader.task == T1:
         for name in evaluate.TESTS:
@@ -141,7 +142,10 @@ def show(title: str, found: evaluate.Figures, keys: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models on few loops; T1 only")
-    parser.add_argument("--items", type=int, default=30000, help="programs to train on")
+    parser.add_argument("--parts", default="t1,t3,t4,t5,t6", help="tasks, with commas")
+    parser.add_argument(
+        "--items", type=int, default=0, help="programs to train on; 0: the task's own"
+    )
     parser.add_argument("--test", type=int, default=1000, help="programs of each other split")
     parser.add_argument("--steps", type=int, default=3000, help="of the optimizer, each model")
     parser.add_argument("--tools", type=int, default=300, help="loops for the proof and gcc")
@@ -149,17 +153,29 @@ def main() -> None:
     parser.add_argument("--cache", default="", help="folder in which drawn programs are kept")
     parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
     args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: there is no {unknown.pop()!r}; choose of {', '.join(PARTS)}")
     if args.quick:
         args.items, args.test, args.steps, args.tools = 200, 40, 20, 40
     began, clock = time.process_time(), time.perf_counter()
-    count = min(args.items, 2000)
+    count = min(args.items or 2000, 2000)
     generate(args.seed, count)
     result: dict = {
-        "name": "hpc_table", "quick": args.quick, "items": args.items, "test": args.test,
-        "steps": args.steps, "seed": args.seed, "machine": platform.machine(),
+        "name": "hpc_table", "quick": args.quick, "items": args.items or "of each task",
+        "test": args.test, "steps": args.steps, "seed": args.seed, "machine": platform.machine(),
         "islpy": importlib.metadata.version("islpy"),
         "generator_items_per_s": round(count / (time.process_time() - began)),
     }  # fmt: skip
+    for part in parts:
+        result |= PARTS[part](args)
+    result["seconds"] = round(time.perf_counter() - clock)
+    print(json.dumps(_rounded(result)))
+
+
+def races_of_loops(args: argparse.Namespace) -> dict:
+    """T1."""
+    result: dict = {}
     readers = {}
     for graph in (True, False):
         reader = train.trained(settings(args, T1, graph))
@@ -184,29 +200,47 @@ def main() -> None:
         result[f"t1_proof_{split.replace(' ', '_')}"] = figures
     result["t1_gcc"] = compiler_figures(args.tools, args.seed + 1)
     print("gcc:", result["t1_gcc"])
-    if not args.quick:
-        result |= others(args)
-    result["seconds"] = round(time.perf_counter() - clock)
-    print(json.dumps(_rounded(result)))
+    return result
 
 
-def others(args: argparse.Namespace) -> dict[str, float]:
-    """T3 and T5."""
-    reader = train.trained(settings(args, T3, True))
-    races = scored(reader, args, baselines=True)
+def races_of_programs(args: argparse.Namespace) -> dict[str, float]:
+    """T3."""
+    races = scored(train.trained(settings(args, T3, True)), args, baselines=True)
     show("T3", races, ("accuracy", "f1", "pair_hit_at_1", "line_hit_at_1"))
-    cost = train.trained(dataclasses.replace(settings(args, T5, True), max_len=200))
-    counted = scored(cost, args, baselines=True)
-    show("T5", counted, ("spearman", "pair_accuracy", "factor"))
-    like, counts = races["in distribution"], counted["in distribution"]
+    like = races["in distribution"]
     return {
         "t3_f1": like["model"]["f1"],
         "t3_f1_ngrams": like["1-5-grams"]["f1"],
         "t3_f1_unseen_family": races["unseen family"]["model"]["f1"],
         "t3_pair_hit_at_1": like["model"]["pair_hit_at_1"],
-        "t5_spearman": counts["model"]["spearman"],
-        "t5_spearman_linear": counts["linear"]["spearman"],
     }
+
+
+def without_races(
+    title: str, task: str, keys: Sequence[str], beside: str
+) -> Callable[[argparse.Namespace], dict[str, float]]:
+    """T4, T5 or T6: the first of the keys by the model and by a baseline."""
+
+    def part(args: argparse.Namespace) -> dict[str, float]:
+        found = scored(train.trained(settings(args, task, True)), args, baselines=True)
+        show(title.upper(), found, keys)
+        like, family, key = found["in distribution"], found["unseen family"], f"{title}_{keys[0]}"
+        return {
+            key: like["model"][keys[0]],
+            f"{key}_unseen_family": family["model"][keys[0]],
+            f"{key}_{beside.replace(' ', '_').replace('-', '_')}": like[beside][keys[0]],
+        }
+
+    return part
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
+    "t1": races_of_loops,
+    "t3": races_of_programs,
+    "t4": without_races("t4", "similarity", ("map_at_r", "auc", "near_miss"), "tf-idf"),
+    "t5": without_races("t5", "cost", ("spearman", "pair_accuracy", "factor"), "linear"),
+    "t6": without_races("t6", "tuning", ("regret", "best", "within_5_percent"), "best fixed"),
+}
 
 
 def _rounded(value):

@@ -46,6 +46,8 @@ RECIPES = {
     "race-detection": Recipe(30000, 3000, 2e-3, 160, "lexer-renamed", _ENCODER),
     "program-race": Recipe(30000, 3000, 2e-3, 256, "lexer-renamed", _ENCODER),
     "cost": Recipe(30000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
+    "tuning": Recipe(30000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
+    "similarity": Recipe(12000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
     pragmas.TASK: Recipe(36000, 2000, 3e-3, 160, "lexer", (96, 3, 4, 240)),
 }
 _OWN = "; 0: the task's own"
@@ -85,7 +87,9 @@ class TrainConfig:
     """A model for a task."""
 
     out: str = option("", "folder to write, which must be new or empty")
-    task: str = option("race-detection", "race-detection, program-race, cost or pragma")
+    task: str = option(
+        "race-detection", "race-detection, program-race, cost, tuning, similarity or pragma"
+    )
     graph: bool = option(True, "read the dependence graph beside the tokens")
     tokenizer: str = option("", "byte, bpe, lexer or lexer-renamed; empty: the task's own")
     max_len: int = option(0, f"tokens that are read of a source{_OWN}")

@@ -18,7 +18,8 @@ from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks.hpc import encoding
 from jaxfm.tasks.hpc.lexer import compact
 from jaxfm.tasks.hpc.reader import Reader, Reading, forward, probabilities
-from jaxfm.tasks.hpc.records import Example, record
+from jaxfm.tasks.hpc.records import Example, record, similarity
+from jaxfm.tasks.hpc.tuning import GRID
 from jaxfm.tasks.task import Task
 
 Rows = Sequence[Example]
@@ -35,6 +36,7 @@ class Head(NamedTuple):
         targets: `(rows, arrays of encode, reading) -> further arrays`.
         predict: `outputs -> predictions`, as the record's metric takes them.
         num_classes: Of `CodeEncoderConfig`.
+        forms: How many rows belong together and are drawn as one.
     """
 
     head: Literal["classify", "locate", "embed"]
@@ -42,6 +44,7 @@ class Head(NamedTuple):
     targets: Callable[[Rows, Mapping[str, np.ndarray], Reading], dict[str, np.ndarray]]
     predict: Callable[[Any], np.ndarray]
     num_classes: int = 2
+    forms: int = 1
 
 
 def _labels(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
@@ -64,11 +67,24 @@ def _values(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
     return {"value": np.array([row.label for row in rows], np.float32) - _MIDDLE}
 
 
+def _regrets(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
+    costs = np.array([row.label for row in rows], np.float32)
+    return {"value": np.log(costs / costs.min(1, keepdims=True))}
+
+
+def _numbers(rows: Rows, arrays, reading: Reading) -> dict[str, np.ndarray]:
+    _, numbers = np.unique([row.label for row in rows], return_inverse=True)
+    return {"group": numbers.astype(np.int32)}
+
+
 HEADS: dict[str, Head] = {
     "race-detection": Head("classify", encoding.classify(2), _labels, probabilities),
     "program-race": Head("locate", encoding.locate(), _labels_and_lines, probabilities),
     "cost": Head("classify", encoding.regress(), _values, lambda y: y[:, 0] + _MIDDLE, 1),
-}
+    "tuning": Head("classify", encoding.regress(), _regrets, lambda y: y.argmin(1), len(GRID)),
+    "similarity": Head("embed", encoding.contrast(), _numbers, lambda y: y @ y.T,
+                       forms=similarity.FORMS + 2),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +111,28 @@ class Fit:
 
 
 def arrays_of(task: str, rows: Rows, reading: Reading) -> dict[str, np.ndarray]:
-    """The inputs and targets of rows, for `fit` and `jaxfm.tasks.evaluate`."""
+    """The inputs and targets of rows, for `fit` and `jaxfm.tasks.evaluate`.
+
+    Where a head's rows are drawn in `forms` F, leaves are [N, F, ...]; rows of which a form is
+    missing are left out.
+    """
+    head = HEADS[task]
+    if head.forms > 1:
+        rows = _together(rows, head.forms)
     arrays = reading.arrays([row.source for row in rows])
-    arrays |= HEADS[task].targets(rows, arrays, reading)
+    arrays |= head.targets(rows, arrays, reading)
     arrays.pop("start")
+    if head.forms > 1:
+        arrays = {n: leaf.reshape(-1, head.forms, *leaf.shape[1:]) for n, leaf in arrays.items()}
     return arrays
+
+
+def _together(rows: Rows, forms: int) -> Rows:
+    """The rows of which all forms are there, one form behind the other; a near miss is one."""
+    found: dict[int, list[Example]] = {}
+    for row in rows:
+        found.setdefault(abs(int(row.label)), []).append(row)  # type: ignore[call-overload]
+    return [row for own in found.values() if len(own) == forms for row in own]
 
 
 def groups(arrays: Mapping[str, np.ndarray], number: int, least: int) -> list[dict]:
@@ -110,19 +143,17 @@ def groups(arrays: Mapping[str, np.ndarray], number: int, least: int) -> list[di
         number: How many groups; fewer where each would have less than `least` rows.
         least: Rows of a group.
     """
-    lengths = arrays["mask"].sum(1)
-    edges = arrays.get("edges")
+    longest = lambda counts: counts.reshape(len(counts), -1).max(1)
+    lengths, edges = longest(arrays["mask"].sum(-1)), arrays.get("edges")
     order = np.argsort(lengths, kind="stable")
     found = []
     for part in np.array_split(order, max(1, min(number, len(order) // least))):
         tokens = -(-int(lengths[part].max()) // 8) * 8
         group = {name: leaf[part] for name, leaf in arrays.items()}
-        group |= {name: group[name][:, :tokens] for name in ("tokens", "mask")}
-        if "where" in group:
-            group["where"] = group["where"][:, :tokens]
+        group |= {n: group[n][..., :tokens] for n in ("tokens", "mask", "where") if n in group}
         if edges is not None:
-            count = int((group["edges"][..., 2] > 0).sum(1).max())
-            group["edges"] = group["edges"][:, : max(8, -(-count // 8) * 8)]
+            count = int((group["edges"][..., 2] > 0).sum(-1).max())
+            group["edges"] = group["edges"][..., : max(8, -(-count // 8) * 8), :]
         found.append(group)
     return found
 
@@ -168,7 +199,8 @@ def fit(
     if not rows or not validation:
         raise ValueError("There are no rows to train on; draw some items.")
     model, head = encoder(task, reading, **shape), HEADS[task]
-    least = _LEAST * settings.batch_size
+    batch = max(1, settings.batch_size // head.forms)
+    least = _LEAST * batch
     parts = groups(arrays_of(task, rows, reading), settings.buckets, least)
     warm = max(1, min(200, settings.steps // 10))
     rate = optax.warmup_cosine_decay_schedule(
@@ -184,8 +216,7 @@ def fit(
         jax.random.key(settings.seed + 1),
     )  # fmt: skip
     chunk = min(settings.chunk, settings.steps)
-    run = train_steps(model, head.objective, optimizer, settings.batch_size, chunk,
-                      make_mesh(data=1))  # fmt: skip
+    run = train_steps(model, head.objective, optimizer, batch, chunk, make_mesh(data=1))
     parts = [jax.device_put(part) for part in parts]
     order = np.random.default_rng(settings.seed).integers(len(parts), size=settings.steps // chunk)
     began, losses = time.perf_counter(), []

@@ -54,6 +54,30 @@ def test_groups_hold_every_row_once_without_its_padding():
     assert len(training.groups(arrays, 3, len(ROWS["train"]))) == 1
 
 
+@pytest.mark.parametrize("task", ["tuning", "similarity"])
+def test_costs_and_forms_are_learned(task):
+    names = ("train", "in distribution")
+    rows, test = (splits(record(task), 1, 60, 60, names)[name] for name in names)
+    settings = training.Fit(steps=60, batch_size=16, learning_rate=1e-2, buckets=1, chunk=6)
+    said: list[str] = []
+    made = training.fit(task, rows, test, READING, SHAPE, settings, said.append)
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in said]
+    assert losses[-1] < losses[0]
+    predictions = training.predict(made, test)
+    if task == "similarity":
+        assert predictions.shape == (len(test), len(test))
+        arrays = training.arrays_of(task, [*rows[:3], *rows[4:8]], READING)
+        assert arrays["tokens"].shape[:2] == (1, 4)  # the first program lacks a form
+        np.testing.assert_array_equal(arrays["group"][0][:3], arrays["group"][0][0])
+        assert arrays["group"][0][3] != arrays["group"][0][0]
+    else:
+        assert set(predictions) <= set(range(len(rows[0].label)))
+    found = evaluate.scores(made, {"train": rows, "in distribution": test}, names[1:])
+    figures = found["in distribution"]
+    assert set(figures) == {"rows", "model", *record(task).baselines}
+    assert set(figures["model"]) == set(figures["chance"])
+
+
 def test_the_threshold_of_race_free_is_the_highest_that_is_precise_enough():
     labels = np.array([0, 0, 0, 1, 0, 1])
     chances = np.array([0.1, 0.2, 0.3, 0.35, 0.4, 0.9])

@@ -116,14 +116,19 @@ def _inputs(batch) -> dict:
 
 
 def regress() -> Task:
-    """Predicts "value" f32[B]; outputs f32[B, 1]; the loss is the squared error."""
+    """Predicts "value" f32[B] or f32[B, K]; outputs f32[B, K]; the loss is the squared error.
+
+    Of several values it is the mean over them.
+    """
 
     def prepare(batch, key=None):
         targets = leaf(batch, "value")
-        return _inputs(batch), targets, row_weight(batch, targets)
+        rows = targets.reshape(len(targets), -1)[:, 0]
+        return _inputs(batch), targets, row_weight(batch, rows)
 
     def loss(outputs, targets, weight):
-        return weighted_sum(jnp.square(outputs[:, 0] - targets), weight), jnp.sum(weight)
+        error = jnp.square(outputs - targets.reshape(outputs.shape)).mean(-1)
+        return weighted_sum(error, weight), jnp.sum(weight)
 
     return Task(prepare, loss, lambda *args: {"loss": loss(*args)})
 
@@ -146,7 +151,7 @@ def locate(num_classes: int = 2, line_weight: float = 1.0) -> Task:
         scores = jnp.where(targets["mask"], outputs["tokens"], lowest)
         where = targets["where"] * targets["mask"]
         number = where.sum(-1)
-        told = weight * (number > 0)
+        told = jnp.where(number > 0, weight, 0.0)
         chosen = -(jax.nn.log_softmax(scores, -1) * where).sum(-1) / jnp.maximum(number, 1.0)
         return nats + line_weight * weighted_sum(chosen, told), count
 
@@ -161,21 +166,26 @@ def contrast(temperature: float = 0.1) -> Task:
     """Pulls rows of one "group" i32[B] together; outputs unit vectors f32[B, D].
 
     The loss of a row is the supervised contrastive one against all other rows of the batch; rows
-    without a partner in the batch have no weight. Source: Khosla et al. 2020, equation 2.
+    without a partner in the batch have no weight. A leading axis of forms, "group" i32[B, F], is
+    folded into the rows, so that those drawn together can be partners. Source: Khosla et al. 2020,
+    equation 2.
     """
 
     def prepare(batch, key=None):
-        group = leaf(batch, "group")
-        return _inputs(batch), group, row_weight(batch, group)
+        group, inputs = leaf(batch, "group"), _inputs(batch)
+        if group.ndim == 2:
+            inputs = {name: x.reshape(-1, *x.shape[2:]) for name, x in inputs.items()}
+        return inputs, group, row_weight(batch, group)
 
     def loss(outputs, targets, weight):
+        targets, weight = targets.reshape(-1), weight.reshape(-1)
         size = targets.shape[0]
         other = ~jnp.eye(size, dtype=bool) & (weight > 0)[None]
         scores = jnp.where(other, outputs @ outputs.T / temperature, jnp.finfo(jnp.float32).min)
         partner = (targets[:, None] == targets[None]) & other
         number = partner.sum(-1).astype(jnp.float32)
         logs = jnp.where(partner, jax.nn.log_softmax(scores, -1), 0.0)
-        weight = weight * (number > 0)
+        weight = jnp.where(number > 0, weight, 0.0)
         return weighted_sum(-logs.sum(-1) / jnp.maximum(number, 1.0), weight), jnp.sum(weight)
 
     return Task(prepare, loss, lambda *args: {"loss": loss(*args)})
