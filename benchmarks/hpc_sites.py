@@ -1,6 +1,6 @@
 """What centers gain that may not share their code: does a program race, on families never seen?
 
-    python benchmarks/hpc_sites.py [--quick] [--rounds=40] [--items=4000] [--seeds=1]
+    python benchmarks/hpc_sites.py [--quick] [--arms=sites,public,wrong] [--rounds=40] [--seeds=1]
 
 Four sites write their own dialect (`jaxfm.tasks.hpc.sites`): dense Fortran, sparse C, reductions,
 tasks and regions. The encoder is the same in every arm, and every arm trains on as many batches:
@@ -8,6 +8,9 @@ tasks and regions. The encoder is the same in every arm, and every arm trains on
 - local: each site by itself;
 - fed_avg, scaffold: one model of all sites; fed_per: one with the last layers of each site's own;
 - central: all code in one place, as many steps as all sites take together: the upper bound.
+
+From a model of public C (three families, as many steps as a site takes): that model alone, fed_avg
+of all of it, and fed_lora, which trains rank 4 on all linear maps and the head.
 
 Then one site labels wrongly (inverted), and fed_avg stands beside its robust forms: the median and
 the geometric median of the sites' updates, and fl_trust with a few rows of the server.
@@ -30,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxfm.adapters import lora
 from jaxfm.data.dealing import Data
 from jaxfm.data.federation import federate
 from jaxfm.federated import Algorithm, Local, prepare, train
@@ -41,11 +45,13 @@ from jaxfm.model import Model
 from jaxfm.parallel.mesh import make_mesh
 from jaxfm.tasks.hpc import encoding
 from jaxfm.tasks.hpc.reader import Reading, forward, probabilities
-from jaxfm.tasks.hpc.sites import DIALECTS, Example, sites
+from jaxfm.tasks.hpc.sites import DIALECTS, Dialect, Example, sites
 from jaxfm.tasks.hpc.tokenizers import LexerTokenizer
 
 TASK = encoding.classify(2)
-WRONG = {"tasks and regions": "inverted"}
+WRONG: dict = {"tasks and regions": "inverted"}
+PUBLIC = {"public": Dialect(("line", "reduction", "critical"), "c", 1.0)}
+KEY = jax.random.key(0)
 
 
 class Work(NamedTuple):
@@ -166,7 +172,8 @@ def federated(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, local and fed_avg only")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, no wrong labels")
+    parser.add_argument("--arms", default="sites,public,wrong", help="of sites, public, wrong")
     parser.add_argument("--items", type=int, default=4000, help="programs of all sites together")
     parser.add_argument("--test", type=int, default=60, help="test programs of each family")
     parser.add_argument("--rounds", type=int, default=40)
@@ -178,6 +185,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.items, args.test, args.rounds, args.local_steps = 120, 4, 2, 3
+        args.arms = args.arms.replace(",wrong", "")
+    if unknown := set(args.arms.split(",")) - set(ARMS):
+        parser.error(f"--arms: there is no {unknown.pop()!r}; choose of {', '.join(ARMS)}")
     began = time.perf_counter()
     reading = Reading(LexerTokenizer(renames=True), 192, 192)
     shape = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
@@ -186,33 +196,56 @@ def main() -> None:
     model = training.encoder("race-detection", reading, **shape)
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
-        for name, figures in arms(model, args, seed, reading):
-            found.setdefault(name, []).append(figures)
-            print(f"seed {seed} {name:<28} unseen {figures[0]:.3f}  all {figures[1]:.3f}")
+        made = work(args, seed, reading)
+        for part in args.arms.split(","):
+            for name, figures in ARMS[part](model, made, args, seed, reading):
+                found.setdefault(name, []).append(figures)
+                print(
+                    f"seed {seed} {name:<28} unseen {figures[0]:.3f}  all {figures[1]:.3f}",
+                    flush=True,
+                )
     means = {name: [round(float(x), 4) for x in np.mean(v, 0)] for name, v in found.items()}
     result = {
         "name": "hpc_sites", "quick": args.quick, "items": args.items, "rounds": args.rounds,
         "local_steps": args.local_steps, "seeds": args.seeds, "unseen_and_all": means,
-        "federated_minus_local": round(100 * (means["fed_avg"][0] - means["local"][0]), 2),
         "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
+    if "fed_avg" in means:
+        gain = means["fed_avg"][0] - means["local"][0]
+        result["federated_minus_local"] = round(100 * gain, 2)
     print(json.dumps(result))
 
 
-def arms(model: Model, args: argparse.Namespace, seed: int, reading: Reading):
-    """`(name, scores)` of every arm."""
-    made, steps = work(args, seed, reading), args.rounds * args.local_steps
+def of_sites(model: Model, made: Work, args: argparse.Namespace, seed: int, reading: Reading):
+    """`(name, scores)` of lone sites, of algorithms, and of all code in one place."""
+    steps = args.rounds * args.local_steps
     most = max(len(rows["label"]) for rows in made.train)
     own = [alone(model, repeated(rows, most), args, steps, seed) for rows in made.train]
     yield "local", score(model, None, made, own)
-    yield "fed_avg", federated("fed_avg", model, made, args, seed)
-    if args.quick:
-        return
-    yield "scaffold", federated("scaffold", model, made, args, seed)
-    yield "fed_per", federated("fed_per", model, made, args, seed)
-    joined = {k: np.concatenate([part[k] for part in made.train]) for k in made.train[0]}
-    everyone = alone(model, joined, args, steps * len(made.train), seed)
-    yield "central", score(model, everyone, made)
+    for name in ("fed_avg",) if args.quick else ("fed_avg", "scaffold", "fed_per"):
+        yield name, federated(name, model, made, args, seed)
+    if not args.quick:
+        joined = {k: np.concatenate([part[k] for part in made.train]) for k in made.train[0]}
+        everyone = alone(model, joined, args, steps * len(made.train), seed)
+        yield "central", score(model, everyone, made)
+
+
+def from_public(model: Model, made: Work, args: argparse.Namespace, seed: int, reading: Reading):
+    """`(name, scores)` of a model of public code, and of what sites make of it."""
+    drawn = sites(seed + 77, args.items // 4, 1, dialects=PUBLIC).train["public"]
+    rows = arrays(drawn, reading)
+    base = alone(model, rows, args, args.rounds * args.local_steps, seed)
+    yield "public code alone", score(model, base, made)
+    model = model._replace(init=lambda key: base)
+    yield "public, then fed_avg", federated("fed_avg", model, made, args, seed)
+    small = lora(model, 4, targets="linear", trained="head")
+    yield "public, then fed_lora", federated("fed_lora", small, made, args, seed)
+    size = lambda m: sum(x.size for x in jax.tree.leaves(jax.eval_shape(m.init, KEY).params))
+    print(f"fed_lora trains and sends {size(small) / size(model):.3f} of the numbers")
+
+
+def wrong_labels(model: Model, made: Work, args: argparse.Namespace, seed: int, reading: Reading):
+    """`(name, scores)` where one site's labels are inverted."""
     wrong = work(args, seed, reading, WRONG)
     yield "wrong labels, fed_avg", federated("fed_avg", model, wrong, args, seed)
     rules = {
@@ -224,6 +257,9 @@ def arms(model: Model, args: argparse.Namespace, seed: int, reading: Reading):
     }
     for rule, wrap in rules.items():
         yield f"wrong labels, {rule}", federated("fed_avg", model, wrong, args, seed, wrap)
+
+
+ARMS = {"sites": of_sites, "public": from_public, "wrong": wrong_labels}
 
 
 if __name__ == "__main__":
