@@ -46,6 +46,10 @@ class PrivateConfig:
     bands: int = option(
         0, "sampling=in_turn: rounds whose noise a round takes back, and one; 0: at most 8"
     )
+    buffers: int = option(
+        0, "sampling=in_turn: takes noise back over all later rounds (BLT), with as many copies of "
+        "the model on the server; 0: bands"
+    )  # fmt: skip
     noise: Literal["server", "clients"] = option(
         "server", "who adds it: the server once, or each client a share (for --secure)"
     )
@@ -61,13 +65,20 @@ class PrivateConfig:
         check(self)
         check_whole(
             self,
-            {"epsilon": 0, "noise_multiplier": 0, "quantile": 0, "least_reports": 0, "bands": 0},
+            {"epsilon": 0, "noise_multiplier": 0, "quantile": 0, "least_reports": 0, "bands": 0,
+             "buffers": 0},
             "private.",
-        )
-        if self.bands and (self.sampling != "in_turn" or self.noise_multiplier):
+        )  # fmt: skip
+        for name in ("bands", "buffers"):
+            value = getattr(self, name)
+            if value and (self.sampling != "in_turn" or self.noise_multiplier):
+                raise ValueError(
+                    f"private.{name}={value} is for --private.sampling=in_turn with noise that the "
+                    "budget asks for."
+                )
+        if self.bands and self.buffers:
             raise ValueError(
-                f"private.bands={self.bands} is for --private.sampling=in_turn with noise that the "
-                "budget asks for."
+                f"private.bands={self.bands} and private.buffers={self.buffers}: give one of them."
             )
         if self.quantile >= 1:
             raise ValueError(f"private.quantile={self.quantile}: give a share below 1.")
@@ -105,7 +116,7 @@ class PrivateConfig:
             "accountant": self.accountant,
         }  # fmt: skip
         if kind == "in_turn" and not self.noise_multiplier:
-            privacy = plan_correlated(sampling, bands=self.bands, **rest)
+            privacy = plan_correlated(sampling, bands=self.bands, buffers=self.buffers, **rest)
         else:
             privacy = plan_privacy(sampling, noise_multiplier=self.noise_multiplier, **rest)
         return with_privacy(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfm.federated.accounting.correlated import Strategy, banded_strategy
+from jaxfm.federated.accounting.correlated import Strategy, banded_strategy, buffered_strategy
 from jaxfm.federated.accounting.epsilon import Accountant, Sampling, epsilon_of
 
 _LARGEST_NOISE = 2.0**20
@@ -118,6 +118,7 @@ def plan_correlated(
     epsilon: float,
     rounds: int,
     bands: int = 0,
+    buffers: int = 0,
     accountant: Accountant = "pld",
 ) -> Privacy:
     """The promise of a run whose clients take turns, with noise that is correlated over rounds.
@@ -127,8 +128,9 @@ def plan_correlated(
       delta, epsilon, accountant: as of `plan_privacy`; the noise is calculated.
       rounds: of the whole run, all of which the budget allows.
       bands: as of `banded_strategy`.
+      buffers: as of `buffered_strategy`; 0: bands.
     Raises:
-      ValueError: as of `plan_privacy` and `banded_strategy`; another kind of sampling.
+      ValueError: as of `plan_privacy` and of the strategies; another kind of sampling.
     """
     _check(sampling, epsilon, delta, 0.0, rounds)
     if sampling.kind != "in_turn":
@@ -136,7 +138,10 @@ def plan_correlated(
             f"kind={sampling.kind!r}: noise that is correlated over rounds is for clients that "
             "take turns; give Sampling(..., kind='in_turn')."
         )
-    strategy = banded_strategy(rounds, sampling.separation, bands)
+    if buffers:
+        strategy = buffered_strategy(rounds, sampling.separation, buffers)
+    else:
+        strategy = banded_strategy(rounds, sampling.separation, bands)
     known = Sampling(1, 1)
     noise = _least_noise(lambda z: epsilon_of(z, 1, delta, known, accountant=accountant), epsilon)
     noise *= strategy.sensitivity(rounds)

@@ -189,7 +189,8 @@ def _correlated(
             "movement of all trained parameters; plan this one without it."
         )
     drawn = noised(jax.tree.map(jnp.zeros_like, leaves), deviation, key)
-    part, kept = inverse.multiply_next(drawn, state.noise)
+    with jax.numpy_rank_promotion("allow"):  # jax-privacy's, of buffers beside one value
+        part, kept = inverse.multiply_next(drawn, state.noise)
     return _with_numerators(sums, jax.tree.unflatten(tree, map(jnp.add, leaves, part))), kept
 
 

@@ -90,6 +90,16 @@ def test_secure_sums_of_clipped_uploads_have_fine_steps():
             "would change the noise of the sum",
         ),
         (("private.epsilon=1", "private.bands=2"), "private.bands=2 is for --private.sampling=in"),
+        (
+            (
+                "private.epsilon=1",
+                "private.sampling=in_turn",
+                "private.bands=2",
+                "private.buffers=1",
+            ),
+            "private.bands=2 and private.buffers=1: give one of them",
+        ),
+        (("private.epsilon=1", "private.buffers=1"), "private.buffers=1 is for --private.samp"),
         (("private.noise_multiplier=1", "private.least_reports=2"), "is for noise of the clients"),
     ],
 )

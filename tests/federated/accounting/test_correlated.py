@@ -12,7 +12,7 @@ import pytest
 from laws import LOCAL, MODEL, TASK, federation, population, start
 
 from jaxfm.federated import compile_rounds, python_round
-from jaxfm.federated.accounting.correlated import Strategy, banded_strategy
+from jaxfm.federated.accounting.correlated import Strategy, banded_strategy, buffered_strategy
 from jaxfm.federated.accounting.epsilon import Sampling, epsilon_of
 from jaxfm.federated.accounting.privacy import plan_correlated, plan_privacy
 from jaxfm.federated.algorithm import Exact, Mean
@@ -27,8 +27,11 @@ ROUNDS = 9
 
 
 @functools.cache
-def planned(bands: int = 3):
-    return plan_correlated(TURNS, delta=1e-3, epsilon=4.0, rounds=ROUNDS, bands=bands)
+def planned(buffers: int = 0):
+    bands = 0 if buffers else 3
+    return plan_correlated(
+        TURNS, delta=1e-3, epsilon=4.0, rounds=ROUNDS, bands=bands, buffers=buffers
+    )
 
 
 def matrix(strategy: Strategy) -> np.ndarray:
@@ -37,9 +40,13 @@ def matrix(strategy: Strategy) -> np.ndarray:
     return sum(parts, np.zeros((strategy.rounds, strategy.rounds)))
 
 
-def test_sensitivity_is_that_of_the_worst_turns():
+KINDS = pytest.mark.parametrize("buffers", [0, 2], ids=["bands", "buffers"])
+
+
+@KINDS
+def test_sensitivity_is_that_of_the_worst_turns(buffers):
     """Over all sets of rounds that are so far apart, whatever the signs of what a client sends."""
-    strategy = planned().strategy
+    strategy = planned(buffers).strategy
     c, worst = matrix(strategy), np.zeros(ROUNDS + 1)
     for count in range(1, 4):
         for rounds in itertools.combinations(range(ROUNDS), count):
@@ -75,9 +82,19 @@ def test_bands_lessen_the_noise_in_the_model():
     assert errors[0] > 1.3 * errors[1] > 1.3 * errors[2]
 
 
-def test_noise_of_rounds_is_that_of_the_matrix():
+def test_a_buffer_takes_noise_back_over_all_rounds():
+    """One copy of the model does what many bands do where turns are long."""
+    one = buffered_strategy(64, 32)
+    assert len(one.sequences) == 1 and len(one.coefficients) == 64
+    assert one.error() < 0.8 * banded_strategy(64, 32, 8).error()
+    decay, scale = one.sequences[0]
+    assert one.coefficients[:3] == pytest.approx((1.0, scale, scale * decay))
+
+
+@KINDS
+def test_noise_of_rounds_is_that_of_the_matrix(buffers):
     """The covariance over rounds of what a server without clients adds is C^-1 C^-T."""
-    privacy = planned()
+    privacy = planned(buffers)
     algorithm = with_privacy(fed_avg(MODEL, TASK, LOCAL), privacy, clip=0.1)
     zeros = jax.tree.map(jnp.zeros_like, start().params)
     nothing = PrivateUpload(Mean(Movement(zeros, Exact({})), Exact(jnp.zeros(()))), ())
@@ -127,6 +144,7 @@ def test_rounds_in_turn_are_those_of_their_clients_one_by_one():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: buffered_strategy(9, 3, 9), "buffers=9 must be from 1 to 8, and rounds=9 2 or"),
         (lambda: banded_strategy(9, 3, 4), "bands=4 must be from 1 to the rounds between two"),
         (
             lambda: plan_correlated(Sampling(6, 2), delta=1e-3, epsilon=1.0, rounds=3),
