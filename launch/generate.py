@@ -8,6 +8,7 @@
         --report=runs/timeline.html
 
     python -m jaxfm.launch.generate --model=FOLDER --adapter=FOLDER --prompt='def test_'
+    python -m jaxfm.launch.generate --model=FOLDER --adapter=A --adapter=B --prompt='def test_'
     python -m jaxfm.launch.generate --model=FOLDER --chat --prompt='Why is the sky blue?'
 
 The text ends where the folder's files say that the model ends it, or after --max_new_tokens. It
@@ -22,7 +23,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -67,9 +68,14 @@ class GenerateConfig:
         "model's own first N layers) or lookup; for pipeinfer also lookup+exit:N, lookup+FOLDER "
         "or none",
     )
-    adapter: str = option("", "folder of an adapter of the model, PEFT's or our own")
-    prompt: str = option("", "the text to continue")
-    prompt_file: str = option("", "file with the text to continue, instead of --prompt")
+    adapter: tuple[str, ...] = option(
+        (), "folder of an adapter of the model, PEFT's or our own; several: one a prompt, in order",
+        repeat=True,
+    )  # fmt: skip
+    prompt: tuple[str, ...] = option((), "a text to continue", repeat=True)
+    prompt_file: tuple[str, ...] = option(
+        (), "file with a text to continue, instead of --prompt", repeat=True
+    )
     chat: bool = option(False, "put the prompt into the chat template of the model's folder")
     system: str = option("", "what the chat template is told before the prompt")
     special: bool = option(True, "read names of special tokens in the prompt, as in <|im_end|>")
@@ -110,6 +116,13 @@ class GenerateConfig:
             raise ValueError(f"report={self.report} is a folder; give the name of a file.")
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("Give the text to continue: either --prompt or --prompt_file.")
+        if not all((*self.prompt, *self.prompt_file, *self.adapter)):
+            raise ValueError("An empty --prompt, --prompt_file or --adapter names nothing.")
+        texts, folders = len(self.prompt) + len(self.prompt_file), len(self.adapter)
+        if folders > 1 and texts not in (1, folders):
+            raise ValueError(
+                f"{folders} adapters and {texts} prompts: give one prompt, or one for each adapter."
+            )
         if self.system and not self.chat:
             raise ValueError("--system requires --chat: it is a part of the chat template.")
         biases(self.logit_bias)
@@ -152,13 +165,15 @@ def main(config: GenerateConfig) -> None:
         _check_job(config.decoder, options)
     if config.decoder == "pipeinfer":
         options["record"] = _RECORDED if config.report else 0
-    prompt = config.prompt or _read(config.prompt_file)
+    prompts = config.prompt or tuple(_read(path) for path in config.prompt_file)
+    if len(config.adapter) > 1 and len(prompts) == 1:
+        prompts *= len(config.adapter)
     loaded = load_decoder(
         config.model, config.decoder, draft=config.draft, adapter=config.adapter, **options
     )
-    ids = _prompt_ids(config, prompt, loaded.tokenizer)
+    ids = [_prompt_ids(config, prompt, loaded.tokenizer) for prompt in prompts]
     pieces = lambda ticks: stream(
-        loaded.decoder, [ids],
+        loaded.decoder, ids,
         tokenizer=loaded.tokenizer, draft_tokenizer=loaded.draft_tokenizer,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
@@ -171,7 +186,7 @@ def main(config: GenerateConfig) -> None:
     start = time.monotonic()
     next(pieces(1))  # compiles all that the text needs, so that its time is that of decoding
     warm = time.monotonic()
-    result = _show(prompt, pieces(config.ticks))
+    result = _show(prompts, pieces(config.ticks))
     if jax.process_index() != 0:
         return
     print(describe(result, warm - start, time.monotonic() - warm), file=sys.stderr)
@@ -211,25 +226,32 @@ def _prompt_ids(config: GenerateConfig, prompt: str, tokenizer: HuggingFaceToken
     return read_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
-def _show(prompt: str, pieces: Iterator[TextPiece]) -> Generation:
-    """Writes the prompt, and each piece as it comes."""
-    sys.stdout.write(prompt)
+def _show(prompts: Sequence[str], pieces: Iterator[TextPiece]) -> Generation:
+    """Writes a prompt and each piece as it comes; of several, each text when all have ended."""
+    one = len(prompts) == 1
+    texts = list(prompts)
+    if one:
+        sys.stdout.write(texts[0])
     while True:
         try:
             piece = next(pieces)
         except StopIteration as stop:
-            print()
+            print("" if one else "\n\n".join(texts))
             return stop.value
-        sys.stdout.write((piece.text or [""])[0])
-        sys.stdout.flush()
+        new = piece.text or [""] * len(texts)
+        texts = [text + more for text, more in zip(texts, new)]
+        if one:
+            sys.stdout.write(new[0])
+            sys.stdout.flush()
 
 
 def describe(result: Generation, compile_s: float, total_s: float) -> str:
     """One line on speed and drafts."""
-    tokens, passes = len(result.tokens[0]), int(result.stats.passes[0])
+    tokens, passes = sum(map(len, result.tokens)), int(np.sum(result.stats.passes))
     drafted, accepted = int(np.sum(result.stats.drafted)), int(np.sum(result.stats.accepted))
+    ends = ", ".join(dict.fromkeys(result.finish))
     line = (
-        f"[{tokens} tokens ({result.finish[0]}) in {total_s:.2f} s, {tokens / total_s:.0f} a "
+        f"[{tokens} tokens ({ends}) in {total_s:.2f} s, {tokens / total_s:.0f} a "
         f"second, after {compile_s:.1f} s of compiling; {tokens / max(passes, 1):.2f} tokens a pass"
     )
     return line + (f"; {accepted} of {drafted} drafts accepted]" if drafted else "]")

@@ -9,10 +9,11 @@ keyword-only parameters are the decoder's options on the command line (`--pipein
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxfm import hub
+from jaxfm.adapters.serving import side_by_side
 from jaxfm.hub.metadata import stop_tokens
 from jaxfm.model import Model, Variables
 from jaxfm.parallel.cache import vocab_size
@@ -48,7 +49,12 @@ class LoadedDecoder(NamedTuple):
 
 
 def load_decoder(
-    path: str, decoder: str = "plain", *, draft: str = "", adapter: str = "", **options: Any
+    path: str,
+    decoder: str = "plain",
+    *,
+    draft: str = "",
+    adapter: str | Sequence[str] = (),
+    **options: Any,
 ) -> LoadedDecoder:
     """A decoder of the model in a folder or on the hub.
 
@@ -56,7 +62,8 @@ def load_decoder(
       path: folder or hub name of a causal language model.
       decoder: a name in `DECODERS`.
       draft: what drafts, as in `load_drafter`.
-      adapter: folder of an adapter of the model, PEFT's or our own; "": none.
+      adapter: folder of an adapter of the model, PEFT's or our own; of several, the decoder takes
+        one request for each, in their order (`adapters.serving.side_by_side`).
       **options: keyword arguments of the function in `DECODERS`.
     Raises:
       ValueError: an unknown name, a draft that the decoder does not take or lacks, or whatever the
@@ -64,8 +71,10 @@ def load_decoder(
     """
     check_draft(decoder, draft)
     model, variables = hub.load(path)
-    if adapter:
-        model, variables = hub.load_adapter(adapter, model, variables)
+    folders = ([adapter] if adapter else []) if isinstance(adapter, str) else list(adapter)
+    adapted = [hub.load_adapter(folder, model, variables) for folder in folders]
+    if adapted:
+        model, variables = adapted[0] if len(adapted) == 1 else side_by_side(adapted)
     drafter, draft_tokenizer = load_drafter(draft, model, variables)
     made = DECODERS[decoder](model, variables, drafter, **options)
     tokenizer = load_tokenizer(path)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxfm.adapters.adapter import Kind, Site, adapt, adapter_of, fetch, leaf_paths
 from jaxfm.adapters.low_rank import LowRankConfig, pairs
 from jaxfm.adapters.prompts import num_virtual, read_prompts
-from jaxfm.adapters.targets import choose, rank_at
+from jaxfm.adapters.targets import choose, dotted, rank_at
 from jaxfm.kernels import ManyLowRank
 from jaxfm.model import Array, Key, Model, PyTree, Variables, is_axes
 from jaxfm.trees import join_tree, split_tree
@@ -82,6 +82,49 @@ def for_requests(variables: Variables, ids: Sequence[int]) -> Variables:
         }
 
     return variables._replace(params=with_ids(variables.params))
+
+
+def side_by_side(
+    adapted: Sequence[tuple[Model, Variables]],
+) -> tuple[Model, Variables]:
+    """Returns a model whose batches have a row for each adapter, in their order.
+
+    Args:
+      adapted: models with a LoRA adapter each, or with a prompt or prefix each, around one base, as
+        `hub.load_adapter` gives them, and their variables.
+    Raises:
+      ValueError: adapters of two kinds, of settings that one program cannot have, or what
+        `together` and `prompts_together` refuse.
+    """
+    (model, variables), params = adapted[0], [own.params for _, own in adapted]
+    ids = range(len(adapted))
+    if num_virtual(model):
+        many, held = prompts_together(model, variables, params)
+        return many, prompts_for_requests(held, ids)
+    first = _settings(model)
+    for number, (other, _) in enumerate(adapted):
+        if (own := _settings(other)) != first:
+            raise ValueError(
+                f"Adapter {number} has {own}, and adapter 0 has {first}: one program holds "
+                "adapters of one kind, with the same targets and the same factor on A B. Merge it, "
+                "or decode it by itself."
+            )
+    many, held = together(model, variables, params)
+    return many, for_requests(held, ids)
+
+
+def _settings(model: Model) -> str:
+    """What adapters in one batch have in common, in words."""
+    adapter = adapter_of(model)
+    config = adapter.config
+    if not isinstance(config, LowRankConfig):
+        return type(config).__name__.removesuffix("Config").lower()
+    factors: dict[float, list[str]] = {}
+    for site in choose(adapter.base, config.targets):
+        factor = config.scale(rank_at(site, config.rank, config.ranks))
+        factors.setdefault(factor, []).append(dotted(site.path))
+    parts = (f"{factor:g} on {', '.join(names)}" for factor, names in factors.items())
+    return f"{config.kind} with factor {' and '.join(parts)}"
 
 
 def prompts_together(

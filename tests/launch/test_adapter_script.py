@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfm import hub
-from jaxfm.adapters import merge
+from jaxfm.adapters import attach, lora, merge, soft_prompt
 from jaxfm.launch import federate, generate
 from jaxfm.launch.adapters import AdapterConfig
 from jaxfm.launch.federate_config import FederateConfig
@@ -67,12 +67,45 @@ def test_the_adapter_and_the_merged_model_say_the_same(base, finished):
 
 def test_generate_takes_an_adapter(base, finished, capsys):
     config = generate.GenerateConfig(
-        model=str(base), adapter=str(finished / "adapter"), prompt="the a", max_new_tokens=4
+        model=str(base), adapter=(str(finished / "adapter"),), prompt=("the a",), max_new_tokens=4
     )
     generate.main(config)
     with_it = capsys.readouterr().out
-    generate.main(dataclasses.replace(config, model=str(finished / "model"), adapter=""))
+    generate.main(dataclasses.replace(config, model=str(finished / "model"), adapter=()))
     assert capsys.readouterr().out == with_it
+
+
+def test_each_request_has_an_adapter_of_its_own(base, finished, tmp_path, capsys):
+    """What several adapters say in one batch is what each says alone, low-rank ones and prompts."""
+    model, variables = hub.load(base)
+    first = str(finished / "adapter")
+    second, other, *prompts = (str(tmp_path / name) for name in ("second", "other", "p0", "p1"))
+    adapted, trained = hub.load_adapter(first, model, variables)
+    shaken = jax.tree.map(lambda x: -30 * x, trained.params)
+    hub.save_adapter(adapted, trained._replace(params=shaken), second)
+    for number, folder in enumerate(prompts):
+        prompted = soft_prompt(model, 3)
+        hub.save_adapter(prompted, attach(prompted, variables, jax.random.key(number)), folder)
+    narrow = lora(model, 2, targets="qv")
+    hub.save_adapter(narrow, attach(narrow, variables, jax.random.key(0)), other)
+    config = generate.GenerateConfig(
+        model=str(base), adapter=(first,), prompt=("the a",), max_new_tokens=8, grammar="[a-z]{8}"
+    )
+    said = {}
+    for folder in (first, second, *prompts):
+        generate.main(dataclasses.replace(config, adapter=(folder,)))
+        said[folder] = capsys.readouterr().out
+    assert said[first] != said[second] and said[prompts[0]] != said[prompts[1]]
+    for folders in ((second, first, second), tuple(prompts)):
+        generate.main(dataclasses.replace(config, adapter=folders))
+        assert capsys.readouterr().out == "\n".join(said[folder] for folder in folders)
+    for wrong in ((first, other), (first, prompts[0])):
+        with pytest.raises(ValueError, match=r"Adapter 1 has .*, and adapter 0 has lora of"):
+            load_decoder(str(base), adapter=wrong)
+    with pytest.raises(ValueError, match="2 adapters and 3 prompts: give one prompt, or one for"):
+        dataclasses.replace(config, adapter=(first, second), prompt=("a", "b", "c"))
+    with pytest.raises(ValueError, match="An empty --prompt"):
+        dataclasses.replace(config, prompt=("a", ""))
 
 
 @pytest.mark.parametrize(

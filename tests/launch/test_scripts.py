@@ -311,7 +311,7 @@ def saved_model(tmp_path_factory):
 
 
 def test_generated_text_is_the_same_by_every_decoder(saved_model, capsys):
-    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=12)
+    base = generate.GenerateConfig(model=str(saved_model), prompt=("def f(",), max_new_tokens=12)
     outputs = []
     for way in ("plain", "lookup", "speculative"):
         draft = str(saved_model) if way == "speculative" else ""
@@ -338,7 +338,7 @@ def test_devices_that_share_cores_are_waited_for(monkeypatch):
 
 
 def test_biased_tokens_are_chosen(saved_model, capsys):
-    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=6)
+    base = generate.GenerateConfig(model=str(saved_model), prompt=("def f(",), max_new_tokens=6)
     generate.main(dataclasses.replace(base, logit_bias=("121:-inf", "120:1e4")))
     assert capsys.readouterr().out == "def f(xxxxxx\n"
 
@@ -348,7 +348,7 @@ def test_a_text_ends_where_the_folder_says(saved_model, capsys, tmp_path):
     free = decode(loaded.decoder, [list(b"def f(")], max_new_tokens=12).tokens[0].tolist()
     folder = shutil.copytree(saved_model, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[3], 9]}))
-    base = generate.GenerateConfig(model=str(folder), prompt="def f(", max_new_tokens=12)
+    base = generate.GenerateConfig(model=str(folder), prompt=("def f(",), max_new_tokens=12)
     generate.main(base)
     assert f"{free.index(free[3]) + 1} tokens (stop token)" in capsys.readouterr().err
     generate.main(dataclasses.replace(base, ignore_end=True))
@@ -361,7 +361,7 @@ def test_a_text_ends_where_the_folder_says(saved_model, capsys, tmp_path):
 
 
 def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, tmp_path):
-    base = generate.GenerateConfig(model=str(saved_model), prompt="def f(", max_new_tokens=12)
+    base = generate.GenerateConfig(model=str(saved_model), prompt=("def f(",), max_new_tokens=12)
     generate.main(base)
     expected = capsys.readouterr().out
     page = tmp_path / "pipe.html"
@@ -377,17 +377,17 @@ def test_a_pipe_writes_the_same_text_and_draws_what_it_did(saved_model, capsys, 
     assert "stage 1: computes" in page.read_text()
     with pytest.raises(ValueError, match="exit:two"):
         load_drafter("exit:two", None, None)
-    pipe = generate.GenerateConfig(prompt="x", decoder="pipeinfer")
+    pipe = generate.GenerateConfig(prompt=("x",), decoder="pipeinfer")
     with pytest.raises(ValueError, match=r"--pipeinfer\.adapt requires --draft"):
         override(pipe, "pipeinfer.adapt=true")
     with pytest.raises(ValueError, match=r"decoder plain takes no draft, but draft='folder'"):
-        generate.GenerateConfig(prompt="x", draft="folder")
+        generate.GenerateConfig(prompt=("x",), draft="folder")
     with pytest.raises(ValueError, match="--report requires --decoder=pipeinfer"):
-        generate.GenerateConfig(prompt="x", report="page.html")
+        generate.GenerateConfig(prompt=("x",), report="page.html")
 
 
 def test_options_belong_to_their_decoder():
-    base = generate.GenerateConfig(prompt="x")
+    base = generate.GenerateConfig(prompt=("x",))
     sections = {f.name for f in dataclasses.fields(base)} & set(DECODERS)
     assert sections == {"speculative", "lookup", "pipeinfer"}
     for old, new in {
@@ -404,4 +404,4 @@ def test_generation_says_what_is_missing():
     with pytest.raises(ValueError, match="either --prompt or --prompt_file"):
         generate.GenerateConfig()
     with pytest.raises(ValueError, match="decoder speculative needs a draft"):
-        generate.GenerateConfig(prompt="x", decoder="speculative")
+        generate.GenerateConfig(prompt=("x",), decoder="speculative")

@@ -174,9 +174,9 @@ def test_sampled_texts_have_the_renormalized_distribution(name):
 def test_the_script_writes_a_text_of_the_grammar(tmp_path, capsys):
     hub.save(MODEL, VARIABLES, tmp_path, TOKENIZER)
     config = script.GenerateConfig(
-        model=str(tmp_path), prompt="cab ab", grammar=PATTERN, max_new_tokens=12
+        model=str(tmp_path), prompt=("cab ab",), grammar=PATTERN, max_new_tokens=12
     )
     script.main(config)
     assert re.fullmatch(PATTERN, capsys.readouterr().out.removeprefix("cab ab").rstrip("\n"))
     with pytest.raises(ValueError, match="no end; close it"):
-        script.GenerateConfig(model=str(tmp_path), prompt="c", grammar="(ab")
+        script.GenerateConfig(model=str(tmp_path), prompt=("c",), grammar="(ab")
