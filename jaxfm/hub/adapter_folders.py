@@ -39,7 +39,6 @@ from jaxfm.hub.files import DTYPES, StoredTensor
 from jaxfm.hub.metadata import read_json
 from jaxfm.hub.peft_config import KINDS
 from jaxfm.model import Model, Variables
-from jaxfm.models import ClipConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN = "JAXFM"
@@ -166,9 +165,7 @@ def save_adapter(
     if not _is_base(adapter.base):
         raise ValueError("The model has an adapter around another; merge the inner one first.")
     kind = getattr(adapter.config, "kind", "")
-    # PEFT's names of the modules of a CLIP's towers are not known here.
     has_form = folders.has_format(adapter.root)
-    has_form = has_form and not isinstance(adapter.root.config, ClipConfig)
     if kind in ("prompt", "prefix"):
         has_form = has_form and peft_prompts.has_form(model)
     writer = WRITERS.get(kind) if has_form else None
@@ -197,10 +194,10 @@ def _check(name: str, tensor: StoredTensor) -> None:
 
 
 def _read_peft(raw, stored, where, model: Model, variables: Variables) -> tuple[Model, Variables]:
-    if not folders.has_format(model) or isinstance(model.config, ClipConfig):
+    if not folders.has_format(model):
         raise ValueError(
             f"{where} is of an adapter of PEFT, which are around models that Hugging Face has a "
-            "format for: decoders, encoders and vision transformers."
+            "format for: decoders, encoders, vision transformers and CLIP."
         )
     return peft.load(raw, stored, where, model, variables)
 

@@ -33,7 +33,7 @@ from jaxfm.hub.names import Placement
 from jaxfm.hub.peft_config import LoraFields, read_lora, spelled
 from jaxfm.kernels import whole
 from jaxfm.model import Model, PyTree, Variables
-from jaxfm.models import VitConfig
+from jaxfm.models import ClipConfig, VitConfig
 from jaxfm.trees import Path
 
 PREFIX = "base_model.model."
@@ -157,12 +157,13 @@ def modules_of(model: Model, leaves: Mapping[str, Any], older: bool = False) -> 
 
 def family_of(model: Model) -> str:
     """The type of a model in Hugging Face's words."""
-    return "vit" if isinstance(model.config, VitConfig) else model.config.family
+    names: dict[type, str] = {VitConfig: "vit", ClipConfig: "clip"}
+    return names.get(type(model.config)) or model.config.family
 
 
 def is_tied(model: Model) -> bool:
     """Whether a model's output layer is its table of tokens."""
-    head = model.config.head
+    head = getattr(model.config, "head", "")  # a CLIP has two, of which none is tied
     return head == "masked_lm" or (head == "causal" and model.config.tied)
 
 
@@ -180,7 +181,9 @@ def require_whole(model: Model, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError where leaves have not the shapes of the model's config."""
     wanted = flatten_dict(thaw(jax.eval_shape(model.init, jax.random.key(0))).params, sep=".")
     config = model.config
-    scale = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
+    scale = 1.0
+    if not isinstance(config, ClipConfig):
+        scale = (config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5
     cut = [name for name, leaf in leaves.items() if name not in wanted
            or leaf.shape != wanted[name].shape]  # fmt: skip
     if cut or not math.isclose(scale, 1, rel_tol=1e-6):

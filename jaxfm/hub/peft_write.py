@@ -120,7 +120,7 @@ def _model_tensors(
 
 def _base_fields(root: Model, base: str | os.PathLike) -> dict[str, Any]:
     """What the file says of the base."""
-    family, head = family_of(root), root.config.head
+    family, head = family_of(root), getattr(root.config, "head", "contrastive")
     architecture = hub_config.architecture_of(family, "pooler" if head == "none" else head)
     return {
         "base_model_name_or_path": os.fspath(base) or None,

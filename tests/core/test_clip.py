@@ -65,6 +65,46 @@ def test_transformers_computes_the_same_and_reads_what_we_write(tmp_path, eos_id
     jax.tree.map(np.testing.assert_array_equal, again.params, variables.params)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["visual_projection"]},
+        {"target_modules": "all-linear", "use_dora": True, "bias": "all"},
+        {"target_modules": r"text_model.*(fc1|out_proj)", "rank_pattern": {"fc1": 2}},
+    ],
+    ids=["towers", "dora", "text"],
+)
+def test_adapters_of_peft_are_read_and_written(tmp_path, options):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    hub.save(model(), random_variables(model()), tmp_path / "base")
+    opened = lambda: transformers.CLIPModel.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.get_peft_model(opened(), peft.LoraConfig(**{"r": 3} | options))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for leaf in theirs.parameters():
+            leaf.add_(0.1 * torch.randn_like(leaf) * leaf.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens, images = rows()["tokens"], rows()["image"]
+
+    def scores(network) -> np.ndarray:
+        with torch.no_grad():
+            return network.eval()(
+                input_ids=torch.tensor(tokens).long(),
+                pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+            ).logits_per_image.numpy()
+
+    base = hub.load(tmp_path / "base")
+    adapted, variables = hub.load_adapter(tmp_path / "theirs", *base)
+    ours, _ = jax.jit(adapted.apply)(variables, {"image": images, "tokens": tokens})
+    wanted = scores(theirs)
+    assert np.abs(wanted - scores(opened())).max() > 0.05
+    np.testing.assert_allclose(ours["scale"] * ours["image"] @ ours["text"].T, wanted, atol=2e-4)
+    hub.save_adapter(adapted, variables, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(opened(), tmp_path / "ours")
+    np.testing.assert_allclose(scores(again), wanted, atol=2e-4)
+
+
 def test_loss_is_clips_where_all_captions_differ_and_filling_rows_are_no_negatives():
     variables = model().init(jax.random.key(0))
     batch = {name: jnp.asarray(x) for name, x in rows().items()}

@@ -100,7 +100,7 @@ def test_each_request_has_an_adapter_of_its_own(base, finished, tmp_path, capsys
         generate.main(dataclasses.replace(config, adapter=folders))
         assert capsys.readouterr().out == "\n".join(said[folder] for folder in folders)
     for wrong in ((first, other), (first, prompts[0])):
-        with pytest.raises(ValueError, match=r"Adapter 1 has .*, and adapter 0 has lora of"):
+        with pytest.raises(ValueError, match=r"Adapter 1 has .*, and adapter 0 has lora with"):
             load_decoder(str(base), adapter=wrong)
     with pytest.raises(ValueError, match="2 adapters and 3 prompts: give one prompt, or one for"):
         dataclasses.replace(config, adapter=(first, second), prompt=("a", "b", "c"))
