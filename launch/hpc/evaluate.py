@@ -84,10 +84,10 @@ def scores(reader: Reader, rows: dict[str, list], names=TESTS, baselines=True) -
         joined = [row for name in names for row in rows[name]]
         pairs = HEADS[reader.task].head == "embed"  # predictions are of pairs of a split's rows
         for kind, baseline in task.baselines.items():
-            said = () if pairs else baseline(rows["train"], joined)
+            said = np.zeros(0) if pairs else np.asarray(baseline(rows["train"], joined))
             for name in names:
                 own, said = said[: len(rows[name])], said[len(rows[name]) :]
-                own = baseline(rows["train"], rows[name]) if pairs else own
+                own = np.asarray(baseline(rows["train"], rows[name])) if pairs else own
                 found[name][kind] = task.metric([row.label for row in rows[name]], list(own))
         for kind, baseline in (task.place_baselines or {}).items():
             for name in names:

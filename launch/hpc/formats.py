@@ -48,6 +48,8 @@ def _guessed(finding: Finding) -> str:
     if finding.guess in ("", NONE):
         serial = "leave it serial" if finding.guess else ""
         return "; ".join(filter(None, (serial, by)))
+    if finding.probability is not None and finding.probability < 0.5:
+        return f"leave it serial, for with {finding.guess} it would be {by}"
     return f"{finding.guess}, {by}" if by else finding.guess
 
 

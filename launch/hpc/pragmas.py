@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def fit(
     *,
     noted: bool,
     max_len: int,
-    shape: dict[str, int],
+    shape: Mapping[str, Any],
     steps: int,
     batch_size: int,
     learning_rate: float,

@@ -131,7 +131,7 @@ def _together(rows: Rows, forms: int) -> Rows:
     """The rows of which all forms are there, one form behind the other; a near miss is one."""
     found: dict[int, list[Example]] = {}
     for row in rows:
-        found.setdefault(abs(int(row.label)), []).append(row)  # type: ignore[call-overload]
+        found.setdefault(abs(int(row.label)), []).append(row)  # type: ignore[arg-type]
     return [row for own in found.values() if len(own) == forms for row in own]
 
 

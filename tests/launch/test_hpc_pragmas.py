@@ -89,6 +89,10 @@ def test_a_guess_stands_where_nothing_is_told_and_changes_no_verdict(writer):
     assert not formats.text([told]).count("guess")
     shown = formats.text([told._replace(guess="#pragma omp parallel for", probability=0.5)])
     assert "no proof: #pragma omp parallel for, race-free by 0.50" in shown
+    shown = formats.text([told._replace(guess="#pragma omp parallel for", probability=0.2)])
+    assert (
+        "leave it serial, for with #pragma omp parallel for it would be race-free by 0.2" in shown
+    )
     assert "no proof: leave it serial" in formats.text([told._replace(guess="none")])
 
 
