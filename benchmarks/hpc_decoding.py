@@ -26,7 +26,7 @@ import time
 import jax
 import numpy as np
 
-from jaxfm.launch.hpc import pragmas
+from jaxfm.launch.hpc import evaluate, pragmas
 from jaxfm.launch.hpc.completions import (
     Completer,
     Pair,
@@ -37,12 +37,12 @@ from jaxfm.launch.hpc.completions import (
     scores,
     train,
 )
-from jaxfm.launch.hpc.writing import figures, judged, translate, write
+from jaxfm.launch.hpc.writing import figures, translate, write
 from jaxfm.models.families.decoder import DecoderConfig
 from jaxfm.parallel import generate, lookup, plain
 from jaxfm.tasks.hpc import directives, records
 from jaxfm.tasks.hpc.directives import prompt
-from jaxfm.tasks.hpc.records import SPLITS, Example
+from jaxfm.tasks.hpc.records import Example
 from jaxfm.tasks.hpc.records.pragma import not_trivial, question
 from jaxfm.tasks.hpc.stored import stored_splits
 from jaxfm.tasks.hpc.tokenizers import make_tokenizer
@@ -97,23 +97,12 @@ def fitted(args, groups, tokenizer, minutes: float, steps: int) -> Completer:
     return progress.completer
 
 
-def t2_tests(args) -> tuple[list[Example], dict[str, list[Example]]]:
-    """Training rows without items, and test rows with them."""
-    task = records.record("pragma")
-    kept = stored_splits(
-        "pragma", args.seed, args.items, args.tests, folder=args.cache, processes=args.processes
-    )
-    tests = {}
-    for name in SPLITS[2 : 3 if args.quick else None]:
-        sources = {row.source for row in kept[name]}
-        rows = records.drawn(task, args.seed, name, 0, args.tests)
-        tests[name] = [row for row in rows if row.source in sources]
-    return kept["train"], tests
-
-
 def t2(args, results: dict) -> Completer:
     """Trains with each reading; scores the first on all splits, beside the baselines."""
-    rows, tests = t2_tests(args)
+    names = evaluate.TESTS[: 1 if args.quick else None]
+    rows, tests = evaluate.questions_for(
+        args.seed, args.items, args.tests, names, args.cache, args.processes
+    )
     first = pragmas.load(args.decoder) if args.decoder else None
     for name in filter(None, args.readings.split(",")):
         noted, widths = name == "noted", READINGS[name][-1 if args.quick else 0 :]
@@ -130,15 +119,12 @@ def t2(args, results: dict) -> Completer:
         results[f"t2_verified_at_1_{name}"] = figures(written)["verified_at_1_not_trivial"]
         first = first or completer
     assert first is not None
-    task = records.record("pragma")
-    for split, own in tests.items():
-        asked = [question(row) for row in own]
-        shown = figures(write(first, asked))
-        for name, baseline in task.baselines.items():
-            found = figures(judged(asked, [str(text) for text in baseline(rows, own)]))
-            shown[name] = found["verified_at_1_not_trivial"]
-        share = np.mean([not_trivial(q.answer) for q in asked])
-        print(f"T2 {split}: {len(own)} loops, {share:.2f} not trivial;", rounded(shown), flush=True)
+    for split, kinds in evaluate.decoder_scores(first, rows, tests).items():
+        shown = kinds.pop("model")
+        count = kinds.pop("rows")
+        shown |= {name: own["verified_at_1_not_trivial"] for name, own in kinds.items()}
+        share = np.mean([not_trivial(str(row.label)) for row in tests[split]])
+        print(f"T2 {split}: {count} loops, {share:.2f} not trivial;", rounded(shown), flush=True)
         results["t2"] = results.get("t2", {}) | {split: rounded(shown)}
     inside = results["t2"]["in distribution"]
     results["t2_verified_at_1"] = inside["verified_at_1_not_trivial"]

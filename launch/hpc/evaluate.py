@@ -1,9 +1,11 @@
 """Scores a trained model on programs that it has never seen, beside the trivial baselines.
 
     python -m jaxfm.launch.hpc evaluate --model=models/races --cache=programs
+    python -m jaxfm.launch.hpc evaluate --model=models/pragmas --test=200
     python -m jaxfm.launch.hpc evaluate --dataracebench_dir=dataracebench/micro-benchmarks
 
-Rows of each split are drawn as they were for training, and what training had is left out. With
+Rows of each split are drawn as they were for training, and what training had is left out. Answers
+of a decoder of directives count if exact enumeration confirms them, whatever their text. With
 --dataracebench_dir, programs of that benchmark are scored, too, without comments and names: a
 program races if one of its loops does, and one without a loop that can be read is not counted.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,13 +22,15 @@ import numpy as np
 
 from jaxfm.config import check as check_fields
 from jaxfm.config import check_whole, option
-from jaxfm.launch.hpc import training
+from jaxfm.launch.hpc import pragmas, training, writing
+from jaxfm.launch.hpc.completions import Completer
 from jaxfm.launch.hpc.training import HEADS
 from jaxfm.tasks.hpc import reader as readers
 from jaxfm.tasks.hpc.dataracebench import read_folder
 from jaxfm.tasks.hpc.pipelines import SHIPPED
 from jaxfm.tasks.hpc.reader import Reader
-from jaxfm.tasks.hpc.records import record, splits
+from jaxfm.tasks.hpc.records import Example, drawn, record, splits
+from jaxfm.tasks.hpc.records.pragma import question
 from jaxfm.tasks.hpc.stored import stored_splits
 
 TESTS = ("in distribution", "unseen coefficients", "unseen family", "longer bodies",
@@ -110,6 +115,33 @@ def rows_for(reader: Reader, items: int, test: int, folder="", processes=1) -> d
     return stored_splits(reader.task, seed, items, test, names, folder=folder, processes=processes)
 
 
+def questions_for(
+    seed: int, items: int, test: int, names=TESTS, folder="", processes=1
+) -> tuple[list[Example], dict[str, list[Example]]]:
+    """The training rows of T2, and those of each split that training lacks, with their programs."""
+    kept = stored_splits(pragmas.TASK, seed, items, test, folder=folder, processes=processes)
+    tests = {}
+    for name in names:
+        sources = {row.source for row in kept[name]}
+        drawn_again = drawn(record(pragmas.TASK), seed, name, 0, test)
+        tests[name] = [row for row in drawn_again if row.source in sources]
+    return kept["train"], tests
+
+
+def decoder_scores(
+    completer: Completer, rows: list[Example], tests: dict[str, list[Example]], baselines=True
+) -> Figures:
+    """Figures of a decoder of directives, and of the baselines, on each split; see `writing`."""
+    found: Figures = {}
+    for split, own in tests.items():
+        asked = [question(row) for row in own]
+        found[split] = {"rows": len(own), "model": writing.figures(writing.write(completer, asked))}
+        for kind, baseline in record(pragmas.TASK).baselines.items() if baselines else ():
+            texts = [str(text) for text in baseline(rows, own)]
+            found[split][kind] = writing.figures(writing.judged(asked, texts))
+    return found
+
+
 def benchmark_scores(reader: Reader, folder: str) -> dict[str, float]:
     """Figures on a folder of DataRaceBench; see the module."""
     programs = read_folder(folder)
@@ -134,14 +166,32 @@ def benchmark_scores(reader: Reader, folder: str) -> dict[str, float]:
     }
 
 
+def _of_decoder(config: EvaluateConfig, completer: Completer) -> Figures:
+    if config.dataracebench_dir:
+        raise ValueError(
+            "DataRaceBench asks whether programs race, and this model writes directives; give one "
+            "of --task=race-detection or program-race."
+        )
+    items = config.items or int(completer.facts.get("items", 30000))
+    seed = int(completer.facts.get("data_seed", 0))
+    rows, tests = questions_for(
+        seed, items, config.test, folder=config.cache, processes=config.processes
+    )
+    return decoder_scores(completer, rows, tests, config.baselines)
+
+
 def main(config: EvaluateConfig, say: Callable[[str], None] = print) -> None:
     """Scores and prints."""
-    reader = readers.load(config.model or SHIPPED / "race-detection")
-    items = config.items or int(reader.facts.get("items", 30000))
-    rows = rows_for(reader, items, config.test, config.cache, config.processes)
-    found = scores(reader, rows, baselines=config.baselines)
-    if config.dataracebench_dir:
-        found["DataRaceBench"] = {"model": benchmark_scores(reader, config.dataracebench_dir)}
+    folder = pathlib.Path(config.model or SHIPPED / "race-detection")
+    given = config.test, config.cache, config.processes
+    if (folder / pragmas.FILE).exists():
+        found = _of_decoder(config, pragmas.load(folder))
+    else:
+        reader = readers.load(folder)
+        rows = rows_for(reader, config.items or int(reader.facts.get("items", 30000)), *given)
+        found = scores(reader, rows, baselines=config.baselines)
+        if config.dataracebench_dir:
+            found["DataRaceBench"] = {"model": benchmark_scores(reader, config.dataracebench_dir)}
     if config.format == "json":
         say(json.dumps(found, indent=2))
         return

@@ -5,10 +5,10 @@
     python -m jaxfm.launch.hpc train --task=program-race --out=models/programs --graph=false
     python -m jaxfm.launch.hpc advise --model=models/races --model=models/pragmas solver.c
 
-Programs are drawn and labelled first, by --processes processes, and kept in --cache, if given. The
-folder holds the model, its tokenizer, and how it was trained. The settings that are not changed
-train an encoder on about 30,000 loops in less than 20 minutes of one core, and the decoder of
---task=pragma, which writes directives, on 34,500 in 22.
+Programs are drawn and labelled first, by --data.processes processes, and kept in --data.cache, if
+given. The folder holds the model, its tokenizer, and how it was trained. The settings that are not
+changed train an encoder on about 30,000 loops in less than 20 minutes of one core, and the decoder
+of --task=pragma, which writes directives, on 34,500 in 25.
 """
 
 from __future__ import annotations

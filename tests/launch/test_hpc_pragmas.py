@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.launch.hpc import formats, opinions, pragmas, train
+from jaxfm.launch.hpc import evaluate, formats, opinions, pragmas, train
 from jaxfm.launch.hpc.completions import Completer
 from jaxfm.launch.hpc.findings import RACE, UNKNOWN, Finding
 from jaxfm.tasks.hpc import reader as readers
@@ -56,6 +56,12 @@ def test_training_writes_a_folder_that_says_the_same(tmp_path):
     pragmas.save(made, again)
     loops = [LOOP, LOOP.replace("g(i)", "b[i]")]
     assert pragmas.guesses(made, loops) == pragmas.guesses(pragmas.load(again), loops)
+    said: list[str] = []
+    evaluate.main(evaluate.EvaluateConfig(model=str(out), test=4), said.append)
+    assert sum("programs)" in line for line in said) == len(evaluate.TESTS)
+    assert any("model: verified_at_1" in line for line in said)
+    with pytest.raises(ValueError, match="this model writes directives"):
+        evaluate.main(evaluate.EvaluateConfig(model=str(out), dataracebench_dir="."))
     with pytest.raises(FileNotFoundError, match="holds no decoder of directives"):
         pragmas.load(tmp_path)
     for wrong, said in (
