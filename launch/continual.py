@@ -81,6 +81,11 @@ class ContinualConfig:
         if unknown or not self.protect:
             given = ",".join(self.protect)
             raise ValueError(f"protect={given!r}: give one or several of {', '.join(WAYS)}.")
+        if "adapters" in self.protect and self.adapter.kind == "none":
+            raise ValueError(
+                "protect=adapters gives each stage an adapter of its own, so it needs a kind: "
+                "give --adapter, for example --adapter=lora."
+            )
 
 
 def stream(config: ContinualConfig, data: Data) -> list[Stage]:

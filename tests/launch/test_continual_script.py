@@ -52,6 +52,8 @@ def test_stages_bring_classes_or_clients(by):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="protect='replya': give one or several of none, replay"):
         dataclasses.replace(CONFIG, protect=("replya",))
+    with pytest.raises(ValueError, match="protect=adapters gives each stage an adapter of its own"):
+        dataclasses.replace(CONFIG, protect=("adapters",))
     with pytest.raises(ValueError, match="stages=11: there are only 10 classes"):
         stream(dataclasses.replace(CONFIG, stages=11), load_data(CONFIG.data, 0))
     with pytest.raises(ValueError, match="stages=1: give at least 2"):
