@@ -35,7 +35,7 @@ from jaxfm.launch.cores import use_cores
 from jaxfm.options import chosen_options, options_config, with_options
 from jaxfm.parallel.generation import Generation, TextPiece, stream
 from jaxfm.parallel.grammars.automaton import regular
-from jaxfm.parallel.loading import DECODERS, check_draft, load_decoder
+from jaxfm.parallel.loading import DECODERS, check_adapters, check_draft, load_decoder
 from jaxfm.parallel.pipe.timeline import write_timeline
 from jaxfm.prompts import read_chat, read_prompt
 from jaxfm.tokenizer import HuggingFaceTokenizer
@@ -129,6 +129,7 @@ class GenerateConfig:
         if self.grammar:
             regular(self.grammar)
         check_draft(self.decoder, self.draft)
+        check_adapters(self.decoder, len(self.adapter))
         if self.report and self.decoder != "pipeinfer":
             raise ValueError("--report requires --decoder=pipeinfer: it shows a pipe's stages.")
         if chosen_options(self, "decoder").get("adapt") and self.draft in ("", "none"):

@@ -72,6 +72,7 @@ def load_decoder(
     check_draft(decoder, draft)
     model, variables = hub.load(path)
     folders = ([adapter] if adapter else []) if isinstance(adapter, str) else list(adapter)
+    check_adapters(decoder, len(folders))
     adapted = [hub.load_adapter(folder, model, variables) for folder in folders]
     if adapted:
         model, variables = adapted[0] if len(adapted) == 1 else side_by_side(adapted)
@@ -81,6 +82,15 @@ def load_decoder(
     own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ends = tuple(sorted({*stop_tokens(model.config), *own}))
     return LoadedDecoder(made, tokenizer, draft_tokenizer, ends)
+
+
+def check_adapters(decoder: str, number: int) -> None:
+    """Raises ValueError for a decoder whose batches cannot have an adapter for each row."""
+    if number > 1 and decoder == "pipeinfer":
+        raise ValueError(
+            f"The decoder pipeinfer takes one adapter, and {number} were given; rows of plain, "
+            "speculative and lookup can have one each."
+        )
 
 
 def check_draft(decoder: str, draft: str) -> None:

@@ -104,6 +104,8 @@ def test_each_request_has_an_adapter_of_its_own(base, finished, tmp_path, capsys
             load_decoder(str(base), adapter=wrong)
     with pytest.raises(ValueError, match="2 adapters and 3 prompts: give one prompt, or one for"):
         dataclasses.replace(config, adapter=(first, second), prompt=("a", "b", "c"))
+    with pytest.raises(ValueError, match="pipeinfer takes one adapter, and 2 were given"):
+        dataclasses.replace(config, adapter=(first, second), decoder="pipeinfer")
     with pytest.raises(ValueError, match="An empty --prompt"):
         dataclasses.replace(config, prompt=("a", ""))
 
