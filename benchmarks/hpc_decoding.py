@@ -10,11 +10,11 @@ enumeration says of the program that has it, not by its text. Not trivial are th
 has clauses or is a refusal. The first of --readings is that of the decoder that is used further:
 "noted" is the lexer's tokens with what the dependence graph says of each variable behind the loop,
 "lexer" the loop alone, "byte" its bytes.
-T7: bits per byte of decoders with each tokenizer, of an n-gram model and of xz, on held-out
-functions, and with --files on C or Fortran files of your own. T8: the T2 decoder puts directives
-into whole serial functions, which are built, run and watched in the sandbox. Speed: tokens a second
-of directives by lookup and by plain decoding, one loop at a time; both must write the same tokens.
-The last line is one JSON object.
+T7: bits per byte of decoders with each tokenizer, trained on equally many functions, of an n-gram
+model and of xz, on held-out functions, and with --files on C or Fortran files of your own. T8: the
+T2 decoder puts directives into whole serial functions, which are built, run and watched in the
+sandbox. Speed: tokens a second of directives by lookup and by plain decoding, one loop at a time;
+both must write the same tokens. The last line is one JSON object.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoder", default="", help="of launch.hpc train --task=pragma; else one "
                         "is trained for the first reading")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training of T2")
-    parser.add_argument("--minutes_language", type=float, default=8.0, help="of each one of T7")
+    parser.add_argument("--steps_language", type=int, default=2000, help="of each training of T7")
     parser.add_argument("--processes", type=int, default=1, help="how many draw programs")
     parser.add_argument("--files", nargs="*", default=[], help="sources on which T7 is scored, too")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def fitted(args, groups, tokenizer, minutes: float, steps: int) -> Completer:
+def fitted(args, groups, tokenizer, minutes: float, steps: int, batch_size: int = 32) -> Completer:
     """A decoder trained until its steps or its minutes end."""
     width, layers = SHAPES["quick" if args.quick else "full"]
     config = DecoderConfig(
@@ -86,7 +86,9 @@ def fitted(args, groups, tokenizer, minutes: float, steps: int) -> Completer:
     )  # fmt: skip
     began = time.monotonic()
     progress = None
-    for done in train(config, groups, tokenizer, steps=steps, learning_rate=3e-3):
+    for done in train(
+        config, groups, tokenizer, steps=steps, learning_rate=3e-3, batch_size=batch_size
+    ):
         progress = done
         if time.monotonic() - began > 60 * minutes:
             break
@@ -157,7 +159,8 @@ def t7(args, results: dict) -> None:
         lengths = (256, 384, 512) if name == "byte" else (128, 192, 288)
         lengths = lengths[-1:] if args.quick else lengths
         groups = encode([Pair("", text) for text in texts], tokenizer, lengths)
-        completer = fitted(args, groups, tokenizer, args.minutes_language, args.steps)
+        steps = args.steps if args.quick else args.steps_language
+        completer = fitted(args, groups, tokenizer, float("inf"), steps, batch_size=8)
         for split, own in tests.items():
             held = encode([Pair("", row.source) for row in own], tokenizer, (1023,))
             found[split][f"decoder, {name}"] = bits_per_byte(completer, held)
