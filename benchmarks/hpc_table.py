@@ -21,6 +21,7 @@ more; t1_safe_* is precision and recall of "race-free" there, and for unseen fam
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -39,6 +40,7 @@ from jaxfm.tasks.hpc.records import Example, drawn, record
 from jaxfm.tasks.hpc.verifiers import auto_parallelizer
 
 T1, T3 = "race-detection", "program-race"
+TOKENS = {"lexer-renamed": 128, "lexer": 128, "bpe": 112, "byte": 200}  # and most of a loop
 _PLAIN = {"flows into", "subscript", "same name", "loop of", "inner loop of"}
 
 
@@ -142,7 +144,9 @@ def show(title: str, found: evaluate.Figures, keys: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models on few loops; T1 only")
-    parser.add_argument("--parts", default="t1,t3,t4,t5,t6", help="tasks, with commas")
+    parser.add_argument(
+        "--parts", default="t1,t3,t4,t5,t6", help="tasks, with commas; also: tokenizers"
+    )
     parser.add_argument(
         "--items", type=int, default=0, help="programs to train on; 0: the task's own"
     )
@@ -234,12 +238,28 @@ def without_races(
     return part
 
 
+def by_tokenizer(args: argparse.Namespace) -> dict[str, float]:
+    """T1 again with every tokenizer, after as many steps of 16 loops."""
+    result = {}
+    for name, length in TOKENS.items():
+        config = dataclasses.replace(
+            settings(args, T1, True), tokenizer=name, max_len=length, batch_size=16
+        )
+        found = scored(train.trained(config), args, baselines=False)
+        show(f"T1, tokenizer {name}", found, ("accuracy", "f1"))
+        for split in ("in distribution", "renamed"):
+            key = f"t1_{name}_{split}".replace(" ", "_").replace("-", "_")
+            result[key] = found[split]["model"]["accuracy"]
+    return result
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "t1": races_of_loops,
     "t3": races_of_programs,
     "t4": without_races("t4", "similarity", ("map_at_r", "auc", "near_miss"), "tf-idf"),
     "t5": without_races("t5", "cost", ("spearman", "pair_accuracy", "factor"), "linear"),
     "t6": without_races("t6", "tuning", ("regret", "best", "within_5_percent"), "best fixed"),
+    "tokenizers": by_tokenizer,
 }
 
 
