@@ -2,6 +2,6 @@
 
 advise: which loops of files can run in parallel, with which OpenMP directive, shown by what.
 check: whether the OpenMP directives that files have are free of data races.
-train: a model that says of loops whether they race, from generated and proved programs.
+train: a model that answers a task, such as whether loops race, from generated and proved programs.
 evaluate: how well it does on programs that it has not seen, beside trivial baselines.
 """
