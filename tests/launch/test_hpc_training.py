@@ -157,7 +157,7 @@ def test_dataracebench_is_read_without_comments_and_names(tmp_path, reader):
 def test_wrong_settings_are_refused(tmp_path):
     module, words = commands.command(["train", "--task=pragmas"])
     assert module is train and words[1:] == ["--task=pragmas"]
-    with pytest.raises(ValueError, match="train one of race-detection, program-race, cost, pragma"):
+    with pytest.raises(ValueError, match="train one of race-detection, program-race, cost, tuning"):
         train.TrainConfig(task="pragmas")
     with pytest.raises(ValueError, match="give 16 tokens or more, or 0"):
         train.TrainConfig(max_len=8)
