@@ -46,7 +46,7 @@ RECIPES = {
     "race-detection": Recipe(30000, 3000, 2e-3, 160, "lexer-renamed", _ENCODER),
     "program-race": Recipe(30000, 3000, 2e-3, 256, "lexer-renamed", _ENCODER),
     "cost": Recipe(30000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
-    "tuning": Recipe(30000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
+    "tuning": Recipe(30000, 1500, 2e-3, 200, "lexer-renamed", _ENCODER),
     "similarity": Recipe(12000, 3000, 2e-3, 200, "lexer-renamed", _ENCODER),
     pragmas.TASK: Recipe(36000, 2000, 3e-3, 160, "lexer", (96, 3, 4, 240)),
 }
