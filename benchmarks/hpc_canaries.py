@@ -1,6 +1,6 @@
 """Secrets in one site's code: how much a federated model of code learns by heart of them.
 
-    python benchmarks/hpc_canaries.py [--quick] [--rounds=12]
+    python benchmarks/hpc_canaries.py [--quick] [--rounds=40]
 
 Four sites write their own dialect (`jaxfm.tasks.hpc.sites`), and train a decoder of bytes together,
 by federated averaging. The last site's code has lines with numbers of eight digits, each in one,
@@ -62,8 +62,8 @@ def lines(seed: int, number: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few programs and rounds")
-    parser.add_argument("--items", type=int, default=600, help="programs of all sites together")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--items", type=int, default=300, help="programs of all sites together")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3, help="of Adam")
     parser.add_argument("--seed", type=int, default=0)
