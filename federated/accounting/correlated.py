@@ -119,19 +119,26 @@ def buffered_strategy(rounds: int, separation: int, buffers: int = 1) -> Strateg
             n=rounds, error="mean", min_sep=separation,
             max_participations=math.ceil(rounds / separation),
         )  # fmt: skip
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            found, _ = blt.optimize_loss(loss, num_buffers=buffers)
+        try:
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                found, _ = blt.optimize_loss(loss, num_buffers=buffers)
+        except RuntimeError as error:
+            raise ValueError(_not_found(rounds, buffers)) from error
         decays, scales = np.asarray(found.buf_decay), np.asarray(found.output_scale)
     decays, scales = decays.astype(np.float32).astype(float), scales.astype(np.float32)
     powers = decays[:, None] ** np.arange(rounds - 1)
     column = np.r_[1.0, scales.astype(float) @ powers]
     if not (np.diff(column) <= 0).all() or column[-1] < 0:
-        raise ValueError(
-            f"No falling matrix of {buffers} buffers was found for {rounds} rounds; give fewer "
-            "buffers, or bands."
-        )
+        raise ValueError(_not_found(rounds, buffers))
     pairs = zip(decays.tolist(), scales.tolist(), strict=True)
     return Strategy(tuple(column.tolist()), separation, rounds, tuple(pairs))
+
+
+def _not_found(rounds: int, buffers: int) -> str:
+    return (
+        f"No falling matrix of {buffers} buffers was found for {rounds} rounds; give fewer "
+        "buffers, or bands."
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -155,10 +155,14 @@ def guesses(completer: Completer, loops: Sequence[str]) -> list[str | None]:
         its text is longer than what the decoder was trained on.
     """
     texts, names, patterns, places = [], [], [], []
+    room = int(completer.facts["max_len"])
     for place, loop in enumerate(loops):
-        asked = prompt(f"{PLACES['c']}\n{loop}", completer.noted)
-        short = rename(asked)
-        if len(prompt_ids(short.text, completer.tokenizer)) >= int(completer.facts["max_len"]):
+        asked = f"{PLACES['c']}\n{loop}"
+        # Notes look at pairs of accesses, so a long loop is left out before they are written.
+        if len(prompt_ids(rename(prompt(asked)).text, completer.tokenizer)) >= room:
+            continue
+        short = rename(prompt(asked, completer.noted))
+        if len(prompt_ids(short.text, completer.tokenizer)) >= room:
             continue
         to_short = {name: new for new, name in short.names.items()}
         texts.append(short.text)

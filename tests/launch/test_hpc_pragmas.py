@@ -84,6 +84,15 @@ def test_guesses_name_what_the_loop_has_whatever_the_decoder_knows(writer):
     assert third is None and pragmas.guesses(writer, []) == []
 
 
+def test_a_long_loop_is_left_out_before_its_accesses_are_paired(writer, monkeypatch):
+    def fail(text):
+        raise AssertionError("notes of a long loop")
+
+    monkeypatch.setattr("jaxfm.tasks.hpc.directives.notes", fail)
+    long = "for (int i = 0; i < n; i++) {\n" + "  a[i] = a[i] + 1;\n" * 2000 + "}"
+    assert pragmas.guesses(writer, [long]) == [None]
+
+
 def test_a_guess_stands_where_nothing_is_told_and_changes_no_verdict(writer):
     data = f"void f()\n{{\n{LOOP}\n}}\n".encode()
     told = Finding("a.c", "f", 3, 8, UNKNOWN, "A call.")
